@@ -1,0 +1,1 @@
+"""chexlib: the thin package behind the AI-radiologist notebooks."""

@@ -1,0 +1,229 @@
+"""Synthetic frontal chest radiographs in the layout of the NIH release, so that everything runs with no data.
+
+Who is on the films is sampled after the NIH table (`population.py`). Pictures are drawn (`thorax.py`, `signs.py`), not
+learnt: they show no person, and say nothing about one.
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from itertools import count
+from numbers import Integral
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from chexlib.data.population import REPEAT, Description, level_of, sample_patient, stream
+from chexlib.data.radiograph import render
+from chexlib.errors import ConfigError, DataError
+from chexlib.findings import ALIASES, FINDINGS, NO_FINDING
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # of the generator: raised whenever the same parameters give other pictures
+TEST_SHARE = 0.228  # images in the official test list: 25,596 of 112,120
+COLUMNS = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+    "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+)
+
+
+def phantom_images(
+    seed, *, size=128, difficulty="standard", min_prevalence=0.0
+) -> Iterator[tuple[np.ndarray, Description]]:
+    """Endless labelled radiographs, without files: yields (image uint8 (size, size), Description), patient by patient."""
+    for patient in count(1):
+        for d in sample_patient(seed, patient, difficulty=difficulty, min_prevalence=min_prevalence):
+            yield render(d, size=size, difficulty=difficulty)[0], d
+
+
+def write_phantom(
+    directory, *, n_images=2000, size=128, seed=0, difficulty="standard", min_prevalence=0.0, workers=None
+) -> Path:
+    """Write a synthetic data set in the layout of the NIH release.
+
+    Made in a temporary folder beside `directory` and renamed at the end, so an interrupt leaves nothing half made. The same
+    parameters give the same bytes, with any number of workers. A folder that already holds this phantom is left as it is.
+
+    Parameters
+    ----------
+    directory : path-like
+    n_images : int
+    size : int
+        Pixels per side, 32 to 1024.
+    seed : int
+        Not negative.
+    difficulty : {"easy", "standard", "hard"}
+    min_prevalence : float
+        Combinations of findings are re-weighted until each finding is expected in at least this fraction of the films.
+        0 keeps the prevalence of the NIH table (Hernia 0.2 %).
+    workers : int, optional
+        Processes that draw; default: the cores this process may use.
+
+    Returns
+    -------
+    Path
+        `directory`, with the table, the boxes of all signs shown, the two lists, the pictures and `phantom.json`.
+
+    Raises
+    ------
+    ConfigError
+        A parameter outside what is accepted.
+    DataError
+        `directory` holds something else.
+    """
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    for name, value, low, high in (
+        ("n_images", n_images, 1, 10**7),
+        ("size", size, 32, 1024),
+        ("seed", seed, 0, 2**63),
+        ("workers", workers, 1, 1024),
+    ):
+        if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
+            raise ConfigError(
+                f"{name}={value!r} is not a whole number from {low} to {high}. Choose one in that range."
+            )
+    if not 0 <= min_prevalence < 0.5:
+        raise ConfigError(
+            f"min_prevalence={min_prevalence!r} is not in [0, 0.5). 0 keeps the NIH prevalence."
+        )
+    level = level_of(difficulty)
+    parameters = {
+        "version": VERSION,
+        "n_images": n_images,
+        "size": size,
+        "seed": seed,
+        "difficulty": difficulty,
+    }
+    parameters |= {"min_prevalence": min_prevalence, "knobs": asdict(level)}
+    directory = Path(directory)
+    if _holds(directory, parameters):
+        return directory
+    films = _population(n_images, seed, difficulty, min_prevalence)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    draft = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    try:
+        pictures = draft / "images_001" / "images"
+        pictures.mkdir(parents=True)
+        boxes = _draw_all(films, pictures, size, difficulty, workers)
+        _write_tables(draft, films, boxes, parameters)
+        try:
+            draft.rename(directory)
+        except OSError:  # another process was faster
+            if not _holds(directory, parameters):
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    log.info("%d synthetic radiographs of %d px in %s", n_images, size, directory)
+    return directory
+
+
+def _holds(directory, parameters):
+    """Whether the folder is this very phantom; DataError if it holds anything else."""
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return False
+    try:
+        found = json.loads((directory / "phantom.json").read_text())["parameters"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+    if found == parameters:
+        return True
+    what = (
+        "something other than a phantom"
+        if found is None
+        else f"a phantom made with {found}, not {parameters}"
+    )
+    raise DataError(f"{directory} already holds {what}. Name another folder, or remove this one first.")
+
+
+def _population(n_images, seed, difficulty, min_prevalence):
+    films = []
+    for patient in count(1):
+        films += sample_patient(seed, patient, difficulty=difficulty, min_prevalence=min_prevalence)
+        if len(films) >= n_images:
+            return films[:n_images]
+
+
+def _draw(films, pictures, size, difficulty):
+    """Draw and write some films; returns their boxes. Runs in worker processes."""
+    found = []
+    for d in films:
+        image, boxes = render(d, size=size, difficulty=difficulty)
+        Image.fromarray(image).save(pictures / d.image, compress_level=1)
+        found += [(d.image, *box) for box in boxes]
+    return found
+
+
+def _draw_all(films, pictures, size, difficulty, workers):
+    """Boxes of all films, in the order of the films."""
+    parts = [films[i : i + 32] for i in range(0, len(films), 32)]
+    workers = min(workers, len(parts))
+    with tqdm(total=len(films), desc="phantom", unit="image", leave=False) as bar:
+        if workers == 1:
+            boxes = []
+            for part in parts:
+                boxes += _draw(part, pictures, size, difficulty)
+                bar.update(len(part))
+            return boxes
+        # Not fork: the caller may have TensorFlow or MPI threads running.
+        context = multiprocessing.get_context("spawn")
+        ignore = (signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
+        with ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore) as pool:
+            try:
+                jobs = [pool.submit(_draw, part, pictures, size, difficulty) for part in parts]
+                for job in as_completed(jobs):
+                    job.result()
+                    bar.update(jobs[job])
+                return [box for job in jobs for box in job.result()]
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+
+def _write_tables(folder, films, boxes, parameters):
+    size, spacing = parameters["size"], round(350 / parameters["size"], 4)  # mm: a film is about 35 cm wide
+    rows = [COLUMNS]
+    for d in films:
+        labels = "|".join(d.findings) or NO_FINDING
+        who = f"{d.follow_up},{d.patient},{d.age},{d.sex},{d.view}"
+        rows.append(f"{d.image},{labels},{who},{size},{size},{spacing},{spacing}")
+    old = {
+        name: alias for alias, name in ALIASES.items() if name == "Infiltration"
+    }  # as the release's box file spells it
+    frames = ["Image Index,Finding Label,Bbox [x,y,w,h],,,"]
+    for image, finding, *box in boxes:
+        frames.append(
+            f"{image},{old.get(finding, finding)}," + ",".join(f"{1024 * side:.4f}" for side in box) + ",,,"
+        )
+    patients = stream(parameters["seed"], 0, 6).permutation(films[-1].patient) + 1
+    films_of, test = Counter(d.patient for d in films), set()
+    room = round(TEST_SHARE * len(films))
+    for patient in patients.tolist():
+        if films_of[patient] <= room:
+            test.add(patient)
+            room -= films_of[patient]
+    for name, wanted in (("train_val_list.txt", False), ("test_list.txt", True)):
+        _write(folder / name, [d.image for d in films if (d.patient in test) == wanted])
+    _write(folder / "Data_Entry_2017_v2020.csv", rows)
+    _write(folder / "BBox_List_2017.csv", frames)
+    about = {
+        "what": "Synthetic chest radiographs, drawn by chexlib.data.phantom. No patient is shown; not for any clinical use.",
+        "parameters": parameters,
+        "repeat": REPEAT,
+        "signs_shown": {f: sum(f in d.shown for d in films) for f in FINDINGS},
+        "labelled": {f: sum(f in d.findings for d in films) for f in FINDINGS},
+    }
+    _write(folder / "phantom.json", [json.dumps(about, indent=2)])
+
+
+def _write(path, lines):
+    path.write_text("".join(f"{line}\n" for line in lines))

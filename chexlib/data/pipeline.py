@@ -1,0 +1,154 @@
+"""Files on disk -> batches: decode, area-resize, one shuffle an epoch divided among ranks, tf.data.
+
+The order of images is a pure function of (seed, epoch): every rank computes the same permutation and takes its own
+part of each global batch, so each image is seen once an epoch whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+
+from chexlib.data.nih import read_image
+from chexlib.errors import ConfigError
+
+
+class Share(NamedTuple):
+    """What one rank does in one step: image indices, their weights in the loss, and which are mirrored."""
+
+    indices: np.ndarray  # (k,) int64
+    weights: np.ndarray  # (k,) float32, 0 for the stand-in of a rank that has no image left
+    mirrored: np.ndarray  # (k,) bool
+
+
+def steps_per_epoch(n: int, *, global_batch: int) -> int:
+    """Number of steps in which `n` images are seen once, the last global batch being smaller."""
+    return -(-n // global_batch)
+
+
+def partition(
+    n: int, *, global_batch: int, epoch: int, seed: int, rank: int = 0, ranks: int = 1, mirror: bool = False
+) -> Iterator[Share]:
+    """Yield a rank's share of every step of an epoch.
+
+    All ranks take equally many steps. The union of their shares over an epoch is each of the `n` images exactly
+    once; the images of step s, and their mirroring, do not depend on the number of ranks. In the last step a rank
+    may hold fewer images than others, or one stand-in of weight 0.
+
+    Raises
+    ------
+    ConfigError
+        There are fewer images than ranks, or the global batch does not reach every rank.
+    """
+    if n < ranks:
+        raise ConfigError(f"{ranks} ranks cannot share {n} images. Use at most {n} engines, or more images.")
+    if global_batch < ranks:
+        raise ConfigError(f"a global batch of {global_batch} leaves some of {ranks} ranks without an image.")
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(n)
+    flips = generator.random(n) < 0.5 if mirror else np.zeros(n, bool)
+    for start in range(0, n, global_batch):
+        mine = np.array_split(order[start : start + global_batch], ranks)[rank]
+        weights = np.ones(len(mine), np.float32)
+        if len(mine) == 0:
+            mine, weights = order[:1], np.zeros(1, np.float32)
+        yield Share(mine, weights, flips[mine])
+
+
+def resize_area(image: np.ndarray, size: int) -> np.ndarray:
+    """Box-average (h, w) uint8 pixels to (size, size); each output pixel is the mean of the area it covers."""
+    from PIL import Image
+
+    if image.shape == (size, size):
+        return image
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BOX))
+
+
+class ImageStore:
+    """Radiographs as (size, size) uint8 pixels, decoded once and kept in memory where they fit.
+
+    Parameters
+    ----------
+    paths : sequence of str
+        Image files, in the order of the indices.
+    size : int
+        Side in pixels after area-resizing.
+    memory_fraction : float
+        Share of the free memory that the decoded images may take; beyond it every batch is decoded anew.
+    """
+
+    def __init__(self, paths: Sequence[str], *, size: int, memory_fraction: float = 0.2):
+        self.paths, self.size = list(paths), size
+        self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+        self._pixels = None
+        if len(self.paths) * size * size <= memory_fraction * psutil.virtual_memory().available:
+            self._pixels = self._decode(range(len(self.paths)))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def take(self, indices: Sequence[int]) -> np.ndarray:
+        """Pixels of `indices`, shape (k, size, size) uint8."""
+        return self._decode(indices) if self._pixels is None else self._pixels[np.asarray(indices)]
+
+    def _decode(self, indices) -> np.ndarray:
+        pixels = np.empty((len(indices), self.size, self.size), np.uint8)
+        read = self._pool.map(lambda i: resize_area(read_image(self.paths[i]), self.size), indices)
+        for row, image in enumerate(read):
+            pixels[row] = image
+        return pixels
+
+
+def training_batches(
+    store: ImageStore,
+    labels: np.ndarray,
+    *,
+    global_batch: int,
+    seed: int,
+    first_epoch: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+    mirror: bool = True,
+    max_steps: int = 0,
+):
+    """Endless tf.data of a rank's training batches, epoch after epoch.
+
+    Parameters
+    ----------
+    labels : (n, 14) float32
+    max_steps : int
+        Steps after which the next epoch's shuffle begins; 0 means when all images were seen.
+
+    Returns
+    -------
+    tf.data.Dataset
+        Of (pixels float32 (k, size, size, 1) in 0..255, labels float32 (k, 14), weights float32 (k,)).
+    """
+    import tensorflow as tf
+
+    shares = {"global_batch": global_batch, "seed": seed, "rank": rank, "ranks": ranks, "mirror": mirror}
+
+    def draw():
+        epoch = first_epoch
+        while True:
+            yield from itertools.islice(partition(len(store), epoch=epoch, **shares), max_steps or None)
+            epoch += 1
+
+    def load(indices, weights, mirrored):
+        pixels = tf.numpy_function(store.take, [indices], tf.uint8)
+        pixels = tf.ensure_shape(pixels, [None, store.size, store.size])
+        pixels = tf.where(mirrored[:, None, None], pixels[:, :, ::-1], pixels)
+        return tf.cast(pixels[..., None], tf.float32), tf.gather(table, indices), weights
+
+    table = tf.constant(labels, tf.float32)
+    signature = tuple(tf.TensorSpec([None], kind) for kind in (tf.int64, tf.float32, tf.bool))
+    batches = tf.data.Dataset.from_generator(draw, output_signature=signature)
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return batches.map(load, num_parallel_calls=2, deterministic=True).prefetch(2).with_options(options)

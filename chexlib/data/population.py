@@ -1,0 +1,130 @@
+"""Who is on the synthetic films: patients, views and findings, drawn after the table of the 112,120 NIH films.
+
+Each combination of findings is as frequent as there, given the view position, so prevalence and co-occurrence follow it too.
+"""
+
+import csv
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from chexlib.errors import ConfigError
+from chexlib.findings import FINDINGS, NO_FINDING
+
+REPEAT = 0.16  # probability that a follow-up has the findings of the film before (0.155 in the NIH table)
+# NIH patients with 1, 2, ... 20 films; the 1,099 with more (up to 184) are left out.
+FILMS = (17503, 4113, 2100, 1330, 938, 787, 608, 494, 387, 320, 281, 235, 165, 181, 121, 120, 91, 77, 77, 74)
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """How plain the signs are. Strength 1 is a textbook sign, 0.2 is hard to see even for one who knows."""
+
+    strength: float  # median strength of a sign
+    spread: float  # standard deviation of the logarithm of the strength
+    lookalikes: (
+        float  # strength of what mimics findings on normal films: haze, skin folds, nipples, heart size
+    )
+    noise: float  # standard deviation of the quantum noise, as a fraction of the grey scale
+    absent: float  # probability that a labelled finding shows no sign (an error of the label)
+    unlabelled: float  # signs without a label, as a fraction of the finding's prevalence
+
+
+DIFFICULTIES = {
+    "easy": Difficulty(strength=1.1, spread=0.25, lookalikes=0.4, noise=0.008, absent=0.0, unlabelled=0.0),
+    "standard": Difficulty(
+        strength=0.75, spread=0.5, lookalikes=1.0, noise=0.014, absent=0.06, unlabelled=0.04
+    ),
+    "hard": Difficulty(strength=0.5, spread=0.6, lookalikes=1.4, noise=0.022, absent=0.1, unlabelled=0.08),
+}
+
+
+@dataclass(frozen=True)
+class Description:
+    """All that decides a picture but its size and difficulty: `findings` are the labels, `shown` the signs drawn."""
+
+    seed: int
+    patient: int
+    follow_up: int
+    sex: str
+    age: int
+    view: str
+    findings: tuple[str, ...]
+    shown: tuple[str, ...]
+
+    @property
+    def image(self) -> str:
+        """File name of the picture."""
+        return f"{self.patient:08d}_{self.follow_up:03d}.png"
+
+
+def level_of(difficulty) -> Difficulty:
+    """The knobs behind a name; a Difficulty of one's own passes through."""
+    if isinstance(difficulty, Difficulty):
+        return difficulty
+    if difficulty not in DIFFICULTIES:
+        raise ConfigError(
+            f"difficulty={difficulty!r} is not one of {', '.join(DIFFICULTIES)}. Choose one of these."
+        )
+    return DIFFICULTIES[difficulty]
+
+
+def stream(seed, *key):
+    """A generator of its own for each purpose, so that leaving out one finding changes nothing else."""
+    return np.random.default_rng(np.random.SeedSequence((seed, *key)))
+
+
+@cache
+def _table(min_prevalence):
+    """NIH combinations: (labels, view) pairs, their cumulative probability, and the prevalence of each finding."""
+    with open(Path(__file__).with_name("nih_label_combinations.csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    pairs = [(tuple(r["Finding Labels"].split("|")), view) for view in ("PA", "AP") for r in rows]
+    weight = np.array([float(r[view]) for view in ("PA", "AP") for r in rows])
+    has = np.array([[f in labels for f in FINDINGS] for labels, _ in pairs])
+    weight /= weight.sum()
+    for _ in range(500):
+        low = weight @ has < min_prevalence
+        if not low.any():
+            break
+        for k in np.flatnonzero(low):
+            now = weight[has[:, k]].sum()
+            weight[has[:, k]] *= (min_prevalence + 1e-6) * (1 - now) / (now * (1 - min_prevalence))
+            weight /= weight.sum()
+    else:
+        raise ConfigError(
+            f"min_prevalence={min_prevalence}: the NIH combinations of findings cannot be re-weighted that far "
+            f"(reached {(weight @ has).min():.3f}). Use a smaller value."
+        )
+    pairs = [(tuple(f for f in labels if f != NO_FINDING), view) for labels, view in pairs]
+    return pairs, np.cumsum(weight), weight @ has
+
+
+def sample_patient(seed, patient, *, difficulty="standard", min_prevalence=0.0) -> list[Description]:
+    """All films of one patient, described and not yet drawn.
+
+    View and findings are drawn together from the NIH table; with probability 0.16 a follow-up repeats those of the film
+    before, which leaves the overall frequencies as they are. Patients have at most 20 films.
+    """
+    level = level_of(difficulty)
+    pairs, cumulative, prevalence = _table(float(min_prevalence))
+    rng = stream(seed, patient, 5)
+    films = 1 + int(np.searchsorted(np.cumsum(FILMS), rng.random() * sum(FILMS), side="right"))
+    sex = "M" if rng.random() < 0.58 else "F"
+    age, gap = float(np.clip(rng.normal(46.6, 16.6), 1, 95)), rng.exponential(0.4)
+    described, pair = [], None
+    for follow_up in range(films):
+        repeat, pick, flips = rng.random(), rng.random(), rng.random(len(FINDINGS))
+        if pair is None or repeat >= REPEAT:
+            pair = pairs[min(int(np.searchsorted(cumulative, pick, side="right")), len(pairs) - 1)]
+        labels, view = pair
+        limit = [
+            1 - level.absent if f in labels else level.unlabelled * prevalence[k]
+            for k, f in enumerate(FINDINGS)
+        ]
+        shown = tuple(f for f, flip, bound in zip(FINDINGS, flips, limit, strict=True) if flip < bound)
+        years = int(min(age + gap * follow_up, 95))
+        described.append(Description(seed, patient, follow_up, sex, years, view, labels, shown))
+    return described

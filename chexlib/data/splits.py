@@ -1,0 +1,250 @@
+"""Which radiograph trains, validates or tests: splits by patient, and the audit that finds a leak.
+
+A patient's radiographs (up to 184) resemble each other, so a network recognises in the test part whom it saw
+in training. The official split and ours keep a patient in one part; `audit` checks any split.
+"""
+
+import hashlib
+import html
+import itertools
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from chexlib.data.nih import NEXT_STEP, Radiographs, some
+from chexlib.errors import ConfigError, DataError
+from chexlib.findings import FINDINGS
+
+PARTS = ("train", "validation", "test")
+FRACTIONS = (0.7, 0.1, 0.2)  # CheXNet (Rajpurkar et al. 2017, section 2.2)
+LISTS = ("train_val_list.txt", "test_list.txt")  # the release has no validation part
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Split:
+    """`parts` has the image names of "train", "validation", "test"; `name` and `seed` tell how chosen."""
+
+    name: str
+    seed: int | None
+    parts: dict[str, tuple[str, ...]]
+
+    @property
+    def digest(self) -> str:
+        """12 hexadecimal digits that change when an image changes its part; order does not matter."""
+        return _digest(self.parts)
+
+    def images(self, part: str) -> tuple[str, ...]:
+        """Image names of one part."""
+        if part not in self.parts:
+            raise ConfigError(f"The split has no part {part!r}. Use one of {', '.join(self.parts)}.")
+        return self.parts[part]
+
+    def _repr_html_(self) -> str:
+        counts = pd.DataFrame({"images": {part: len(names) for part, names in self.parts.items()}})
+        counts["share"] = counts["images"] / counts["images"].sum()
+        rows = counts.to_html(border=0, float_format="{:.1%}".format)
+        return f"<p><b>{html.escape(self.name)} split</b>, seed {self.seed}, digest {self.digest}</p>{rows}"
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """What `audit` found.
+
+    Attributes
+    ----------
+    images, patients : dict, part to count
+    shared : DataFrame
+        One row per pair of parts: part_a, part_b, patients (in both), images_a, images_b (of those patients).
+    duplicates : tuple of image names that are listed more than once
+    prevalence, positives : DataFrame
+        Index FINDINGS, one column per part: fraction and count of images with the finding.
+    digest : str, as `Split.digest`
+    """
+
+    images: dict[str, int]
+    patients: dict[str, int]
+    shared: pd.DataFrame
+    duplicates: tuple[str, ...]
+    prevalence: pd.DataFrame
+    positives: pd.DataFrame
+    digest: str
+
+    @property
+    def leaks(self) -> bool:
+        """Whether two parts share a patient, or an image is listed twice."""
+        return bool(self.shared["patients"].any() or self.duplicates)
+
+    def __str__(self) -> str:
+        found = [
+            f"{a} and {b} share {n:,} patients ({n_a:,} of {self.images[a]:,} images in {a}, "
+            f"{n_b:,} of {self.images[b]:,} in {b})"
+            for a, b, n, n_a, n_b in self.shared[self.shared["patients"] > 0].itertuples(index=False)
+        ]
+        if self.duplicates:
+            found.append(f"{len(self.duplicates):,} images are listed repeatedly: {some(self.duplicates)}")
+        return "; ".join(found) or "no patient is in two parts, no image is listed twice"
+
+    def _repr_html_(self) -> str:
+        verdict = f"<p><b>{'LEAK' if self.leaks else 'No leak'}</b>: {html.escape(str(self))}</p>"
+        sizes = pd.DataFrame({"images": self.images, "patients": self.patients}).to_html(border=0)
+        return verdict + sizes + self.prevalence.to_html(border=0, float_format="{:.2%}".format)
+
+
+def official_split(radiographs: Radiographs, *, validation_fraction: float = 0.125, seed: int = 0) -> Split:
+    """The release's split: test_list.txt tests; train_val_list.txt is cut by patient, stratified.
+
+    Only present images are kept. DataError for a missing list, an image in both, or an empty part.
+    """
+    if not 0 < validation_fraction < 1:
+        raise ConfigError(f"validation_fraction={validation_fraction} is not between 0 and 1, as 0.125 is.")
+    training, testing = (read_list(radiographs.root / name) for name in LISTS)
+    if both := sorted(set(training) & set(testing)):
+        raise DataError(f"{' and '.join(LISTS)} share images: {some(both)}. Use the release's lists.")
+    table = radiographs.table
+    test = table.loc[table["image"].isin(testing), "image"]
+    rest = table[table["image"].isin(training)]
+    if unlisted := len(table) - len(test) - len(rest):
+        _log.warning("%d present images are in neither official list: left out", unlisted)
+    part = _by_patient(rest, (1 - validation_fraction, validation_fraction), seed)
+    parts = dict(zip(PARTS, (*(tuple(rest["image"][part == i]) for i in range(2)), tuple(test)), strict=True))
+    if empty := [name for name in PARTS if not parts[name]]:
+        none = f"the {len(table):,} images present in {radiographs.root}, none is in {' and '.join(empty)}"
+        raise DataError(f"Official split: of {none}. Use `patient_split(radiographs)`, or download more.")
+    return Split("official", seed, parts)
+
+
+def patient_split(radiographs: Radiographs, *, fractions: Sequence = FRACTIONS, seed: int = 0) -> Split:
+    """Split by patient, each part with its fraction of the images and of every finding's positives.
+
+    `fractions` of train, validation, test: positive, summing to 1. DataError with fewer than 3 patients.
+    """
+    _check(radiographs, fractions, radiographs.table["patient"].nunique(), "patients")
+    part, names = _by_patient(radiographs.table, fractions, seed), radiographs.table["image"]
+    return Split("patient", seed, {name: tuple(names[part == i]) for i, name in enumerate(PARTS)})
+
+
+def image_split(radiographs: Radiographs, *, fractions: Sequence = FRACTIONS, seed: int = 0) -> Split:
+    """Split by image, which leaks patients: to show what `audit` catches, not to train on."""
+    n, names = len(radiographs), radiographs.table["image"]
+    _check(radiographs, fractions, n, "images")
+    first, second = np.clip(np.rint(np.cumsum(fractions[:2]) * n).astype(int), (1, 2), (n - 2, n - 1))
+    cut = np.split(np.random.default_rng(seed).permutation(n), [first, max(first + 1, second)])
+    parts = {name: tuple(names.iloc[np.sort(rows)]) for name, rows in zip(PARTS, cut, strict=True)}
+    return Split("image", seed, parts)
+
+
+def make_split(radiographs: Radiographs, *, kind: str = "auto", seed: int = 0) -> Split:
+    """A split by its kind: "official", "patient", "image" or "auto".
+
+    "auto" is official if no part is then empty and at least 2 findings of the test part have both positives
+    and negatives; else patient.
+    """
+    makers = {"official": official_split, "patient": patient_split, "image": image_split}
+    if kind in makers:
+        return makers[kind](radiographs, seed=seed)
+    if kind != "auto":
+        raise ConfigError(f"There is no split of kind {kind!r}. Use one of auto, {', '.join(makers)}.")
+    try:
+        split = official_split(radiographs, seed=seed)
+        share = radiographs.select(split.images("test")).labels.mean(axis=0)
+        if ((share > 0) & (share < 1)).sum() >= 2:
+            return split
+        reason = "fewer than 2 findings have both positives and negatives in its test part"
+    except DataError as error:
+        reason = str(error)
+    _log.info("splitting by patient, not officially: %s", reason)
+    return patient_split(radiographs, seed=seed)
+
+
+def audit(parts: Split | Mapping[str, Iterable[str]], radiographs: Radiographs, *, allow_leak=False) -> Audit:
+    """Count the patients that are in two parts, by the CSV's patient numbers; images need not be present.
+
+    Raises
+    ------
+    DataError
+        A leak, with its numbers (`allow_leak` logs it instead); a name not in the CSV; an empty part.
+    """
+    given = parts.parts if isinstance(parts, Split) else parts
+    parts = {name: tuple(images) for name, images in given.items()}
+    if not parts or not all(parts.values()):
+        raise DataError(f"No part may be empty: { {p: len(i) for p, i in parts.items()} }. Add image names.")
+    listed = radiographs.listed
+    every = pd.Series([image for images in parts.values() for image in images], dtype=object)
+    if len(unknown := every[~every.isin(listed["image"])].unique()):
+        raise DataError(
+            f"Not in the CSV of {radiographs.root}: {some(unknown)}. Give names of its first column."
+        )
+    by_name = listed.set_index("image")
+    rows = {name: by_name.loc[list(images)] for name, images in parts.items()}
+    patients, pairs = {name: part["patient"].to_numpy() for name, part in rows.items()}, []
+    for a, b in itertools.combinations(parts, 2):
+        both = np.intersect1d(patients[a], patients[b])
+        pairs.append((a, b, len(both), np.isin(patients[a], both).sum(), np.isin(patients[b], both).sum()))
+    result = Audit(
+        images={name: len(images) for name, images in parts.items()},
+        patients={name: len(np.unique(ids)) for name, ids in patients.items()},
+        shared=pd.DataFrame(pairs, columns=["part_a", "part_b", "patients", "images_a", "images_b"]),
+        duplicates=tuple(sorted(every[every.duplicated()].unique())),
+        prevalence=pd.DataFrame({name: part[list(FINDINGS)].mean() for name, part in rows.items()}),
+        positives=pd.DataFrame({name: part[list(FINDINGS)].sum() for name, part in rows.items()}),
+        digest=_digest(parts),
+    )
+    if result.leaks and not allow_leak:
+        step = "Split by patient (`patient_split(radiographs)`), or go on all the same with `allow_leak=True`"
+        raise DataError(f"The split leaks: {result}. Scores on it would be too good. {step}.")
+    if result.leaks:
+        _log.warning("going on with a split that leaks: %s", result)
+    return result
+
+
+def read_list(path: str | Path) -> tuple[str, ...]:
+    """Image names of a text file, one a line; blank lines are ignored. DataError if it cannot be read."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The image list {path} cannot be read: {error}. Give one name a line.") from error
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def _by_patient(table: pd.DataFrame, fractions: Sequence[float], seed: int) -> np.ndarray:
+    """Part of every row, by iterative stratification (Sechidis et al. 2011, algorithm 1) of patients.
+
+    A patient counts with the images per finding and in all. The finding with the fewest images left goes
+    first; each of its patients, in random order, goes to the part that lacks most of it, then most images.
+    """
+    ids, row = np.unique(table["patient"], return_inverse=True)
+    counts = np.zeros((len(ids), len(FINDINGS) + 1))
+    np.add.at(counts, row, np.column_stack([table[list(FINDINGS)], np.ones(len(table))]))
+    lack = np.outer(fractions, counts.sum(axis=0))
+    part, free = np.full(len(ids), -1), np.random.default_rng(seed).permutation(len(ids))
+    while len(free):
+        left = counts[free, :-1].sum(axis=0)
+        label = np.argmin(np.where(left > 0, left, np.inf)) if left.any() else -1
+        for patient in free[counts[free, label] > 0]:
+            part[patient] = np.lexsort((lack[:, -1], lack[:, label]))[-1]
+            lack[part[patient]] -= counts[patient]
+        free = free[part[free] < 0]
+    for empty in sorted(set(range(len(fractions))) - set(part)) if len(ids) >= len(fractions) else ():
+        crowded = np.flatnonzero(part == np.bincount(part).argmax())
+        part[crowded[counts[crowded, -1].argmin()]] = empty
+    return part[row]
+
+
+def _check(radiographs: Radiographs, fractions: Sequence[float], n: int, unit: str) -> None:
+    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise ConfigError(
+            f"fractions={fractions} are not three positive numbers with sum 1, like {FRACTIONS}."
+        )
+    if n < 3:
+        raise DataError(f"A split needs at least 3 {unit}; {radiographs.root} has {n}. {NEXT_STEP}")
+
+
+def _digest(parts: Mapping[str, Iterable[str]]) -> str:
+    text = json.dumps({name: sorted(images) for name, images in parts.items()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,90 @@
+"""One training, described before it is run: frozen, validated when made, JSON in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from chexlib.errors import ConfigError
+from chexlib.models.topologies import TOPOLOGIES
+
+SPLITS = ("auto", "official", "patient", "image")
+OPTIMIZERS = ("adam", "sgd")
+PRECISIONS = ("float32", "mixed_bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of `fit`. The defaults are CheXNet's recipe (Rajpurkar et al. 2017, section 3.1)."""
+
+    data_dir: str  # folder in the NIH layout
+    run_dir: str  # where model, history and predictions go
+    topology: str = "densenet121"
+    size: int = 224  # side of the input in pixels
+    weights: str | None = None  # None, "imagenet", or a file
+    batch_size: int = 16  # images a rank a step; the global batch is ranks x batch_size
+    epochs: int = 10
+    max_steps: int = 0  # steps an epoch at most; 0 means every image once
+    optimizer: str = "adam"
+    learning_rate: float = 1e-3
+    plateau_factor: float = 0.1  # the rate is multiplied by this when validation stops improving
+    plateau_patience: int = 1  # epochs without improvement before that
+    mirror: bool = True  # random horizontal flip
+    precision: str = "float32"
+    split: str = "auto"
+    allow_leak: bool = False  # go on although patients are shared between parts
+    shuffle_labels: bool = False  # control: training labels dealt anew, so that there is nothing to learn
+    max_images: int = 0  # use about so many images, whole patients; 0 means all
+    skip_broken: bool = False  # leave out images that cannot be decoded
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, accepted in (
+            ("topology", TOPOLOGIES),
+            ("split", SPLITS),
+            ("optimizer", OPTIMIZERS),
+            ("precision", PRECISIONS),
+        ):
+            if (value := getattr(self, name)) not in accepted:
+                raise ConfigError(f"{name}={value!r} is not known. Use one of {', '.join(accepted)}.")
+        for name, least in (
+            ("size", 32),
+            ("batch_size", 1),
+            ("epochs", 1),
+            ("max_steps", 0),
+            ("max_images", 0),
+            ("plateau_patience", 0),
+            ("seed", 0),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{name}={value!r} is not accepted. Use a whole number of {least} or more.")
+        if not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate={self.learning_rate!r} is not accepted. Use a number above 0.")
+        if not 0 < self.plateau_factor <= 1:
+            raise ConfigError(f"plateau_factor={self.plateau_factor!r} is not accepted. Use 0 < factor <= 1.")
+        # Engines may start in another folder than the notebook.
+        for name in ("data_dir", "run_dir"):
+            object.__setattr__(self, name, str(Path(getattr(self, name)).absolute()))
+        if self.weights not in (None, "", "imagenet"):
+            object.__setattr__(self, "weights", str(Path(self.weights).absolute()))
+        elif not self.weights:
+            object.__setattr__(self, "weights", None)
+
+    def replace(self, **changes) -> TrainConfig:
+        """A copy with `changes`, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> TrainConfig:
+        """Make a config from plain values; a name that is no setting is an error."""
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            accepted = ", ".join(field.name for field in dataclasses.fields(cls))
+            raise ConfigError(f"unknown settings {', '.join(unknown)}. Accepted: {accepted}.")
+        return cls(**values)

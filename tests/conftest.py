@@ -1,0 +1,65 @@
+"""Data folders that several test files share."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+# (patient, finding labels of each of its follow-ups)
+TINY_PATIENTS = [
+    (1, ["Cardiomegaly", "Cardiomegaly|Emphysema", "Cardiomegaly|Effusion"]),
+    (2, ["No Finding"]),
+    (3, ["Hernia", "Hernia", "Infiltration|Hernia", "No Finding"]),
+    (4, ["Mass|Nodule", "No Finding"]),
+    (5, ["No Finding", "Infiltration", "Infiltration"]),
+    (6, ["Effusion", "Atelectasis|Effusion"]),
+    (7, ["No Finding"]),
+    (8, ["Pleural_Thickening", "Atelectasis", "Edema"]),
+    (9, ["Pneumothorax", "Fibrosis", "No Finding"]),
+    (10, ["Pneumonia|Consolidation", "No Finding"]),
+]
+TINY_TEST_PATIENTS = (3, 6, 8)
+
+
+@pytest.fixture
+def tiny_nih(tmp_path):
+    """A function that writes 24 images of 10 patients in the NIH layout and returns the folder."""
+
+    def write(
+        name: str = "tiny", *, edition: str = "v2020", side: int = 32, images: str = "images_001/images"
+    ) -> Path:
+        root = tmp_path / name
+        (root / images).mkdir(parents=True)
+        old, rng = edition == "2017", np.random.default_rng(0)
+        lists = {"train_val_list.txt": [], "test_list.txt": []}
+        rows = []
+        for patient, follow_ups in TINY_PATIENTS:
+            for follow_up, labels in enumerate(follow_ups):
+                image = f"{patient:08d}_{follow_up:03d}.png"
+                age, sex = 40 + patient + follow_up, "MF"[patient % 2]
+                cells = [image, labels, follow_up, patient, f"{age:03d}Y" if old else age, sex]
+                cells += ["AP" if follow_up % 2 else "PA", 2682, 2749, 0.143, 0.143, *([""] if old else [])]
+                rows.append(",".join(map(str, cells)))
+                lists["test_list.txt" if patient in TINY_TEST_PATIENTS else "train_val_list.txt"].append(
+                    image
+                )
+                Image.fromarray(rng.integers(0, 256, (side, side), np.uint8)).save(root / images / image)
+        header = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+        header += "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]" + ("," if old else "")
+        csv = "Data_Entry_2017.csv" if old else "Data_Entry_2017_v2020.csv"
+        (root / csv).write_text("\n".join([header, *rows]) + "\n")
+        boxes = ["Image Index,Finding Label,Bbox [x,y,w,h]" + (",,," if old else "")]
+        boxes += [
+            row + (",,," if old else "")
+            for row in (
+                "00000005_001.png,Infiltrate,256,512,128,64",
+                "00000001_000.png,Cardiomegaly,102.4,0,512,1024",
+            )
+        ]
+        (root / "BBox_List_2017.csv").write_text("\n".join(boxes))
+        for file, names in lists.items():
+            (root / file).write_text("\n".join(names) + "\n")
+        return root
+
+    return write
