@@ -107,17 +107,19 @@ def load_radiographs(data_dir: str | Path, *, max_images=0, seed=0, require_imag
     if len(editions) > 1:
         _log.info("%s has both editions of the label file: reading %s", root, editions[0].name)
     listed, files = _read_entries(editions[0]), _image_files(root)
-    table = listed[listed["image"].isin(files.keys())].sort_values("image", ignore_index=True)
-    table.insert(1, "path", table["image"].map(files).astype(listed["image"].dtype))
+    table = listed.copy()
+    table.insert(1, "path", table["image"].map(files).astype(table["image"].dtype))
+    table = table[table["path"].notna()].sort_values("image", ignore_index=True)
     if table.empty and require_images:
         found = (
             f"None of the {len(listed):,} images of {editions[0].name} is among the {len(files)} PNGs under"
         )
         raise DataError(f"{found} {root / 'images*'}. Put them in images_001/images, say. {NEXT_STEP}")
     _log.info("%s: %d of %d images present", root, len(table), len(listed))
-    if strangers := sorted(files.keys() - set(table["image"])):
+    present = set(table["image"])
+    if strangers := sorted(files.keys() - present):
         _log.warning("%d images have no row in %s: %s", len(strangers), editions[0].name, some(strangers))
-    radiographs = Radiographs(root, table, listed, _read_boxes(root / "BBox_List_2017.csv", table["image"]))
+    radiographs = Radiographs(root, table, listed, _read_boxes(root / "BBox_List_2017.csv", present))
     if 0 < max_images < len(table):
         patients, row = np.unique(table["patient"], return_inverse=True)
         place = np.random.default_rng(seed).permutation(len(patients))[row]
@@ -193,14 +195,21 @@ def _read_entries(path: Path) -> pd.DataFrame:
         )
     for column in ("patient", "follow_up"):
         entries[column] = _numbers(entries[column], f"{path}, {column}", whole=True).astype(int)
-    ages = entries["age"].str.strip().str.extract(r"^(\d+(?:\.\d+)?)\s*([YMD]?)$", flags=re.IGNORECASE)
-    years = ages[0].astype(float) / ages[1].str.upper().map({"": 1, "Y": 1, "M": 12, "D": 365.25})
-    years = years.where(years <= OLDEST).astype(float)  # 58 and 058Y are years, 010M months, 005D days
+    years = (
+        entries["age"].map({text: _years(text) for text in entries["age"].dropna().unique()}).astype(float)
+    )
     if len(lost := entries.loc[years.isna() & entries["age"].notna(), "age"]):
         _log.warning("%s: %d impossible ages set to unknown: %s", path, len(lost), some(lost.unique()))
     labels = pd.DataFrame(_label_matrix(entries["labels"], path), columns=list(FINDINGS))
     columns = ["image", "patient", "follow_up", "age", "sex", "view"]
     return pd.concat([entries.assign(age=years)[columns], labels], axis=1)
+
+
+def _years(age: str) -> float:
+    """58 and 058Y are years, 010M months, 005D days; NaN for any other text and for impossible ages."""
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([YMD]?)", age.strip().upper())
+    years = float(parts[1]) / {"": 1, "Y": 1, "M": 12, "D": 365.25}[parts[2]] if parts else np.nan
+    return years if years <= OLDEST else np.nan
 
 
 def _numbers(column: pd.Series, where: str, *, whole: bool = False) -> pd.Series:
@@ -221,7 +230,7 @@ def _label_matrix(labels: pd.Series, path: Path) -> np.ndarray:
     return np.array([[finding in row for finding in FINDINGS] for row in names], np.int8)[codes]
 
 
-def _read_boxes(path: Path, present: pd.Series) -> pd.DataFrame:
+def _read_boxes(path: Path, present: set[str]) -> pd.DataFrame:
     """Boxes of present images. The header is skipped, as its last name holds commas; columns may be empty."""
     boxes = pd.DataFrame(columns=BOX_COLUMNS, dtype=str)
     if path.is_file():
@@ -231,7 +240,7 @@ def _read_boxes(path: Path, present: pd.Series) -> pd.DataFrame:
     boxes["finding"] = boxes["finding"].str.strip().replace(ALIASES)
     if len(unknown := boxes.loc[~boxes["finding"].isin(FINDINGS), "finding"].unique()):
         raise DataError(f"{path} has unknown findings: {some(unknown)}. Accepted: {', '.join(FINDINGS)}.")
-    return boxes[boxes["image"].isin(present)].reset_index(drop=True)
+    return boxes[[image in present for image in boxes["image"]]].reset_index(drop=True)
 
 
 def _image_files(root: Path) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Synthetic frontal chest radiographs in the layout of the NIH release, so that everything runs with no data.
 
-Who is on the films is sampled after the NIH table (`population.py`). Pictures are drawn (`thorax.py`, `signs.py`), not
-learnt: they show no person, and say nothing about one.
+Who is on the films is sampled after the NIH table (`population.py`). Pictures are drawn (`radiograph.py`,
+from `thorax.py` and `signs.py`), not learnt: they show no person, and say nothing about one.
 """
 
 import json
@@ -15,17 +15,18 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from itertools import count
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from chexlib.data.population import REPEAT, Description, level_of, sample_patient, stream
+from chexlib.data.population import REPEAT, Description, Difficulty, level_of, sample_patient, stream
 from chexlib.data.radiograph import render
 from chexlib.errors import ConfigError, DataError
-from chexlib.findings import ALIASES, FINDINGS, NO_FINDING
+from chexlib.findings import FINDINGS, NO_FINDING
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ COLUMNS = (
 def phantom_images(
     seed, *, size=128, difficulty="standard", min_prevalence=0.0
 ) -> Iterator[tuple[np.ndarray, Description]]:
-    """Endless labelled radiographs, without files: yields (image uint8 (size, size), Description), patient by patient."""
+    """Endless labelled radiographs, without files: yields (uint8 (size, size), Description)."""
     for patient in count(1):
         for d in sample_patient(seed, patient, difficulty=difficulty, min_prevalence=min_prevalence):
             yield render(d, size=size, difficulty=difficulty)[0], d
@@ -51,8 +52,9 @@ def write_phantom(
 ) -> Path:
     """Write a synthetic data set in the layout of the NIH release.
 
-    Made in a temporary folder beside `directory` and renamed at the end, so an interrupt leaves nothing half made. The same
-    parameters give the same bytes, with any number of workers. A folder that already holds this phantom is left as it is.
+    Made in a temporary folder beside `directory` and renamed at the end: an interrupt leaves nothing behind.
+    The same parameters give the same bytes, with any number of workers. A folder that already holds this
+    phantom is left as it is. A script that calls this needs an `if __name__ == "__main__":` guard.
 
     Parameters
     ----------
@@ -64,15 +66,15 @@ def write_phantom(
         Not negative.
     difficulty : {"easy", "standard", "hard"}
     min_prevalence : float
-        Combinations of findings are re-weighted until each finding is expected in at least this fraction of the films.
-        0 keeps the prevalence of the NIH table (Hernia 0.2 %).
+        Combinations of findings are re-weighted until each finding is expected in at least this fraction of
+        the films, below 0.5. 0 keeps the prevalence of the NIH table (Hernia 0.2 %).
     workers : int, optional
         Processes that draw; default: the cores this process may use.
 
     Returns
     -------
     Path
-        `directory`, with the table, the boxes of all signs shown, the two lists, the pictures and `phantom.json`.
+        `directory`, with the table, boxes of the labelled signs, two lists, pictures and `phantom.json`.
 
     Raises
     ------
@@ -90,27 +92,23 @@ def write_phantom(
     ):
         if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
             raise ConfigError(
-                f"{name}={value!r} is not a whole number from {low} to {high}. Choose one in that range."
+                f"{name}={value!r} is not a whole number from {low} to {high}. Choose one of these."
             )
-    if not 0 <= min_prevalence < 0.5:
+    if not isinstance(min_prevalence, Real) or not 0 <= min_prevalence < 0.5:
         raise ConfigError(
-            f"min_prevalence={min_prevalence!r} is not in [0, 0.5). 0 keeps the NIH prevalence."
+            f"min_prevalence={min_prevalence!r} is not a number from 0 to below 0.5. 0 is as in NIH."
         )
     level = level_of(difficulty)
-    parameters = {
-        "version": VERSION,
-        "n_images": n_images,
-        "size": size,
-        "seed": seed,
-        "difficulty": difficulty,
-    }
-    parameters |= {"min_prevalence": min_prevalence, "knobs": asdict(level)}
+    parameters = {"version": VERSION, "n_images": int(n_images), "size": int(size), "seed": int(seed)}
+    parameters |= {"min_prevalence": float(min_prevalence), "difficulty": difficulty, "knobs": asdict(level)}
+    if isinstance(difficulty, Difficulty):
+        parameters["difficulty"] = "custom"
     directory = Path(directory)
     if _holds(directory, parameters):
         return directory
     films = _population(n_images, seed, difficulty, min_prevalence)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    draft = directory.with_name(f".{directory.name}.{uuid4().hex[:8]}.partial")
     try:
         pictures = draft / "images_001" / "images"
         pictures.mkdir(parents=True)
@@ -167,7 +165,7 @@ def _draw_all(films, pictures, size, difficulty, workers):
     """Boxes of all films, in the order of the films."""
     parts = [films[i : i + 32] for i in range(0, len(films), 32)]
     workers = min(workers, len(parts))
-    with tqdm(total=len(films), desc="phantom", unit="image", leave=False) as bar:
+    with tqdm(total=len(films), desc="phantom", unit="image", leave=False, mininterval=1) as bar:
         if workers == 1:
             boxes = []
             for part in parts:
@@ -179,7 +177,7 @@ def _draw_all(films, pictures, size, difficulty, workers):
         ignore = (signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
         with ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore) as pool:
             try:
-                jobs = [pool.submit(_draw, part, pictures, size, difficulty) for part in parts]
+                jobs = {pool.submit(_draw, part, pictures, size, difficulty): len(part) for part in parts}
                 for job in as_completed(jobs):
                     job.result()
                     bar.update(jobs[job])
@@ -196,14 +194,12 @@ def _write_tables(folder, films, boxes, parameters):
         labels = "|".join(d.findings) or NO_FINDING
         who = f"{d.follow_up},{d.patient},{d.age},{d.sex},{d.view}"
         rows.append(f"{d.image},{labels},{who},{size},{size},{spacing},{spacing}")
-    old = {
-        name: alias for alias, name in ALIASES.items() if name == "Infiltration"
-    }  # as the release's box file spells it
+    # The release's box file says `Infiltrate`, and its header names three columns that hold nothing.
+    spelling = {"Infiltration": "Infiltrate"}
     frames = ["Image Index,Finding Label,Bbox [x,y,w,h],,,"]
     for image, finding, *box in boxes:
-        frames.append(
-            f"{image},{old.get(finding, finding)}," + ",".join(f"{1024 * side:.4f}" for side in box) + ",,,"
-        )
+        corner = ",".join(f"{1024 * side:.4f}" for side in box)
+        frames.append(f"{image},{spelling.get(finding, finding)},{corner},,,")
     patients = stream(parameters["seed"], 0, 6).permutation(films[-1].patient) + 1
     films_of, test = Counter(d.patient for d in films), set()
     room = round(TEST_SHARE * len(films))
@@ -216,7 +212,7 @@ def _write_tables(folder, films, boxes, parameters):
     _write(folder / "Data_Entry_2017_v2020.csv", rows)
     _write(folder / "BBox_List_2017.csv", frames)
     about = {
-        "what": "Synthetic chest radiographs, drawn by chexlib.data.phantom. No patient is shown; not for any clinical use.",
+        "what": "Synthetic chest radiographs drawn by chexlib: they show no person. Not for clinical use.",
         "parameters": parameters,
         "repeat": REPEAT,
         "signs_shown": {f: sum(f in d.shown for d in films) for f in FINDINGS},

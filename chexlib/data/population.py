@@ -1,6 +1,7 @@
-"""Who is on the synthetic films: patients, views and findings, drawn after the table of the 112,120 NIH films.
+"""Who is on the synthetic films: patients, views, findings, drawn after the table of the 112,120 NIH films.
 
-Each combination of findings is as frequent as there, given the view position, so prevalence and co-occurrence follow it too.
+Each combination of findings is as frequent as there, given the view position, so prevalence and co-occurrence
+are those of the table (`nih_label_combinations.csv`: films per combination, in all and by view).
 """
 
 import csv
@@ -43,7 +44,7 @@ DIFFICULTIES = {
 
 @dataclass(frozen=True)
 class Description:
-    """All that decides a picture but its size and difficulty: `findings` are the labels, `shown` the signs drawn."""
+    """All that decides a picture but size and difficulty. `findings` are labels, `shown` the signs drawn."""
 
     seed: int
     patient: int
@@ -78,7 +79,7 @@ def stream(seed, *key):
 
 @cache
 def _table(min_prevalence):
-    """NIH combinations: (labels, view) pairs, their cumulative probability, and the prevalence of each finding."""
+    """(findings, view) pairs of the NIH table, their cumulative probability, each finding's prevalence."""
     with open(Path(__file__).with_name("nih_label_combinations.csv"), newline="") as file:
         rows = list(csv.DictReader(file))
     pairs = [(tuple(r["Finding Labels"].split("|")), view) for view in ("PA", "AP") for r in rows]
@@ -95,7 +96,7 @@ def _table(min_prevalence):
             weight /= weight.sum()
     else:
         raise ConfigError(
-            f"min_prevalence={min_prevalence}: the NIH combinations of findings cannot be re-weighted that far "
+            f"min_prevalence={min_prevalence}: the NIH combinations cannot be re-weighted that far "
             f"(reached {(weight @ has).min():.3f}). Use a smaller value."
         )
     pairs = [(tuple(f for f in labels if f != NO_FINDING), view) for labels, view in pairs]
@@ -105,8 +106,8 @@ def _table(min_prevalence):
 def sample_patient(seed, patient, *, difficulty="standard", min_prevalence=0.0) -> list[Description]:
     """All films of one patient, described and not yet drawn.
 
-    View and findings are drawn together from the NIH table; with probability 0.16 a follow-up repeats those of the film
-    before, which leaves the overall frequencies as they are. Patients have at most 20 films.
+    View and findings are drawn together from the NIH table; with probability 0.16 a follow-up repeats those
+    of the film before, which leaves the overall frequencies as they are. Patients have at most 20 films.
     """
     level = level_of(difficulty)
     pairs, cumulative, prevalence = _table(float(min_prevalence))

@@ -1,4 +1,4 @@
-"""Draws one synthetic chest radiograph from its description: a pure function, the same everywhere for the same seed."""
+"""Draws one synthetic chest radiograph from its description: a pure function, the same for the same seed."""
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
@@ -76,7 +76,7 @@ def _develop(grey, shape, rng, noise):
 
 
 def _lookalikes(f, rng, amount):
-    """What a normal film has too: haze, nipples, skin folds, a blunted angle, leads and tubes (mostly AP), a marker."""
+    """What normal films show too: haze, nipples, skin folds, a blunted angle, leads and lines (mostly AP)."""
     g, odds = f.g, rng.random(7)
     side = signs.side_of(rng)
     x, y = signs.spot(f, side, rng.uniform(0.3, 0.95), rng.uniform(0.1, 0.8))

@@ -1,7 +1,8 @@
-"""Draws the signs of the 14 findings on a synthetic chest film, each in its usual place, and says where they are.
+"""Draws the signs of the 14 findings on a synthetic chest film, each in its usual place, and says where.
 
-A sign takes the film, a generator of its own (for where it lies; the same at every follow-up of a patient) and a strength
-(1 is a textbook sign, 0.2 barely there). It returns its region, float32 (size, size), from which the box is measured.
+A sign takes the film, a generator of its own (for where it lies: the same at every follow-up of a patient)
+and a strength (1 is a textbook sign, 0.2 barely there). It returns its regions, float32 (size, size), from
+which the boxes are measured.
 """
 
 import numpy as np
@@ -85,7 +86,7 @@ def infiltration(f, rng, s):
 
 
 def _round(f, x, y, radius, rng, lobes):
-    angle = np.arctan2(f.v - y, f.u - x)
+    angle = np.arctan2(f.v - np.float32(y), f.u - np.float32(x))
     wobble = (
         1
         + lobes * np.sin(3 * angle + rng.uniform(0, 6))
@@ -97,7 +98,7 @@ def _round(f, x, y, radius, rng, lobes):
 def mass(f, rng, s):
     x, y = spot(f, side_of(rng), rng.uniform(0.2, 0.85), rng.uniform(0.2, 0.75))
     body = soft(1 - _round(f, x, y, rng.uniform(0.05, 0.085), rng, 0.07), 0.22)
-    return [f.fill(np.clip(0.25 + 0.6 * s, 0, 0.95) * body)]
+    return [f.fill(min(0.25 + 0.6 * s, 0.95) * body)]
 
 
 def nodule(f, rng, s):
@@ -106,7 +107,7 @@ def nodule(f, rng, s):
         x, y = spot(f, side_of(rng), rng.uniform(0.2, 0.9), rng.uniform(0.2, 0.8))
         ball = soft(1 - _round(f, x, y, rng.uniform(0.024, 0.038), rng, 0.03), 0.3)
         f.extra += 0.05 * s * ball * f.lung
-        regions.append(f.fill(np.clip(0.15 + 0.65 * s, 0, 0.95) * ball))
+        regions.append(f.fill(min(0.15 + 0.65 * s, 0.95) * ball))
     return regions
 
 

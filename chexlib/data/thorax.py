@@ -1,8 +1,9 @@
 """Draws the normal anatomy of a synthetic frontal chest radiograph.
 
-Coordinates are the patient's: u runs across the film from the midline (positive on the right of the picture, the patient's
-left), v runs down it, both in units of the picture's side. Lung is air: a finding that fills it (`Film.fill`) takes away air,
-and with it vessels and borders, as in a real film (the silhouette sign). Nothing here is learnt from, or copied out of, radiographs.
+Coordinates are the patient's: u runs across the film from the midline (positive on the right of the picture,
+the patient's left), v runs down it, both in units of the picture's side. Lung is air: a finding that fills it
+(`Film.fill`) takes away air, and with it vessels and borders, as on a real film (the silhouette sign).
+Dimensions and contrasts are set by eye; no radiograph is part of a picture.
 """
 
 from functools import cache
@@ -31,7 +32,7 @@ def cloud(rng, size, cells):
 
 
 def anatomy(d, rng):
-    """Shape of one patient: the same for every film of hers or his. Lengths are fractions of the picture's side."""
+    """Shape of one patient, the same for every film. Lengths are fractions of the picture's side."""
     n = np.clip(rng.standard_normal(12), -2.2, 2.2)
     male, old = d.sex == "M", (d.age - 46) / 17
     dome = 0.665 + 0.022 * n[1]
@@ -50,7 +51,7 @@ def anatomy(d, rng):
         bend=0.05 * n[11],
         markings=1 + 0.12 * old,
         stomach=rng.random() < 0.6,
-        bubble=(rng.uniform(0.03, 0.08), rng.uniform(0.02, 0.035)),  # half axes of the stomach bubble
+        bubble=(rng.uniform(0.045, 0.08), rng.uniform(0.02, 0.035)),  # half axes of the stomach bubble
         calcified=d.age > 62 and rng.random() < 0.5,
         depth=0.37,  # how much darker air is than soft tissue
     )
@@ -68,7 +69,7 @@ def posture(g, d, rng, variation):
 
 
 def edges(g, v, inset=0.0):
-    """Lateral and medial border of the lung at height v; `inset` shrinks the lung away from the chest wall."""
+    """Lateral and medial border of the lung at height v; `inset` shrinks it away from the chest wall."""
     top = g.top + 1.5 * inset
     q = np.clip((v - top) / 0.45, 0, 1)
     m = np.clip((v - top) / 0.13, 0, 1)
@@ -79,7 +80,7 @@ def edges(g, v, inset=0.0):
 
 
 class Film:
-    """The film while it is exposed: coordinate grids, lung and heart, and what lies in them (float32 arrays, size x size)."""
+    """The film while it is drawn: grids, lung, heart and what lies in them, float32 (size, size)."""
 
     def __init__(self, g, size):
         for name, value in vars(g).items():  # NumPy's own float64 scalars would make every array float64
@@ -128,7 +129,7 @@ class Film:
         return opacity * self.lung
 
     def strokes(self, paths, widths, values):
-        """Tapering lines, float32 0..1. `paths` (n, points, 2) in (u, v), widths (n, points - 1) in side lengths, values (n,)."""
+        """Tapering lines, 0..1: paths (n, points, 2) in (u, v), widths (n, points - 1), values (n,)."""
         g, k = self.g, 2 if self.size >= 128 else 4
         scale = self.size * k
         u, v = paths[..., 0] + g.bend * (paths[..., 1] - 0.4) ** 2, paths[..., 1] - 0.5
@@ -175,7 +176,7 @@ def _vessels(f, rng):
 
 
 def _ribs(f):
-    """Posterior arcs (convex upwards) and the fainter anterior ones that cross them, about 1 at the cortex."""
+    """Posterior arcs, convex upwards, and the fainter anterior ones that cross them."""
     g = f.g
     r = f.a / np.float32(g.width)
     phase = np.where(f.left, np.float32(g.phase[1] * 0.3), np.float32(g.phase[0] * 0.3))
@@ -194,7 +195,7 @@ def _ribs(f):
 
 
 def expose(f, rng, patient_rng):
-    """The film's density before noise: 0 is black (air, background), 1 white. Adds up what the beam goes through."""
+    """The film before noise: 0 is black (air, background), 1 white. Adds up what the beam goes through."""
     g, u, v, a = f.g, f.u, f.v, f.a
     shoulder = 0.03 + 0.13 * soft(a - 0.27, 0.17) - 0.5 * soft(0.095 - a, 0.05)
     trunk = g.trunk + 0.12 * np.exp(-(((v - 0.28) / 0.17) ** 2)) + 0.02 * soft(v - 0.8, 0.3)
@@ -203,7 +204,9 @@ def expose(f, rng, patient_rng):
     film = 0.5 + 0.07 * soft(v - 0.2, 0.2) + 0.24 * belly - 0.1 * soft(a - trunk + 0.07, 0.07)
     film += 0.09 * np.exp(-((u / 0.075) ** 2)) * soft(v - 0.05, 0.1) + 0.075 * f.heart * soft(v - 0.44, 0.14)
     film += 0.075 * soft(1 - f.disc(0.048, g.top + 0.185, g.knob, g.knob * 1.25), 0.5)
-    film += 0.08 * np.exp(-f.disc(0.075, 0.4, 0.035, 0.05)) + 0.08 * np.exp(-f.disc(-0.075, 0.43, 0.035, 0.055))
+    film += 0.08 * np.exp(-f.disc(0.075, 0.4, 0.035, 0.05)) + 0.08 * np.exp(
+        -f.disc(-0.075, 0.43, 0.035, 0.055)
+    )
     if g.breast:
         for side in (-1, 1):
             film += (

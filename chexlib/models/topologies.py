@@ -22,7 +22,14 @@ _CAFFE = {"scale": [1.0, 1.0, 1.0], "offset": [-103.939, -116.779, -123.68]}
 NORMALIZATION = {"densenet121": _TORCH, "resnet50": _CAFFE, "vgg16": _CAFFE}
 
 
-def build_model(topology: str = "densenet121", *, size: int = 224, imagenet: bool = False, precision: str = "float32", seed: int = 0):
+def build_model(
+    topology: str = "densenet121",
+    *,
+    size: int = 224,
+    imagenet: bool = False,
+    precision: str = "float32",
+    seed: int = 0,
+):
     """Build one of `TOPOLOGIES` from keras.applications, with fused batch norm and 14 sigmoid outputs.
 
     Parameters
@@ -75,7 +82,9 @@ def build_model(topology: str = "densenet121", *, size: int = 224, imagenet: boo
         backbone.set_weights(stock.get_weights())
     grey = keras.Input((size, size, 1), name="radiograph")
     rgb = keras.layers.Concatenate(name="grey_to_rgb")([grey, grey, grey])
-    rgb = keras.layers.Rescaling(**NORMALIZATION[topology], dtype="float32", name="imagenet_normalization")(rgb)
+    rgb = keras.layers.Rescaling(**NORMALIZATION[topology], dtype="float32", name="imagenet_normalization")(
+        rgb
+    )
     features = keras.layers.GlobalAveragePooling2D(name="pool")(backbone(rgb))
     head = keras.layers.Dense(
         len(FINDINGS),

@@ -123,4 +123,6 @@ def _misfit(path: Path, topology: str, why: str) -> WeightsError:
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[
+        :200
+    ]

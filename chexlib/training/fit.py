@@ -1,8 +1,8 @@
 """`fit(config)`: one training, the same function in a notebook, under `mpiexec -n N` and on MPI engines.
 
-    python -m chexlib train --config config.json                 # 1 process
-    mpiexec -n 2 python -m chexlib train --config config.json    # 2 ranks
-    engines.run(fit, config)                                     # from a notebook, on its engines
+python -m chexlib train --config config.json                 # 1 process
+mpiexec -n 2 python -m chexlib train --config config.json    # 2 ranks
+engines.run(fit, config)                                     # from a notebook, on its engines
 """
 
 from __future__ import annotations
@@ -101,8 +101,12 @@ class PooledValidation(keras.callbacks.Callback):
             for variable, total in zip(statistics, world.sum([v.value for v in statistics]), strict=True):
                 variable.assign(total / world.ranks)
         scores = self.score("validation")
-        logs["val_loss"] = float(np.mean([log_loss(y, p, labels=[0, 1]) for y, p in zip(self.labels.T, scores.T, strict=True)]))
-        aurocs = [roc_auc_score(y, p) for y, p in zip(self.labels.T, scores.T, strict=True) if 0 < y.sum() < len(y)]
+        logs["val_loss"] = float(
+            np.mean([log_loss(y, p, labels=[0, 1]) for y, p in zip(self.labels.T, scores.T, strict=True)])
+        )
+        aurocs = [
+            roc_auc_score(y, p) for y, p in zip(self.labels.T, scores.T, strict=True) if 0 < y.sum() < len(y)
+        ]
         logs["val_auroc"] = float(np.mean(aurocs)) if aurocs else float("nan")
         quality = logs["val_auroc"] if aurocs else -logs["val_loss"]
         if quality > self.best:
@@ -115,7 +119,7 @@ class Progress(keras.callbacks.Callback):
     def __init__(self, report: Callable[[dict], None] | None, *, images: int, steps: int, epochs: int):
         super().__init__()
         self.report, self.images, self.steps, self.epochs = report, images, steps, epochs
-        self.told = 0.0
+        self.told, self.rows = 0.0, []
 
     def on_epoch_begin(self, epoch, logs=None):
         self.epoch, self.began = epoch, time.perf_counter()
@@ -129,21 +133,26 @@ class Progress(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs):
         logs["images_per_second"] = self.images / (self.trained - self.began)
+        self.rows.append({name: float(value) for name, value in logs.items()})
         if self.report:
-            self._tell(step=self.steps, **{k: float(v) for k, v in logs.items()})
+            self._tell(step=self.steps, loss=float(logs["loss"]))
 
     def _tell(self, **numbers):
-        self.report({"epoch": self.epoch + 1, "epochs": self.epochs, "steps": self.steps, **numbers})
+        where = {"epoch": self.epoch + 1, "epochs": self.epochs, "steps": self.steps}
+        self.report({**where, **numbers, "history": self.rows})
 
 
-def fit(config: TrainConfig, *, report: Callable[[dict], None] | None = None, verbose: int | str = 0) -> TrainResult:
+def fit(
+    config: TrainConfig, *, report: Callable[[dict], None] | None = None, verbose: int | str = 0
+) -> TrainResult:
     """Train on the train part, choose by the validation part, score validation and test with the best weights.
 
     Parameters
     ----------
     config : TrainConfig
     report : callable, optional
-        Called on the first rank with a dict of live numbers (epoch, step, loss, val_auroc ...).
+        Called on the first rank with a dict of live numbers: epoch, epochs, step, steps, loss, and history (one
+        dict for each epoch that has ended).
     verbose : 0, 1, 2 or "auto"
         Keras' progress bar, on the first rank.
 
@@ -171,12 +180,18 @@ def fit(config: TrainConfig, *, report: Callable[[dict], None] | None = None, ve
     tables = {part: radiographs.select(split.images(part)) for part in split.parts}
     train = tables["train"]
     if world.ranks > len(train):
-        raise ConfigError(f"{world.ranks} ranks cannot share {len(train)} images. Use at most {len(train)} engines.")
+        raise ConfigError(
+            f"{world.ranks} ranks cannot share {len(train)} images. Use at most {len(train)} engines."
+        )
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
 
     model = create_model(
-        config.topology, size=config.size, weights=config.weights, precision=config.precision, seed=config.seed
+        config.topology,
+        size=config.size,
+        weights=config.weights,
+        precision=config.precision,
+        seed=config.seed,
     )
     labels = train.labels
     if config.weights is None:
@@ -204,7 +219,9 @@ def fit(config: TrainConfig, *, report: Callable[[dict], None] | None = None, ve
     )
     score = pooled_scorer(model, tables, world, size=config.size)
     validation = PooledValidation(score, tables["validation"].labels)
-    plateau = keras.callbacks.ReduceLROnPlateau("val_loss", config.plateau_factor, config.plateau_patience, min_delta=0)
+    plateau = keras.callbacks.ReduceLROnPlateau(
+        "val_loss", config.plateau_factor, config.plateau_patience, min_delta=0
+    )
     speak = report if world.first else None
     images = min(len(train), steps * global_batch)
     progress = Progress(speak, images=images, steps=steps, epochs=config.epochs)
@@ -218,7 +235,9 @@ def fit(config: TrainConfig, *, report: Callable[[dict], None] | None = None, ve
     if validation.best_weights is not None:
         model.set_weights(validation.best_weights)
 
-    predictions = pd.concat([_predictions(tables[part], score(part), part) for part in ("validation", "test")])
+    predictions = pd.concat(
+        [_predictions(tables[part], score(part), part) for part in ("validation", "test")]
+    )
     rows = pd.DataFrame(history).astype(float).rename_axis("epoch").reset_index()
     result = TrainResult(
         config=config.to_dict(),
@@ -232,13 +251,17 @@ def fit(config: TrainConfig, *, report: Callable[[dict], None] | None = None, ve
     )
     if world.first:
         card = {"topology": config.topology, "size": config.size, "split": result.split, "ranks": world.ranks}
-        save_model(model, result.model, card={**card, "config": result.config, "best_epoch": result.best_epoch})
+        save_model(
+            model, result.model, card={**card, "config": result.config, "best_epoch": result.best_epoch}
+        )
         rows.to_parquet(run_dir / "history.parquet")
         predictions.to_parquet(result.predictions, index=False)
     return result
 
 
-def pooled_scorer(model, tables: dict, world: World, *, size: int, batch: int = 64) -> Callable[[str], np.ndarray]:
+def pooled_scorer(
+    model, tables: dict, world: World, *, size: int, batch: int = 64
+) -> Callable[[str], np.ndarray]:
     """Make `score(part) -> (n, 14) float32`: each rank scores every ranks-th image, and all ranks get all scores."""
     import tensorflow as tf
 

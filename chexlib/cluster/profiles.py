@@ -1,0 +1,111 @@
+"""How ranks sit on a machine: which MPI is here, the flags it wants, and threads for each rank."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from chexlib.errors import ClusterError, ConfigError
+
+# What each MPI prints for `mpiexec --version`.
+_SIGNATURES = (
+    (r"Intel\(R\) MPI", "Intel MPI"),
+    (r"(?:Open MPI\)?|OpenRTE\)?|PRRTE\)?) *v?(\d+)", "Open MPI"),
+    (r"HYDRA|MPICH", "MPICH"),
+)
+
+
+@dataclass(frozen=True)
+class Mpi:
+    """The MPI launcher of this environment."""
+
+    command: str  # path of mpiexec
+    family: str  # "Open MPI", "MPICH" or "Intel MPI"
+    major: int  # 0 where the family's flags do not depend on it
+    version: str  # first line of `mpiexec --version`
+
+    def flags(self) -> list[str]:
+        """Flags for ranks on this host: unbound, yielding while they wait, speaking through shared memory.
+
+        Ranks are left unbound because Horovod's background thread otherwise spins on the core that computes.
+        Open MPI 5's runtime cannot be confined to loopback yet (openpmix/prrte pull request 2788).
+        """
+        if self.family == "Open MPI":
+            root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+            common = ["--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
+            if self.major >= 5:
+                local = ["--map-by", ":OVERSUBSCRIBE", "--mca", "btl", "self,sm"]
+            else:
+                local = ["--oversubscribe", "--mca", "oob_tcp_if_include", "lo", "--mca", "btl", "self,vader"]
+            return [*root, *common, *local]
+        if self.family == "Intel MPI":
+            return [
+                "-genv",
+                "I_MPI_PIN",
+                "0",
+                "-genv",
+                "I_MPI_FABRICS",
+                "shm",
+                "-genv",
+                "I_MPI_WAIT_MODE",
+                "1",
+            ]
+        return ["-bind-to", "none", "-iface", "lo"]
+
+
+@functools.cache
+def find_mpi() -> Mpi:
+    """Find mpiexec in this Python's environment, else on the PATH, and recognise it.
+
+    Raises
+    ------
+    ClusterError
+        There is none, or it is of no known family.
+    """
+    beside = Path(sys.executable).parent / "mpiexec"
+    command = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if command is None:
+        raise ClusterError("there is no mpiexec in this environment or on the PATH. Run `make env`.")
+    answer = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=60)
+    return recognise_mpi(command, answer.stdout + answer.stderr)
+
+
+def recognise_mpi(command: str, text: str) -> Mpi:
+    """Tell the MPI family from what `command --version` printed."""
+    version = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    for pattern, family in _SIGNATURES:
+        if match := re.search(pattern, text):
+            major = int(match.group(1)) if match.groups() else 0
+            return Mpi(command=command, family=family, major=major, version=version)
+    raise ClusterError(
+        f"{command} is no MPI that chexlib knows: it says {version!r}. Known: Open MPI 4 and 5, MPICH, Intel MPI."
+    )
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def thread_environment(threads: int) -> dict[str, str]:
+    """Environment of a rank that computes with `threads` threads.
+
+    Raises
+    ------
+    ConfigError
+        Fewer than one thread.
+    """
+    if threads < 1:
+        raise ConfigError(f"threads={threads} is not accepted. Use at least 1 thread a rank.")
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "TF_NUM_INTRAOP_THREADS": str(threads),
+        "TF_NUM_INTEROP_THREADS": "2" if threads > 1 else "1",
+        "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2"),
+    }

