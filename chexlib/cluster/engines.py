@@ -33,9 +33,7 @@ log = logging.getLogger(__name__)
 class Engines:
     """MPI engines that are one Horovod world: engine id = MPI rank = Horovod rank, checked at the start."""
 
-    def __init__(
-        self, cluster: ipp.Cluster, client: ipp.Client, mpi: Mpi, threads: int, identities: list[dict]
-    ):
+    def __init__(self, cluster: ipp.Cluster, client: ipp.Client, mpi: Mpi, threads: int, identities: list[dict]):
         self.cluster, self.client, self.mpi, self.threads = cluster, client, mpi, threads
         self.identities = identities
 
@@ -137,9 +135,7 @@ def mpi_engines(n: int, *, threads: int = 0, timeout: int = 120) -> Iterator[Eng
         raise ConfigError(f"engines={n} is not accepted. Use 1 or more MPI engines.")
     threads = threads or max(1, cores() // n)
     if n * threads > cores():
-        log.warning(
-            "%d engines x %d threads on %d cores: they will wait for each other.", n, threads, cores()
-        )
+        log.warning("%d engines x %d threads on %d cores: they will wait for each other.", n, threads, cores())
     mpi, environment = find_mpi(), thread_environment(threads)
     profile_dir = tempfile.mkdtemp(prefix=PREFIX)
     watchdog = subprocess.Popen(
@@ -192,7 +188,7 @@ def _identify(client: ipp.Client) -> list[dict]:
     for engine, who in zip(client.ids, identities, strict=True):
         if engine != who["rank"] or who["ranks"] != len(client.ids):
             raise ClusterError(
-                f"engine {engine} is rank {who['rank']} of {who['ranks']}, expected rank {engine} of {len(client.ids)}: "
+                f"engine {engine} is rank {who['rank']} of {who['ranks']}, expected {engine} of {len(client.ids)}: "
                 "the engines are not one MPI world. Is the mpiexec found the one that Horovod was built with?"
             )
     return list(identities)

@@ -1,7 +1,4 @@
-"""The NIH ChestX-ray14 layout on disk (the release, or a phantom of it) as tables and pixels.
-
-Source: Wang et al., "ChestX-ray8", CVPR 2017, and the release's own files. Needs no TensorFlow.
-"""
+"""The NIH ChestX-ray14 layout on disk (Wang et al., CVPR 2017), or a phantom in it, as tables and pixels."""
 
 import glob
 import html
@@ -21,9 +18,9 @@ from chexlib.errors import ConfigError, DataError
 from chexlib.findings import ALIASES, FINDINGS, NO_FINDING
 
 EDITIONS = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")  # the first one present is read
-COLUMNS = {  # column of the release: ours
-    "Image Index": "image", "Finding Labels": "labels", "Follow-up #": "follow_up", "Patient ID": "patient",
-    "Patient Age": "age", "Patient Gender": "sex", "View Position": "view"}  # fmt: skip
+COLUMNS = {  # column of the release: ours, in our order
+    "Image Index": "image", "Patient ID": "patient", "Follow-up #": "follow_up", "Patient Age": "age",
+    "Patient Gender": "sex", "View Position": "view", "Finding Labels": "labels"}  # fmt: skip
 BOX_COLUMNS = ["image", "finding", "x", "y", "width", "height"]
 BOX_SIDE = 1024  # px: the space of the release's box coordinates, whatever the size of the images here
 OLDEST = 120  # years: the 2017 edition has ages up to 414
@@ -66,8 +63,7 @@ class Radiographs:
         wanted = set(images)
         if missing := sorted(wanted.difference(self.table["image"])):
             raise DataError(f"Not present in {self.root}: {some(missing)}. Select names of `table['image']`.")
-        table, boxes = (t[t["image"].isin(wanted)].reset_index(drop=True) for t in (self.table, self.boxes))
-        return replace(self, table=table, boxes=boxes)
+        return replace(self, table=_rows_of(wanted, self.table), boxes=_rows_of(wanted, self.boxes))
 
     def __repr__(self) -> str:
         patients = self.table["patient"].nunique()
@@ -99,11 +95,10 @@ def load_radiographs(data_dir: str | Path, *, max_images=0, seed=0, require_imag
     if max_images < 0:
         raise ConfigError(f"max_images={max_images} is negative. Use 0 for all images, or a positive number.")
     root = Path(os.path.abspath(Path(data_dir).expanduser()))
-    if not root.is_dir():
-        raise DataError(f"There is no data folder {root}. {NEXT_STEP}")
     editions = [root / name for name in EDITIONS if (root / name).is_file()]
     if not editions:
-        raise DataError(f"{root} has neither {' nor '.join(EDITIONS)}. {NEXT_STEP}")
+        fault = f"has neither {' nor '.join(EDITIONS)}" if root.is_dir() else "does not exist, or is a file"
+        raise DataError(f"The data folder {root} {fault}. {NEXT_STEP}")
     if len(editions) > 1:
         _log.info("%s has both editions of the label file: reading %s", root, editions[0].name)
     listed, files = _read_entries(editions[0]), _image_files(root)
@@ -111,9 +106,7 @@ def load_radiographs(data_dir: str | Path, *, max_images=0, seed=0, require_imag
     table.insert(1, "path", table["image"].map(files).astype(table["image"].dtype))
     table = table[table["path"].notna()].sort_values("image", ignore_index=True)
     if table.empty and require_images:
-        found = (
-            f"None of the {len(listed):,} images of {editions[0].name} is among the {len(files)} PNGs under"
-        )
+        found = f"None of the {len(listed):,} images of {editions[0].name} is among {len(files)} PNGs under"
         raise DataError(f"{found} {root / 'images*'}. Put them in images_001/images, say. {NEXT_STEP}")
     _log.info("%s: %d of %d images present", root, len(table), len(listed))
     present = set(table["image"])
@@ -172,6 +165,10 @@ def some(values: Sequence, n: int = 5) -> str:
     return ", ".join(repr(str(value)) for value in values[:n]) + more
 
 
+def _rows_of(images: set[str], table: pd.DataFrame) -> pd.DataFrame:
+    return table[np.array([image in images for image in table["image"]], bool)].reset_index(drop=True)
+
+
 def _read_csv(path: Path, **options) -> pd.DataFrame:
     try:
         return pd.read_csv(path, dtype=str, index_col=False, encoding="utf-8-sig", **options)
@@ -190,19 +187,14 @@ def _read_entries(path: Path) -> pd.DataFrame:
     twice = entries.loc[entries["image"].duplicated() | (entries["image"] == ""), "image"].unique()
     if len(twice) or entries.empty:
         fault = f"image names that are blank or occur twice: {some(twice)}" if len(twice) else "no rows"
-        raise DataError(
-            f"{path} has {fault}. Accepted is one row per image. Use the file of the NIH release."
-        )
+        raise DataError(f"{path} has {fault}. Accepted: one row per image. Use the NIH release's file.")
     for column in ("patient", "follow_up"):
         entries[column] = _numbers(entries[column], f"{path}, {column}", whole=True).astype(int)
-    years = (
-        entries["age"].map({text: _years(text) for text in entries["age"].dropna().unique()}).astype(float)
-    )
+    years = entries["age"].map({age: _years(age) for age in entries["age"].dropna().unique()}).astype(float)
     if len(lost := entries.loc[years.isna() & entries["age"].notna(), "age"]):
         _log.warning("%s: %d impossible ages set to unknown: %s", path, len(lost), some(lost.unique()))
     labels = pd.DataFrame(_label_matrix(entries["labels"], path), columns=list(FINDINGS))
-    columns = ["image", "patient", "follow_up", "age", "sex", "view"]
-    return pd.concat([entries.assign(age=years)[columns], labels], axis=1)
+    return pd.concat([entries.assign(age=years)[list(COLUMNS.values())[:-1]], labels], axis=1)
 
 
 def _years(age: str) -> float:
@@ -240,7 +232,7 @@ def _read_boxes(path: Path, present: set[str]) -> pd.DataFrame:
     boxes["finding"] = boxes["finding"].str.strip().replace(ALIASES)
     if len(unknown := boxes.loc[~boxes["finding"].isin(FINDINGS), "finding"].unique()):
         raise DataError(f"{path} has unknown findings: {some(unknown)}. Accepted: {', '.join(FINDINGS)}.")
-    return boxes[[image in present for image in boxes["image"]]].reset_index(drop=True)
+    return _rows_of(present, boxes)
 
 
 def _image_files(root: Path) -> dict[str, str]:
@@ -251,8 +243,5 @@ def _image_files(root: Path) -> dict[str, str]:
         if (first := found.setdefault(os.path.basename(path), path)) != path:
             twice.append(f"{first} and {path}")
     if twice:
-        pairs = some(twice, 2)
-        raise DataError(
-            f"{len(twice)} image names lie in two folders: {pairs}. Remove one file of each pair."
-        )
+        raise DataError(f"{len(twice)} images lie in two folders: {some(twice, 2)}. Remove one of each pair.")
     return found

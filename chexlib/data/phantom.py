@@ -12,7 +12,8 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from itertools import count
 from numbers import Integral, Real
@@ -91,13 +92,9 @@ def write_phantom(
         ("workers", workers, 1, 1024),
     ):
         if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
-            raise ConfigError(
-                f"{name}={value!r} is not a whole number from {low} to {high}. Choose one of these."
-            )
+            raise ConfigError(f"{name}={value!r} is not a whole number from {low} to {high}. Choose one of these.")
     if not isinstance(min_prevalence, Real) or not 0 <= min_prevalence < 0.5:
-        raise ConfigError(
-            f"min_prevalence={min_prevalence!r} is not a number from 0 to below 0.5. 0 is as in NIH."
-        )
+        raise ConfigError(f"min_prevalence={min_prevalence!r} is not a number from 0 to below 0.5. 0 is as in NIH.")
     level = level_of(difficulty)
     parameters = {"version": VERSION, "n_images": int(n_images), "size": int(size), "seed": int(seed)}
     parameters |= {"min_prevalence": float(min_prevalence), "difficulty": difficulty, "knobs": asdict(level)}
@@ -135,11 +132,7 @@ def _holds(directory, parameters):
         found = None
     if found == parameters:
         return True
-    what = (
-        "something other than a phantom"
-        if found is None
-        else f"a phantom made with {found}, not {parameters}"
-    )
+    what = "something other than a phantom" if found is None else f"a phantom made with {found}, not {parameters}"
     raise DataError(f"{directory} already holds {what}. Name another folder, or remove this one first.")
 
 
@@ -165,26 +158,28 @@ def _draw_all(films, pictures, size, difficulty, workers):
     """Boxes of all films, in the order of the films."""
     parts = [films[i : i + 32] for i in range(0, len(films), 32)]
     workers = min(workers, len(parts))
-    with tqdm(total=len(films), desc="phantom", unit="image", leave=False, mininterval=1) as bar:
-        if workers == 1:
-            boxes = []
-            for part in parts:
-                boxes += _draw(part, pictures, size, difficulty)
-                bar.update(len(part))
-            return boxes
-        # Not fork: the caller may have TensorFlow or MPI threads running.
-        context = multiprocessing.get_context("spawn")
-        ignore = (signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
-        with ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore) as pool:
-            try:
-                jobs = {pool.submit(_draw, part, pictures, size, difficulty): len(part) for part in parts}
-                for job in as_completed(jobs):
-                    job.result()
-                    bar.update(jobs[job])
-                return [box for job in jobs for box in job.result()]
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+    if workers > 1:
+        try:
+            return _draw_in_processes(parts, pictures, size, difficulty, workers)
+        except BrokenProcessPool:  # a script from standard input, or without the guard, cannot start processes
+            log.warning("no worker process could be started: drawing in this one")
+    boxes = []
+    for part in tqdm(parts, desc="phantom", unit_scale=32, unit="image", leave=False, mininterval=1):
+        boxes += _draw(part, pictures, size, difficulty)
+    return boxes
+
+
+def _draw_in_processes(parts, pictures, size, difficulty, workers):
+    context = multiprocessing.get_context("spawn")  # not fork: the caller may have threads of TensorFlow or MPI
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
+    with ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore) as pool:
+        try:
+            jobs = [pool.submit(_draw, part, pictures, size, difficulty) for part in parts]
+            waiting = tqdm(jobs, desc="phantom", unit_scale=32, unit="image", leave=False, mininterval=1)
+            return [box for job in waiting for box in job.result()]
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def _write_tables(folder, films, boxes, parameters):

@@ -25,9 +25,7 @@ class Difficulty:
 
     strength: float  # median strength of a sign
     spread: float  # standard deviation of the logarithm of the strength
-    lookalikes: (
-        float  # strength of what mimics findings on normal films: haze, skin folds, nipples, heart size
-    )
+    lookalikes: float  # strength of what mimics findings on normal films: haze, skin folds, nipples, heart size
     noise: float  # standard deviation of the quantum noise, as a fraction of the grey scale
     absent: float  # probability that a labelled finding shows no sign (an error of the label)
     unlabelled: float  # signs without a label, as a fraction of the finding's prevalence
@@ -35,9 +33,7 @@ class Difficulty:
 
 DIFFICULTIES = {
     "easy": Difficulty(strength=1.1, spread=0.25, lookalikes=0.4, noise=0.008, absent=0.0, unlabelled=0.0),
-    "standard": Difficulty(
-        strength=0.75, spread=0.5, lookalikes=1.0, noise=0.014, absent=0.06, unlabelled=0.04
-    ),
+    "standard": Difficulty(strength=0.75, spread=0.5, lookalikes=1.0, noise=0.014, absent=0.06, unlabelled=0.04),
     "hard": Difficulty(strength=0.5, spread=0.6, lookalikes=1.4, noise=0.022, absent=0.1, unlabelled=0.08),
 }
 
@@ -66,9 +62,7 @@ def level_of(difficulty) -> Difficulty:
     if isinstance(difficulty, Difficulty):
         return difficulty
     if difficulty not in DIFFICULTIES:
-        raise ConfigError(
-            f"difficulty={difficulty!r} is not one of {', '.join(DIFFICULTIES)}. Choose one of these."
-        )
+        raise ConfigError(f"difficulty={difficulty!r} is not one of {', '.join(DIFFICULTIES)}. Choose one of these.")
     return DIFFICULTIES[difficulty]
 
 
@@ -86,7 +80,7 @@ def _table(min_prevalence):
     weight = np.array([float(r[view]) for view in ("PA", "AP") for r in rows])
     has = np.array([[f in labels for f in FINDINGS] for labels, _ in pairs])
     weight /= weight.sum()
-    for _ in range(500):
+    for _ in range(2000):
         low = weight @ has < min_prevalence
         if not low.any():
             break
@@ -121,10 +115,7 @@ def sample_patient(seed, patient, *, difficulty="standard", min_prevalence=0.0) 
         if pair is None or repeat >= REPEAT:
             pair = pairs[min(int(np.searchsorted(cumulative, pick, side="right")), len(pairs) - 1)]
         labels, view = pair
-        limit = [
-            1 - level.absent if f in labels else level.unlabelled * prevalence[k]
-            for k, f in enumerate(FINDINGS)
-        ]
+        limit = [1 - level.absent if f in labels else level.unlabelled * prevalence[k] for k, f in enumerate(FINDINGS)]
         shown = tuple(f for f, flip, bound in zip(FINDINGS, flips, limit, strict=True) if flip < bound)
         years = int(min(age + gap * follow_up, 95))
         described.append(Description(seed, patient, follow_up, sex, years, view, labels, shown))

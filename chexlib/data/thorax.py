@@ -141,9 +141,7 @@ class Film:
         fills = np.minimum(255 * np.asarray(values)[:, None] * np.minimum(wide, 1), 255).astype(int).tolist()
         canvas = Image.new("L", (scale, scale))
         draw = ImageDraw.Draw(canvas)
-        for xy, row, fill in zip(
-            points, np.maximum(1, np.rint(wide)).astype(int).tolist(), fills, strict=True
-        ):
+        for xy, row, fill in zip(points, np.maximum(1, np.rint(wide)).astype(int).tolist(), fills, strict=True):
             for j, width in enumerate(row):
                 draw.line(xy[2 * j : 2 * j + 4], fill=fill[j], width=width)
         return np.asarray(canvas.reduce(k), dtype=np.float32) / 255
@@ -163,15 +161,11 @@ def _vessels(f, rng):
     taper = g.markings * np.array([0.015, 0.0125, 0.0095, 0.007, 0.0045, 0.003])
     first = f.strokes(trunk, np.tile(taper, (2 * mains, 1)), rng.uniform(0.6, 1, 2 * mains))
     root = trunk[:, 1:6].reshape(-1, 1, 2)
-    heading = heading[:, 1:].reshape(-1) + rng.choice([-1, 1], root.shape[0]) * rng.uniform(
-        0.4, 0.9, root.shape[0]
-    )
+    heading = heading[:, 1:].reshape(-1) + rng.choice([-1, 1], root.shape[0]) * rng.uniform(0.4, 0.9, root.shape[0])
     heading = heading[:, None] + np.cumsum(0.2 * rng.standard_normal((len(root), 3)), 1)
     step = np.stack([np.repeat(side, 5)[:, None] * np.cos(heading), np.sin(heading)], -1) * 0.032
     twig = root + np.concatenate([np.zeros_like(step[:, :1]), np.cumsum(step, 1)], 1)
-    second = f.strokes(
-        twig, np.tile(g.markings * np.array([0.0055, 0.004, 0.002]), (len(root), 1)), [0.75] * len(root)
-    )
+    second = f.strokes(twig, np.tile(g.markings * np.array([0.0055, 0.004, 0.002]), (len(root), 1)), [0.75] * len(root))
     return np.maximum(first, second)
 
 
@@ -204,9 +198,7 @@ def expose(f, rng, patient_rng):
     film = 0.5 + 0.07 * soft(v - 0.2, 0.2) + 0.24 * belly - 0.1 * soft(a - trunk + 0.07, 0.07)
     film += 0.09 * np.exp(-((u / 0.075) ** 2)) * soft(v - 0.05, 0.1) + 0.075 * f.heart * soft(v - 0.44, 0.14)
     film += 0.075 * soft(1 - f.disc(0.048, g.top + 0.185, g.knob, g.knob * 1.25), 0.5)
-    film += 0.08 * np.exp(-f.disc(0.075, 0.4, 0.035, 0.05)) + 0.08 * np.exp(
-        -f.disc(-0.075, 0.43, 0.035, 0.055)
-    )
+    film += 0.08 * np.exp(-f.disc(0.075, 0.4, 0.035, 0.05)) + 0.08 * np.exp(-f.disc(-0.075, 0.43, 0.035, 0.055))
     if g.breast:
         for side in (-1, 1):
             film += (
@@ -226,13 +218,7 @@ def expose(f, rng, patient_rng):
     bar = soft(0.014 - np.abs(v - collar), 0.007) * soft(a - 0.03, 0.01) * soft(0.33 - a, 0.03)
     bones += 0.09 * bar * (1 + 0.5 * (1 - bar))
     blade = g.scapula + 0.12 * (v - 0.2) - 0.6 * np.clip(v - 0.36, 0, 1)
-    bones += (
-        0.055
-        * soft(a - blade, 0.008)
-        * soft(v - 0.14, 0.03)
-        * soft(0.46 - v, 0.05)
-        * soft(blade + 0.12 - a, 0.06)
-    )
+    bones += 0.055 * soft(a - blade, 0.008) * soft(v - 0.14, 0.03) * soft(0.46 - v, 0.05) * soft(blade + 0.12 - a, 0.06)
     humerus = ((a - 0.435) / 0.05) ** 2 + ((v - 0.2) / 0.055) ** 2
     shaft = soft(0.026 - np.abs(a - 0.45 - 0.12 * (v - 0.2)), 0.01) * soft(v - 0.2, 0.02) * soft(0.5 - v, 0.1)
     bones += 0.09 * np.maximum(soft(1 - humerus, 0.3), 0.8 * shaft)

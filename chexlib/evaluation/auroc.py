@@ -82,10 +82,7 @@ def bootstrap_auroc(
     samples = np.stack(
         [
             np.concatenate(
-                [
-                    np.atleast_1d(auroc(y, s, weights=drawn[i : i + chunk][:, codes]))
-                    for i in range(0, resamples, chunk)
-                ]
+                [np.atleast_1d(auroc(y, s, weights=drawn[i : i + chunk][:, codes])) for i in range(0, resamples, chunk)]
             )
             for y, s in zip(labels.T, scores.T, strict=True)
         ]
@@ -95,9 +92,7 @@ def bootstrap_auroc(
     for name, point, sample, y in zip(FINDINGS, points, samples, labels.T, strict=True):
         low, high = np.nanquantile(sample, edges) if not np.isnan(point) else (np.nan, np.nan)
         rows.append((name, point, low, high, int((y == 1).sum()), int((y == 0).sum())))
-    means = (
-        np.array([_mean(column) for column in samples[defined].T]) if defined.any() else np.array([np.nan])
-    )
+    means = np.array([_mean(column) for column in samples[defined].T]) if defined.any() else np.array([np.nan])
     low, high = np.nanquantile(means, edges) if defined.any() else (np.nan, np.nan)
     rows.append(("mean", _mean(points), low, high, int((labels == 1).sum()), int((labels == 0).sum())))
     table = pd.DataFrame(rows, columns=["finding", "auroc", "low", "high", "positives", "negatives"])
@@ -112,14 +107,10 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
-def judge(
-    predictions: pd.DataFrame, *, part: str = "test", resamples: int = 1000, seed: int = 0
-) -> pd.DataFrame:
+def judge(predictions: pd.DataFrame, *, part: str = "test", resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
     """`bootstrap_auroc` of one part of a `predictions.parquet` table (columns patient, part, label_*, score_*)."""
     rows = predictions[predictions["part"] == part]
     if rows.empty:
-        raise DataError(
-            f"the predictions have no part {part!r} (parts: {', '.join(predictions['part'].unique())})."
-        )
+        raise DataError(f"the predictions have no part {part!r} (parts: {', '.join(predictions['part'].unique())}).")
     labels, scores = (rows[[f"{kind}_{f}" for f in FINDINGS]].to_numpy() for kind in ("label", "score"))
     return bootstrap_auroc(labels, scores, rows["patient"].to_numpy(), resamples=resamples, seed=seed)

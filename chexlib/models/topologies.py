@@ -82,9 +82,7 @@ def build_model(
         backbone.set_weights(stock.get_weights())
     grey = keras.Input((size, size, 1), name="radiograph")
     rgb = keras.layers.Concatenate(name="grey_to_rgb")([grey, grey, grey])
-    rgb = keras.layers.Rescaling(**NORMALIZATION[topology], dtype="float32", name="imagenet_normalization")(
-        rgb
-    )
+    rgb = keras.layers.Rescaling(**NORMALIZATION[topology], dtype="float32", name="imagenet_normalization")(rgb)
     features = keras.layers.GlobalAveragePooling2D(name="pool")(backbone(rgb))
     head = keras.layers.Dense(
         len(FINDINGS),

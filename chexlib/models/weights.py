@@ -16,9 +16,7 @@ CARD = "chexlib.json"  # the member of the .keras archive that says what the wei
 log = logging.getLogger(__name__)
 
 
-def create_model(
-    topology: str, *, size: int, weights: str | None = None, precision: str = "float32", seed: int = 0
-):
+def create_model(topology: str, *, size: int, weights: str | None = None, precision: str = "float32", seed: int = 0):
     """Build a topology and fill it from `weights`.
 
     Parameters
@@ -123,6 +121,4 @@ def _misfit(path: Path, topology: str, why: str) -> WeightsError:
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[
-        :200
-    ]
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
