@@ -26,9 +26,7 @@ TINY_TEST_PATIENTS = (3, 6, 8)
 def tiny_nih(tmp_path):
     """A function that writes 24 images of 10 patients in the NIH layout and returns the folder."""
 
-    def write(
-        name: str = "tiny", *, edition: str = "v2020", side: int = 32, images: str = "images_001/images"
-    ) -> Path:
+    def write(name: str = "tiny", *, edition: str = "v2020", side: int = 32, images: str = "images_001/images") -> Path:
         root = tmp_path / name
         (root / images).mkdir(parents=True)
         old, rng = edition == "2017", np.random.default_rng(0)
@@ -41,9 +39,7 @@ def tiny_nih(tmp_path):
                 cells = [image, labels, follow_up, patient, f"{age:03d}Y" if old else age, sex]
                 cells += ["AP" if follow_up % 2 else "PA", 2682, 2749, 0.143, 0.143, *([""] if old else [])]
                 rows.append(",".join(map(str, cells)))
-                lists["test_list.txt" if patient in TINY_TEST_PATIENTS else "train_val_list.txt"].append(
-                    image
-                )
+                lists["test_list.txt" if patient in TINY_TEST_PATIENTS else "train_val_list.txt"].append(image)
                 Image.fromarray(rng.integers(0, 256, (side, side), np.uint8)).save(root / images / image)
         header = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
         header += "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]" + ("," if old else "")

@@ -17,9 +17,7 @@ from chexlib.errors import ConfigError, DataError
 from chexlib.findings import FINDINGS
 
 SHARED = Path(__file__).parents[2] / "shared"
-needs_real = pytest.mark.skipif(
-    not (SHARED / "nih-256").is_dir(), reason="no real radiographs beside the project"
-)
+needs_real = pytest.mark.skipif(not (SHARED / "nih-256").is_dir(), reason="no real radiographs beside the project")
 CSV = "Data_Entry_2017_v2020.csv"
 
 
@@ -52,6 +50,16 @@ def test_either_edition_gives_the_same_tables(tiny_nih, edition):
     assert all(os.path.isabs(path) and os.path.isfile(path) for path in table["path"])
 
 
+def test_the_table_is_sorted_by_image_whatever_the_order_of_the_csv(tiny_nih):
+    root = tiny_nih()
+    header, *rows = (root / CSV).read_text().splitlines()
+    (root / CSV).write_text("\n".join([header, *rows[::-1]]))
+    reference = load_radiographs(tiny_nih("reference"))
+    shuffled = load_radiographs(root)
+    pd.testing.assert_frame_equal(shuffled.table.drop(columns="path"), reference.table.drop(columns="path"))
+    assert [Path(path).name for path in shuffled.table["path"]] == shuffled.table["image"].tolist()
+
+
 def test_labels_are_float32_in_the_order_of_findings(tiny_nih):
     radiographs = load_radiographs(tiny_nih())
     labels = radiographs.labels
@@ -61,9 +69,7 @@ def test_labels_are_float32_in_the_order_of_findings(tiny_nih):
 
 
 @needs_real
-@pytest.mark.parametrize(
-    ("folder", "images", "boxes"), [("nih-64", 998, 9), ("nih-256", 437, 7), ("nih-1024", 23, 4)]
-)
+@pytest.mark.parametrize(("folder", "images", "boxes"), [("nih-64", 998, 9), ("nih-256", 437, 7), ("nih-1024", 23, 4)])
 def test_real_folders_are_read(folder, images, boxes, caplog):
     caplog.set_level(logging.INFO)
     radiographs = load_radiographs(SHARED / folder)
@@ -71,11 +77,7 @@ def test_real_folders_are_read(folder, images, boxes, caplog):
     assert f"{images} of 112120 images present" in caplog.text
     assert set(radiographs.table["sex"]) == {"M", "F"} and set(radiographs.table["view"]) <= {"PA", "AP"}
     assert radiographs.listed["patient"].nunique() == 30805
-    assert (
-        radiographs.boxes[["x", "y", "width", "height"]]
-        .apply(lambda values: values.between(0, 1))
-        .all(axis=None)
-    )
+    assert radiographs.boxes[["x", "y", "width", "height"]].apply(lambda values: values.between(0, 1)).all(axis=None)
     pixels = read_image(radiographs.table["path"].iloc[-1])
     side = int(folder.split("-")[1])
     assert pixels.shape == (side, side) and pixels.dtype == np.uint8 and pixels.std() > 10
@@ -182,9 +184,7 @@ def test_one_name_in_two_image_folders_is_refused(tiny_nih):
     root = tiny_nih()
     (root / "images_002").mkdir()
     shutil.copy(root / "images_001/images/00000003_001.png", root / "images_002")
-    with pytest.raises(
-        DataError, match=r"1 image names lie in two folders.*00000003_001\.png.*images_002"
-    ) as caught:
+    with pytest.raises(DataError, match=r"1 images lie in two folders.*00000003_001\.png.*images_002") as caught:
         load_radiographs(root)
     assert "Remove" in str(caught.value)
 
@@ -201,18 +201,14 @@ def test_a_folder_that_does_not_exist_is_named_with_the_next_step(tmp_path):
 
 
 def test_a_folder_without_csv_is_refused(tmp_path):
-    with pytest.raises(
-        DataError, match=r"neither Data_Entry_2017_v2020\.csv nor Data_Entry_2017\.csv.*phantom DIR"
-    ):
+    with pytest.raises(DataError, match=r"neither Data_Entry_2017_v2020\.csv nor Data_Entry_2017\.csv.*phantom DIR"):
         load_radiographs(tmp_path)
 
 
 def test_a_missing_column_is_named_with_those_present(tiny_nih):
     root = tiny_nih()
     edit(root / CSV, "Finding Labels", "Findings")
-    with pytest.raises(
-        DataError, match=r"no column 'Finding Labels' \(columns: Image Index, Findings, Follow-up #"
-    ):
+    with pytest.raises(DataError, match=r"no column 'Finding Labels' \(columns: Image Index, Findings, Follow-up #"):
         load_radiographs(root)
 
 
@@ -425,9 +421,7 @@ def test_broken_images_are_named_or_dropped(tiny_nih, caplog):
     (root / "images_001/images/00000003_001.png").write_bytes(b"")
     half = root / "images_001/images/00000009_002.png"
     half.write_bytes(half.read_bytes()[:200])
-    with pytest.raises(
-        DataError, match=r"2 of 24 are broken.*00000003_001\.png.*00000009_002\.png"
-    ) as caught:
+    with pytest.raises(DataError, match=r"2 of 24 are broken.*00000003_001\.png.*00000009_002\.png") as caught:
         check_images(whole)
     assert "skip_broken=True" in str(caught.value)
     kept = check_images(whole, skip_broken=True)

@@ -63,7 +63,7 @@ class Radiographs:
         wanted = set(images)
         if missing := sorted(wanted.difference(self.table["image"])):
             raise DataError(f"Not present in {self.root}: {some(missing)}. Select names of `table['image']`.")
-        return replace(self, table=_rows_of(wanted, self.table), boxes=_rows_of(wanted, self.boxes))
+        return replace(self, table=rows_of(wanted, self.table), boxes=rows_of(wanted, self.boxes))
 
     def __repr__(self) -> str:
         patients = self.table["patient"].nunique()
@@ -165,13 +165,15 @@ def some(values: Sequence, n: int = 5) -> str:
     return ", ".join(repr(str(value)) for value in values[:n]) + more
 
 
-def _rows_of(images: set[str], table: pd.DataFrame) -> pd.DataFrame:
-    return table[np.array([image in images for image in table["image"]], bool)].reset_index(drop=True)
+def rows_of(images: Iterable[str], table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a table with an ``image`` column that are of these images (faster than `isin`)."""
+    wanted = set(images)
+    return table[np.array([image in wanted for image in table["image"]], bool)].reset_index(drop=True)
 
 
 def _read_csv(path: Path, **options) -> pd.DataFrame:
     try:
-        return pd.read_csv(path, dtype=str, index_col=False, encoding="utf-8-sig", **options)
+        return pd.read_csv(path, dtype=str, index_col=False, **options)
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a readable CSV: {error}. Use the file of the NIH release.") from error
 
@@ -232,7 +234,7 @@ def _read_boxes(path: Path, present: set[str]) -> pd.DataFrame:
     boxes["finding"] = boxes["finding"].str.strip().replace(ALIASES)
     if len(unknown := boxes.loc[~boxes["finding"].isin(FINDINGS), "finding"].unique()):
         raise DataError(f"{path} has unknown findings: {some(unknown)}. Accepted: {', '.join(FINDINGS)}.")
-    return _rows_of(present, boxes)
+    return rows_of(present, boxes)
 
 
 def _image_files(root: Path) -> dict[str, str]:

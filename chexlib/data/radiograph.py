@@ -65,9 +65,7 @@ def _develop(grey, shape, rng, noise):
     gain, gamma, fog = 1.06 * np.exp(0.13 * rng.normal()), np.exp(0.2 * rng.normal()), 0.02 * rng.random()
     grey = np.clip(grey * np.float32(gain), 0, 1.6)
     grey = fog + np.power(grey, np.float32(gamma))
-    grey = np.where(
-        grey > 0.75, 1 - 0.25 * np.exp((0.75 - grey) * np.float32(4)), grey
-    )  # the film's shoulder
+    grey = np.where(grey > 0.75, 1 - 0.25 * np.exp((0.75 - grey) * np.float32(4)), grey)  # the film's shoulder
     if rng.random() < 0.15:
         edge = int(n * rng.uniform(0.01, 0.05)) + 1
         turns = rng.integers(4)
@@ -88,21 +86,12 @@ def _lookalikes(f, rng, amount):
     if odds[2] < (0.15 if g.ap else 0.04):
         fold = side * f.u - 0.24 - 0.25 * (f.v - 0.4) * rng.uniform(-1, 1)
         f.extra += (
-            0.05
-            * amount
-            * soft(fold, 0.01)
-            * soft(0.06 - fold, 0.06)
-            * soft(f.v - 0.2, 0.1)
-            * soft(0.6 - f.v, 0.1)
+            0.05 * amount * soft(fold, 0.01) * soft(0.06 - fold, 0.06) * soft(f.v - 0.2, 0.1) * soft(0.6 - f.v, 0.1)
         )
     if odds[3] < 0.15:
         f.fill(0.7 * soft(f.v - f.floor + 0.05 * amount * rng.random(), 0.02) * soft(side * f.u - 0.2, 0.03))
     if odds[4] < 0.25:  # a vessel seen end on
-        f.fill(
-            0.5
-            * amount
-            * soft(1 - f.disc(side * rng.uniform(0.09, 0.16), rng.uniform(0.35, 0.52), 0.011), 0.4)
-        )
+        f.fill(0.5 * amount * soft(1 - f.disc(side * rng.uniform(0.09, 0.16), rng.uniform(0.35, 0.52), 0.011), 0.4))
     lines = []
     if odds[5] < (0.55 if g.ap else 0.05):  # electrocardiogram leads
         for _ in range(rng.integers(1, 4)):

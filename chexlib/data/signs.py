@@ -20,7 +20,7 @@ def deform(g, finding, rng, s):
     """What a finding does to the shape of the chest, before anything is drawn."""
     mild = min(s, 1.5)
     if finding == "Cardiomegaly":
-        g.ctr = max(g.ctr, 0.505) + 0.085 * s
+        g.ctr = max(g.ctr, 0.505) + 0.06 * s
     elif finding == "Emphysema":
         g.dome += 0.05 * s
         g.angle *= 1 - 0.5 * mild
@@ -87,11 +87,7 @@ def infiltration(f, rng, s):
 
 def _round(f, x, y, radius, rng, lobes):
     angle = np.arctan2(f.v - np.float32(y), f.u - np.float32(x))
-    wobble = (
-        1
-        + lobes * np.sin(3 * angle + rng.uniform(0, 6))
-        + 0.6 * lobes * np.sin(5 * angle + rng.uniform(0, 6))
-    )
+    wobble = 1 + lobes * np.sin(3 * angle + rng.uniform(0, 6)) + 0.6 * lobes * np.sin(5 * angle + rng.uniform(0, 6))
     return np.sqrt(f.disc(x, y, radius)) / wobble
 
 
@@ -115,9 +111,7 @@ def pneumonia(f, rng, s):
     side = side_of(rng)
     x, y = spot(f, side, rng.uniform(0.5, 0.85), rng.uniform(0.25, 0.55))
     focus = soft(
-        1.2
-        - f.disc(x, y, rng.uniform(0.09, 0.13), rng.uniform(0.08, 0.12), tilt=0.3)
-        + 0.3 * cloud(rng, f.size, 10),
+        1.2 - f.disc(x, y, rng.uniform(0.09, 0.13), rng.uniform(0.08, 0.12), tilt=0.3) + 0.3 * cloud(rng, f.size, 10),
         0.9,
     )
     root = np.array([side * 0.08, 0.43])
@@ -152,12 +146,7 @@ def consolidation(f, rng, s):
         lobe = soft(f.v - fissure, sharp) * soft(fissure + rng.uniform(0.12, 0.18) - f.v, blurred)
     else:  # lower lobe
         lobe = soft(f.v - fissure - 0.14 + 0.2 * f.a, blurred) * soft(f.a - 0.1, 0.05)
-    lobe = (
-        lobe
-        * _half(f, side)
-        * soft(f.a - rng.uniform(0.05, 0.12), 0.05)
-        * (0.92 + 0.08 * cloud(rng, f.size, 8))
-    )
+    lobe = lobe * _half(f, side) * soft(f.a - rng.uniform(0.05, 0.12), 0.05) * (0.92 + 0.08 * cloud(rng, f.size, 8))
     return [f.fill(np.clip((0.2 + 0.75 * s) * lobe, 0, 0.95))]
 
 
@@ -183,10 +172,8 @@ def emphysema(f, rng, s):
 
 def fibrosis(f, rng, s):
     where = soft(f.v - 0.45, 0.2) * (0.35 + 0.65 * soft(f.a - 0.2, 0.08)) * f.lung
-    net = np.exp(-((cloud(rng, f.size, 44) / 0.35) ** 2)) + 0.8 * np.exp(
-        -((cloud(rng, f.size, 26) / 0.25) ** 2)
-    )
-    f.extra += 0.15 * s * where * (net - 0.3)
+    net = np.exp(-((cloud(rng, f.size, 44) / 0.35) ** 2)) + 0.8 * np.exp(-((cloud(rng, f.size, 26) / 0.25) ** 2))
+    f.extra += 0.17 * s * where * (net - 0.3)
     f.fill(np.clip(0.2 * s * where, 0, 0.6))
     return [where]
 
@@ -198,15 +185,15 @@ def pleural_thickening(f, rng, s):
     span = soft(f.v - f.g.top - top + 0.04, 0.05) * soft(f.g.top + top + rng.uniform(0.2, 0.4) - f.v, 0.06)
     depth = np.minimum(f.lateral - f.a, (f.v - f.g.top) * 0.9)
     rind = soft(thick - depth, 0.007) * span * _half(f, side)
-    f.extra += 0.09 * s * rind * f.lung
-    return [f.fill(np.clip((0.25 + 0.6 * s) * rind, 0, 0.95))]
+    f.extra += 0.11 * s * rind * f.lung
+    return [f.fill(np.clip((0.35 + 0.6 * s) * rind, 0, 0.95))]
 
 
 def hernia(f, rng, s):
-    radius = rng.uniform(0.06, 0.085) * (0.8 + 0.25 * min(s, 1.5))
+    radius = rng.uniform(0.065, 0.09) * (0.8 + 0.25 * min(s, 1.5))
     x, y = rng.uniform(-0.02, 0.06), f.g.dome[1] - 0.5 * radius
     q = f.disc(x, y, radius, radius * 0.9)
-    sac, strength = soft(1 - q, 0.15), min(0.45 + 0.6 * s, 1.4)
+    sac, strength = soft(1 - q, 0.15), min(0.7 + 0.5 * s, 1.4)
     f.fill(0.8 * sac)
     f.extra += strength * (0.08 * sac + 0.03 * soft(0.2 - np.abs(q - 1), 0.2))
     f.extra -= 0.20 * strength * soft(0.75 - q, 0.3) * soft(y - 0.1 * radius - f.v, 0.006)

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from chexlib.data.nih import NEXT_STEP, Radiographs, some
+from chexlib.data.nih import NEXT_STEP, Radiographs, rows_of, some
 from chexlib.errors import ConfigError, DataError
 from chexlib.findings import FINDINGS
 
 PARTS = ("train", "validation", "test")
-FRACTIONS = (0.7, 0.1, 0.2)  # CheXNet (Rajpurkar et al. 2017, section 2.2)
+FRACTIONS = (0.7, 0.1, 0.2)  # of images, as for CheXNet (Rajpurkar et al. 2017) and Wang et al. 2017
 LISTS = ("train_val_list.txt", "test_list.txt")  # the release has no validation part
 _log = logging.getLogger(__name__)
 
@@ -107,8 +107,7 @@ def official_split(radiographs: Radiographs, *, validation_fraction: float = 0.1
     if both := sorted(set(training) & set(testing)):
         raise DataError(f"{' and '.join(LISTS)} share images: {some(both)}. Use the release's lists.")
     table = radiographs.table
-    test = table.loc[table["image"].isin(testing), "image"]
-    rest = table[table["image"].isin(training)]
+    test, rest = rows_of(testing, table)["image"], rows_of(training, table)
     if unlisted := len(table) - len(test) - len(rest):
         _log.warning("%d present images are in neither official list: left out", unlisted)
     part = _by_patient(rest, (1 - validation_fraction, validation_fraction), seed)
@@ -174,13 +173,10 @@ def audit(parts: Split | Mapping[str, Iterable[str]], radiographs: Radiographs, 
     parts = {name: tuple(images) for name, images in given.items()}
     if not parts or not all(parts.values()):
         raise DataError(f"No part may be empty: { {p: len(i) for p, i in parts.items()} }. Add image names.")
-    listed = radiographs.listed
+    by_name = radiographs.listed.set_index("image")
     every = pd.Series([image for images in parts.values() for image in images], dtype=object)
-    if len(unknown := every[~every.isin(listed["image"])].unique()):
-        raise DataError(
-            f"Not in the CSV of {radiographs.root}: {some(unknown)}. Give names of its first column."
-        )
-    by_name = listed.set_index("image")
+    if len(unknown := every[by_name.index.get_indexer(every) < 0].unique()):
+        raise DataError(f"Not in the CSV of {radiographs.root}: {some(unknown)}. Give names of its first column.")
     rows = {name: by_name.loc[list(images)] for name, images in parts.items()}
     patients, pairs = {name: part["patient"].to_numpy() for name, part in rows.items()}, []
     for a, b in itertools.combinations(parts, 2):
@@ -238,9 +234,7 @@ def _by_patient(table: pd.DataFrame, fractions: Sequence[float], seed: int) -> n
 
 def _check(radiographs: Radiographs, fractions: Sequence[float], n: int, unit: str) -> None:
     if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise ConfigError(
-            f"fractions={fractions} are not three positive numbers with sum 1, like {FRACTIONS}."
-        )
+        raise ConfigError(f"fractions={fractions} are not three positive numbers with sum 1, like {FRACTIONS}.")
     if n < 3:
         raise DataError(f"A split needs at least 3 {unit}; {radiographs.root} has {n}. {NEXT_STEP}")
 

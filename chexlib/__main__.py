@@ -1,0 +1,161 @@
+"""The command line: `python -m chexlib --help`. A thin layer over the notebooks and rooms."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+
+import click
+
+from chexlib.errors import ChexlibError, ConfigError
+
+
+class _Family(click.Group):
+    """Tells an error of ours in one line and exits with 2, without a traceback."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except ChexlibError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=_Family, context_settings={"help_option_names": ["-h", "--help"]})
+def main():
+    """The AI radiologist: train, scale and judge a 14-finding chest X-ray classifier. Not for clinical use."""
+
+
+@main.command()
+@click.argument("notebooks", nargs=-1)
+@click.option("--profile", default="quick", show_default=True, help="Parameters from notebooks/profiles/NAME.yaml.")
+@click.option("--data", "data_dir", default="", help="Folder in the NIH layout; without it a phantom is made.")
+@click.option("--engines", type=int, help="MPI engines of the distributed notebooks.")
+@click.option("-p", "parameters", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a notebook parameter.")
+@click.option("--runs-dir", default="", help="Where runs go.  [default: runs/ of the project]")
+def run(notebooks, profile, data_dir, engines, parameters, runs_dir):
+    """Execute notebooks headless and write the run's report. NOTEBOOKS: names or numbers; all without."""
+    from chexlib.execute import execute
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: kernels and engines are taken down
+    chosen = dict(parameters)
+    if engines is not None:
+        chosen["engines"] = engines
+    if data_dir:
+        chosen["data_dir"] = data_dir
+    failed, report = execute(notebooks, profile=profile, parameters=chosen, runs_dir=runs_dir)
+    click.echo(f"Report: {report}")
+    sys.exit(1 if failed else 0)
+
+
+@main.command()
+@click.argument("directory")
+@click.option("--images", default=2000, show_default=True, help="Number of radiographs.")
+@click.option("--size", default=128, show_default=True, help="Side in pixels.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--difficulty", default="standard", show_default=True, help="easy, standard or hard.")
+@click.option("--min-prevalence", default=0.0, show_default=True, help="Least share of images with each finding.")
+@click.option("--workers", type=int, help="Processes.  [default: the cores]")
+def phantom(directory, images, size, seed, difficulty, min_prevalence, workers):
+    """Make synthetic radiographs with all 14 findings in DIRECTORY, in the NIH layout."""
+    from chexlib.data.phantom import write_phantom
+
+    made = write_phantom(
+        directory,
+        n_images=images,
+        size=size,
+        seed=seed,
+        difficulty=difficulty,
+        min_prevalence=min_prevalence,
+        workers=workers,
+    )
+    click.echo(made)
+
+
+@main.command()
+@click.option("--data", "data_dir", required=True, help="Folder in the NIH layout; the labels are enough.")
+@click.argument("parts", nargs=-1, required=True, metavar="PART=LIST...")
+def audit(data_dir, parts):
+    """Check that no patient is shared between parts, for instance train=train.txt test=test.txt. Exits 1 on a leak."""
+    from chexlib.data.nih import load_radiographs
+    from chexlib.data.splits import audit as check
+    from chexlib.data.splits import read_list
+
+    lists = {}
+    for item in parts:
+        name, equals, path = item.partition("=")
+        if not equals or not name or not path:
+            raise ConfigError(f"{item!r} is not PART=LIST. Write for instance train=train_list.txt.")
+        lists[name] = read_list(path)
+    found = check(lists, load_radiographs(data_dir, require_images=False), allow_leak=True)
+    for part, images in found.images.items():
+        click.echo(f"{part}: {images} images of {found.patients[part]} patients")
+    click.echo((100 * found.prevalence).round(2).to_string(float_format=lambda x: f"{x:.2f} %"))
+    for row in found.shared.itertuples():
+        click.echo(
+            f"LEAK: {row.patients} patients are in both {row.part_a} and {row.part_b}; they have {row.images_a} images "
+            f"in {row.part_a} and {row.images_b} in {row.part_b}"
+        )
+    click.echo("The parts leak." if found.leaks else "No patient is shared between parts.")
+    sys.exit(1 if found.leaks else 0)
+
+
+@main.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path())
+@click.option("--weights", help="A model.keras file.  [default: of the newest run]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: {image: {finding: probability}}.")
+def predict(images, weights, as_json):
+    """Print the probability of each of the 14 findings for every image. Not for clinical use."""
+    import os
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from chexlib.models.predict import newest_weights
+    from chexlib.models.predict import predict as score
+    from chexlib.runs import ROOT
+
+    weights = weights or newest_weights(ROOT / "runs")
+    scores = score(images, weights=weights)
+    if as_json:
+        rows = {image: {f: round(float(p), 6) for f, p in row.items()} for image, row in scores.iterrows()}
+        click.echo(json.dumps({"weights": str(weights), "probabilities": rows}, indent=1))
+    else:
+        click.echo(f"Weights: {weights}")
+        click.echo(scores.T.to_string(float_format=lambda p: f"{p:.3f}"))
+
+
+@main.command()
+@click.option("--config", "config_file", required=True, type=click.Path(), help="JSON of a TrainConfig.")
+def train(config_file):
+    """Train as CONFIG says, on one process or under mpiexec or srun."""
+    from pathlib import Path
+
+    from chexlib.live import LiveLine
+    from chexlib.runs import show_log
+    from chexlib.training.collectives import join_world
+    from chexlib.training.config import TrainConfig
+    from chexlib.training.fit import fit
+
+    try:
+        values = json.loads(Path(config_file).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{config_file} is not a readable JSON file ({error}).") from error
+    show_log()
+    logging.getLogger("chexlib.data").setLevel(logging.WARNING)  # once is enough, and every rank would say it
+    result = fit(TrainConfig.from_dict(values), report=LiveLine())
+    if join_world().first:
+        click.echo(json.dumps({"model": result.model, "ranks": result.ranks, "best_epoch": result.best_epoch}))
+
+
+@main.command()
+def clean():
+    """End engines and controllers that an interrupted notebook of this project left behind."""
+    from chexlib.cluster.engines import PREFIX
+    from chexlib.cluster.watchdog import end_members
+
+    click.echo(f"{end_members(PREFIX)} processes ended")
+
+
+if __name__ == "__main__":
+    main(prog_name="chexlib")

@@ -1,0 +1,132 @@
+"""Executes notebooks headless, one after the other, into one run folder."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from chexlib.errors import ConfigError
+from chexlib.report import build_report
+from chexlib.runs import BATCH, ROOT, new_run, point_latest, show_log
+
+log = logging.getLogger(__name__)
+
+
+def execute(
+    notebooks: Sequence[str] = (), *, profile: str = "quick", parameters: dict | None = None, runs_dir: str = ""
+) -> tuple[list[str], Path]:
+    """Run notebooks with a profile's parameters, and write the report.
+
+    Parameters
+    ----------
+    notebooks : names or numbers such as "03"; all if empty
+    profile : name of a file in `notebooks/profiles`
+    parameters : dict
+        Override the profile. Each must be a parameter of at least one of the notebooks.
+    runs_dir : str
+        Where the run folder is made; empty for `runs/` of the project.
+
+    Returns
+    -------
+    failed : list of str
+        Notebooks that ended in an error; the others were executed all the same.
+    report : Path
+        `index.html` of the run.
+
+    Raises
+    ------
+    ConfigError
+        An unknown notebook, profile or parameter; engines below 1; a run folder that cannot be written.
+    DataError
+        The data folder cannot be used. All of these before anything is made.
+    """
+    paths = find_notebooks(notebooks)
+    accepted = {path: _parameters_of(path) for path in paths}
+    chosen = _check(dict(parameters or {}), accepted)
+    settings = {**_profile(profile), **chosen}
+    show_log()
+
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    os.environ[BATCH] = "1"
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel of this environment, whatever the user has installed
+    run = new_run(runs_dir)
+    failed = []
+    log.info("Run folder: %s", run)
+    for path in paths:
+        folder = run / path.stem
+        folder.mkdir()
+        own = {name: value for name, value in settings.items() if name in accepted[path]}
+        log.info("%s ...", path.stem)
+        try:
+            papermill.execute_notebook(
+                path,
+                folder / "notebook.ipynb",
+                parameters={**own, "run_dir": str(folder)},
+                kernel_name="python3",
+                cwd=ROOT,
+                progress_bar=False,
+            )
+        except PapermillExecutionError as error:
+            failed.append(path.stem)
+            log.error("%s failed with %s: %s", path.stem, error.ename, error.evalue)
+    point_latest(run)
+    return failed, build_report(run)
+
+
+def find_notebooks(names: Sequence[str] = ()) -> list[Path]:
+    """Paths of the notebooks with these names, numbers or file names, in their order; all if none is named."""
+    every = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    found = []
+    for name in names:
+        wanted = Path(name).name.removesuffix(".ipynb")
+        matches = [path for path in every if path.stem == wanted or path.stem.split("_")[0] == wanted]
+        if not matches:
+            raise ConfigError(f"there is no notebook {name!r}. There are: {', '.join(path.stem for path in every)}.")
+        found += matches
+    return found or every
+
+
+def _parameters_of(path: Path) -> dict:
+    import papermill
+
+    return papermill.inspect_notebook(path)
+
+
+def _profile(name: str) -> dict:
+    import yaml
+
+    folder = ROOT / "notebooks" / "profiles"
+    if not (folder / f"{name}.yaml").exists():
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        raise ConfigError(f"there is no profile {name!r}. There are: {known}.")
+    return yaml.safe_load((folder / f"{name}.yaml").read_text()) or {}
+
+
+def _check(parameters: dict, accepted: dict[Path, dict]) -> dict:
+    """Refuse what no notebook takes and what cannot work; give text from the command line its type."""
+    import yaml
+
+    names = sorted({name for own in accepted.values() for name in own})
+    checked = {}
+    for name, value in parameters.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"no notebook of this run has a parameter {name!r}.{hint} Accepted: {', '.join(names)}.")
+        kind = next(own[name]["inferred_type_name"] for own in accepted.values() if name in own)
+        checked[name] = yaml.safe_load(value) if isinstance(value, str) and kind != "str" else value
+    if checked.get("engines", 1) < 1:
+        raise ConfigError(f"engines={checked['engines']} is not accepted. Use 1 or more MPI engines.")
+    if checked.get("data_dir"):
+        from chexlib.data.nih import load_radiographs
+
+        checked["data_dir"] = str(Path(checked["data_dir"]).absolute())
+        images = len(load_radiographs(checked["data_dir"]))
+        if checked.get("engines", 1) > images:
+            raise ConfigError(f"{checked['engines']} engines cannot share {images} images. Use at most {images} engines.")
+    return checked
