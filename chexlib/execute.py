@@ -128,5 +128,5 @@ def _check(parameters: dict, accepted: dict[Path, dict]) -> dict:
         checked["data_dir"] = str(Path(checked["data_dir"]).absolute())
         images = len(load_radiographs(checked["data_dir"]))
         if checked.get("engines", 1) > images:
-            raise ConfigError(f"{checked['engines']} engines cannot share {images} images. Use at most {images} engines.")
+            raise ConfigError(f"{checked['engines']} engines cannot share {images} images. Use at most {images}.")
     return checked

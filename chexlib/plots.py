@@ -20,6 +20,7 @@ NAMES = tuple(finding.replace("_", " ") for finding in FINDINGS)  # as written o
 HATCHES = ("", "///", "...", "xxx")  # of bars side by side
 MARKERS = ("o", "s", "^", "D", "v", "P")
 LINES = ("-", "--", ":", "-.")
+SMALL = {"fontsize": "small"}
 
 
 def set_theme() -> None:
@@ -33,8 +34,8 @@ def finding_counts(labels_by_source: Mapping[str, pd.DataFrame | np.ndarray], *,
 
     Parameters
     ----------
-    labels_by_source : dict of name to labels
-        Labels are (n, 14), 0 or 1, or a table with the columns of FINDINGS. The first source gives the order.
+    labels_by_source : dict
+        Of name to (n, 14) labels, 0 or 1, or a table with the columns of FINDINGS. The first source gives the order.
     """
     sources = {name: _matrix(labels) for name, labels in labels_by_source.items()}
     order = np.argsort(next(iter(sources.values())).sum(axis=0), kind="stable")
@@ -62,27 +63,21 @@ def cooccurrence(labels: pd.DataFrame | np.ndarray) -> Figure:
 
 
 def images_per_patient(patients: Sequence[int] | pd.Series) -> Figure:
-    """Patients with 1, 2, 3 to 4, 5 to 8, ... images, beside the share of all images that is theirs.
-
-    Parameters
-    ----------
-    patients : (n,)
-        Whose image each is.
-    """
+    """Patients with 1, 2, 3 to 4, 5 to 8, ... images, and all images that are theirs; `patients` (n,) says whose."""
     per_patient = pd.Series(np.asarray(patients)).value_counts().to_numpy()
     place = np.ceil(np.log2(per_patient)).astype(int)
     people, images = np.bincount(place), np.bincount(place, weights=per_patient)
     names = ["1", "2", *(f"{2 ** (k - 1) + 1} to {2**k}" for k in range(2, len(people)))][: len(people)]
-    counts = {f"patients ({people.sum():,})": people, f"images ({images.sum():,.0f})": images}
+    counts = {f"patients ({people.sum():,})": people[::-1], f"images ({images.sum():,.0f})": images[::-1]}
     fig, ax = plt.subplots(figsize=(8, 1.5 + 0.5 * len(names)))
-    _bars(ax, counts, names, totals=[people.sum(), images.sum()])
+    _bars(ax, counts, names[::-1], totals=[people.sum(), images.sum()])
     ax.set(xlabel="share (%), and number", ylabel="images of one patient")
     return _done(fig)
 
 
 def ages(table: pd.DataFrame) -> Figure:
     """Age distribution (percentage of images per 10 years), a panel per view position, a line per sex."""
-    edges = np.arange(0, 130, 10)
+    edges = np.arange(0, np.nan_to_num(table["age"].max()) + 20, 10)
     views = list(table["view"].value_counts().index)
     fig, axs = plt.subplots(1, len(views), figsize=(4.6 * len(views), 3.6), sharey=True, squeeze=False)
     for ax, view in zip(axs[0], views, strict=True):
@@ -96,9 +91,7 @@ def ages(table: pd.DataFrame) -> Figure:
     return _done(fig)
 
 
-def radiographs(
-    images: Sequence[np.ndarray], titles: Sequence[str], *, boxes: Sequence[pd.DataFrame] | None = None, columns=4
-) -> Figure:
+def radiographs(images: Sequence[np.ndarray], titles: Sequence[str], *, boxes=None, columns: int = 4) -> Figure:
     """Grey images in a grid, black 0 and white 255, with boxes and their findings' names drawn on them.
 
     Parameters
@@ -115,17 +108,14 @@ def radiographs(
         ax.axis("off")
     for i, (ax, image, title) in enumerate(zip(axs.flat, images, titles, strict=False)):
         ax.imshow(image, cmap="gray", vmin=0, vmax=255)
-        ax.set_title(title, fontsize="small")
+        ax.set_title(title, **SMALL)
         for box in boxes[i].itertuples() if boxes is not None else ():
             _box(ax, box, *image.shape[1::-1])
     return _done(fig)
 
 
 def prevalence_by_part(audit) -> Figure:
-    """Percentage of each part's images with each finding; the positives of the parts at the right.
-
-    `audit` is what `chexlib.data.splits.audit` returns.
-    """
+    """Percentage of each part's images with each finding, and the positives; from a `chexlib.data.splits.Audit`."""
     order = audit.prevalence.mean(axis=1).sort_values(kind="stable").index
     shares, counts = 100 * audit.prevalence.loc[order], audit.positives.loc[order]
     y = np.arange(len(order))
@@ -139,7 +129,7 @@ def prevalence_by_part(audit) -> Figure:
     right.set_yticks(y, [" / ".join(f"{n:,.0f}" for n in row) for row in counts.to_numpy()])
     right.set_ylabel(f"positive images: {' / '.join(counts)}")
     right.tick_params(length=0)
-    ax.legend(loc="lower right", fontsize="small")
+    ax.legend(loc="lower right", **SMALL)
     return _done(fig)
 
 
@@ -158,12 +148,10 @@ def imbalance(labels: pd.DataFrame | np.ndarray) -> Figure:
     for row, (r, n) in enumerate(zip(ratio, positives, strict=True)):
         text = f"{r:,.{0 if r >= 10 else 1}f} : 1" if n else "no positives"
         at = (np.nan_to_num(drawn[row], nan=1.0), row)
-        ax.annotate(text, at, xytext=(8, 0), textcoords="offset points", va="center", fontsize="small")
-    ax.set(
-        xscale="log", xlim=(np.nanmin([0.9, *drawn / 1.5]), 4 * np.nanmax([2.5, *drawn])), ylabel="finding (positives)"
-    )
+        ax.annotate(text, at, xytext=(8, 0), textcoords="offset points", va="center", **SMALL)
+    ax.set(xscale="log", xlim=(np.nanmin([0.9, *drawn / 1.5]), 4 * np.nanmax([2.5, *drawn])))
     names = [f"{NAMES[i]} ({n:,.0f})" for i, n in zip(order, positives, strict=True)]
-    ax.set(yticks=y, yticklabels=names, xlabel="negative images for each positive one (log scale)")
+    ax.set(yticks=y, yticklabels=names, ylabel="finding (positives)", xlabel="negatives per positive (log scale)")
     ax.grid(axis="y", visible=False)
     return _done(fig)
 
@@ -189,9 +177,7 @@ def history(rows: Iterable[Mapping] | pd.DataFrame) -> Figure:
     return _done(fig)
 
 
-def auroc_bars(
-    table: pd.DataFrame, *, title: str = "", published: Mapping[str, Mapping[str, float]] | None = None
-) -> Figure:
+def auroc_bars(table: pd.DataFrame, *, title: str = "", published: Mapping[str, Mapping] | None = None) -> Figure:
     """AUROC of each finding, sorted, with its interval; the mean on top, undefined findings named at the bottom.
 
     Parameters
@@ -215,14 +201,12 @@ def auroc_bars(
         at = [values.get(finding, np.nan) for finding in rows.index]
         ax.plot(at, y, MARKERS[1 + i % 5], label=source, color=f"C{i + 2}", markerfacecolor="none")
     for row in y[~defined]:
-        ax.text(0.51, row, f"undefined ({rows['positives'].iloc[row]:,} positives)", va="center", fontsize="small")
+        ax.text(0.51, row, f"undefined ({rows['positives'].iloc[row]:,} positives)", va="center", **SMALL)
     numbers = [f"{name.replace('_', ' ')} ({n:,})" for name, n in rows["positives"].items()]
-    ax.set(yticks=y, yticklabels=numbers, ylim=(-1.1, len(rows) - 0.4), title=title)
-    ax.set(
-        xlim=(max(0, np.nanmin([0.45, rows["low"].min() - 0.03])), 1.01), xlabel="AUROC", ylabel="finding (positives)"
-    )
+    ax.set(yticks=y, yticklabels=numbers, ylabel="finding (positives)", xlabel="AUROC", title=title)
+    ax.set(xlim=(max(0, np.nanmin([0.45, rows["low"].min() - 0.03])), 1.01), ylim=(-1.1, len(rows) - 0.4))
     if published:
-        ax.legend(loc="lower right", fontsize="small")
+        ax.legend(loc="lower right", **SMALL)
     return _done(fig)
 
 
@@ -236,7 +220,7 @@ def _bars(ax: Axes, counts: Mapping[str, np.ndarray], names: Sequence[str], *, t
     for i, ((label, values), total) in enumerate(zip(counts.items(), totals, strict=True)):
         at, style = y + 0.4 - (i + 0.5) * height, {"hatch": HATCHES[i % 4], "edgecolor": "white", "label": label}
         drawn = ax.barh(at, 100 * values / max(total, 1), height, **style)
-        ax.bar_label(drawn, [f"{n:,.0f}" for n in values], padding=3, fontsize="small")
+        ax.bar_label(drawn, [f"{n:,.0f}" for n in values], padding=3, **SMALL)
     ax.set(yticks=y, yticklabels=names)
     ax.margins(x=0.1, y=0.01)
     ax.grid(axis="y", visible=False)

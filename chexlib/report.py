@@ -30,7 +30,9 @@ def build_report(run: Path) -> Path:
     environment = next((page["environment"] for page in pages if page["environment"]), {})
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     template = jinja2.Environment(loader=loader, autoescape=True).get_template("report.html")
-    text = template.render(run=run.name, pages=pages, judged=judged, findings=[*FINDINGS, "mean"], environment=environment)
+    text = template.render(
+        run=run.name, pages=pages, judged=judged, findings=[*FINDINGS, "mean"], environment=environment
+    )
     draft = run / ".index.html"
     draft.write_text(text)
     os.replace(draft, run / "index.html")

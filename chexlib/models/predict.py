@@ -58,5 +58,5 @@ def newest_weights(runs_dir: str | Path) -> Path:
     """
     found = sorted(Path(runs_dir).glob("*/*/model.keras"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise WeightsError(f"no run under {runs_dir} has a model.keras. Train one with `make run`, or name --weights FILE.")
+        raise WeightsError(f"no run under {runs_dir} has a model.keras. Train with `make run`, or name --weights FILE.")
     return found[-1].resolve()

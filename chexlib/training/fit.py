@@ -15,6 +15,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pandas as pd
+import tensorflow as tf
 
 from chexlib.data.nih import check_images, load_radiographs
 from chexlib.data.pipeline import ImageStore, steps_per_epoch, training_batches
@@ -25,6 +26,7 @@ from chexlib.models.weights import create_model, save_model
 from chexlib.training.collectives import World, join_world
 from chexlib.training.config import TrainConfig
 from chexlib.training.monitor import PooledValidation, Progress, pooled_scorer
+from chexlib.training.optimizers import FusedAdam
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,6 @@ class DataParallelTrainer(keras.Model):
         return self.model(inputs, training=training)
 
     def train_step(self, data):
-        import tensorflow as tf
-
         pixels, labels, weights = data
         variables = self.model.trainable_variables
         with tf.GradientTape() as tape:
@@ -119,6 +119,8 @@ def fit(config: TrainConfig, *, report: Callable[[dict], None] | None = None, ve
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
 
+    # Grappler's rewriting takes seconds of every start and makes no step of these graphs faster (measured).
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     model = create_model(
         config.topology,
         size=config.size,
@@ -132,7 +134,7 @@ def fit(config: TrainConfig, *, report: Callable[[dict], None] | None = None, ve
     if config.shuffle_labels:
         labels = np.random.default_rng(config.seed).permutation(labels)
     trainer = DataParallelTrainer(model, world)
-    makers = {"adam": keras.optimizers.Adam, "sgd": lambda rate: keras.optimizers.SGD(rate, momentum=0.9)}
+    makers = {"adam": FusedAdam, "sgd": lambda rate: keras.optimizers.SGD(rate, momentum=0.9)}
     trainer.compile(optimizer=makers[config.optimizer](config.learning_rate), jit_compile=False)
     trainer.optimizer.build(model.trainable_variables)
     world.broadcast([*model.variables, *trainer.optimizer.variables])

@@ -1,0 +1,58 @@
+# The AI radiologist. `make run` is all one needs; `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.made
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export UV_PROJECT_ENVIRONMENT := $(CURDIR)/$(VENV)
+export UV_COMPILE_BYTECODE := 1
+export UV_PYTHON_DOWNLOADS := never
+export JUPYTER_PREFER_ENV_PATH := 1
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+PROFILE ?= quick
+DATA ?=
+ENGINES ?=
+
+.PHONY: help env run test lab lint clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@echo "Settings: DATA=DIR (NIH layout)  PROFILE=quick|standard|cluster  ENGINES=N"
+
+env: $(STAMP)  ## make the environment in .venv
+
+run: $(STAMP)  ## execute every notebook headless and write the report
+	@exec $(BIN)/python -m chexlib run --profile $(PROFILE) $(if $(DATA),--data '$(DATA)') $(if $(ENGINES),--engines $(ENGINES))
+
+test: $(STAMP)  ## run the tests, with coverage of chexlib
+	$(BIN)/python -m pytest --cov=chexlib --cov-report=term --cov-fail-under=90
+
+lint: $(STAMP)  ## check code and notebooks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+lab: $(STAMP)  ## open JupyterLab on the notebooks
+	@exec $(BIN)/jupyter lab --notebook-dir notebooks
+
+clean:  ## end stray engines, remove the environment and all made data (runs/ stays)
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -m chexlib clean || true; fi
+	rm -rf $(VENV) data/phantom data/cache .pytest_cache .ruff_cache .coverage*
+
+# A Python that fits and a compiler are looked for before anything is made.
+$(STAMP): pyproject.toml uv.lock
+	@python=$$(for p in "$${PYTHON:-}" python3 python3.12 python3.11; do \
+	    [ -n "$$p" ] && "$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+	      && { echo "$$p"; break; }; done; true); \
+	[ -n "$$python" ] || { echo "Error: Python 3.11 or 3.12 is needed (found: $$(python3 --version 2>&1 || true)). Install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 2; }; \
+	command -v "$${CXX:-g++}" >/dev/null || { echo "Error: a C++ compiler is needed to build Horovod, and $${CXX:-g++} was not found. Install one (Debian: apt install g++)" >&2; exit 2; }; \
+	"$$python" -c 'import ensurepip, venv' 2>/dev/null || { echo "Error: $$python cannot make environments. Install its venv module (Debian: apt install python3-venv)" >&2; exit 2; }; \
+	[ -x $(BIN)/python ] || "$$python" -m venv $(VENV); \
+	if command -v uv >/dev/null; then uv=uv; else \
+	  echo "Fetching uv into $(VENV) ..."; $(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'; uv=$(BIN)/uv; fi; \
+	echo "Making the environment in $(VENV): a few minutes, Horovod is compiled ..."; \
+	"$$uv" sync --locked --quiet --python $(BIN)/python; \
+	touch $@
