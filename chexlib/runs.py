@@ -125,6 +125,14 @@ def data_folder(data_dir: str = "", *, images: int, size: int, difficulty: str, 
     )
 
 
+def data_name(folder: Path) -> str:
+    """What to call a data folder beside a result: the phantom by its settings, other folders by their name."""
+    file = Path(folder) / "phantom.json"
+    if not file.exists():
+        return Path(folder).name
+    return f"phantom {Path(folder).name} (synthetic)"
+
+
 def point_latest(run: Path) -> None:
     """Let `latest` beside `run` point to it, atomically."""
     draft = run.parent / f".latest.{os.getpid()}"

@@ -164,6 +164,7 @@ def fit(config: TrainConfig, *, report: Callable[[dict], None] | None = None, ve
         steps_per_epoch=steps,
         callbacks=[validation, plateau, progress],
         verbose=verbose if world.first else 0,
+        shuffle=False,
     ).history
     if validation.best_weights is not None:
         model.set_weights(validation.best_weights)

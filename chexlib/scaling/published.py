@@ -1,0 +1,43 @@
+"""Published AUROCs to set beside ours. A number is shown with its split, always.
+
+Wang 2017, Yao 2017 and CheXNet as printed in table 2 of Rajpurkar et al. 2017 (arXiv:1711.05225); jrzech from
+reproduce-chexnet's `aucs.csv`; Dell from the README of ai-radiologist-GPU (DenseNet).
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from chexlib.findings import FINDINGS
+
+SPLITS = {
+    "Wang 2017": "official, by patient",
+    "Yao 2017": "random 70/10/20, by patient",
+    "CheXNet": "random 70/10/20, by patient",
+    "jrzech": "random 70/10/20, by patient",
+    "Dell DenseNet": "leaks patients between training and validation: not comparable",
+}
+
+_AUROC = {
+    "Wang 2017": (0.716, 0.807, 0.784, 0.609, 0.706, 0.671, 0.633, 0.806, 0.708, 0.835, 0.815, 0.769, 0.708, 0.767),
+    "Yao 2017": (0.772, 0.904, 0.859, 0.695, 0.792, 0.717, 0.713, 0.841, 0.788, 0.882, 0.829, 0.767, 0.765, 0.914),
+    "CheXNet": (
+        *(0.8094, 0.9248, 0.8638, 0.7345, 0.8676, 0.7802, 0.7680),
+        *(0.8887, 0.7901, 0.8878, 0.9371, 0.8047, 0.8062, 0.9164),
+    ),
+    "jrzech": (
+        *(0.8180, 0.9090, 0.8827, 0.7156, 0.8377, 0.7756, 0.7617),
+        *(0.8776, 0.8002, 0.8945, 0.9316, 0.8251, 0.7889, 0.9175),
+    ),
+    "Dell DenseNet": (
+        *(0.8162, 0.8757, 0.8900, 0.6733, 0.8231, 0.7156, 0.8328),
+        *(0.6950, 0.7986, 0.8714, 0.8929, 0.7847, 0.7513, 0.8331),
+    ),
+}
+
+
+def published_auroc() -> pd.DataFrame:
+    """AUROC per finding, one column a source (the keys of `SPLITS`), and their means in the row "mean"."""
+    table = pd.DataFrame(_AUROC, index=pd.Index(FINDINGS, name="finding"))
+    table.loc["mean"] = table.mean()
+    return table
