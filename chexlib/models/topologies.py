@@ -28,6 +28,7 @@ def build_model(
     size: int = 224,
     imagenet: bool = False,
     precision: str = "float32",
+    momentum: float = 0.9,
     seed: int = 0,
 ):
     """Build one of `TOPOLOGIES` from keras.applications, with fused batch norm and 14 sigmoid outputs.
@@ -41,6 +42,9 @@ def build_model(
         Start from Keras' ImageNet weights (downloaded by Keras, checksummed there).
     precision : {"float32", "mixed_bfloat16"}
         Type of the backbone's computations; weights, statistics and probabilities stay float32.
+    momentum : float
+        Of the moving statistics of batch norm. CheXNet's is 0.9 (PyTorch's default, there called 0.1);
+        keras.applications' 0.99 trails far behind in a training of a few hundred steps.
     seed : int
         Seed of every initial weight that is drawn; no global generator is touched.
 
@@ -72,7 +76,9 @@ def build_model(
 
     def clone(layer):
         config = {**layer.get_config(), "dtype": precision}
-        kind = FusedBatchNormalization if type(layer) is keras.layers.BatchNormalization else type(layer)
+        kind = type(layer)
+        if kind is keras.layers.BatchNormalization:
+            kind, config["momentum"] = FusedBatchNormalization, momentum
         if "kernel_initializer" in config:
             config["kernel_initializer"]["config"]["seed"] = _seed(seed, layer.name)
         return kind.from_config(config)

@@ -28,7 +28,7 @@ def create_model(topology: str, *, size: int, weights: str | None = None, precis
     WeightsError
         The weights cannot be had, or do not fit every layer of the topology.
     """
-    settings = {"size": size, "precision": precision, "seed": seed}
+    settings = {"size": size, "precision": precision, "momentum": momentum, "seed": seed}
     if weights is None:
         return build_model(topology, **settings)
     if weights == "imagenet":

@@ -32,6 +32,7 @@ class TrainConfig:
     plateau_patience: int = 1  # epochs without improvement before that
     mirror: bool = True  # random horizontal flip
     precision: str = "float32"
+    norm_momentum: float = 0.9  # of batch norm's moving statistics; PyTorch, and so CheXNet, calls this 0.1
     split: str = "auto"
     allow_leak: bool = False  # go on although patients are shared between parts
     shuffle_labels: bool = False  # control: training labels dealt anew, so that there is nothing to learn
@@ -62,6 +63,8 @@ class TrainConfig:
                 raise ConfigError(f"{name}={value!r} is not accepted. Use a whole number of {least} or more.")
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate={self.learning_rate!r} is not accepted. Use a number above 0.")
+        if not 0 <= self.norm_momentum < 1:
+            raise ConfigError(f"norm_momentum={self.norm_momentum!r} is not accepted. Use 0 <= momentum < 1.")
         if not 0 < self.plateau_factor <= 1:
             raise ConfigError(f"plateau_factor={self.plateau_factor!r} is not accepted. Use 0 < factor <= 1.")
         # Engines may start in another folder than the notebook.

@@ -111,7 +111,7 @@ def fit(config: TrainConfig, *, report: Callable[[dict], None] | None = None, ve
     if config.skip_broken:
         radiographs = check_images(radiographs, skip_broken=True)
     split = make_split(radiographs, kind=config.split, seed=config.seed)
-    audit(split, radiographs, allow_leak=config.allow_leak or config.split == "image")
+    audit(split, radiographs, allow_leak=config.allow_leak)
     tables = {part: radiographs.select(split.images(part)) for part in split.parts}
     train = tables["train"]
     if world.ranks > len(train):
@@ -126,6 +126,7 @@ def fit(config: TrainConfig, *, report: Callable[[dict], None] | None = None, ve
         size=config.size,
         weights=config.weights,
         precision=config.precision,
+        momentum=config.norm_momentum,
         seed=config.seed,
     )
     labels = train.labels

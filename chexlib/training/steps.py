@@ -14,7 +14,7 @@ from chexlib.training.collectives import join_world
 from chexlib.training.config import TrainConfig
 
 
-def seven_steps(config: TrainConfig, *, repeats: int = 3) -> dict:
+def seven_steps(config: TrainConfig, *, repeats: int = 2) -> dict:
     """Take the first steps of a training by hand on this rank, and keep what each step saw.
 
     What `fit` does in a compiled loop, here in plain eager calls: broadcast, distribute, shuffle, forward, aggregate,

