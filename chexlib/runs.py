@@ -116,9 +116,9 @@ def data_folder(data_dir: str = "", *, images: int, size: int, difficulty: str, 
     """
     if data_dir:
         return Path(data_dir).absolute()
-    from chexlib.data.phantom import write_phantom
+    from chexlib.data.phantom import VERSION, write_phantom
 
-    folder = ROOT / "data" / "phantom" / f"{difficulty}-{images}x{size}px-seed{seed}"
+    folder = ROOT / "data" / "phantom" / f"v{VERSION}-{difficulty}-{images}x{size}px-seed{seed}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     return write_phantom(
         folder, n_images=images, size=size, difficulty=difficulty, seed=seed, min_prevalence=PHANTOM_PREVALENCE

@@ -25,7 +25,7 @@ BOX_COLUMNS = ["image", "finding", "x", "y", "width", "height"]
 BOX_SIDE = 1024  # px: the space of the release's box coordinates, whatever the size of the images here
 OLDEST = 120  # years: the 2017 edition has ages up to 414
 MAX_PIXELS = 8192**2  # the release has 1024²; far more is a decompression bomb
-NEXT_STEP = "Download with `python -m chexlib fetch DIR`, or practise: `python -m chexlib phantom DIR`."
+NEXT_STEP = "Use a folder of the NIH release, or make a synthetic one: `python -m chexlib phantom DIR`."
 _log = logging.getLogger(__name__)
 
 

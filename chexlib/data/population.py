@@ -15,7 +15,7 @@ from chexlib.errors import ConfigError
 from chexlib.findings import FINDINGS, NO_FINDING
 
 REPEAT = 0.16  # probability that a follow-up has the findings of the film before (0.155 in the NIH table)
-# NIH patients with 1, 2, ... 20 films; the 1,099 with more (up to 184) are left out.
+# NIH patients with 1, 2, ... 20 films; the 803 with more (up to 184) are left out.
 FILMS = (17503, 4113, 2100, 1330, 938, 787, 608, 494, 387, 320, 281, 235, 165, 181, 121, 120, 91, 77, 77, 74)
 
 

@@ -16,7 +16,15 @@ CARD = "chexlib.json"  # the member of the .keras archive that says what the wei
 log = logging.getLogger(__name__)
 
 
-def create_model(topology: str, *, size: int, weights: str | None = None, precision: str = "float32", seed: int = 0):
+def create_model(
+    topology: str,
+    *,
+    size: int,
+    weights: str | None = None,
+    precision: str = "float32",
+    momentum: float = 0.9,
+    seed: int = 0,
+):
     """Build a topology and fill it from `weights`.
 
     Parameters
