@@ -53,6 +53,7 @@ def execute(
     from papermill.exceptions import PapermillExecutionError
 
     os.environ[BATCH] = "1"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel of this environment, whatever the user has installed
     run = new_run(runs_dir)
     failed = []
@@ -70,6 +71,7 @@ def execute(
                 kernel_name="python3",
                 cwd=ROOT,
                 progress_bar=False,
+                extra_arguments=["--log-level=CRITICAL"],  # the kernel's own chatter; errors are raised by papermill
             )
         except PapermillExecutionError as error:
             failed.append(path.stem)

@@ -59,6 +59,7 @@ def cooccurrence(labels: pd.DataFrame | np.ndarray) -> Figure:
     hidden = np.eye(len(FINDINGS), dtype=bool)
     sns.heatmap(pd.DataFrame(shares, rows, NAMES), ax=ax, mask=hidden, vmin=0, square=True, cbar_kws=bar, **style)
     ax.set(ylabel="finding (images)", xlabel="also shown")
+    ax.grid(visible=False)
     return _done(fig)
 
 
@@ -201,10 +202,12 @@ def auroc_bars(table: pd.DataFrame, *, title: str = "", published: Mapping[str, 
         at = [values.get(finding, np.nan) for finding in rows.index]
         ax.plot(at, y, MARKERS[1 + i % 5], label=source, color=f"C{i + 2}", markerfacecolor="none")
     for row in y[~defined]:
-        ax.text(0.51, row, f"undefined ({rows['positives'].iloc[row]:,} positives)", va="center", **SMALL)
-    numbers = [f"{name.replace('_', ' ')} ({n:,})" for name, n in rows["positives"].items()]
+        ax.text(0.51, row, f"undefined ({rows['positives'].iloc[row]:,.0f} positives)", va="center", **SMALL)
+    numbers = [f"{name.replace('_', ' ')} ({n:,.0f})" for name, n in rows["positives"].items()]
     ax.set(yticks=y, yticklabels=numbers, ylabel="finding (positives)", xlabel="AUROC", title=title)
-    ax.set(xlim=(max(0, np.nanmin([0.45, rows["low"].min() - 0.03])), 1.01), ylim=(-1.1, len(rows) - 0.4))
+    ax.set(
+        xlim=(max(0, np.nanmin([0.45, rows[["auroc", "low"]].min().min() - 0.03])), 1.01), ylim=(-1.1, len(rows) - 0.4)
+    )
     if published:
         ax.legend(loc="lower right", **SMALL)
     return _done(fig)

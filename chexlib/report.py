@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 from pathlib import Path
 
 from chexlib.findings import FINDINGS
@@ -62,10 +63,11 @@ def _page(folder: Path) -> dict:
 def _write_html(notebook, path: Path) -> None:
     from nbconvert import HTMLExporter
 
-    # The exporter would otherwise name scripts on other people's servers; our notebooks need none.
+    # The exporter would otherwise load scripts from other people's servers; our notebooks need none.
     exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="", embed_images=True)
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
-    path.write_text(exporter.from_notebook_node(notebook)[0])
+    page = exporter.from_notebook_node(notebook)[0]
+    path.write_text(re.sub(r'<script src=""[^>]*></script>', "", page))
 
 
 def _error(notebook) -> str | None:

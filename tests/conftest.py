@@ -59,3 +59,14 @@ def tiny_nih(tmp_path):
         return root
 
     return write
+
+
+@pytest.fixture(scope="session")
+def vgg_file(tmp_path_factory):
+    """A `model.keras` of an untrained VGG-16 for 32-pixel radiographs, in a run folder `run/03_train_baseline`."""
+    from chexlib.models.weights import create_model, save_model
+
+    folder = tmp_path_factory.mktemp("runs") / "run" / "03_train_baseline"
+    folder.mkdir(parents=True)
+    card = {"topology": "vgg16", "size": 32, "split": {"name": "patient"}}
+    return save_model(create_model("vgg16", size=32, seed=1), folder / "model.keras", card=card)

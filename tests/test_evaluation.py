@@ -10,7 +10,7 @@ from chexlib.evaluation.auroc import auroc, bootstrap_auroc, judge
 from chexlib.findings import FINDINGS
 
 
-def case(n_patients, *, images_each=1, seed=0, defined=len(FINDINGS), signal=1.0):
+def case(n_patients, *, images_each=1, seed=0, defined=14, signal=1.0):
     """Labels, scores and patients; findings from `defined` on have no positive."""
     rng = np.random.default_rng(seed)
     n = n_patients * images_each

@@ -173,7 +173,10 @@ def mpi_engines(n: int, *, threads: int = 0, timeout: int = 120) -> Iterator[Eng
 
 def _connect(cluster: ipp.Cluster, timeout: int) -> ipp.Client:
     try:
-        return cluster.start_and_connect_sync()
+        cluster.start_cluster_sync()
+        client = cluster.connect_client_sync()
+        client.wait_for_engines(cluster.n, timeout=timeout, interactive=False)
+        return client
     except Exception as error:
         raise ClusterError(
             f"{cluster.n} MPI engines did not come up within {timeout} s ({type(error).__name__}: {error}). "

@@ -10,6 +10,7 @@ import pandas as pd
 from chexlib.errors import DataError
 from chexlib.findings import FINDINGS
 
+FEWEST_PATIENTS = 5  # of each class, below which resampling says nothing about how uncertain an AUROC is
 log = logging.getLogger(__name__)
 
 
@@ -71,7 +72,8 @@ def bootstrap_auroc(
     -------
     DataFrame
         Index the findings and "mean"; columns auroc, low, high, positives, negatives. A finding with one class
-        only has NaN and stays in the table; the mean is over the others.
+        only has NaN and stays in the table; the mean is over the others. Below `FEWEST_PATIENTS` patients with, or
+        without, a finding its interval is NaN: resampling one positive again and again looks certain, and is not.
     """
     labels, scores = np.asarray(labels), np.asarray(scores)
     codes, names = pd.factorize(np.asarray(patients))
@@ -90,7 +92,8 @@ def bootstrap_auroc(
     defined = ~np.isnan(points)
     edges = [(1 - level) / 2, (1 + level) / 2]
     for name, point, sample, y in zip(FINDINGS, points, samples, labels.T, strict=True):
-        low, high = np.nanquantile(sample, edges) if not np.isnan(point) else (np.nan, np.nan)
+        patients_of = [len(np.unique(codes[y == value])) for value in (0, 1)]
+        low, high = np.nanquantile(sample, edges) if min(patients_of) >= FEWEST_PATIENTS else (np.nan, np.nan)
         rows.append((name, point, low, high, int((y == 1).sum()), int((y == 0).sum())))
     means = np.array([_mean(column) for column in samples[defined].T]) if defined.any() else np.array([np.nan])
     low, high = np.nanquantile(means, edges) if defined.any() else (np.nan, np.nan)

@@ -1,0 +1,147 @@
+"""A training's settings are refused when they are made, by name and value, not minutes later."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from chexlib.errors import ChexlibError, ConfigError
+from chexlib.training.config import OPTIMIZERS, PRECISIONS, SPLITS, TrainConfig
+
+NEEDED = {"data_dir": "data", "run_dir": "runs"}
+BAD = {
+    "data_dir": [None, 3],
+    "run_dir": [None, 3],
+    "topology": ["densenet", "", None, "DenseNet121"],
+    "size": [31, 0, -1, 64.0, "64", True, None],
+    "weights": [5, True],
+    "batch_size": [0, -1, 1.5, "16", True],
+    "epochs": [0, -3, 2.0, "3", False],
+    "max_steps": [-1, 0.5, "7", None],
+    "optimizer": ["Adam", "lars", None],
+    "learning_rate": [0, -1e-3, float("nan"), float("inf"), "1e-3", None, True],
+    "plateau_factor": [0, -0.1, 1.1, float("nan"), "0.1", None],
+    "plateau_patience": [-1, 1.5, "1", None],
+    "mirror": ["false", 1, None],
+    "precision": ["bfloat16", "float16", None],
+    "norm_momentum": [-0.1, 1, float("nan"), "0.9", None],
+    "split": ["random", "", None],
+    "allow_leak": ["false", "no", 0, None],
+    "shuffle_labels": ["false", 1, None],
+    "max_images": [-1, 10.0, "100", True],
+    "skip_broken": ["false", 1, None],
+    "seed": [-1, 0.5, "0", None],
+}
+
+
+def config(**changes):
+    return TrainConfig(**{**NEEDED, **changes})
+
+
+def test_every_setting_has_a_bad_value_here():
+    assert set(BAD) == {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+def test_a_bad_value_is_refused_with_its_name_and_value(name, value):
+    with pytest.raises(ConfigError) as error:
+        config(**{name: value})
+    assert name in str(error.value)
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["size", "epochs", "seed", "topology"])
+def test_the_message_says_what_is_accepted(name):
+    accepted = {"size": "32", "epochs": "1", "seed": "0", "topology": "densenet121, resnet50, vgg16"}
+    with pytest.raises(ConfigError, match=accepted[name]):
+        config(**{name: "wrong"})
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    {
+        "topology": ("densenet121", "resnet50", "vgg16"),
+        "split": SPLITS,
+        "optimizer": OPTIMIZERS,
+        "precision": PRECISIONS,
+        "size": (32, 1024),
+        "batch_size": (1,),
+        "epochs": (1,),
+        "max_steps": (0, 1),
+        "learning_rate": (1e-9, 1, 100.0),
+        "plateau_factor": (1, 0.5, 1e-3),
+        "plateau_patience": (0,),
+        "norm_momentum": (0, 0.99),
+        "max_images": (0, 1),
+        "seed": (0, 2**40),
+    }.items(),
+)
+def test_what_is_accepted_is_kept(name, values):
+    for value in values:
+        assert getattr(config(**{name: value}), name) == value
+
+
+def test_the_defaults_are_chexnets_recipe():
+    c = config()
+    assert (c.topology, c.size, c.optimizer, c.learning_rate) == ("densenet121", 224, "adam", 1e-3)
+    assert (c.batch_size, c.plateau_factor, c.mirror) == (16, 0.1, True)
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config().epochs = 5
+
+
+def test_an_unknown_setting_is_refused_by_name_with_what_is_accepted():
+    with pytest.raises(ConfigError, match=r"epoch\b.*Accepted:.*epochs"):
+        TrainConfig.from_dict({**NEEDED, "epoch": 3})
+
+
+@pytest.mark.parametrize("missing", ["data_dir", "run_dir"])
+def test_a_missing_setting_is_refused_by_name(missing):
+    with pytest.raises(ChexlibError, match=missing):
+        TrainConfig.from_dict({name: value for name, value in NEEDED.items() if name != missing})
+
+
+@pytest.mark.parametrize("values", [[], "text", 3, None])
+def test_settings_that_are_no_dictionary_are_refused(values):
+    with pytest.raises(ChexlibError):
+        TrainConfig.from_dict(values)
+
+
+def test_plain_values_make_the_same_config_again_through_json():
+    values = {
+        "topology": "vgg16",
+        "size": 64,
+        "weights": "w.keras",
+        "allow_leak": True,
+        "learning_rate": 0.02,
+        "seed": 9,
+    }
+    made = config(**values)
+    assert TrainConfig.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+def test_replacing_makes_a_copy_and_validates_it():
+    first = config(epochs=2)
+    second = first.replace(epochs=3)
+    assert (first.epochs, second.epochs) == (2, 3)
+    assert second.replace(epochs=2) == first
+    with pytest.raises(ConfigError, match="epochs=0"):
+        first.replace(epochs=0)
+
+
+def test_paths_are_absolute_so_that_engines_elsewhere_find_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = config(data_dir="nih", run_dir=Path("out") / "run", weights="w.keras")
+    assert made.data_dir == str(tmp_path / "nih")
+    assert made.run_dir == str(tmp_path / "out" / "run")
+    assert made.weights == str(tmp_path / "w.keras")
+    monkeypatch.chdir("/")
+    assert TrainConfig.from_dict(made.to_dict()) == made
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, None), ("", None), ("imagenet", "imagenet")])
+def test_weights_that_are_no_file_stay_as_they_are(given, kept):
+    assert config(weights=given).weights == kept

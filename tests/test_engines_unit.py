@@ -1,0 +1,237 @@
+"""The MPI at hand is recognised, each rank gets its threads, and no process outlives its notebook."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from chexlib.cluster import profiles
+from chexlib.cluster.engines import mpi_engines
+from chexlib.cluster.profiles import cores, find_mpi, recognise_mpi, thread_environment
+from chexlib.cluster.watchdog import end_members, members
+from chexlib.errors import ClusterError, ConfigError
+
+OPEN_MPI_5 = "mpiexec (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/community/help/\n"
+OPEN_MPI_4 = "mpirun (Open MPI) 4.1.6\n\nReport bugs to http://www.open-mpi.org/community/help/\n"
+OPEN_RTE_4 = "mpiexec (OpenRTE) 4.1.4\n\nReport bugs to http://www.open-mpi.org/community/help/\n"
+PRRTE_3 = "prterun (PRRTE) 3.0.11\n\nReport bugs to https://github.com/openpmix/prrte/\n"
+HYDRA = """HYDRA build details:
+    Version:                                 4.2.1
+    Release Date:                            Wed Apr 17 15:30:02 CDT 2024
+    CC:                              gcc -Wdate-time -D_FORTIFY_SOURCE=3
+    Configure options:                       '--disable-option-checking' '--prefix=/usr' '--with-hwloc-prefix=/usr'
+    Process Manager:                         pmi
+    Launchers available:                     ssh rsh fork slurm ll lsf sge manual persist
+    Resource management kernels available:   user slurm ll lsf sge pbs cobalt
+"""
+INTEL = "Intel(R) MPI Library for Linux* OS, Version 2021.13 Build 20240701 (id: 179630a)\nCopyright 2003-2024\n"
+SLEEPER = "import time; time.sleep(120)"
+
+
+@pytest.mark.parametrize(
+    ("text", "family", "major", "version"),
+    [
+        (OPEN_MPI_5, "Open MPI", 5, "mpiexec (Open MPI) 5.0.11"),
+        (OPEN_MPI_4, "Open MPI", 4, "mpirun (Open MPI) 4.1.6"),
+        (OPEN_RTE_4, "Open MPI", 4, "mpiexec (OpenRTE) 4.1.4"),
+        (HYDRA, "MPICH", 0, "HYDRA build details:"),
+        (INTEL, "Intel MPI", 0, INTEL.splitlines()[0]),
+        ("\n\n" + OPEN_MPI_5, "Open MPI", 5, "mpiexec (Open MPI) 5.0.11"),
+    ],
+)
+def test_mpi_is_recognised_by_its_version_text(text, family, major, version):
+    mpi = recognise_mpi("/opt/mpiexec", text)
+    assert (mpi.command, mpi.family, mpi.major, mpi.version) == ("/opt/mpiexec", family, major, version)
+
+
+def test_prrte_3_is_open_mpi_5s_runtime_and_gets_its_flags():
+    assert recognise_mpi("prterun", PRRTE_3).flags() == recognise_mpi("mpiexec", OPEN_MPI_5).flags()
+
+
+@pytest.mark.parametrize("text", ["", "srun: slurm 23.02.6\n", "mpiexec: command not found", "5.0.11"])
+def test_an_unknown_mpi_is_an_error_that_quotes_it_and_names_the_known(text):
+    with pytest.raises(ClusterError, match="Open MPI 4 and 5, MPICH, Intel MPI") as error:
+        recognise_mpi("/opt/odd/mpiexec", text)
+    assert "/opt/odd/mpiexec" in str(error.value)
+    assert text.strip() in str(error.value)
+
+
+def flags(text):
+    return " ".join(recognise_mpi("mpiexec", text).flags())
+
+
+@pytest.mark.parametrize("text", [OPEN_MPI_4, OPEN_MPI_5])
+def test_open_mpi_ranks_are_unbound_and_yield_when_idle(text):
+    assert "--bind-to none" in flags(text)
+    assert "--mca mpi_yield_when_idle 1" in flags(text)
+
+
+def test_open_mpi_flags_follow_the_major_version():
+    # `vader` became `sm`, `--oversubscribe` became a modifier of --map-by, and oob is gone.
+    assert "--map-by :OVERSUBSCRIBE" in flags(OPEN_MPI_5)
+    assert "self,sm" in flags(OPEN_MPI_5)
+    assert "vader" not in flags(OPEN_MPI_5)
+    assert "oob_tcp" not in flags(OPEN_MPI_5)
+    assert "--oversubscribe" in flags(OPEN_MPI_4)
+    assert "self,vader" in flags(OPEN_MPI_4)
+
+
+@pytest.mark.parametrize("text", [OPEN_MPI_4, OPEN_MPI_5])
+@pytest.mark.parametrize(("user", "allowed"), [(0, True), (1000, False)])
+def test_root_is_allowed_for_root_alone(monkeypatch, text, user, allowed):
+    monkeypatch.setattr(profiles.os, "geteuid", lambda: user)
+    assert ("--allow-run-as-root" in flags(text)) is allowed
+
+
+def test_other_families_get_no_flag_of_open_mpi():
+    for text in (HYDRA, INTEL):
+        assert "--mca" not in flags(text)
+        assert "--allow-run-as-root" not in flags(text)
+    assert "-bind-to none" in flags(HYDRA)
+    assert "-genv I_MPI_PIN 0" in flags(INTEL)
+
+
+def test_the_mpi_of_this_environment_is_open_mpi_5_and_takes_its_flags():
+    mpi = find_mpi()
+    assert (mpi.family, mpi.major) == ("Open MPI", 5)
+    answer = subprocess.run(
+        [mpi.command, *mpi.flags(), "-n", "2", sys.executable, "-c", "print('here')"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert answer.stdout.split() == ["here", "here"], answer.stderr
+
+
+def test_a_missing_mpiexec_is_an_error_with_the_next_step(monkeypatch, tmp_path):
+    monkeypatch.setattr(profiles.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    find_mpi.cache_clear()
+    try:
+        with pytest.raises(ClusterError, match="make env"):
+            find_mpi()
+    finally:
+        find_mpi.cache_clear()
+
+
+def test_threads_are_set_for_openmp_and_tensorflow():
+    one, three = thread_environment(1), thread_environment(3)
+    assert one["OMP_NUM_THREADS"] == one["TF_NUM_INTRAOP_THREADS"] == one["TF_NUM_INTEROP_THREADS"] == "1"
+    assert three["OMP_NUM_THREADS"] == three["TF_NUM_INTRAOP_THREADS"] == "3"
+    assert all(isinstance(value, str) for value in three.values())
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_fewer_than_one_thread_is_refused_with_the_number(threads):
+    with pytest.raises(ConfigError, match=f"threads={threads} "):
+        thread_environment(threads)
+
+
+def test_cores_are_those_this_process_may_use():
+    mine = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(mine)})
+        assert cores() == 1
+    finally:
+        os.sched_setaffinity(0, mine)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"), [((0, 0), "engines=0 "), ((-2, 0), "engines=-2 "), ((1, -1), "threads=-1 ")]
+)
+def test_impossible_engines_are_refused_with_the_number_before_anything_starts(monkeypatch, settings, named):
+    monkeypatch.setattr("subprocess.Popen", lambda *args, **kwargs: pytest.fail("a process was started"))
+    monkeypatch.setattr("tempfile.mkdtemp", lambda *args, **kwargs: pytest.fail("a folder was made"))
+    find_mpi.cache_clear()
+    monkeypatch.setattr("chexlib.cluster.engines.find_mpi", lambda: recognise_mpi("mpiexec", OPEN_MPI_5))
+    n, threads = settings
+    with pytest.raises(ConfigError, match=named), mpi_engines(n, threads=threads):
+        pytest.fail("engines came up")
+
+
+@pytest.fixture
+def sleeper():
+    """A function that starts a process as ipyparallel would, marked by a profile folder."""
+    started = []
+
+    def start(profile_dir, program=SLEEPER):
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"print(flush=True); {program}"],
+            env={**os.environ, "IPP_PROFILE_DIR": str(profile_dir)},
+            stdout=subprocess.PIPE,
+        )
+        started.append(process)
+        process.stdout.readline()
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def watchdog(profile_dir):
+    return subprocess.Popen([sys.executable, "-m", "chexlib.cluster.watchdog", str(profile_dir)], stdin=subprocess.PIPE)
+
+
+def test_engines_are_ended_and_their_folder_removed_when_the_notebook_is_gone(tmp_path, sleeper):
+    folder, other = tmp_path / "cluster-a", tmp_path / "cluster-b"
+    folder.mkdir()
+    engine, stranger = sleeper(folder), sleeper(other)
+    guard = watchdog(folder)
+    assert engine.poll() is None
+    guard.stdin.close()  # what the system does when the notebook's process dies
+    assert engine.wait(timeout=60) == -15
+    assert guard.wait(timeout=60) == 0
+    assert stranger.poll() is None
+    assert not folder.exists()
+
+
+def test_engines_are_left_alone_after_a_normal_end(tmp_path, sleeper):
+    folder = tmp_path / "cluster-c"
+    folder.mkdir()
+    engine, guard = sleeper(folder), watchdog(folder)
+    guard.communicate(b"done", timeout=60)
+    assert guard.returncode == 0
+    assert engine.poll() is None
+    assert folder.exists()
+
+
+def test_the_watchdog_outlives_ctrl_c_and_terminate(tmp_path, sleeper):
+    engine, guard = sleeper(tmp_path / "cluster-d"), watchdog(tmp_path / "cluster-d")
+    started, handled = time.monotonic(), False
+    while not handled and time.monotonic() - started < 60:  # until its handlers are set
+        ignored = int(Path(f"/proc/{guard.pid}/status").read_text().split("SigIgn:")[1].split()[0], 16)
+        handled = all(ignored >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM))
+        time.sleep(0.1)
+    assert handled
+    for number in (signal.SIGINT, signal.SIGTERM):
+        guard.send_signal(number)
+    time.sleep(0.3)
+    assert guard.poll() is None
+    guard.stdin.close()
+    assert engine.wait(timeout=60) == -15
+    assert guard.wait(timeout=60) == 0
+
+
+def test_a_process_that_ignores_the_request_to_end_is_killed(tmp_path, sleeper):
+    ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True)"
+    stubborn = sleeper(tmp_path / "cluster-e", f"{ignore}; {SLEEPER}")
+    stubborn.stdout.readline()
+    assert end_members(str(tmp_path / "cluster-e"), patience=0.5) == 1
+    assert not psutil.pid_exists(stubborn.pid)
+
+
+def test_members_are_the_processes_of_that_folder_without_the_caller(tmp_path, sleeper, monkeypatch):
+    folder = str(tmp_path / "cluster-f")
+    monkeypatch.setenv("IPP_PROFILE_DIR", folder)
+    process = sleeper(folder)
+    assert [member.pid for member in members(folder)] == [process.pid]
+    assert members(str(tmp_path / "cluster-g")) == []
+    assert end_members(str(tmp_path / "cluster-g")) == 0
