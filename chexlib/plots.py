@@ -109,6 +109,7 @@ def radiographs(images: Sequence[np.ndarray], titles: Sequence[str], *, boxes=No
         ax.axis("off")
     for i, (ax, image, title) in enumerate(zip(axs.flat, images, titles, strict=False)):
         ax.imshow(image, cmap="gray", vmin=0, vmax=255)
+        ax.set(xticks=[], yticks=[])  # hidden already, but they would still be laid out
         ax.set_title(title, **SMALL)
         for box in boxes[i].itertuples() if boxes is not None else ():
             _box(ax, box, *image.shape[1::-1])

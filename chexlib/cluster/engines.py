@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import ipyparallel as ipp
+import psutil
 from traitlets.config import Config
 
 import chexlib.errors
@@ -172,16 +173,22 @@ def mpi_engines(n: int, *, threads: int = 0, timeout: int = 120) -> Iterator[Eng
 
 
 def _connect(cluster: ipp.Cluster, timeout: int) -> ipp.Client:
+    """Start controller and engines; give up when the engines' launcher ends or the time is over."""
+    began = time.monotonic()
     try:
         cluster.start_cluster_sync()
         client = cluster.connect_client_sync()
-        client.wait_for_engines(cluster.n, timeout=timeout, interactive=False)
-        return client
     except Exception as error:
-        raise ClusterError(
-            f"{cluster.n} MPI engines did not come up within {timeout} s ({type(error).__name__}: {error}). "
-            f"{_engine_output(cluster, 15)}"
-        ) from error
+        raise ClusterError(f"the controller of the engines did not start ({type(error).__name__}: {error}).") from error
+    (launcher,) = cluster.engines.values()
+    while len(client.ids) < cluster.n:
+        ended = not psutil.pid_exists(launcher.pid) or psutil.Process(launcher.pid).status() == psutil.STATUS_ZOMBIE
+        if ended or time.monotonic() - began > timeout:
+            client.close()
+            why = "their mpiexec ended" if ended else f"not within {timeout} s"
+            raise ClusterError(f"{cluster.n} MPI engines did not come up: {why}. {_engine_output(cluster, 15)}")
+        time.sleep(0.1)
+    return client
 
 
 def _identify(client: ipp.Client) -> list[dict]:

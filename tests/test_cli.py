@@ -1,0 +1,376 @@
+"""The command line: one clear line for what is wrong, exit code 2, nothing half-made; numbers where they are asked."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import chexlib.cluster.engines
+from chexlib.__main__ import main
+from chexlib.data.nih import load_radiographs
+from chexlib.findings import FINDINGS
+from chexlib.models.predict import predict
+
+COMMANDS = ("run", "phantom", "audit", "predict", "train", "clean")
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    """`run` takes SIGTERM over, and commands show the log."""
+    logger = logging.getLogger("chexlib")
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
+
+
+def call(*words):
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def refused(*words, naming):
+    """Call a command that must end with 2 and one `Error:` line that names these; returns the line."""
+    answer = call(*words)
+    assert answer.exit_code == 2, answer.output + repr(answer.exception)
+    assert answer.stdout == ""
+    lines = answer.stderr.strip().splitlines()
+    assert len(lines) == 1, answer.stderr
+    assert lines[0].startswith("Error: ")
+    for word in naming:
+        assert str(word) in lines[0]
+    return lines[0]
+
+
+# --- as a whole
+
+
+def test_help_lists_the_commands_and_says_it_is_not_for_the_clinic():
+    answer = call("--help")
+    assert answer.exit_code == 0
+    assert "Not for clinical use" in answer.output
+    for command in COMMANDS:
+        assert f"\n  {command} " in answer.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_every_command_has_help_with_a_word_on_every_option(command, flag):
+    answer = call(command, flag)
+    assert answer.exit_code == 0
+    assert answer.output.startswith(f"Usage: main {command}")
+    options = [option for option in main.commands[command].params if isinstance(option, click.Option)]
+    assert {option.name for option in options if not option.help} <= {"seed"}
+
+
+def test_the_command_line_starts_without_tensorflow():
+    heavy = {"tensorflow", "keras", "ipyparallel", "pandas", "papermill"}
+    code = f"import sys, chexlib.__main__; print(sorted({heavy!r} & set(sys.modules)))"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert answer.stdout.strip() == "[]", answer.stderr
+
+
+def test_an_error_is_one_line_and_exit_code_2_in_a_real_process(tmp_path):
+    answer = subprocess.run(
+        [sys.executable, "-m", "chexlib", "audit", "--data", str(tmp_path / "none"), "train"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("Error: 'train' is not PART=LIST")
+    assert answer.stderr.count("\n") == 1
+
+
+# --- run
+
+
+@pytest.fixture(autouse=True)
+def no_execution(monkeypatch):
+    """What is not refused here must not start training."""
+    monkeypatch.setattr("papermill.execute_notebook", lambda *args, **kwargs: pytest.fail("a notebook was executed"))
+
+
+def refused_run(tmp_path, *words, naming):
+    runs = tmp_path / "runs"
+    refused("run", *words, "--runs-dir", runs, naming=naming)
+    assert not runs.exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("epoch", "epochs"), ("batchsize", "batch_size"), ("data-dir", "data_dir")]
+)
+def test_run_refuses_a_misspelt_parameter_and_suggests_the_right_one(tmp_path, wrong, right):
+    refused_run(tmp_path, "03", "-p", wrong, "2", naming=[repr(wrong), f"Did you mean {right!r}"])
+
+
+def test_run_refuses_a_parameter_of_another_notebook(tmp_path):
+    refused_run(tmp_path, "00", "-p", "epochs", "2", naming=["'epochs'", "Accepted: ", "phantom_images"])
+
+
+def test_run_refuses_an_unknown_profile_and_lists_the_known(tmp_path):
+    refused_run(tmp_path, "00", "--profile", "fast", naming=["'fast'", "quick", "standard", "cluster"])
+
+
+@pytest.mark.parametrize("name", ["99", "train", "../README"])
+def test_run_refuses_an_unknown_notebook_and_lists_the_known(tmp_path, name):
+    refused_run(tmp_path, name, naming=[repr(name), "00_start_here", "04_train_distributed"])
+
+
+@pytest.mark.parametrize("engines", ["0", "-1"])
+def test_run_refuses_no_engines(tmp_path, engines):
+    refused_run(tmp_path, "04", "--engines", engines, naming=[f"engines={engines}", "1 or more"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("engines", "two"), ("epochs", "2.5"), ("seed", "none"), ("learning_rate", "fast")]
+)
+def test_run_refuses_a_value_of_the_wrong_type(tmp_path, name, value):
+    refused_run(tmp_path, "04", "-p", name, value, naming=[name, value])
+
+
+def test_run_refuses_more_engines_than_images(tmp_path, tiny_nih):
+    refused_run(tmp_path, "04", "--data", tiny_nih(), "--engines", 25, naming=["25 engines", "24 images"])
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty"])
+def test_run_refuses_a_data_folder_without_csv(tmp_path, kind):
+    folder = tmp_path / "data"
+    if kind == "empty":
+        folder.mkdir()
+    refused_run(
+        tmp_path, "03", "--data", folder, naming=[folder, "Data_Entry_2017" if kind == "empty" else "not exist"]
+    )
+
+
+def test_run_refuses_a_data_folder_without_images(tmp_path, tiny_nih):
+    folder = tiny_nih()
+    for path in folder.rglob("*.png"):
+        path.unlink()
+    refused_run(tmp_path, "03", "--data", folder, naming=["24 images"])
+
+
+def test_run_refuses_a_run_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    refused("run", "00", "--runs-dir", tmp_path / "file" / "runs", naming=[tmp_path / "file" / "runs"])
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+# --- audit
+
+
+@pytest.fixture
+def lists(tmp_path, tiny_nih):
+    """The data folder, and a function that writes a list of images."""
+    folder = tiny_nih()
+
+    def write(part, images):
+        path = tmp_path / f"{part}.txt"
+        path.write_text("\n".join(images) + "\n")
+        return f"{part}={path}"
+
+    return folder, write
+
+
+def names(patient, *follow_ups):
+    return [f"{patient:08d}_{i:03d}.png" for i in follow_ups]
+
+
+def test_audit_of_the_official_lists_ends_with_0(lists):
+    folder, _ = lists
+    answer = call("audit", "--data", folder, f"train={folder}/train_val_list.txt", f"test={folder}/test_list.txt")
+    assert answer.exit_code == 0, answer.output
+    assert "train: 15 images of 7 patients" in answer.output
+    assert "test: 9 images of 3 patients" in answer.output
+    assert "LEAK" not in answer.output
+    assert "No patient is shared" in answer.output
+    (hernia,) = [line for line in answer.output.splitlines() if line.startswith("Hernia")]
+    assert hernia.split() == ["Hernia", "0.00", "%", "33.33", "%"]
+
+
+def test_audit_ends_with_1_on_a_leak_with_the_numbers(lists):
+    folder, write = lists
+    # Patients 1 and 3 are in train and test: 3 of train's 4 images, 4 of test's 5. Validation shares nobody.
+    train = write("train", [*names(1, 0, 1), *names(3, 0), *names(2, 0)])
+    test = write("test", [*names(1, 2), *names(3, 1, 2, 3), *names(7, 0)])
+    validation = write("validation", names(4, 0, 1))
+    answer = call("audit", "--data", folder, train, validation, test)
+    assert answer.exit_code == 1, answer.output
+    leaks = [line for line in answer.output.splitlines() if line.startswith("LEAK")]
+    assert leaks == [
+        "LEAK: 2 patients are in both train and test; they have 3 images in train and 4 in test",
+    ]
+    assert "No patient is shared" not in answer.output
+
+
+def test_audit_names_an_image_that_is_listed_twice(lists):
+    folder, write = lists
+    answer = call("audit", "--data", folder, write("train", names(1, 0, 1, 1)), write("test", names(2, 0)))
+    assert answer.exit_code == 1
+    assert "00000001_001.png" in answer.output
+
+
+def test_audit_needs_labels_alone(lists):
+    folder, write = lists
+    for path in folder.rglob("*.png"):
+        path.unlink()
+    answer = call("audit", "--data", folder, write("train", names(1, 0)), write("test", names(2, 0)))
+    assert answer.exit_code == 0, answer.output
+
+
+@pytest.mark.parametrize("part", ["train", "train=", "=train.txt"])
+def test_audit_refuses_what_is_no_part_and_list(lists, part):
+    refused("audit", "--data", lists[0], part, naming=[repr(part), "PART=LIST"])
+
+
+def test_audit_refuses_a_part_that_is_given_twice(lists):
+    folder, write = lists
+    first = write("train", names(1, 0))
+    (folder / "other.txt").write_text("\n".join(names(1, 1)))
+    refused("audit", "--data", folder, first, f"train={folder}/other.txt", naming=["train"])
+
+
+def test_audit_refuses_a_missing_list_and_unknown_images(lists):
+    folder, write = lists
+    refused("audit", "--data", folder, f"train={folder}/none.txt", naming=["none.txt"])
+    refused("audit", "--data", folder, write("train", ["strange.png"]), naming=["strange.png"])
+
+
+# --- phantom
+
+
+def test_phantom_writes_a_folder_that_can_be_loaded_and_audited(tmp_path):
+    folder = tmp_path / "made"
+    answer = call("phantom", folder, "--images", 12, "--size", 32, "--workers", 1, "--min-prevalence", 0.04)
+    assert answer.exit_code == 0, answer.output
+    assert answer.stdout.strip() == str(folder)
+    radiographs = load_radiographs(folder)
+    assert len(radiographs) == 12
+    assert json.loads((folder / "phantom.json").read_text())["size"] == 32
+    again = call("phantom", folder, "--images", 12, "--size", 32, "--workers", 1, "--min-prevalence", 0.04)
+    assert again.exit_code == 0
+
+
+def test_phantom_refuses_a_folder_that_holds_something_else(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.jpg").write_text("kept")
+    refused("phantom", tmp_path / "photos", "--images", 5, "--size", 32, naming=[tmp_path / "photos"])
+    assert os.listdir(tmp_path / "photos") == ["holiday.jpg"]
+    assert os.listdir(tmp_path) == ["photos"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--images", 0), ("--size", 16), ("--difficulty", "nasty"), ("--seed", -1)]
+)
+def test_phantom_refuses_what_is_not_accepted(tmp_path, option, value):
+    refused("phantom", tmp_path / "made", option, value, naming=[value])
+    assert not (tmp_path / "made").exists()
+
+
+# --- predict
+
+
+@pytest.fixture
+def images(tiny_nih):
+    return [str(path) for path in sorted(tiny_nih().rglob("*.png"))[:3]]
+
+
+def test_predict_prints_json_of_every_image_and_finding(images, vgg_file):
+    answer = call("predict", *images, "--weights", vgg_file, "--json")
+    assert answer.exit_code == 0, answer.output
+    found = json.loads(answer.stdout)
+    assert found["weights"] == str(vgg_file)
+    assert list(found["probabilities"]) == images
+    expected = predict(images, weights=vgg_file)
+    for image in images:
+        assert list(found["probabilities"][image]) == list(FINDINGS)
+        np.testing.assert_allclose(list(found["probabilities"][image].values()), expected.loc[image], atol=1e-6)
+
+
+def test_predict_prints_a_table_of_every_finding(images, vgg_file):
+    answer = call("predict", *images, "--weights", vgg_file)
+    assert answer.exit_code == 0, answer.output
+    assert str(vgg_file) in answer.stdout
+    expected = predict(images, weights=vgg_file)
+    rows = {line.split()[0]: line.split()[1:] for line in answer.stdout.splitlines() if line.split()[0] in FINDINGS}
+    assert list(rows) == list(FINDINGS)
+    for finding, cells in rows.items():
+        assert cells == [f"{p:.3f}" for p in expected[finding]]
+
+
+def test_predict_takes_the_newest_runs_weights(images, vgg_file, monkeypatch, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "one").symlink_to(vgg_file.parents[1])
+    monkeypatch.setattr("chexlib.runs.ROOT", tmp_path)
+    answer = call("predict", images[0], "--json")
+    assert answer.exit_code == 0, answer.output
+    assert json.loads(answer.stdout)["weights"] == str(vgg_file)
+
+
+def test_predict_refuses_missing_images_missing_weights_and_no_run(images, vgg_file, monkeypatch, tmp_path):
+    refused("predict", tmp_path / "none.png", "--weights", vgg_file, naming=["none.png"])
+    refused("predict", images[0], "--weights", tmp_path / "none.keras", naming=["none.keras"])
+    refused("predict", images[0], "--weights", images[0], naming=[images[0]])
+    monkeypatch.setattr("chexlib.runs.ROOT", tmp_path)
+    refused("predict", images[0], naming=["make run", "--weights"])
+
+
+# --- train
+
+
+@pytest.mark.parametrize(
+    ("text", "naming"),
+    [
+        ('{"data_dir": "d", "run_dir": "r", "epoch": 3}', ["epoch", "Accepted:", "epochs"]),
+        ('{"data_dir": "d", "run_dir": "r", "size": 8}', ["size=8"]),
+        ('{"run_dir": "r"}', ["data_dir"]),
+        ("[1, 2]", []),
+        ('{"data_dir": ', ["config.json", "JSON"]),
+        (None, ["config.json"]),
+    ],
+)
+def test_train_refuses_a_config_that_cannot_be_used(tmp_path, text, naming):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    before = sorted(tmp_path.iterdir())
+    refused("train", "--config", tmp_path / "config.json", naming=naming)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_train_refuses_a_data_folder_without_csv_and_makes_no_run_folder(tmp_path):
+    config = {"data_dir": str(tmp_path / "none"), "run_dir": str(tmp_path / "run"), "size": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused("train", "--config", tmp_path / "config.json", naming=[tmp_path / "none"])
+    assert not (tmp_path / "run").exists()
+
+
+# --- clean
+
+
+def test_clean_ends_what_a_notebook_left_behind_and_says_how_many(tmp_path, monkeypatch):
+    mark = f"test-cluster-{os.getpid()}-"  # never the real prefix: clusters of others may be running
+    monkeypatch.setattr(chexlib.cluster.engines, "PREFIX", mark)
+    assert call("clean").output == "0 processes ended\n"
+    left = subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True); import time; time.sleep(120)"],
+        env={**os.environ, "IPP_PROFILE_DIR": str(tmp_path / f"{mark}abc")},
+        stdout=subprocess.PIPE,
+    )
+    try:
+        left.stdout.readline()
+        answer = call("clean")
+        assert answer.exit_code == 0
+        assert answer.output == "1 processes ended\n"
+        assert not Path(f"/proc/{left.pid}").exists()
+    finally:
+        left.kill()
+        left.wait()
+        left.stdout.close()

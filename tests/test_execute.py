@@ -1,0 +1,341 @@
+"""Notebooks run headless into one folder: a failing one is told and the others go on; the page needs no network."""
+
+import json
+import logging
+import re
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+import chexlib.execute
+from chexlib.errors import ConfigError
+from chexlib.execute import execute, find_notebooks
+from chexlib.findings import FINDINGS
+from chexlib.report import build_report
+from chexlib.runs import BATCH, ROOT, latest_run, write_json
+
+PARAMETERS = """\
+seed: int = 0  # random seed
+run_dir: str = ""  # where results go
+rate: float = 0.5  # a rate
+mirror: bool = True  # flip
+name: str = "x"  # a name
+"""
+CAPTION = 'Loss "falls" <script>alert(1)</script> – 95 %'
+GOOD = [
+    f"caption, given = {CAPTION!r}, dict(seed=seed, rate=rate, mirror=mirror, name=name)",
+    "from chexlib import runs\nrun = runs.start('00_good', run_dir=run_dir, parameters=given)",
+    "from matplotlib.figure import Figure\nfigure = Figure()\n_ = figure.subplots().plot([1, 2])\n"
+    "run.save_figure(figure, 'curve', caption=caption)\nrun.finish(answer=42)\nprint('the last cell')",
+]
+GIVEN = {"seed": "7", "rate": "1e-3", "mirror": "false", "name": "007"}
+REMOTE = re.compile(
+    r"""<(?:script|link|iframe|img)\b[^>]*\b(?:src|href)\s*=\s*["']?(?:https?:)?//[^>]*>|import\s*\(\s*["']http"""
+)
+
+
+def notebook(path, cells, title="Good"):
+    first = [new_markdown_cell(f"# {title}\n\nAbout $x^2$.")]
+    parameters = [new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
+    book = new_notebook(cells=[*first, *parameters, *map(new_code_cell, cells)])
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    book.metadata["language_info"] = {"name": "python"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(book, path)
+
+
+def project(root):
+    notebook(root / "notebooks" / "00_good.ipynb", GOOD)
+    notebook(root / "notebooks" / "01_bad.ipynb", ["raise ValueError('the reason <b>')", "print('never')"], "Bad")
+    notebook(root / "notebooks" / "02_last.ipynb", ["print('reached')"], "Last")
+    (root / "notebooks" / "profiles").mkdir()
+    (root / "notebooks" / "profiles" / "quick.yaml").write_text("seed: 1\nrate: 0.25\nof_no_notebook: 3\n")
+    return root
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    """The environment and log that `execute` sets, put back."""
+    for name in (BATCH, "JUPYTER_PREFER_ENV_PATH"):
+        monkeypatch.setenv(name, "")
+    logger = logging.getLogger("chexlib")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """Three notebooks, the second of which fails, run with parameters as `-p` gives them."""
+    root = project(tmp_path_factory.mktemp("project"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chexlib.execute, "ROOT", root)
+        for name in (BATCH, "JUPYTER_PREFER_ENV_PATH"):
+            patch.setenv(name, "")
+        logger = logging.getLogger("chexlib")
+        before = logger.handlers[:], logger.level, logger.propagate
+        failed, report = execute(parameters=GIVEN, runs_dir=str(root / "runs"))
+        logger.handlers[:], logger.level, logger.propagate = before
+    return SimpleNamespace(root=root, failed=failed, report=report, run=report.parent, page=report.read_text())
+
+
+def outputs(path):
+    return "".join(o.get("text", "") for c in nbformat.read(path, 4).cells for o in c.get("outputs", []))
+
+
+def test_a_failing_notebook_is_told_and_the_others_are_executed(executed):
+    assert executed.failed == ["01_bad"]
+    assert "the last cell" in outputs(executed.run / "00_good" / "notebook.ipynb")
+    assert "reached" in outputs(executed.run / "02_last" / "notebook.ipynb")
+    assert "never" not in outputs(executed.run / "01_bad" / "notebook.ipynb")
+
+
+def test_every_notebook_has_its_folder_in_the_newest_run(executed):
+    assert latest_run(executed.root / "runs") == executed.run
+    made = {path.name for path in executed.run.iterdir()}
+    assert made == {"00_good", "01_bad", "02_last", "index.html"}
+    good = {path.name for path in (executed.run / "00_good").iterdir()}
+    needed = {"notebook.ipynb", "notebook.html", "params.json", "metrics.json", "environment.json", "figures"}
+    assert needed <= good
+    assert json.loads((executed.run / "00_good" / "metrics.json").read_text())["answer"] == 42
+
+
+def test_the_page_links_every_notebook_and_says_how_it_ended(executed):
+    rows = {
+        name: executed.page.split(f'href="{name}/notebook.html"')[1].split("</tr>")[0]
+        for name in ("00_good", "01_bad", "02_last")
+    }
+    assert "failed" in rows["01_bad"]
+    assert "ValueError: the reason &lt;b&gt;" in rows["01_bad"]
+    assert "done" in rows["00_good"]
+    assert "done" in rows["02_last"]
+    assert "failed" not in rows["00_good"] + rows["02_last"]
+    assert "the reason" in (executed.run / "01_bad" / "notebook.html").read_text()
+    assert "Not for clinical use" in executed.page
+
+
+def test_links_of_the_page_lead_to_files(executed):
+    for link in re.findall(r'href="([^"#]+)"', executed.page):
+        assert (executed.run / link).exists(), link
+
+
+def test_figures_are_in_the_page_with_caption_and_alternative_text(executed):
+    (figure,) = re.findall(r"<figure>.*?</figure>", executed.page, re.S)
+    escaped = "Loss &#34;falls&#34; &lt;script&gt;alert(1)&lt;/script&gt; – 95 %"
+    assert f'alt="{escaped}"' in figure
+    assert f"<figcaption>{escaped}</figcaption>" in figure
+    assert 'src="data:image/png;base64,iVBOR' in figure
+    assert re.search(r'width="\d{3,}" height="\d{3,}"', figure)
+    assert "alert(1)</script>" not in executed.page
+
+
+def test_pages_load_nothing_from_the_network(executed):
+    for path in (executed.report, *executed.run.glob("*/notebook.html")):
+        text = path.read_text()
+        assert REMOTE.findall(text) == [], path
+        # Also not from code: no address of a script or stylesheet anywhere.
+        assert re.findall(r"https?://[^\s\"'<>)]+\.(?:m?js|css)\b", text) == [], path
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", 7), ("rate", 0.001), ("mirror", False), ("name", "007")])
+def test_parameters_of_the_command_line_get_the_type_of_the_notebook(executed, name, value):
+    found = json.loads((executed.run / "00_good" / "params.json").read_text())[name]
+    assert found == value
+    assert type(found) is type(value)
+
+
+# --- without kernels
+
+
+@pytest.fixture
+def rehearsed(tmp_path, monkeypatch, quiet):
+    """A project in which notebooks are not executed: what papermill was asked is noted."""
+    root, asked = project(tmp_path), {}
+    monkeypatch.setattr(chexlib.execute, "ROOT", root)
+
+    def note(path, output, parameters, **settings):
+        asked[path.stem] = parameters
+        output.write_text(path.read_text())
+
+    monkeypatch.setattr("papermill.execute_notebook", note)
+    return SimpleNamespace(root=root, asked=asked, runs=str(root / "runs"))
+
+
+def test_the_profile_sets_what_a_notebook_has_and_the_command_line_overrides_it(rehearsed):
+    execute(["00"], parameters={"rate": "2"}, runs_dir=rehearsed.runs)
+    folder = rehearsed.asked["00_good"].pop("run_dir")
+    assert folder.endswith("/00_good")
+    assert rehearsed.asked == {"00_good": {"seed": 1, "rate": 2}}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("3", 3.0), ("0.5", 0.5), ("1e-3", 0.001), ("1E5", 1e5), ("-2.5e-4", -0.00025), (".5", 0.5)]
+)
+def test_numbers_in_any_notation_are_numbers(rehearsed, text, value):
+    execute(["00"], parameters={"rate": text}, runs_dir=rehearsed.runs)
+    assert rehearsed.asked["00_good"]["rate"] == value
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("True", True), ("false", False), ("False", False)])
+def test_truth_values_are_truth_values(rehearsed, text, value):
+    execute(["00"], parameters={"mirror": text}, runs_dir=rehearsed.runs)
+    assert rehearsed.asked["00_good"]["mirror"] is value
+
+
+@pytest.mark.parametrize("text", ["", "3", "true", "null", "a: b", "[x", "01"])
+def test_text_stays_as_it_was_typed(rehearsed, text):
+    execute(["00"], parameters={"name": text}, runs_dir=rehearsed.runs)
+    assert rehearsed.asked["00_good"]["name"] == text
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("seed", "two"),
+        ("seed", "1.5"),
+        ("seed", ""),
+        ("rate", "fast"),
+        ("rate", "[1"),
+        ("mirror", "maybe"),
+        ("mirror", "2"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_before_anything_is_made(rehearsed, name, text):
+    with pytest.raises(ConfigError, match=name):
+        execute(["00"], parameters={name: text}, runs_dir=rehearsed.runs)
+    assert not (rehearsed.root / "runs").exists()
+
+
+def test_a_dead_kernel_fails_its_notebook_alone(rehearsed, monkeypatch):
+    from nbclient.exceptions import DeadKernelError
+
+    def die(path, output, parameters, **settings):
+        output.write_text(path.read_text())
+        if path.stem == "00_good":
+            raise DeadKernelError("Kernel died")
+
+    monkeypatch.setattr("papermill.execute_notebook", die)
+    failed, report = execute(["00", "02"], runs_dir=rehearsed.runs)
+    assert failed == ["00_good"]
+    page = report.read_text()
+    assert "02_last/notebook.html" in page
+    assert "Kernel died" in page
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        ((), ["00_good", "01_bad", "02_last"]),
+        (("02",), ["02_last"]),
+        (("00_good", "notebooks/02_last.ipynb"), ["00_good", "02_last"]),
+        (("00", "00_good"), ["00_good"]),
+    ],
+)
+def test_notebooks_are_found_by_number_name_and_file_each_once(rehearsed, names, found):
+    assert [path.stem for path in find_notebooks(names)] == found
+
+
+def test_an_unknown_parameter_is_refused_before_anything_is_made(rehearsed):
+    with pytest.raises(ConfigError, match=r"'sead'.*'seed'"):
+        execute(parameters={"sead": "3"}, runs_dir=rehearsed.runs)
+    assert not (rehearsed.root / "runs").exists()
+
+
+# --- the report of a judged run
+
+
+def executed_notebook(folder, *, metrics=None, widgets=False, title="Baseline"):
+    folder.mkdir(parents=True)
+    book = new_notebook(cells=[new_markdown_cell(f"# {title}"), new_code_cell("1", outputs=[])])
+    if widgets:
+        state = {"state": {}, "version_major": 2, "version_minor": 0}
+        book.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": state}
+        view = {"application/vnd.jupyter.widget-view+json": {"model_id": "a"}, "text/plain": "a bar"}
+        book.cells[1].outputs.append(new_output("display_data", view))
+    nbformat.write(book, folder / "notebook.ipynb")
+    if metrics:
+        write_json(folder / "metrics.json", metrics)
+        write_json(folder / "params.json", {"seed": 5})
+
+
+def test_the_page_shows_auroc_with_interval_and_positives_and_undefined_findings(tmp_path):
+    row = {"auroc": 0.8125, "low": 0.75, "high": 0.9, "positives": 37, "negatives": 100}
+    table = {name: dict(row) for name in (*FINDINGS, "mean")}
+    table["Hernia"] = {
+        "auroc": float("nan"),
+        "low": float("nan"),
+        "high": float("nan"),
+        "positives": 0,
+        "negatives": 137,
+    }
+    images = {"train": 70, "validation": 10, "test": 20}
+    split = {"name": "patient", "digest": "abc123", "images": images}
+    metrics = {"auroc": table, "split": split, "data": "nih-64", "ranks": 2}
+    executed_notebook(tmp_path / "run" / "03_train_baseline", metrics=metrics)
+    text = build_report(tmp_path / "run").read_text()
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', text, re.S)
+    assert [name for name, _ in rows] == [*(f.replace("_", " ") for f in FINDINGS), "mean"]
+    cells = {name: re.findall(r"<td[^>]*>(.*?)</td>", rest, re.S) for name, rest in rows}
+    assert cells["Mass"] == ["0.812 (0.750 to 0.900)", "37"]
+    assert cells["Hernia"] == ["undefined", "0"]
+    for word in ("nih-64", "patient", "abc123", "70 / 10 / 20", "seed 5", "2 ranks"):
+        assert word in text
+
+
+def test_a_notebook_with_widgets_loads_nothing_from_the_network(tmp_path):
+    executed_notebook(tmp_path / "run" / "04_train", widgets=True)
+    build_report(tmp_path / "run")
+    text = (tmp_path / "run" / "04_train" / "notebook.html").read_text()
+    assert REMOTE.findall(text) == []
+    assert "unpkg.com" not in text
+
+
+# --- the profiles of the project
+
+
+def parameters_of_project():
+    import papermill
+
+    return {path.stem: papermill.inspect_notebook(path) for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))}
+
+
+@pytest.fixture(scope="module")
+def accepted():
+    return parameters_of_project()
+
+
+def profile(name):
+    return yaml.safe_load((ROOT / "notebooks" / "profiles" / f"{name}.yaml").read_text())
+
+
+def test_the_three_profiles_are_there():
+    assert {path.stem for path in (ROOT / "notebooks" / "profiles").glob("*.yaml")} == {"quick", "standard", "cluster"}
+
+
+@pytest.mark.parametrize("name", ["quick", "standard", "cluster"])
+def test_every_setting_of_a_profile_is_a_parameter_of_its_type(accepted, name):
+    kinds = {"int": int, "float": (int, float), "str": str, "bool": bool}
+    for key, value in profile(name).items():
+        own = [parameters[key] for parameters in accepted.values() if key in parameters]
+        assert own, f"{key} of {name} is in no notebook"
+        for parameter in own:
+            assert isinstance(value, kinds[parameter["inferred_type_name"]]), f"{key}: {value!r}"
+
+
+def test_the_defaults_are_the_quick_profile(accepted):
+    quick = profile("quick")
+    for stem, parameters in accepted.items():
+        for name, parameter in parameters.items():
+            if name in quick:
+                assert yaml.safe_load(parameter["default"]) == quick[name], f"{stem}: {name}"
+
+
+def test_every_notebook_has_seed_data_and_run_folder_and_a_help_on_each_parameter(accepted):
+    for stem, parameters in accepted.items():
+        assert {"seed", "data_dir", "run_dir"} <= set(parameters), stem
+        for name, parameter in parameters.items():
+            assert parameter["inferred_type_name"] in ("int", "float", "str", "bool"), f"{stem}: {name}"
+            assert parameter["help"], f"{stem}: {name}"
