@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 import chexlib.cluster.engines
 from chexlib.__main__ import main
-from chexlib.data.nih import load_radiographs
+from chexlib.data.nih import load_radiographs, read_image
 from chexlib.findings import FINDINGS
 from chexlib.models.predict import predict
 
@@ -254,7 +254,7 @@ def test_phantom_writes_a_folder_that_can_be_loaded_and_audited(tmp_path):
     assert answer.stdout.strip() == str(folder)
     radiographs = load_radiographs(folder)
     assert len(radiographs) == 12
-    assert json.loads((folder / "phantom.json").read_text())["size"] == 32
+    assert read_image(radiographs.table["path"][0]).shape == (32, 32)
     again = call("phantom", folder, "--images", 12, "--size", 32, "--workers", 1, "--min-prevalence", 0.04)
     assert again.exit_code == 0
 

@@ -1,0 +1,100 @@
+"""The notebooks: their form, their manuals, and one whole headless run of all of them."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from chexlib.data.phantom import write_phantom
+from chexlib.execute import execute, find_notebooks
+
+NOTEBOOKS = find_notebooks()
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@each_notebook
+def test_a_notebook_has_the_form_that_its_readers_know(path):
+    cells = nbformat.read(path, as_version=4).cells
+    headings = [
+        line for c in cells if c.cell_type == "markdown" for line in c.source.splitlines() if line.startswith("# ")
+    ]
+    assert len(headings) == 1 and cells[0].source.startswith("# ")
+    assert "**You will**" in cells[0].source and "**You need**" in cells[0].source
+    assert "parameters" in cells[1].metadata.get("tags", [])
+    text = "\n".join(c.source for c in cells)
+    for part in ("What we found", "**Limits", "**Next", "Exercise", "watermark()"):
+        assert part in text, part
+    assert "solution" in {tag for c in cells for tag in c.metadata.get("tags", [])}
+
+
+@each_notebook
+def test_code_cells_are_short_and_outputs_are_not_in_git(path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code":
+            assert len(cell.source.splitlines()) <= 15, cell.source[:60]
+            assert not cell.outputs and cell.execution_count is None
+
+
+@each_notebook
+def test_links_between_notebooks_lead_somewhere(path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "markdown":
+            for target in re.findall(r"\]\(([^)#:]+\.ipynb)\)", cell.source):
+                assert (path.parent / target).exists(), target
+
+
+@each_notebook
+def test_help_lists_every_parameter_with_type_and_help(path):
+    answer = subprocess.run(
+        [sys.executable, "-m", "papermill", "--help-notebook", str(path)], capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stderr
+    parameters = papermill.inspect_notebook(path)
+    assert {"seed", "data_dir", "run_dir"} <= set(parameters)
+    for name, about in parameters.items():
+        assert about["inferred_type_name"] not in ("None", "") and len(about["help"]) > 10, name
+        assert re.search(rf"^\s*{name}: {about['inferred_type_name']}", answer.stdout, re.M), name
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """Every notebook once, on a phantom small enough for a test, engines and all."""
+    data = write_phantom(
+        tmp_path_factory.mktemp("data") / "phantom", n_images=80, size=48, min_prevalence=0.1, workers=1
+    )
+    parameters = {"data_dir": str(data), "topology": "vgg16", "size": 32, "epochs": 1, "engines": 2, "resamples": 50}
+    return execute(parameters=parameters, runs_dir=str(tmp_path_factory.mktemp("runs")))
+
+
+def test_every_notebook_runs_headless(whole_run):
+    failed, report = whole_run
+    assert failed == []
+    for path in NOTEBOOKS:
+        folder = report.parent / path.stem
+        for name in ("notebook.ipynb", "notebook.html", "params.json", "metrics.json", "environment.json"):
+            assert (folder / name).exists(), f"{path.stem}/{name}"
+
+
+def test_the_training_notebooks_leave_what_the_contract_names(whole_run):
+    folder = whole_run[1].parent
+    for name, ranks in (("03_train_baseline", 1), ("04_train_distributed", 2)):
+        for file in ("model.keras", "history.parquet", "predictions.parquet", "figures/auroc.png"):
+            assert (folder / name / file).exists(), f"{name}/{file}"
+        metrics = json.loads((folder / name / "metrics.json").read_text())
+        assert metrics["ranks"] == ranks and len(metrics["auroc"]) == 15
+    assert metrics["weights_equal"] is True and metrics["each_image_once"] is True
+
+
+def test_the_report_shows_every_notebook_and_needs_no_network(whole_run):
+    page = whole_run[1].read_text()
+    for path in NOTEBOOKS:
+        assert f'href="{path.stem}/notebook.html"' in page
+    assert "Not for clinical use" in page and "Pleural Thickening" in page
+    for html in whole_run[1].parent.rglob("*.html"):
+        assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']https?:", html.read_text()), html.name
+    assert Path(whole_run[1]).name == "index.html"
