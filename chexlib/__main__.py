@@ -54,7 +54,7 @@ def run(notebooks, profile, data_dir, engines, parameters, runs_dir):
 @click.argument("directory")
 @click.option("--images", default=2000, show_default=True, help="Number of radiographs.")
 @click.option("--size", default=128, show_default=True, help="Side in pixels.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Another seed, other patients.")
 @click.option("--difficulty", default="standard", show_default=True, help="easy, standard or hard.")
 @click.option("--min-prevalence", default=0.0, show_default=True, help="Least share of images with each finding.")
 @click.option("--workers", type=int, help="Processes.  [default: the cores]")
@@ -88,16 +88,20 @@ def audit(data_dir, parts):
         name, equals, path = item.partition("=")
         if not equals or not name or not path:
             raise ConfigError(f"{item!r} is not PART=LIST. Write for instance train=train_list.txt.")
+        if name in lists:
+            raise ConfigError(f"part {name!r} is given twice. Give each part one list.")
         lists[name] = read_list(path)
     found = check(lists, load_radiographs(data_dir, require_images=False), allow_leak=True)
     for part, images in found.images.items():
         click.echo(f"{part}: {images} images of {found.patients[part]} patients")
     click.echo((100 * found.prevalence).round(2).to_string(float_format=lambda x: f"{x:.2f} %"))
-    for row in found.shared.itertuples():
+    for row in found.shared[found.shared["patients"] > 0].itertuples():
         click.echo(
             f"LEAK: {row.patients} patients are in both {row.part_a} and {row.part_b}; they have {row.images_a} images "
             f"in {row.part_a} and {row.images_b} in {row.part_b}"
         )
+    if found.duplicates:
+        click.echo(f"LEAK: {len(found.duplicates)} images are listed more than once: {', '.join(found.duplicates[:5])}")
     click.echo("The parts leak." if found.leaks else "No patient is shared between parts.")
     sys.exit(1 if found.leaks else 0)
 
@@ -150,7 +154,7 @@ def train(config_file):
 
 @main.command()
 def clean():
-    """End engines and controllers that an interrupted notebook of this project left behind."""
+    """End the engines and controllers of all notebooks of this project that are yours, running ones too."""
     from chexlib.cluster.engines import PREFIX
     from chexlib.cluster.watchdog import end_members
 

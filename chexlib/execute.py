@@ -50,6 +50,7 @@ def execute(
     show_log()
 
     import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     os.environ[BATCH] = "1"
@@ -76,6 +77,10 @@ def execute(
         except PapermillExecutionError as error:
             failed.append(path.stem)
             log.error("%s failed with %s: %s", path.stem, error.ename, error.evalue)
+        except (DeadKernelError, CellTimeoutError) as error:  # killed, for want of memory perhaps: no cell says so
+            failed.append(path.stem)
+            log.error("%s failed: %s", path.stem, error)
+            _note_death(folder / "notebook.ipynb", path, error)
     point_latest(run)
     return failed, build_report(run)
 
@@ -89,7 +94,7 @@ def find_notebooks(names: Sequence[str] = ()) -> list[Path]:
         matches = [path for path in every if path.stem == wanted or path.stem.split("_")[0] == wanted]
         if not matches:
             raise ConfigError(f"there is no notebook {name!r}. There are: {', '.join(path.stem for path in every)}.")
-        found += matches
+        found += [path for path in matches if path not in found]
     return found or every
 
 
@@ -109,11 +114,31 @@ def _profile(name: str) -> dict:
     return yaml.safe_load((folder / f"{name}.yaml").read_text()) or {}
 
 
+def _note_death(made: Path, source: Path, error: Exception) -> None:
+    """Let the notebook itself say that its kernel died, for the report."""
+    import nbformat
+
+    notebook = nbformat.read(made if made.exists() else source, as_version=4)
+    cell = nbformat.v4.new_code_cell()
+    cell.outputs = [nbformat.v4.new_output("error", ename=type(error).__name__, evalue=str(error), traceback=[])]
+    notebook.cells.append(cell)
+    nbformat.write(notebook, made)
+
+
+def _typed(name: str, value, kind: str):
+    """Text from the command line as the type that the notebook's annotation names."""
+    makers = {"int": int, "float": float, "bool": lambda text: {"true": True, "false": False}[text.lower()]}
+    if not isinstance(value, str) or kind not in makers:
+        return value
+    try:
+        return makers[kind](value)
+    except (ValueError, KeyError):
+        raise ConfigError(f"{name}={value!r} is not accepted. Use a value of type {kind}.") from None
+
+
 def _check(parameters: dict, accepted: dict[Path, dict]) -> dict:
     """Refuse what no notebook takes and what cannot work; give text from the command line its type."""
-    import yaml
-
-    names = sorted({name for own in accepted.values() for name in own})
+    names = sorted({name for own in accepted.values() for name in own} - {"run_dir"})  # that one is execute's
     checked = {}
     for name, value in parameters.items():
         if name not in names:
@@ -121,7 +146,7 @@ def _check(parameters: dict, accepted: dict[Path, dict]) -> dict:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"no notebook of this run has a parameter {name!r}.{hint} Accepted: {', '.join(names)}.")
         kind = next(own[name]["inferred_type_name"] for own in accepted.values() if name in own)
-        checked[name] = yaml.safe_load(value) if isinstance(value, str) and kind != "str" else value
+        checked[name] = _typed(name, value, kind)
     if checked.get("engines", 1) < 1:
         raise ConfigError(f"engines={checked['engines']} is not accepted. Use 1 or more MPI engines.")
     if checked.get("data_dir"):

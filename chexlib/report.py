@@ -64,7 +64,15 @@ def _write_html(notebook, path: Path) -> None:
     from nbconvert import HTMLExporter
 
     # The exporter would otherwise load scripts from other people's servers; our notebooks need none.
-    exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="", embed_images=True)
+    exporter = HTMLExporter(
+        mathjax_url="",
+        require_js_url="",
+        jquery_url="",
+        mermaid_js_url="",
+        mermaid_layout_elk_js_url="",
+        jupyter_widgets_base_url="",
+        embed_images=True,
+    )
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     page = exporter.from_notebook_node(notebook)[0]
     path.write_text(re.sub(r'<script src=""[^>]*></script>', "", page))

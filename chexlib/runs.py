@@ -62,6 +62,7 @@ class Run:
     path: Path
     parameters: dict
     began: float
+    named: bool = False  # the folder was given: what lies around it is not ours
 
     def save_figure(self, figure, name: str, *, caption: str) -> None:
         """Write a matplotlib figure to `figures/<name>.png`, with the caption inside for the report."""
@@ -72,9 +73,10 @@ class Run:
         os.replace(draft, folder / f"{name}.png")
 
     def finish(self, **metrics) -> Path:
-        """Write `metrics.json` (plain values; undefined numbers as null) and point `runs/latest` here."""
+        """Write `metrics.json` (plain values; undefined numbers as null); if the run is our own, point `latest` here."""
         write_json(self.path / "metrics.json", {**metrics, "seconds": round(time.time() - self.began, 1)})
-        point_latest(self.path.parent)
+        if not self.named:
+            point_latest(self.path.parent)
         log.info("Results: %s", self.path)
         return self.path
 
@@ -107,7 +109,7 @@ def start(notebook: str, *, run_dir: str = "", parameters: dict | None = None) -
         write_json(path / "environment.json", environment())
     except OSError as error:
         raise _unwritable(path, error) from error
-    return Run(notebook, path, dict(parameters or {}), time.time())
+    return Run(notebook, path, dict(parameters or {}), time.time(), bool(run_dir))
 
 
 def data_folder(data_dir: str = "", *, images: int, difficulty: str, seed: int) -> Path:
@@ -218,7 +220,10 @@ def show_log(level: int = logging.INFO) -> None:
 
 @functools.cache
 def _commit() -> str | None:
-    answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    try:
+        answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # no git here
+        return None
     return answer.stdout.strip() or None
 
 

@@ -16,7 +16,8 @@ from chexlib.errors import ClusterError, ConfigError
 # What each MPI prints for `mpiexec --version`.
 _SIGNATURES = (
     (r"Intel\(R\) MPI", "Intel MPI"),
-    (r"(?:Open MPI\)?|OpenRTE\)?|PRRTE\)?) *v?(\d+)", "Open MPI"),
+    (r"(?:Open MPI\)?|OpenRTE\)?) *v?(\d+)", "Open MPI"),
+    (r"PRRTE", "Open MPI 5"),  # its runtime, numbered on its own
     (r"HYDRA|MPICH", "MPICH"),
 )
 
@@ -82,6 +83,8 @@ def recognise_mpi(command: str, text: str) -> Mpi:
     for pattern, family in _SIGNATURES:
         if match := re.search(pattern, text):
             major = int(match.group(1)) if match.groups() else 0
+            if family == "Open MPI 5":
+                family, major = "Open MPI", 5
             return Mpi(command=command, family=family, major=major, version=version)
     raise ClusterError(
         f"{command} is no MPI that chexlib knows: it says {version!r}. Known: Open MPI 4 and 5, MPICH, Intel MPI."

@@ -36,8 +36,8 @@ def auroc(labels: np.ndarray, scores: np.ndarray, *, weights: np.ndarray | None 
         raise DataError(f"{(~np.isfinite(scores)).sum()} scores are not finite. Did the training diverge?")
     order = np.argsort(scores, kind="stable")
     positive = np.asarray(labels)[order] == 1
-    weights = np.ones((1, len(order))) if weights is None else np.atleast_2d(weights)
-    weights = np.asarray(weights, np.float64)[:, order]
+    weights = np.ones(len(order)) if weights is None else np.asarray(weights, np.float64)
+    one, weights = weights.ndim == 1, np.atleast_2d(weights)[:, order]
     ties = np.flatnonzero(np.r_[True, np.diff(scores[order]) != 0])
     up = np.add.reduceat(weights * positive, ties, axis=1)
     down = np.add.reduceat(weights * ~positive, ties, axis=1)
@@ -45,7 +45,7 @@ def auroc(labels: np.ndarray, scores: np.ndarray, *, weights: np.ndarray | None 
     pairs = up.sum(1) * down.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
         area = np.where(pairs > 0, (up * below).sum(1) / pairs, np.nan)
-    return area if len(area) > 1 else float(area[0])
+    return float(area[0]) if one else area
 
 
 def bootstrap_auroc(
@@ -83,9 +83,7 @@ def bootstrap_auroc(
     points = np.array([auroc(y, s) for y, s in zip(labels.T, scores.T, strict=True)])
     samples = np.stack(
         [
-            np.concatenate(
-                [np.atleast_1d(auroc(y, s, weights=drawn[i : i + chunk][:, codes])) for i in range(0, resamples, chunk)]
-            )
+            np.concatenate([auroc(y, s, weights=drawn[i : i + chunk][:, codes]) for i in range(0, resamples, chunk)])
             for y, s in zip(labels.T, scores.T, strict=True)
         ]
     )

@@ -20,7 +20,7 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
     def call(self, inputs, training=None, mask=None):
         import tensorflow as tf
 
-        if mask is not None or len(inputs.shape) != 4 or self.axis not in (-1, 3):
+        if mask is not None or len(inputs.shape) != 4 or self.axis not in (-1, 3) or inputs.dtype == "float64":
             return super().call(inputs, training=training, mask=mask)
         # The kernel takes its statistics and scale in float32 whatever the type of the images is.
         channels = inputs.shape[-1]

@@ -6,6 +6,7 @@ that training, prediction and other people's code cannot disagree about it.
 
 from __future__ import annotations
 
+import random
 import zlib
 
 from chexlib.errors import ConfigError
@@ -72,7 +73,9 @@ def build_model(
         "vgg16": keras.applications.VGG16,
     }
     weights = "imagenet" if imagenet else None
+    state = random.getstate()  # Keras' initializers without a seed draw one from Python's generator
     stock = makers[topology](include_top=False, weights=weights, input_shape=(size, size, 3))
+    random.setstate(state)
 
     def clone(layer):
         config = {**layer.get_config(), "dtype": precision}

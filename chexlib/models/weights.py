@@ -8,7 +8,7 @@ import os
 import zipfile
 from pathlib import Path
 
-from chexlib.errors import WeightsError
+from chexlib.errors import ConfigError, WeightsError
 from chexlib.findings import FINDINGS
 from chexlib.models.topologies import build_model
 
@@ -42,6 +42,8 @@ def create_model(
     if weights == "imagenet":
         try:
             return build_model(topology, imagenet=True, **settings)
+        except ConfigError:
+            raise
         except Exception as error:  # Keras raises a bare Exception when its download fails
             raise WeightsError(
                 f"the ImageNet weights of {topology} could not be downloaded ({_first_line(error)}). Connect to the "
@@ -104,14 +106,15 @@ def load_model(path):
     try:
         with zipfile.ZipFile(path) as archive:
             card = json.loads(archive.read(CARD))
+        findings = card["findings"]
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
     except (zipfile.BadZipFile, KeyError, ValueError, TypeError, OSError) as error:
         raise WeightsError(
             f"{path} is not a model written by chexlib ({_first_line(error)}). Name the model.keras of a run, "
             "for instance runs/latest/03_train_baseline/model.keras."
         ) from error
-    if card["findings"] != list(FINDINGS):
-        raise WeightsError(f"{path} predicts {card['findings']}; expected the 14 findings {list(FINDINGS)}.")
+    if findings != list(FINDINGS):
+        raise WeightsError(f"{path} predicts {findings}; expected the 14 findings {list(FINDINGS)}.")
     return model, card
 
 

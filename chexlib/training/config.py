@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +63,17 @@ class TrainConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name}={value!r} is not accepted. Use a whole number of {least} or more.")
+        for name in ("mirror", "allow_leak", "shuffle_labels", "skip_broken"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{name}={value!r} is not accepted. Use true or false.")
+        for name in ("learning_rate", "norm_momentum", "plateau_factor"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                raise ConfigError(f"{name}={value!r} is not accepted. Use a number.")
+        for name in ("data_dir", "run_dir", "weights"):
+            value = getattr(self, name)
+            if not isinstance(value, str | os.PathLike) and (name != "weights" or value is not None):
+                raise ConfigError(f"{name}={value!r} is not accepted. Use a path.")
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate={self.learning_rate!r} is not accepted. Use a number above 0.")
         if not 0 <= self.norm_momentum < 1:
@@ -86,8 +99,13 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict) -> TrainConfig:
         """Make a config from plain values; a name that is no setting is an error."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"{values!r} is no set of settings. Use an object of names and values.")
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             accepted = ", ".join(field.name for field in dataclasses.fields(cls))
             raise ConfigError(f"unknown settings {', '.join(unknown)}. Accepted: {accepted}.")
+        needed = ("data_dir", "run_dir")
+        if missing := [name for name in needed if name not in values]:
+            raise ConfigError(f"the settings lack {', '.join(missing)}. Needed: {', '.join(needed)}.")
         return cls(**values)
