@@ -73,7 +73,7 @@ class Run:
         os.replace(draft, folder / f"{name}.png")
 
     def finish(self, **metrics) -> Path:
-        """Write `metrics.json` (plain values; undefined numbers as null); if the run is our own, point `latest` here."""
+        """Write `metrics.json`, undefined numbers as null; if the run is our own, point `latest` here."""
         write_json(self.path / "metrics.json", {**metrics, "seconds": round(time.time() - self.began, 1)})
         if not self.named:
             point_latest(self.path.parent)

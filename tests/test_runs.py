@@ -178,13 +178,13 @@ def test_a_run_shows_its_folder_in_a_notebook(tmp_path):
 
 def test_a_named_data_folder_is_used_and_nothing_made(tmp_path, project, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings = {"images": 5, "size": 32, "difficulty": "easy", "seed": 0}
+    settings = {"images": 5, "difficulty": "easy", "seed": 0}
     assert runs.data_folder("nih", **settings) == tmp_path / "nih"
     assert list(project.iterdir()) == []
 
 
 def test_without_data_a_phantom_is_made_once_with_a_folder_for_each_setting(project):
-    settings = {"images": 6, "size": 32, "difficulty": "easy", "seed": 0}
+    settings = {"images": 6, "difficulty": "easy", "seed": 0}
     folder = runs.data_folder(**settings)
     assert project / "data" in folder.parents
     assert len(load_radiographs(folder)) == 6
