@@ -149,3 +149,34 @@ def test_engines_that_cannot_start_say_why(monkeypatch):
     monkeypatch.setattr("chexlib.cluster.profiles.Mpi.flags", lambda self: ["--no-such-flag"])
     with pytest.raises(ClusterError, match="no-such-flag"), mpi_engines(1, timeout=30):
         pass
+
+
+def test_ctrl_c_in_the_middle_of_a_run_leaves_no_process(phantom, tmp_path):
+    parameters = {"topology": "vgg16", "size": "32", "epochs": "500"}
+    command = [
+        sys.executable,
+        "-m",
+        "chexlib",
+        "run",
+        "04",
+        "--data",
+        str(phantom),
+        "--runs-dir",
+        str(tmp_path / "runs"),
+    ]
+    command += [word for pair in parameters.items() for word in ("-p", *pair)]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # the cluster's folder is made there: a marker of its own
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        until = time.monotonic() + 120
+        while len(members(str(tmp_path))) < 4 and time.monotonic() < until:
+            time.sleep(0.5)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert family and len(members(str(tmp_path))) >= 4
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=60) != 0
+    finally:
+        process.kill()
+    assert nothing_left(str(tmp_path))
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert alive == []
