@@ -204,7 +204,9 @@ def read_list(path: str | Path) -> tuple[str, ...]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"The image list {path} cannot be read: {error}. Give one name a line.") from error
+        raise DataError(
+            f"The image list {path} cannot be read: {error}. Name a text file with one image name a line."
+        ) from error
     return tuple(line.strip() for line in lines if line.strip())
 
 
