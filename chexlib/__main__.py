@@ -35,7 +35,10 @@ def main():
 @click.option("--engines", type=int, help="MPI engines of the distributed notebooks.")
 @click.option("-p", "parameters", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a notebook parameter.")
 @click.option("--runs-dir", default="", help="Where runs go.  [default: runs/ of the project]")
-def run(notebooks, profile, data_dir, engines, parameters, runs_dir):
+@click.option(
+    "--reference", is_flag=True, help="Keep what is found in data/reference, for the README and for comparisons."
+)
+def run(notebooks, profile, data_dir, engines, parameters, runs_dir, reference):
     """Execute notebooks headless and write the run's report. NOTEBOOKS: names or numbers; all without."""
     from chexlib.execute import execute
 
@@ -45,7 +48,8 @@ def run(notebooks, profile, data_dir, engines, parameters, runs_dir):
         chosen["engines"] = engines
     if data_dir:
         chosen["data_dir"] = data_dir
-    failed, report = execute(notebooks, profile=profile, parameters=chosen, runs_dir=runs_dir)
+    settings = {"profile": profile, "parameters": chosen, "runs_dir": runs_dir, "reference": reference}
+    failed, report = execute(notebooks, **settings)
     click.echo(f"Report: {report}")
     sys.exit(1 if failed else 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -10,13 +11,18 @@ from pathlib import Path
 
 from chexlib.errors import ConfigError
 from chexlib.report import build_report
-from chexlib.runs import BATCH, ROOT, new_run, point_latest, show_log
+from chexlib.runs import BATCH, ROOT, new_run, point_latest, show_log, write_json
 
 log = logging.getLogger(__name__)
 
 
 def execute(
-    notebooks: Sequence[str] = (), *, profile: str = "quick", parameters: dict | None = None, runs_dir: str = ""
+    notebooks: Sequence[str] = (),
+    *,
+    profile: str = "quick",
+    parameters: dict | None = None,
+    runs_dir: str = "",
+    reference: bool = False,
 ) -> tuple[list[str], Path]:
     """Run notebooks with a profile's parameters, and write the report.
 
@@ -28,6 +34,8 @@ def execute(
         Override the profile. Each must be a parameter of at least one of the notebooks.
     runs_dir : str
         Where the run folder is made; empty for `runs/` of the project.
+    reference : bool
+        Keep what each notebook found as the project's reference, `data/reference/<notebook>.json`.
 
     Returns
     -------
@@ -81,6 +89,8 @@ def execute(
             failed.append(path.stem)
             log.error("%s failed: %s", path.stem, error)
             _note_death(folder / "notebook.ipynb", path, error)
+        if reference and path.stem not in failed and (folder / "metrics.json").exists():
+            _keep_reference(folder, profile)
     point_latest(run)
     return failed, build_report(run)
 
@@ -123,6 +133,14 @@ def _note_death(made: Path, source: Path, error: Exception) -> None:
     cell.outputs = [nbformat.v4.new_output("error", ename=type(error).__name__, evalue=str(error), traceback=[])]
     notebook.cells.append(cell)
     nbformat.write(notebook, made)
+
+
+def _keep_reference(folder: Path, profile: str) -> None:
+    """One file with what a notebook found and how: its metrics, parameters, environment and profile."""
+    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("metrics", "params", "environment")}
+    target = ROOT / "data" / "reference" / f"{folder.name}.json"
+    target.parent.mkdir(exist_ok=True)
+    write_json(target, {"notebook": folder.name, "profile": profile, **found})
 
 
 def _typed(name: str, value, kind: str):

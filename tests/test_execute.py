@@ -77,13 +77,21 @@ def executed(tmp_path_factory):
             patch.setenv(name, "")
         logger = logging.getLogger("chexlib")
         before = logger.handlers[:], logger.level, logger.propagate
-        failed, report = execute(parameters=GIVEN, runs_dir=str(root / "runs"))
+        failed, report = execute(parameters=GIVEN, runs_dir=str(root / "runs"), reference=True)
         logger.handlers[:], logger.level, logger.propagate = before
     return SimpleNamespace(root=root, failed=failed, report=report, run=report.parent, page=report.read_text())
 
 
 def outputs(path):
     return "".join(o.get("text", "") for c in nbformat.read(path, 4).cells for o in c.get("outputs", []))
+
+
+def test_a_reference_keeps_what_was_found_and_how_and_only_of_what_ended_well(executed):
+    (file,) = (executed.root / "data" / "reference").iterdir()
+    kept = json.loads(file.read_text())
+    assert file.name == "00_good.json" and kept["profile"] == "quick"
+    assert kept["metrics"]["answer"] == 42 and kept["params"]["rate"] == 1e-3
+    assert "commit" in kept["environment"] and str(executed.root) not in file.read_text()
 
 
 def test_a_failing_notebook_is_told_and_the_others_are_executed(executed):
