@@ -139,7 +139,7 @@ def _keep_reference(folder: Path, profile: str) -> None:
     """One file with what a notebook found and how: its metrics, parameters, environment and profile."""
     found = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("metrics", "params", "environment")}
     target = ROOT / "data" / "reference" / f"{folder.name}.json"
-    target.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, {"notebook": folder.name, "profile": profile, **found})
 
 
