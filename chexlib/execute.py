@@ -6,6 +6,7 @@ import difflib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -136,11 +137,13 @@ def _note_death(made: Path, source: Path, error: Exception) -> None:
 
 
 def _keep_reference(folder: Path, profile: str) -> None:
-    """One file with what a notebook found and how: its metrics, parameters, environment and profile."""
+    """One file with what a notebook found and how (metrics, parameters, environment, profile), and its main figure."""
     found = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("metrics", "params", "environment")}
     target = ROOT / "data" / "reference" / f"{folder.name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, {"notebook": folder.name, "profile": profile, **found})
+    if (figure := folder / "figures" / "auroc.png").exists():
+        shutil.copyfile(figure, target.with_suffix(".png"))
 
 
 def _typed(name: str, value, kind: str):
