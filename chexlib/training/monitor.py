@@ -10,6 +10,7 @@ import numpy as np
 from sklearn.metrics import log_loss, roc_auc_score
 
 from chexlib.data.pipeline import ImageStore
+from chexlib.errors import ConfigError
 from chexlib.findings import FINDINGS
 from chexlib.training.collectives import World
 
@@ -33,6 +34,9 @@ class PooledValidation(keras.callbacks.Callback):
             for variable, total in zip(statistics, world.sum([v.value for v in statistics]), strict=True):
                 variable.assign(total / world.ranks)
         scores = self.score("validation")
+        if not np.isfinite(scores).all():
+            rate = float(self.model.optimizer.learning_rate)
+            raise ConfigError(f"training diverged in epoch {epoch + 1}: use a learning_rate below {rate:g}.")
         logs["val_loss"] = float(
             np.mean([log_loss(y, p, labels=[0, 1]) for y, p in zip(self.labels.T, scores.T, strict=True)])
         )
