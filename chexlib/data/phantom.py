@@ -32,7 +32,7 @@ from chexlib.findings import FINDINGS, NO_FINDING
 log = logging.getLogger(__name__)
 
 QUIET = "CHEXLIB_BATCH"  # no progress bar where nobody watches: see chexlib.runs
-VERSION = 2  # of the generator: raised whenever the same parameters give other pictures
+VERSION = 3  # of the generator: raised whenever the same parameters give other pictures
 TEST_SHARE = 0.228  # images in the official test list: 25,596 of 112,120
 COLUMNS = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"

@@ -190,13 +190,13 @@ def pleural_thickening(f, rng, s):
 
 
 def hernia(f, rng, s):
-    radius = rng.uniform(0.065, 0.09) * (0.8 + 0.25 * min(s, 1.5))
-    x, y = rng.uniform(-0.02, 0.06), f.g.dome[1] - 0.5 * radius
+    radius = rng.uniform(0.1, 0.14) * (0.8 + 0.25 * min(s, 1.5))
+    x, y = rng.uniform(-0.02, 0.06), f.g.dome[1] - 0.8 * radius  # most of the stomach lies in the chest
     q = f.disc(x, y, radius, radius * 0.9)
     sac, strength = soft(1 - q, 0.15), min(0.7 + 0.5 * s, 1.4)
     f.fill(0.8 * sac)
     f.extra += strength * (0.08 * sac + 0.03 * soft(0.2 - np.abs(q - 1), 0.2))
-    f.extra -= 0.20 * strength * soft(0.75 - q, 0.3) * soft(y - 0.1 * radius - f.v, 0.006)
+    f.extra -= 0.26 * strength * soft(0.85 - q, 0.2) * soft(y - 0.1 * radius - f.v, 0.006)
     return [sac]
 
 
