@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import zipfile
 from pathlib import Path
@@ -13,7 +12,6 @@ from chexlib.findings import FINDINGS
 from chexlib.models.topologies import build_model
 
 CARD = "chexlib.json"  # the member of the .keras archive that says what the weights are
-log = logging.getLogger(__name__)
 
 
 def create_model(
