@@ -1,5 +1,6 @@
 """Data folders that several test files share."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -70,3 +71,12 @@ def vgg_file(tmp_path_factory):
     folder.mkdir(parents=True)
     card = {"topology": "vgg16", "size": 32, "split": {"name": "patient"}}
     return save_model(create_model("vgg16", size=32, seed=1), folder / "model.keras", card=card)
+
+
+@pytest.fixture(autouse=True)
+def own_log():
+    """Each test starts with chexlib's logger untouched: `show_log` of an earlier one must not hide lines from it."""
+    logger = logging.getLogger("chexlib")
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True

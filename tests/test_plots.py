@@ -1,0 +1,78 @@
+"""Figures say what they show: units on the axes, every finding there, numbers as given, nothing left open."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from chexlib import plots
+from chexlib.data.nih import load_radiographs
+from chexlib.data.splits import audit, patient_split
+from chexlib.evaluation.auroc import bootstrap_auroc
+from chexlib.findings import FINDINGS
+from chexlib.scaling.published import SPLITS, published_auroc
+
+
+@pytest.fixture
+def radiographs(tiny_nih):
+    return load_radiographs(tiny_nih())
+
+
+def words(figure):
+    """All text of a figure."""
+    return " ".join(t.get_text() for t in figure.findobj(matplotlib.text.Text))
+
+
+def judged():
+    generator = np.random.default_rng(0)
+    labels = (generator.random((60, 14)) < 0.3).astype(int)
+    labels[:, 3] = 0
+    return bootstrap_auroc(labels, generator.random((60, 14)), np.arange(60), resamples=20)
+
+
+def test_every_figure_is_closed_and_has_units_on_its_axes(radiographs):
+    table, labels = radiographs.table, radiographs.labels
+    figures = [
+        plots.finding_counts({"here": labels, "listed": radiographs.listed}),
+        plots.cooccurrence(labels),
+        plots.images_per_patient(table["patient"]),
+        plots.ages(table),
+        plots.prevalence_by_part(audit(patient_split(radiographs), radiographs)),
+        plots.imbalance(labels),
+        plots.history([{"epoch": e, "loss": 1 / (e + 1), "val_loss": 1.0, "val_auroc": 0.6} for e in range(3)]),
+        plots.auroc_bars(judged(), title="a title"),
+    ]
+    assert not plt.get_fignums()
+    for figure in figures:
+        axes = [ax for ax in figure.axes if ax.axison]
+        assert any(ax.get_xlabel() or ax.get_ylabel() for ax in axes)
+
+
+def test_radiographs_are_grey_with_boxes_and_their_names():
+    images = [np.full((32, 32), value, np.uint8) for value in (0, 128, 255)]
+    box = pd.DataFrame([("Mass", 0.1, 0.2, 0.3, 0.4)], columns=["finding", "x", "y", "width", "height"])
+    figure = plots.radiographs(images, ["one", "two", "three"], boxes=[box, box[:0], box[:0]], columns=2)
+    shown = [ax.images[0] for ax in figure.axes if ax.images]
+    assert len(shown) == 3 and all(image.get_clim() == (0, 255) for image in shown)
+    assert all(image.get_cmap().name == "gray" for image in shown)
+    assert {"one", "two", "three", "Mass"} <= set(words(figure).split())
+
+
+def test_auroc_bars_name_every_finding_with_its_positives_and_the_undefined_one():
+    table = judged()
+    text = words(plots.auroc_bars(table, published={"CheXNet": published_auroc()["CheXNet"].to_dict()}))
+    for finding in FINDINGS:
+        assert f"{finding.replace('_', ' ')} ({table.loc[finding, 'positives']})" in text
+    assert "undefined (0 positives)" in text and "CheXNet" in text and "chance" in text
+
+
+def test_published_numbers_are_those_of_their_sources():
+    table = published_auroc()
+    assert list(table.columns) == list(SPLITS) and list(table.index) == [*FINDINGS, "mean"]
+    assert table.loc["Hernia", "CheXNet"] == 0.9164 and table.loc["Pneumonia", "Dell DenseNet"] == 0.8328
+    assert table.loc["mean", "CheXNet"] == pytest.approx(0.8414, abs=1e-4)
+    assert "leaks" in SPLITS["Dell DenseNet"]
