@@ -75,8 +75,9 @@ def vgg_file(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def own_log():
-    """Each test starts with chexlib's logger untouched: `show_log` of an earlier one must not hide lines from it."""
-    logger = logging.getLogger("chexlib")
-    logger.handlers.clear()
-    logger.setLevel(logging.NOTSET)
-    logger.propagate = True
+    """Each test starts with chexlib's loggers untouched: what an earlier one set must not hide lines from it."""
+    for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "chexlib"]:
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
