@@ -12,7 +12,7 @@ from pathlib import Path
 
 from chexlib.errors import ConfigError
 from chexlib.report import build_report
-from chexlib.runs import BATCH, ROOT, new_run, point_latest, show_log, write_json
+from chexlib.runs import BATCH, ROOT, command, new_run, point_latest, show_log, write_json
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +139,7 @@ def _note_death(made: Path, source: Path, error: Exception) -> None:
 def _keep_reference(folder: Path, profile: str) -> None:
     """One file with what a notebook found and how (metrics, parameters, environment, profile), and its main figure."""
     found = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("metrics", "params", "environment")}
+    found["environment"]["command"] = command()  # not the kernel's, which says nothing
     target = ROOT / "data" / "reference" / f"{folder.name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, {"notebook": folder.name, "profile": profile, **found})

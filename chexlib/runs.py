@@ -188,9 +188,14 @@ def environment() -> dict:
         "cores": cores(),
         "mpi": mpi,
         "commit": _commit(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": command(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def command() -> list[str]:
+    """The command of this process, without the paths of this machine."""
+    return [Path(word).name if Path(word).is_absolute() else word for word in (Path(sys.argv[0]).name, *sys.argv[1:])]
 
 
 def watermark() -> str:
