@@ -54,8 +54,9 @@ def execute(
     """
     paths = find_notebooks(notebooks)
     accepted = {path: _parameters_of(path) for path in paths}
-    chosen = _check(dict(parameters or {}), accepted)
-    settings = {**_profile(profile), **chosen}
+    chosen = _checked(dict(parameters or {}), accepted)
+    settings = {"engines": 1, "data_dir": "", **_profile(profile), **chosen}
+    _refuse_what_cannot_work(settings)
     show_log()
 
     import papermill
@@ -63,6 +64,7 @@ def execute(
     from papermill.exceptions import PapermillExecutionError
 
     os.environ[BATCH] = "1"
+    os.environ["TQDM_DISABLE"] = "1"  # bars are for people who watch
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel of this environment, whatever the user has installed
     run = new_run(runs_dir)
@@ -158,8 +160,8 @@ def _typed(name: str, value, kind: str):
         raise ConfigError(f"{name}={value!r} is not accepted. Use a value of type {kind}.") from None
 
 
-def _check(parameters: dict, accepted: dict[Path, dict]) -> dict:
-    """Refuse what no notebook takes and what cannot work; give text from the command line its type."""
+def _checked(parameters: dict, accepted: dict[Path, dict]) -> dict:
+    """Refuse what no notebook takes; give text from the command line its type, and the data folder its full path."""
     names = sorted({name for own in accepted.values() for name in own} - {"run_dir"})  # that one is execute's
     checked = {}
     for name, value in parameters.items():
@@ -169,13 +171,17 @@ def _check(parameters: dict, accepted: dict[Path, dict]) -> dict:
             raise ConfigError(f"no notebook of this run has a parameter {name!r}.{hint} Accepted: {', '.join(names)}.")
         kind = next(own[name]["inferred_type_name"] for own in accepted.values() if name in own)
         checked[name] = _typed(name, value, kind)
-    if checked.get("engines", 1) < 1:
-        raise ConfigError(f"engines={checked['engines']} is not accepted. Use 1 or more MPI engines.")
     if checked.get("data_dir"):
+        checked["data_dir"] = str(Path(checked["data_dir"]).absolute())  # the kernels work in another folder
+    return checked
+
+
+def _refuse_what_cannot_work(settings: dict) -> None:
+    if settings["engines"] < 1:
+        raise ConfigError(f"engines={settings['engines']} is not accepted. Use 1 or more MPI engines.")
+    if settings["data_dir"]:
         from chexlib.data.nih import load_radiographs
 
-        checked["data_dir"] = str(Path(checked["data_dir"]).absolute())
-        images = len(load_radiographs(checked["data_dir"]))
-        if checked.get("engines", 1) > images:
-            raise ConfigError(f"{checked['engines']} engines cannot share {images} images. Use at most {images}.")
-    return checked
+        images = len(load_radiographs(settings["data_dir"]))
+        if settings["engines"] > images:
+            raise ConfigError(f"{settings['engines']} engines cannot share {images} images. Use at most {images}.")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 from pathlib import Path
 
+from chexlib.files import replacing
 from chexlib.findings import FINDINGS
 
 
@@ -34,10 +34,10 @@ def build_report(run: Path) -> Path:
     text = template.render(
         run=run.name, pages=pages, judged=judged, findings=[*FINDINGS, "mean"], environment=environment
     )
-    draft = run / ".index.html"
-    draft.write_text(text)
-    os.replace(draft, run / "index.html")
-    return run / "index.html"
+    index = run / "index.html"
+    with replacing(index) as draft:
+        draft.write_text(text)
+    return index
 
 
 def _page(folder: Path) -> dict:

@@ -14,13 +14,13 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from chexlib.errors import ConfigError
+from chexlib.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]  # the project's folder
 BATCH = "CHEXLIB_BATCH"  # set for notebooks that run headless: lines instead of bars
@@ -67,9 +67,8 @@ class Run:
         """Write a matplotlib figure to `figures/<name>.png`, with the caption inside for the report."""
         folder = self.path / "figures"
         folder.mkdir(exist_ok=True)
-        draft = folder / f".{name}.png"
-        figure.savefig(draft, dpi=120, bbox_inches="tight", metadata={"Description": caption})
-        os.replace(draft, folder / f"{name}.png")
+        with replacing(folder / f"{name}.png") as draft:
+            figure.savefig(draft, dpi=120, bbox_inches="tight", metadata={"Description": caption})
 
     def finish(self, **metrics) -> Path:
         """Write `metrics.json`, undefined numbers as null; if the run is our own, point `latest` here."""
@@ -145,16 +144,8 @@ def point_latest(run: Path) -> None:
 
 def write_json(path: Path, values) -> None:
     """Write JSON atomically; NaN and infinity become null, NumPy and pandas values plain ones."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", suffix=".json", delete=False) as file:
-        try:
-            json.dump(_plain(values), file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    with replacing(path) as draft, open(draft, "w") as file:
+        json.dump(_plain(values), file, indent=1, allow_nan=False)
 
 
 def _plain(value):

@@ -62,7 +62,7 @@ class Radiographs:
         """Only these images, in the table's order; DataError for one that is not present."""
         wanted = set(images)
         if missing := sorted(wanted.difference(self.table["image"])):
-            raise DataError(f"Not present in {self.root}: {some(missing)}. Select names of `table['image']`.")
+            raise DataError(f"Not present in {self.root}: {first_few(missing)}. Select names of `table['image']`.")
         return replace(self, table=rows_of(wanted, self.table), boxes=rows_of(wanted, self.boxes))
 
     def __repr__(self) -> str:
@@ -111,7 +111,7 @@ def load_radiographs(data_dir: str | Path, *, max_images=0, seed=0, require_imag
     _log.info("%s: %d of %d images present", root, len(table), len(listed))
     present = set(table["image"])
     if strangers := sorted(files.keys() - present):
-        _log.warning("%d images have no row in %s: %s", len(strangers), editions[0].name, some(strangers))
+        _log.warning("%d images have no row in %s: %s", len(strangers), editions[0].name, first_few(strangers))
     radiographs = Radiographs(root, table, listed, _read_boxes(root / "BBox_List_2017.csv", present))
     if 0 < max_images < len(table):
         patients, row = np.unique(table["patient"], return_inverse=True)
@@ -148,7 +148,7 @@ def check_images(radiographs: Radiographs, *, skip_broken: bool = False) -> Radi
         except DataError as error:
             return str(error)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         problems = np.array(list(pool.map(problem, radiographs.table["path"])), dtype=object)
     broken = problems != ""
     if broken.any():
@@ -159,7 +159,7 @@ def check_images(radiographs: Radiographs, *, skip_broken: bool = False) -> Radi
     return radiographs.select(radiographs.table.loc[~broken, "image"])
 
 
-def some(values: Sequence, n: int = 5) -> str:
+def first_few(values: Sequence, n: int = 5) -> str:
     """The first few values, quoted, and how many more there are: for messages."""
     more = f" and {len(values) - n:,} more" if len(values) > n else ""
     return ", ".join(repr(str(value)) for value in values[:n]) + more
@@ -181,20 +181,20 @@ def _read_csv(path: Path, **options) -> pd.DataFrame:
 def _read_entries(path: Path) -> pd.DataFrame:
     header = [column.strip() for column in _read_csv(path, nrows=0).columns]
     if missing := [column for column in COLUMNS if column not in header]:
-        has = f"has no column {some(missing)} (columns: {', '.join(header)})"
+        has = f"has no column {first_few(missing)} (columns: {', '.join(header)})"
         raise DataError(f"{path} {has}. Use the file of the NIH release.")
     entries = _read_csv(path, header=0, names=header, usecols=list(COLUMNS)).rename(columns=COLUMNS)
     for column in ("image", "sex", "view"):
         entries[column] = entries[column].fillna("").str.strip()
     twice = entries.loc[entries["image"].duplicated() | (entries["image"] == ""), "image"].unique()
     if len(twice) or entries.empty:
-        fault = f"image names that are blank or occur twice: {some(twice)}" if len(twice) else "no rows"
+        fault = f"image names that are blank or occur twice: {first_few(twice)}" if len(twice) else "no rows"
         raise DataError(f"{path} has {fault}. Accepted: one row per image. Use the NIH release's file.")
     for column in ("patient", "follow_up"):
         entries[column] = _numbers(entries[column], f"{path}, {column}", whole=True).astype(int)
     years = entries["age"].map({age: _years(age) for age in entries["age"].dropna().unique()}).astype(float)
     if len(lost := entries.loc[years.isna() & entries["age"].notna(), "age"]):
-        _log.warning("%s: %d impossible ages set to unknown: %s", path, len(lost), some(lost.unique()))
+        _log.warning("%s: %d impossible ages set to unknown: %s", path, len(lost), first_few(lost.unique()))
     labels = pd.DataFrame(_label_matrix(entries["labels"], path), columns=list(FINDINGS))
     return pd.concat([entries.assign(age=years)[list(COLUMNS.values())[:-1]], labels], axis=1)
 
@@ -209,7 +209,7 @@ def _years(age: str) -> float:
 def _numbers(column: pd.Series, where: str, *, whole: bool = False) -> pd.Series:
     numbers = pd.to_numeric(column, errors="coerce").astype(float)
     if (bad := ~np.isfinite(numbers) | (whole & (numbers % 1 != 0))).any():
-        values, kind = some(column[bad].unique()), "whole numbers" if whole else "numbers"
+        values, kind = first_few(column[bad].unique()), "whole numbers" if whole else "numbers"
         raise DataError(f"{where}: {bad.sum()} rows are no {kind}: {values}. Use the NIH release's file.")
     return numbers
 
@@ -220,7 +220,7 @@ def _label_matrix(labels: pd.Series, path: Path) -> np.ndarray:
     names = [{ALIASES.get(n.strip(), n.strip()) for n in text.split("|")} for text in combinations]
     if unknown := sorted(set().union(*names).difference(FINDINGS, [NO_FINDING])):
         accepted = ", ".join((NO_FINDING, *FINDINGS))
-        raise DataError(f"{path} has unknown findings: {some(unknown)}. Accepted, joined by '|': {accepted}.")
+        raise DataError(f"{path} has unknown findings: {first_few(unknown)}. Accepted, joined by '|': {accepted}.")
     return np.array([[finding in row for finding in FINDINGS] for row in names], np.int8)[codes]
 
 
@@ -233,7 +233,7 @@ def _read_boxes(path: Path, present: set[str]) -> pd.DataFrame:
         boxes[column] = _numbers(boxes[column], f"{path}, box {column}") / BOX_SIDE
     boxes["finding"] = boxes["finding"].str.strip().replace(ALIASES)
     if len(unknown := boxes.loc[~boxes["finding"].isin(FINDINGS), "finding"].unique()):
-        raise DataError(f"{path} has unknown findings: {some(unknown)}. Accepted: {', '.join(FINDINGS)}.")
+        raise DataError(f"{path} has unknown findings: {first_few(unknown)}. Accepted: {', '.join(FINDINGS)}.")
     return rows_of(present, boxes)
 
 
@@ -245,5 +245,5 @@ def _image_files(root: Path) -> dict[str, str]:
         if (first := found.setdefault(os.path.basename(path), path)) != path:
             twice.append(f"{first} and {path}")
     if twice:
-        raise DataError(f"{len(twice)} images lie in two folders: {some(twice, 2)}. Remove one of each pair.")
+        raise DataError(f"{len(twice)} images lie in two folders: {first_few(twice, 2)}. Remove one of each pair.")
     return found

@@ -31,8 +31,8 @@ from chexlib.findings import FINDINGS, NO_FINDING
 
 log = logging.getLogger(__name__)
 
-QUIET = "CHEXLIB_BATCH"  # no progress bar where nobody watches: see chexlib.runs
 VERSION = 3  # of the generator: raised whenever the same parameters give other pictures
+BAR = {"desc": "phantom", "unit_scale": 32, "unit": "image", "leave": False, "mininterval": 1}
 TEST_SHARE = 0.228  # images in the official test list: 25,596 of 112,120
 COLUMNS = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
@@ -165,9 +165,7 @@ def _draw_all(films, pictures, size, difficulty, workers):
         except BrokenProcessPool:  # a script from standard input, or without the guard, cannot start processes
             log.warning("no worker process could be started: drawing in this one")
     boxes = []
-    for part in tqdm(
-        parts, desc="phantom", unit_scale=32, unit="image", leave=False, mininterval=1, disable=QUIET in os.environ
-    ):
+    for part in tqdm(parts, **BAR):
         boxes += _draw(part, pictures, size, difficulty)
     return boxes
 
@@ -178,16 +176,7 @@ def _draw_in_processes(parts, pictures, size, difficulty, workers):
     with ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore) as pool:
         try:
             jobs = [pool.submit(_draw, part, pictures, size, difficulty) for part in parts]
-            waiting = tqdm(
-                jobs,
-                desc="phantom",
-                unit_scale=32,
-                unit="image",
-                leave=False,
-                mininterval=1,
-                disable=QUIET in os.environ,
-            )
-            return [box for job in waiting for box in job.result()]
+            return [box for job in tqdm(jobs, **BAR) for box in job.result()]
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise

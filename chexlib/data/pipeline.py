@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import psutil
+from PIL import Image
 
 from chexlib.data.nih import read_image
 from chexlib.errors import ConfigError
@@ -63,8 +64,6 @@ def partition(
 
 def resize_area(image: np.ndarray, size: int) -> np.ndarray:
     """Box-average (h, w) uint8 pixels to (size, size); each output pixel is the mean of the area it covers."""
-    from PIL import Image
-
     if image.shape == (size, size):
         return image
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BOX))

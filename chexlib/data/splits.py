@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from chexlib.data.nih import NEXT_STEP, Radiographs, rows_of, some
+from chexlib.data.nih import NEXT_STEP, Radiographs, first_few, rows_of
 from chexlib.errors import ConfigError, DataError
 from chexlib.findings import FINDINGS
 
@@ -87,7 +87,7 @@ class Audit:
             for a, b, n, n_a, n_b in self.shared[self.shared["patients"] > 0].itertuples(index=False)
         ]
         if self.duplicates:
-            found.append(f"{len(self.duplicates):,} images are listed repeatedly: {some(self.duplicates)}")
+            found.append(f"{len(self.duplicates):,} images are listed repeatedly: {first_few(self.duplicates)}")
         return "; ".join(found) or "no patient is in two parts, no image is listed twice"
 
     def _repr_html_(self) -> str:
@@ -105,7 +105,7 @@ def official_split(radiographs: Radiographs, *, validation_fraction: float = 0.1
         raise ConfigError(f"validation_fraction={validation_fraction} is not between 0 and 1, as 0.125 is.")
     training, testing = (read_list(radiographs.root / name) for name in LISTS)
     if both := sorted(set(training) & set(testing)):
-        raise DataError(f"{' and '.join(LISTS)} share images: {some(both)}. Use the release's lists.")
+        raise DataError(f"{' and '.join(LISTS)} share images: {first_few(both)}. Use the release's lists.")
     table = radiographs.table
     test, rest = rows_of(testing, table)["image"], rows_of(training, table)
     if unlisted := len(table) - len(test) - len(rest):
@@ -176,7 +176,7 @@ def audit(parts: Split | Mapping[str, Iterable[str]], radiographs: Radiographs, 
     by_name = radiographs.listed.set_index("image")
     every = pd.Series([image for images in parts.values() for image in images], dtype=object)
     if len(unknown := every[by_name.index.get_indexer(every) < 0].unique()):
-        raise DataError(f"Not in the CSV of {radiographs.root}: {some(unknown)}. Give names of its first column.")
+        raise DataError(f"Not in the CSV of {radiographs.root}: {first_few(unknown)}. Give names of its first column.")
     rows = {name: by_name.loc[list(images)] for name, images in parts.items()}
     patients, pairs = {name: part["patient"].to_numpy() for name, part in rows.items()}, []
     for a, b in itertools.combinations(parts, 2):

@@ -74,11 +74,12 @@ def bootstrap_auroc(
         Index the findings and "mean"; columns auroc, low, high, positives, negatives. A finding with one class
         only has NaN and stays in the table; the mean is over the others. Below `FEWEST_PATIENTS` patients with, or
         without, a finding its interval is NaN: resampling one positive again and again looks certain, and is not.
+        The mean has an interval if a finding has one.
     """
     labels, scores = np.asarray(labels), np.asarray(scores)
     codes, names = pd.factorize(np.asarray(patients))
     generator = np.random.default_rng(seed)
-    rows, means, chunk = [], [], 100
+    rows, chunk = [], 100
     drawn = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
     points = np.array([auroc(y, s) for y, s in zip(labels.T, scores.T, strict=True)])
     samples = np.stack(
@@ -94,7 +95,7 @@ def bootstrap_auroc(
         low, high = np.nanquantile(sample, edges) if min(patients_of) >= FEWEST_PATIENTS else (np.nan, np.nan)
         rows.append((name, point, low, high, int((y == 1).sum()), int((y == 0).sum())))
     means = np.array([_mean(column) for column in samples[defined].T]) if defined.any() else np.array([np.nan])
-    low, high = np.nanquantile(means, edges) if defined.any() else (np.nan, np.nan)
+    low, high = np.nanquantile(means, edges) if any(np.isfinite(row[2]) for row in rows) else (np.nan, np.nan)
     rows.append(("mean", _mean(points), low, high, int((labels == 1).sum()), int((labels == 0).sum())))
     table = pd.DataFrame(rows, columns=["finding", "auroc", "low", "high", "positives", "negatives"])
     if not defined.all():
@@ -106,6 +107,14 @@ def bootstrap_auroc(
 def _mean(values: np.ndarray) -> float:
     values = values[~np.isnan(values)]
     return float(values.mean()) if len(values) else float("nan")
+
+
+def in_words(row) -> str:
+    """ "0.842 (0.830 to 0.853)": a row of `bootstrap_auroc`, or of a `metrics.json`, for a sentence."""
+    area, low, high = (np.nan if row[name] is None else row[name] for name in ("auroc", "low", "high"))
+    if np.isnan(area):
+        return "undefined"
+    return f"{area:.3f} " + ("(too few patients for an interval)" if np.isnan(low) else f"({low:.3f} to {high:.3f})")
 
 
 def judge(predictions: pd.DataFrame, *, part: str = "test", resamples: int = 1000, seed: int = 0) -> pd.DataFrame:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from pathlib import Path
 
 from chexlib.errors import ConfigError, WeightsError
+from chexlib.files import replacing
 from chexlib.findings import FINDINGS
 from chexlib.models.topologies import build_model
 
@@ -70,14 +70,10 @@ def create_model(
 def save_model(model, path, *, card: dict) -> Path:
     """Write `model` and its card to one `.keras` file, atomically."""
     path = Path(path)
-    draft = path.with_name(f".{path.stem}.{os.getpid()}.keras")
-    try:
+    with replacing(path) as draft:
         model.save(draft)
         with zipfile.ZipFile(draft, "a") as archive:
             archive.writestr(CARD, json.dumps({"findings": list(FINDINGS), **card}, indent=1))
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
     return path
 
 

@@ -17,10 +17,11 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from chexlib.data.nih import check_images, load_radiographs
+from chexlib.data.nih import Radiographs, check_images, load_radiographs
 from chexlib.data.pipeline import ImageStore, steps_per_epoch, training_batches
-from chexlib.data.splits import audit, make_split
+from chexlib.data.splits import Split, audit, make_split
 from chexlib.errors import ConfigError
+from chexlib.files import replacing
 from chexlib.findings import FINDINGS
 from chexlib.models.weights import create_model, save_model
 from chexlib.training.collectives import World, join_world
@@ -107,13 +108,8 @@ def fit(config: TrainConfig, *, report: Callable[[dict], None] | None = None, ve
     """
     began = time.perf_counter()
     world = join_world()
-    radiographs = load_radiographs(config.data_dir, max_images=config.max_images, seed=config.seed)
-    if config.skip_broken:
-        radiographs = check_images(radiographs, skip_broken=True)
-    split = make_split(radiographs, kind=config.split, seed=config.seed)
-    audit(split, radiographs, allow_leak=config.allow_leak)
-    tables = {part: radiographs.select(split.images(part)) for part in split.parts}
-    train = tables["train"]
+    split, parts = divide(config)
+    train = parts["train"]
     if world.ranks > len(train):
         raise ConfigError(f"{world.ranks} ranks cannot share {len(train)} images. Use at most {len(train)} engines.")
     run_dir = Path(config.run_dir)
@@ -153,8 +149,8 @@ def fit(config: TrainConfig, *, report: Callable[[dict], None] | None = None, ve
         mirror=config.mirror,
         max_steps=config.max_steps,
     )
-    score = pooled_scorer(model, tables, world, size=config.size)
-    validation = PooledValidation(score, tables["validation"].labels)
+    score = pooled_scorer(model, parts, world, size=config.size)
+    validation = PooledValidation(score, parts["validation"].labels)
     plateau = keras.callbacks.ReduceLROnPlateau("val_loss", config.plateau_factor, config.plateau_patience, min_delta=0)
     speak = report if world.first else None
     images = min(len(train), steps * global_batch)
@@ -170,12 +166,12 @@ def fit(config: TrainConfig, *, report: Callable[[dict], None] | None = None, ve
     if validation.best_weights is not None:
         model.set_weights(validation.best_weights)
 
-    predictions = pd.concat([_predictions(tables[part], score(part), part) for part in ("validation", "test")])
+    predictions = pd.concat([_predictions(parts[part], score(part), part) for part in ("validation", "test")])
     rows = pd.DataFrame(history).astype(float).rename_axis("epoch").reset_index()
     result = TrainResult(
         config=config.to_dict(),
         ranks=world.ranks,
-        split={"name": split.name, "digest": split.digest, "images": {p: len(t) for p, t in tables.items()}},
+        split={"name": split.name, "digest": split.digest, "images": {name: len(part) for name, part in parts.items()}},
         history=rows.to_dict("records"),
         best_epoch=validation.best_epoch,
         seconds=time.perf_counter() - began,
@@ -185,9 +181,20 @@ def fit(config: TrainConfig, *, report: Callable[[dict], None] | None = None, ve
     if world.first:
         card = {"topology": config.topology, "size": config.size, "split": result.split, "ranks": world.ranks}
         save_model(model, result.model, card={**card, "config": result.config, "best_epoch": result.best_epoch})
-        rows.to_parquet(run_dir / "history.parquet")
-        predictions.to_parquet(result.predictions, index=False)
+        for table, name in ((rows, "history.parquet"), (predictions, "predictions.parquet")):
+            with replacing(run_dir / name) as draft:
+                table.to_parquet(draft, index=False)
     return result
+
+
+def divide(config: TrainConfig) -> tuple[Split, dict[str, Radiographs]]:
+    """The audited split that a config asks for, and the radiographs of each of its parts."""
+    radiographs = load_radiographs(config.data_dir, max_images=config.max_images, seed=config.seed)
+    if config.skip_broken:
+        radiographs = check_images(radiographs, skip_broken=True)
+    split = make_split(radiographs, kind=config.split, seed=config.seed)
+    audit(split, radiographs, allow_leak=config.allow_leak)
+    return split, {part: radiographs.select(split.images(part)) for part in split.parts}
 
 
 def _start_head_at_prevalence(model, labels: np.ndarray) -> None:

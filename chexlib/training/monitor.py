@@ -76,7 +76,7 @@ class Progress(keras.callbacks.Callback):
         self.report({**where, **numbers, "history": self.rows})
 
 
-def pooled_scorer(model, tables: dict, world: World, *, size: int, batch: int = 64) -> Callable[[str], np.ndarray]:
+def pooled_scorer(model, parts: dict, world: World, *, size: int, batch: int = 64) -> Callable[[str], np.ndarray]:
     """Make `score(part) -> (n, 14) float32`: each rank scores every ranks-th image, and all ranks get all scores."""
     import tensorflow as tf
 
@@ -87,7 +87,7 @@ def pooled_scorer(model, tables: dict, world: World, *, size: int, batch: int = 
     stores = {}
 
     def score(part: str) -> np.ndarray:
-        paths = tables[part].table["path"]
+        paths = parts[part].table["path"]
         if part not in stores:
             stores[part] = ImageStore(paths[world.rank :: world.ranks], size=size)
         store = stores[part]

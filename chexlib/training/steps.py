@@ -6,12 +6,11 @@ import zlib
 
 import numpy as np
 
-from chexlib.data.nih import load_radiographs
 from chexlib.data.pipeline import ImageStore, partition
-from chexlib.data.splits import make_split
 from chexlib.models.weights import create_model
 from chexlib.training.collectives import join_world
 from chexlib.training.config import TrainConfig
+from chexlib.training.fit import divide
 
 
 def seven_steps(config: TrainConfig, *, repeats: int = 2) -> dict:
@@ -39,9 +38,7 @@ def seven_steps(config: TrainConfig, *, repeats: int = 2) -> dict:
     world.broadcast(model.variables)
     seen["broadcast"] = {"before": before, "after": _sample(head.kernel), "checksum": checksum(model)}
 
-    radiographs = load_radiographs(config.data_dir, max_images=config.max_images, seed=config.seed)
-    split = make_split(radiographs, kind=config.split, seed=config.seed)
-    train = radiographs.select(split.images("train"))
+    train = divide(config)[1]["train"]
     order = {
         "global_batch": config.batch_size * world.ranks,
         "seed": config.seed,
