@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds the old one or the new one, never half of one."""
+"""Writing files so that a reader finds the old one or the new one, never half of one, however the writer ends."""
 
 from __future__ import annotations
 
@@ -6,20 +6,34 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a draft's path beside `path`, with the same ending; it takes the place of `path` if the block succeeds.
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file for bytes that takes the place of `path` if the block succeeds.
 
-    The draft is synchronised to disk before, and removed if the block fails.
+    It is synchronised to disk before. Where the file system can (Linux' O_TMPFILE) it has no name until it is whole,
+    so that not even SIGKILL leaves a draft; elsewhere, as on NFS, the draft lies beside `path` and is removed if the
+    block fails.
     """
     path = Path(path)
-    draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield draft
-        with open(draft, "rb") as file:
-            os.fsync(file.fileno())
+        number, named = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o644), False
+    except OSError:
+        number, named = os.open(draft, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644), True
+    try:
+        with os.fdopen(number, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(number)
+            if not named:
+                folder = os.open(path.parent, os.O_RDONLY)
+                try:  # the folder's number makes Python call linkat, which follows the link in /proc
+                    os.link(f"/proc/self/fd/{number}", draft.name, dst_dir_fd=folder, follow_symlinks=True)
+                finally:
+                    os.close(folder)
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)

@@ -35,8 +35,8 @@ def build_report(run: Path) -> Path:
         run=run.name, pages=pages, judged=judged, findings=[*FINDINGS, "mean"], environment=environment
     )
     index = run / "index.html"
-    with replacing(index) as draft:
-        draft.write_text(text)
+    with replacing(index) as file:
+        file.write(text.encode())
     return index
 
 

@@ -67,8 +67,8 @@ class Run:
         """Write a matplotlib figure to `figures/<name>.png`, with the caption inside for the report."""
         folder = self.path / "figures"
         folder.mkdir(exist_ok=True)
-        with replacing(folder / f"{name}.png") as draft:
-            figure.savefig(draft, dpi=120, bbox_inches="tight", metadata={"Description": caption})
+        with replacing(folder / f"{name}.png") as file:
+            figure.savefig(file, format="png", dpi=120, bbox_inches="tight", metadata={"Description": caption})
 
     def finish(self, **metrics) -> Path:
         """Write `metrics.json`, undefined numbers as null; if the run is our own, point `latest` here."""
@@ -144,8 +144,8 @@ def point_latest(run: Path) -> None:
 
 def write_json(path: Path, values) -> None:
     """Write JSON atomically; NaN and infinity become null, NumPy and pandas values plain ones."""
-    with replacing(path) as draft, open(draft, "w") as file:
-        json.dump(_plain(values), file, indent=1, allow_nan=False)
+    with replacing(path) as file:
+        file.write(json.dumps(_plain(values), indent=1, allow_nan=False).encode())
 
 
 def _plain(value):

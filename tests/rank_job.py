@@ -11,7 +11,7 @@ from chexlib.data.nih import load_radiographs
 from chexlib.data.pipeline import ImageStore, training_batches
 from chexlib.models.weights import create_model
 from chexlib.training.collectives import join_world
-from chexlib.training.fit import DataParallelTrainer
+from chexlib.training.trainer import DataParallelTrainer
 
 job = json.loads(sys.argv[1])
 world = join_world()

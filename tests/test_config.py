@@ -32,6 +32,10 @@ BAD = {
     "max_images": [-1, 10.0, "100", True],
     "skip_broken": ["false", 1, None],
     "seed": [-1, 0.5, "0", None],
+    "checkpoint_steps": [-1, 0.5, "7", None],
+    "keep_checkpoints": [-1, 1.5, "2", None],
+    "resume": ["true", 1, None],
+    "resume_keeps": ["batch", "", None],
 }
 
 

@@ -187,7 +187,7 @@ def test_pixels_reach_from_0_to_255(files):
 
 
 def test_an_epoch_cut_short_is_followed_by_the_next_epochs_shuffle(files):
-    _, labels, batches = batches_of(files, 4, global_batch=4, seed=0, max_steps=2, first_epoch=5)
+    _, labels, batches = batches_of(files, 4, global_batch=4, seed=0, images=8, first_epoch=5)
     expected = [
         share
         for epoch in (5, 6)

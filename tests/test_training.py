@@ -42,7 +42,7 @@ def test_fit_leaves_model_history_and_predictions(trained):
     assert predictions["part"].value_counts().to_dict() == {
         k: v for k, v in result.split["images"].items() if k != "train"
     }
-    assert told[-1]["history"] == [{k: v for k, v in row.items() if k != "epoch"} for row in result.history]
+    assert told[-1]["history"] == result.history
 
 
 def test_the_saved_model_is_the_best_epoch_and_scores_as_the_predictions_say(trained, phantom):

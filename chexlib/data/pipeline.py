@@ -34,9 +34,17 @@ def steps_per_epoch(n: int, *, global_batch: int) -> int:
 
 
 def partition(
-    n: int, *, global_batch: int, epoch: int, seed: int, rank: int = 0, ranks: int = 1, mirror: bool = False
+    n: int,
+    *,
+    global_batch: int,
+    epoch: int,
+    seed: int,
+    rank: int = 0,
+    ranks: int = 1,
+    mirror: bool = False,
+    first_image: int = 0,
 ) -> Iterator[Share]:
-    """Yield a rank's share of every step of an epoch.
+    """Yield a rank's share of every step of an epoch, or of what is left of it after its `first_image` images.
 
     All ranks take equally many steps. The union of their shares over an epoch is each of the `n` images exactly
     once; the images of step s, and their mirroring, do not depend on the number of ranks. In the last step a rank
@@ -54,7 +62,7 @@ def partition(
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(n)
     flips = generator.random(n) < 0.5 if mirror else np.zeros(n, bool)
-    for start in range(0, n, global_batch):
+    for start in range(first_image, n, global_batch):
         mine = np.array_split(order[start : start + global_batch], ranks)[rank]
         weights = np.ones(len(mine), np.float32)
         if len(mine) == 0:
@@ -111,18 +119,21 @@ def training_batches(
     global_batch: int,
     seed: int,
     first_epoch: int = 0,
+    first_image: int = 0,
     rank: int = 0,
     ranks: int = 1,
     mirror: bool = True,
-    max_steps: int = 0,
+    images: int = 0,
 ):
     """Endless tf.data of a rank's training batches, epoch after epoch.
 
     Parameters
     ----------
     labels : (n, 14) float32
-    max_steps : int
-        Steps after which the next epoch's shuffle begins; 0 means when all images were seen.
+    first_epoch, first_image : int
+        Where to begin: the epoch, counted from 0, and how many of its images have been used.
+    images : int
+        Of an epoch: after so many the next epoch's shuffle begins; 0 means all.
 
     Returns
     -------
@@ -134,10 +145,11 @@ def training_batches(
     shares = {"global_batch": global_batch, "seed": seed, "rank": rank, "ranks": ranks, "mirror": mirror}
 
     def draw():
-        epoch = first_epoch
-        while True:
-            yield from itertools.islice(partition(len(store), epoch=epoch, **shares), max_steps or None)
-            epoch += 1
+        used = first_image
+        for epoch in itertools.count(first_epoch):
+            steps = steps_per_epoch((images or len(store)) - used, global_batch=global_batch)
+            yield from itertools.islice(partition(len(store), epoch=epoch, first_image=used, **shares), steps)
+            used = 0
 
     def load(indices, weights, mirrored):
         pixels = tf.numpy_function(store.take, [indices], tf.uint8)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -70,10 +72,13 @@ def create_model(
 def save_model(model, path, *, card: dict) -> Path:
     """Write `model` and its card to one `.keras` file, atomically."""
     path = Path(path)
-    with replacing(path) as draft:
+    with tempfile.TemporaryDirectory() as folder, replacing(path) as file:
+        draft = Path(folder) / "model.keras"  # Keras writes to a name with this ending only
         model.save(draft)
         with zipfile.ZipFile(draft, "a") as archive:
             archive.writestr(CARD, json.dumps({"findings": list(FINDINGS), **card}, indent=1))
+        with open(draft, "rb") as whole:
+            shutil.copyfileobj(whole, file)
     return path
 
 

@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import os
 import socket
+import zlib
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from chexlib.errors import ChexlibError, ClusterError
 
 # Set by mpirun, prterun, srun and hydra for every process of an MPI job.
 _LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -42,6 +47,23 @@ class World:
 
             hvd.broadcast_variables([v.value for v in variables], root_rank=0)
 
+    def share(self, make: Callable[[], Any]) -> Any:
+        """What `make()` returns on rank 0, on every rank; an error of ours there is raised on every rank."""
+        if self.ranks == 1:
+            return make()
+        import horovod.tensorflow as hvd
+
+        answer = None
+        if self.first:
+            try:
+                answer = make()
+            except ChexlibError as error:
+                answer = error
+        answer = hvd.broadcast_object(answer, root_rank=0)
+        if isinstance(answer, ChexlibError):
+            raise answer
+        return answer
+
     def gather(self, value: Any) -> list:
         """The picklable `value` of every rank, in the order of ranks, on every rank."""
         if self.ranks == 1:
@@ -49,6 +71,36 @@ class World:
         import horovod.tensorflow as hvd
 
         return hvd.allgather_object(value)
+
+
+def require_agreement(world: World, variables: dict, *, when: str) -> None:
+    """Check that every rank holds the same bits: of each variable a CRC-32 is compared over ranks.
+
+    Parameters
+    ----------
+    variables : dict
+        Keras variables by name.
+    when : str
+        For the message, such as "after epoch 2".
+
+    Raises
+    ------
+    ClusterError
+        On every rank, if one differs; the message names the first such variable and the ranks.
+    """
+    sums = world.gather([zlib.crc32(v.numpy().tobytes()) for v in variables.values()])
+    differing = [name for name, found in zip(variables, zip(*sums, strict=True), strict=True) if len(set(found)) > 1]
+    if not differing:
+        return
+    by_rank = dict(enumerate(found[list(variables).index(differing[0])] for found in sums))
+    usual, times = Counter(by_rank.values()).most_common(1)[0]
+    odd = [rank for rank, found in by_rank.items() if found != usual or times == 1]
+    others = f", and {len(differing) - 1} more variables differ" if len(differing) > 1 else ""
+    raise ClusterError(
+        f"{when} the ranks no longer agree: {differing[0]} is not the same on rank {', '.join(map(str, odd))}"
+        f"{'' if times == 1 else ' as on the others'}{others}. Training was stopped: go on from the last checkpoint "
+        "with resume=true; if it happens again, look for a faulty host or a function that is not the same on all ranks."
+    )
 
 
 def join_world() -> World:

@@ -14,6 +14,10 @@ from chexlib.models.topologies import TOPOLOGIES
 SPLITS = ("auto", "official", "patient", "image")
 OPTIMIZERS = ("adam", "sgd")
 PRECISIONS = ("float32", "mixed_bfloat16")
+KEEPS = ("global_batch", "rank_batch")
+# What may be another when a training is resumed: the rest decides what the training is.
+FREE = ("data_dir", "run_dir", "epochs", "batch_size", "checkpoint_steps", "keep_checkpoints", "resume", "resume_keeps",
+        "skip_broken", "allow_leak")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,10 @@ class TrainConfig:
     max_images: int = 0  # use about so many images, whole patients; 0 means all
     skip_broken: bool = False  # leave out images that cannot be decoded
     seed: int = 0
+    checkpoint_steps: int = 0  # write a checkpoint every so many steps, besides one an epoch
+    keep_checkpoints: int = 2  # the newest so many stay in run_dir/checkpoints; 0 writes none
+    resume: bool = False  # go on from the newest checkpoint in run_dir, if there is one
+    resume_keeps: str = "global_batch"  # at another number of ranks: "global_batch", or "rank_batch" and scale the rate
 
     def __post_init__(self):
         for name, accepted in (
@@ -48,6 +56,7 @@ class TrainConfig:
             ("split", SPLITS),
             ("optimizer", OPTIMIZERS),
             ("precision", PRECISIONS),
+            ("resume_keeps", KEEPS),
         ):
             if (value := getattr(self, name)) not in accepted:
                 raise ConfigError(f"{name}={value!r} is not known. Use one of {', '.join(accepted)}.")
@@ -59,11 +68,13 @@ class TrainConfig:
             ("max_images", 0),
             ("plateau_patience", 0),
             ("seed", 0),
+            ("checkpoint_steps", 0),
+            ("keep_checkpoints", 0),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name}={value!r} is not accepted. Use a whole number of {least} or more.")
-        for name in ("mirror", "allow_leak", "shuffle_labels", "skip_broken"):
+        for name in ("mirror", "allow_leak", "shuffle_labels", "skip_broken", "resume"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ConfigError(f"{name}={value!r} is not accepted. Use true or false.")
         for name in ("learning_rate", "norm_momentum", "plateau_factor"):
@@ -95,6 +106,21 @@ class TrainConfig:
     def to_dict(self) -> dict:
         """Plain values, for JSON."""
         return dataclasses.asdict(self)
+
+    def require_same(self, other: dict, *, where: str) -> None:
+        """Check that `other`, the settings of a training to be resumed, describe this training.
+
+        Raises
+        ------
+        ConfigError
+            A setting that decides what the training is has another value there; the message has both.
+        """
+        mine = {name: value for name, value in self.to_dict().items() if name not in FREE}
+        if changed := [name for name, value in mine.items() if other.get(name) != value]:
+            pairs = ", ".join(f"{name}={other.get(name)!r} there and {mine[name]!r} now" for name in changed)
+            raise ConfigError(
+                f"{where} is of another training: {pairs}. Resume with its settings, or start anew with resume=false."
+            )
 
     @classmethod
     def from_dict(cls, values: dict) -> TrainConfig:

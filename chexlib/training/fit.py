@@ -7,6 +7,7 @@ engines.run(fit, config)                                     # from a notebook, 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,16 +19,20 @@ import pandas as pd
 import tensorflow as tf
 
 from chexlib.data.nih import Radiographs, check_images, load_radiographs
-from chexlib.data.pipeline import ImageStore, steps_per_epoch, training_batches
+from chexlib.data.pipeline import ImageStore, training_batches
 from chexlib.data.splits import Split, audit, make_split
-from chexlib.errors import ConfigError
+from chexlib.errors import ConfigError, WeightsError
 from chexlib.files import replacing
 from chexlib.findings import FINDINGS
 from chexlib.models.weights import create_model, save_model
-from chexlib.training.collectives import World, join_world
+from chexlib.training import stopping
+from chexlib.training.checkpoints import checkpoint_files
+from chexlib.training.collectives import join_world
 from chexlib.training.config import TrainConfig
-from chexlib.training.monitor import PooledValidation, Progress, pooled_scorer
+from chexlib.training.monitor import Plateau, PooledValidation, Position, Progress, pooled_scorer
 from chexlib.training.optimizers import FusedAdam
+from chexlib.training.resume import Saver
+from chexlib.training.trainer import DataParallelTrainer
 
 
 @dataclass(frozen=True)
@@ -37,47 +42,17 @@ class TrainResult:
     config: dict
     ranks: int
     split: dict  # name, digest, images per part
-    history: list[dict]  # one row an epoch: loss, val_loss, val_auroc, learning_rate, images_per_second
+    history: list[dict]  # a row an epoch: epoch, loss, val_loss, val_auroc, learning_rate, images_per_second, skew
     best_epoch: int  # counted from 0; the saved weights are of this epoch
     seconds: float
     model: str
     predictions: str
+    resumed_from: str | None = None  # name of the checkpoint
+    stopped: bool = False  # ended early because it was asked to; the checkpoint is of the very step
 
     def to_dict(self) -> dict:
         """Plain values, for `metrics.json`."""
         return asdict(self)
-
-
-class DataParallelTrainer(keras.Model):
-    """Keras' own `fit` loop around a model whose gradients are averaged over ranks at every step.
-
-    The loss is binary cross-entropy, averaged over findings and over all images of the global batch; a rank with
-    fewer images, or with a stand-in of weight 0, counts for what it holds.
-    """
-
-    def __init__(self, model: keras.Model, world: World):
-        super().__init__()
-        self.model, self.world = model, world
-        self.loss_tracker = keras.metrics.Mean("loss")
-
-    @property
-    def metrics(self):
-        return [self.loss_tracker]
-
-    def call(self, inputs, training=None):
-        return self.model(inputs, training=training)
-
-    def train_step(self, data):
-        pixels, labels, weights = data
-        variables = self.model.trainable_variables
-        with tf.GradientTape() as tape:
-            scores = self.model(pixels, training=True)
-            loss = tf.reduce_sum(weights * keras.losses.binary_crossentropy(labels, scores))
-        gradients = tape.gradient(loss, variables)
-        *gradients, loss, images = self.world.sum([*gradients, loss, tf.reduce_sum(weights)])
-        self.optimizer.apply([g / images for g in gradients], variables)
-        self.loss_tracker.update_state(loss / images, sample_weight=images)
-        return {"loss": self.loss_tracker.result()}
 
 
 def fit(config: TrainConfig, *, report: Callable[[dict], None] | None = None, verbose: int | str = 0) -> TrainResult:
@@ -108,12 +83,12 @@ def fit(config: TrainConfig, *, report: Callable[[dict], None] | None = None, ve
     """
     began = time.perf_counter()
     world = join_world()
+    stopping.listen()
     split, parts = divide(config)
     train = parts["train"]
     if world.ranks > len(train):
         raise ConfigError(f"{world.ranks} ranks cannot share {len(train)} images. Use at most {len(train)} engines.")
-    run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    world.share(lambda: _prepare(config))
 
     # Grappler's rewriting takes seconds of every start and makes no step of these graphs faster (measured).
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
@@ -137,54 +112,90 @@ def fit(config: TrainConfig, *, report: Callable[[dict], None] | None = None, ve
     world.broadcast([*model.variables, *trainer.optimizer.variables])
 
     global_batch = config.batch_size * world.ranks
-    steps = steps_per_epoch(len(train), global_batch=global_batch)
-    steps = min(steps, config.max_steps or steps)
-    batches = training_batches(
-        ImageStore(train.table["path"], size=config.size),
-        labels,
-        global_batch=global_batch,
-        seed=config.seed,
-        rank=world.rank,
-        ranks=world.ranks,
-        mirror=config.mirror,
-        max_steps=config.max_steps,
-    )
+    at = Position(global_batch, min(len(train), config.max_steps * global_batch or len(train)))
     score = pooled_scorer(model, parts, world, size=config.size)
     validation = PooledValidation(score, parts["validation"].labels)
-    plateau = keras.callbacks.ReduceLROnPlateau("val_loss", config.plateau_factor, config.plateau_patience, min_delta=0)
-    speak = report if world.first else None
-    images = min(len(train), steps * global_batch)
-    progress = Progress(speak, images=images, steps=steps, epochs=config.epochs)
-    history = trainer.fit(
-        batches,
-        epochs=config.epochs,
-        steps_per_epoch=steps,
-        callbacks=[validation, plateau, progress],
-        verbose=verbose if world.first else 0,
-        shuffle=False,
-    ).history
+    plateau = Plateau(config.plateau_factor, config.plateau_patience)
+    progress = Progress(report if world.first else None, at, epochs=config.epochs)
+    saver = Saver(config, world, at, (validation, plateau, progress), facts={"split": split.digest})
+    resumed = saver.restore(trainer) if config.resume else None
+    store = ImageStore(train.table["path"], size=config.size)
+    while at.epoch < config.epochs and not saver.stopped:  # once, or twice when resumed within an epoch
+        batches = training_batches(
+            store,
+            labels,
+            global_batch=at.global_batch,
+            seed=config.seed,
+            first_epoch=at.epoch,
+            first_image=at.image,
+            rank=world.rank,
+            ranks=world.ranks,
+            mirror=config.mirror,
+            images=at.images,
+        )
+        trainer.fit(
+            batches,
+            initial_epoch=at.epoch,
+            epochs=at.epoch + 1 if at.image else config.epochs,
+            steps_per_epoch=at.steps_left,
+            callbacks=[validation, plateau, progress, saver],
+            verbose=verbose if world.first else 0,
+            shuffle=False,
+        )
+    stopping.forget()
     if validation.best_weights is not None:
         model.set_weights(validation.best_weights)
 
     predictions = pd.concat([_predictions(parts[part], score(part), part) for part in ("validation", "test")])
-    rows = pd.DataFrame(history).astype(float).rename_axis("epoch").reset_index()
     result = TrainResult(
         config=config.to_dict(),
         ranks=world.ranks,
         split={"name": split.name, "digest": split.digest, "images": {name: len(part) for name, part in parts.items()}},
-        history=rows.to_dict("records"),
+        history=progress.rows,
         best_epoch=validation.best_epoch,
         seconds=time.perf_counter() - began,
-        model=str(run_dir / "model.keras"),
-        predictions=str(run_dir / "predictions.parquet"),
+        model=str(Path(config.run_dir) / "model.keras"),
+        predictions=str(Path(config.run_dir) / "predictions.parquet"),
+        resumed_from=resumed,
+        stopped=saver.stopped,
     )
-    if world.first:
-        card = {"topology": config.topology, "size": config.size, "split": result.split, "ranks": world.ranks}
-        save_model(model, result.model, card={**card, "config": result.config, "best_epoch": result.best_epoch})
-        for table, name in ((rows, "history.parquet"), (predictions, "predictions.parquet")):
-            with replacing(run_dir / name) as draft:
-                table.to_parquet(draft, index=False)
+    world.share(lambda: _write(result, model, predictions, progress.step_rows))
     return result
+
+
+def _prepare(config: TrainConfig) -> None:
+    """The run's folder with the config in it, ready for `python -m chexlib train --config`."""
+    run_dir = Path(config.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with replacing(run_dir / "config.json") as file:
+            file.write(json.dumps(config.to_dict(), indent=1).encode())
+        if not config.resume:
+            for path in checkpoint_files(run_dir / "checkpoints"):
+                path.unlink()
+    except OSError as error:
+        raise ConfigError(f"run_dir={config.run_dir!r} cannot be written ({error}). Name another folder.") from error
+
+
+def _write(result: TrainResult, model, predictions: pd.DataFrame, steps: list) -> None:
+    card = {"topology": result.config["topology"], "size": result.config["size"], "split": result.split}
+    facts = {"ranks": result.ranks, "config": result.config, "best_epoch": result.best_epoch}
+    run_dir = Path(result.config["run_dir"])
+    tables = {
+        "history": pd.DataFrame(result.history),
+        "steps": pd.DataFrame(steps, columns=Progress.STEP_COLUMNS).astype({"epoch": int, "step": int}),
+        "predictions": predictions,
+    }
+    try:
+        save_model(model, result.model, card={**card, **facts})
+        for name, table in tables.items():
+            with replacing(run_dir / f"{name}.parquet") as file:
+                table.to_parquet(file, index=False)
+    except OSError as error:
+        raise WeightsError(
+            f"the results could not be written to {run_dir} ({error.strerror or error}). Make room, and run again "
+            "with resume=true: what was trained is in its checkpoints."
+        ) from error
 
 
 def divide(config: TrainConfig) -> tuple[Split, dict[str, Radiographs]]:

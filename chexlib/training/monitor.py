@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import keras
 import numpy as np
 from sklearn.metrics import log_loss, roc_auc_score
 
-from chexlib.data.pipeline import ImageStore
+from chexlib.data.pipeline import ImageStore, steps_per_epoch
 from chexlib.errors import ConfigError
 from chexlib.findings import FINDINGS
 from chexlib.training.collectives import World
+
+
+@dataclass
+class Position:
+    """Where a training stands."""
+
+    global_batch: int
+    images: int  # of an epoch
+    epoch: int = 0  # counted from 0
+    image: int = 0  # images of this epoch that have been used
+    step: int = 0  # since the start of the training
+
+    @property
+    def steps_left(self) -> int:
+        """Steps to the end of this epoch."""
+        return steps_per_epoch(self.images - self.image, global_batch=self.global_batch)
 
 
 class PooledValidation(keras.callbacks.Callback):
@@ -47,33 +64,64 @@ class PooledValidation(keras.callbacks.Callback):
             self.best, self.best_epoch, self.best_weights = quality, epoch, model.get_weights()
 
 
-class Progress(keras.callbacks.Callback):
-    """Times epochs, and tells `report` of the first rank where training stands, at most twice a second."""
+class Plateau(keras.callbacks.ReduceLROnPlateau):
+    """Multiplies the rate by `factor` after `patience` epochs without a lower `val_loss`; 1 leaves it alone.
 
-    def __init__(self, report: Callable[[dict], None] | None, *, images: int, steps: int, epochs: int):
+    Keras' own, but one that can be taken up in the middle of a training.
+    """
+
+    def __init__(self, factor: float, patience: int):
+        super().__init__("val_loss", min(factor, 0.5), patience, min_delta=0)
+        self.idle, self.best = factor == 1, None
+
+    def on_train_begin(self, logs=None):
+        pass  # keep what is known
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.idle:
+            logs["learning_rate"] = float(self.model.optimizer.learning_rate)
+        else:
+            super().on_epoch_end(epoch, logs)
+
+
+class Progress(keras.callbacks.Callback):
+    """Keeps a row an epoch and a row a step, and tells `report` where training stands, at most twice a second.
+
+    Skew is by how much of the slowest rank's time the fastest rank is ahead, before they wait for each other.
+    """
+
+    STEP_COLUMNS = ("epoch", "step", "loss", "slowest", "fastest")  # loss of that step alone, seconds of compute
+
+    def __init__(self, report: Callable[[dict], None] | None, at: Position, *, epochs: int):
         super().__init__()
-        self.report, self.images, self.steps, self.epochs = report, images, steps, epochs
-        self.told, self.rows = 0.0, []
+        self.report, self.epochs, self.at = report, epochs, at
+        self.last_told, self.rows, self.step_rows = 0.0, [], []
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.epoch, self.began = epoch, time.perf_counter()
+        self.epoch, self.began, self.first_image = epoch, time.perf_counter(), self.at.image
 
     def on_train_batch_end(self, batch, logs):
-        now = time.perf_counter()
-        self.trained = now
-        if self.report and now - self.told > 0.5:
-            self.told = now
-            self._tell(step=batch + 1, loss=float(logs["loss"]))
+        self.trained = now = time.perf_counter()
+        self.at.step += 1
+        self.at.image = min(self.at.image + self.at.global_batch, self.at.images)
+        told = self.model.told()
+        self.step_rows.append([self.epoch, self.at.step, told["step_loss"], max(told["busy"]), min(told["busy"])])
+        if self.report and now - self.last_told > 0.5:
+            self.last_told = now
+            self._tell(float(logs["loss"]))
 
     def on_epoch_end(self, epoch, logs):
-        logs["images_per_second"] = self.images / (self.trained - self.began)
-        self.rows.append({name: float(value) for name, value in logs.items()})
+        logs["images_per_second"] = (self.at.image - self.first_image) / (self.trained - self.began)
+        slowest, fastest = np.array([row[3:] for row in self.step_rows if row[0] == epoch]).T
+        logs["skew"] = float(np.mean(1 - fastest / slowest))
+        self.rows.append({"epoch": epoch, **{name: float(value) for name, value in logs.items()}})
         if self.report:
-            self._tell(step=self.steps, loss=float(logs["loss"]))
+            self._tell(float(logs["loss"]))
 
-    def _tell(self, **numbers):
-        where = {"epoch": self.epoch + 1, "epochs": self.epochs, "steps": self.steps}
-        self.report({**where, **numbers, "history": self.rows})
+    def _tell(self, loss: float):
+        steps = steps_per_epoch(self.at.images, global_batch=self.at.global_batch)
+        where = {"epoch": self.epoch + 1, "epochs": self.epochs, "step": steps - self.at.steps_left, "steps": steps}
+        self.report({**where, **self.model.told(), "loss": loss, "seconds": time.time(), "history": self.rows})
 
 
 def pooled_scorer(model, parts: dict, world: World, *, size: int, batch: int = 64) -> Callable[[str], np.ndarray]:

@@ -1,0 +1,150 @@
+"""The full state of a training, saved while it runs and taken up again, at this or another number of ranks."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from chexlib.errors import ConfigError
+from chexlib.training import stopping
+from chexlib.training.checkpoints import newest_checkpoint, save_checkpoint
+from chexlib.training.collectives import World, require_agreement
+from chexlib.training.config import TrainConfig
+from chexlib.training.monitor import Plateau, PooledValidation, Position, Progress
+
+log = logging.getLogger(__name__)
+
+
+class Saver(keras.callbacks.Callback):
+    """Saves the full state, and ends the training after a step when asked to.
+
+    The state is saved at the end of an epoch, after the ranks were found to agree; every `config.checkpoint_steps`
+    steps; and when a stop was asked for. Moving statistics are kept for each rank, as each has its own within an epoch.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        world: World,
+        at: Position,
+        watchers: tuple[PooledValidation, Plateau, Progress],
+        *,
+        facts: dict,
+    ):
+        super().__init__()
+        self.config, self.world, self.at, self.facts = config, world, at, facts
+        self.validation, self.plateau, self.progress = watchers
+        self.folder = Path(config.run_dir) / "checkpoints"
+        self.stopped, self._tracker = False, None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self._tracker is not None:  # Keras has just reset it; half of this epoch was done before
+            for variable, value in zip(self.model.loss_tracker.variables, self._tracker, strict=True):
+                variable.assign(value)
+            self._tracker = None
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if stopping.asked():
+            self.model.asking.assign(1.0)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.stopped = self.model.told()["asked"]
+        within = self.at.image < self.at.images
+        every = self.config.checkpoint_steps
+        if within and (self.stopped or (every and self.at.step % every == 0)):
+            self.save()
+        self.model.stop_training = self.stopped
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.at.image < self.at.images:
+            return  # stopped within the epoch, and saved
+        self.at.epoch, self.at.image = epoch + 1, 0
+        require_agreement(self.world, self._variables(), when=f"after epoch {epoch + 1}")
+        self.save()
+
+    def _variables(self) -> dict:
+        return {v.path: v for v in (*self.model.model.variables, *self.model.optimizer.variables)}
+
+    def save(self) -> None:
+        """Write a checkpoint, on rank 0; all ranks wait until it is safe, and all learn if it is not."""
+        if not self.config.keep_checkpoints:
+            return
+        model, optimizer = self.model.model, self.model.optimizer
+        statistics = self.world.gather([v.numpy() for v in model.non_trainable_variables])
+
+        def write():
+            arrays = {f"weights/{i}": v.numpy() for i, v in enumerate(model.trainable_variables)}
+            arrays |= {f"optimizer/{i}": v.numpy() for i, v in enumerate(optimizer.variables)}
+            arrays |= {f"statistics/{i}": np.stack(ranks) for i, ranks in enumerate(zip(*statistics, strict=True))}
+            arrays |= {f"best/{i}": w for i, w in enumerate(self.validation.best_weights or [])}
+            arrays["tracker"] = np.array([v.numpy() for v in self.model.loss_tracker.variables])
+            arrays["steps"] = np.array(self.progress.step_rows, float).reshape(-1, len(self.progress.STEP_COLUMNS))
+            facts = {
+                **self.facts,
+                "config": self.config.to_dict(),
+                "ranks": self.world.ranks,
+                "position": vars(self.at),
+                "history": self.progress.rows,
+                "best": [self.validation.best, self.validation.best_epoch],
+                "plateau": [self.plateau.best, self.plateau.wait],
+            }
+            save_checkpoint(self.folder, self.at.step, arrays, facts, keep=self.config.keep_checkpoints)
+
+        self.world.share(write)
+
+    def restore(self, trainer) -> str | None:
+        """Take up the newest sound checkpoint, if there is one. Returns its name, equal on all ranks.
+
+        Raises
+        ------
+        ConfigError
+            It is of another training.
+        WeightsError
+            There are checkpoints, and none is sound.
+        """
+        found = self.world.share(lambda: newest_checkpoint(self.folder))
+        if found is None:
+            log.info("no checkpoint in %s: the training starts from the beginning", self.folder)
+            return None
+        path, arrays, facts = found
+        self.config.require_same(facts["config"], where=str(path))
+        for name, value in self.facts.items():
+            if facts[name] != value:
+                raise ConfigError(f"{path} is of another training: {name} {facts[name]} there and {value} now.")
+        model, ranks = trainer.model, facts["ranks"]
+        for i, variable in enumerate(model.trainable_variables):
+            variable.assign(arrays[f"weights/{i}"])
+        for i, variable in enumerate(model.non_trainable_variables):
+            each = arrays[f"statistics/{i}"]
+            variable.assign(each[self.world.rank] if ranks == self.world.ranks else each.mean(axis=0))
+        for i, variable in enumerate(trainer.optimizer.variables):
+            variable.assign(arrays[f"optimizer/{i}"])
+        best = [arrays[f"best/{i}"] for i in range(len(model.weights)) if f"best/{i}" in arrays]
+        self.validation.best_weights = best or None
+        self.validation.best, self.validation.best_epoch = facts["best"]
+        self.plateau.best, self.plateau.wait = facts["plateau"]
+        self.progress.rows, self.progress.step_rows = facts["history"], arrays["steps"].tolist()
+        self._move_to(facts["position"], ranks, trainer)
+        if self.at.image:
+            self._tracker = arrays["tracker"]
+        log.info("resumed from %s: epoch %d, step %d", path, self.at.epoch + 1, self.at.step)
+        return path.name
+
+    def _move_to(self, position: dict, ranks: int, trainer) -> None:
+        now, then = self.at.global_batch, position["global_batch"]
+        if self.config.resume_keeps == "global_batch":
+            if then < self.world.ranks:
+                raise ConfigError(
+                    f"the global batch of {then} leaves some of {self.world.ranks} ranks without an image. Use at most "
+                    f'{then} ranks, or resume_keeps="rank_batch".'
+                )
+            self.at.global_batch = then
+        elif now != then:
+            rate = float(trainer.optimizer.learning_rate)
+            log.info("global batch %d -> %d: learning rate %g -> %g", then, now, rate, rate * now / then)
+            trainer.optimizer.learning_rate = rate * now / then
+        for name in ("images", "epoch", "image", "step"):
+            setattr(self.at, name, position[name])

@@ -1,0 +1,171 @@
+"""A training that was ended in any way goes on from its newest sound checkpoint, to the bit."""
+
+import errno
+import logging
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from chexlib.data.phantom import write_phantom
+from chexlib.errors import ConfigError, WeightsError
+from chexlib.files import replacing
+from chexlib.models.weights import load_model
+from chexlib.training import stopping
+from chexlib.training.checkpoints import checkpoint_files, load_checkpoint, newest_checkpoint, save_checkpoint
+from chexlib.training.config import TrainConfig
+from chexlib.training.fit import fit
+
+TIMED = ("images_per_second", "skew")
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory):
+    return write_phantom(
+        tmp_path_factory.mktemp("data") / "phantom", n_images=90, size=32, min_prevalence=0.1, workers=1
+    )
+
+
+def config_for(phantom, run_dir, **changes):
+    settings = dict(topology="vgg16", size=32, epochs=2, batch_size=8, learning_rate=1e-4, split="patient")
+    return TrainConfig(data_dir=str(phantom), run_dir=str(run_dir), **{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(phantom, tmp_path_factory):
+    return fit(config_for(phantom, tmp_path_factory.mktemp("run")))
+
+
+def untimed(result):
+    return [{name: value for name, value in row.items() if name not in TIMED} for row in result.history]
+
+
+def assert_same_model(a, b):
+    for x, y in zip(load_model(a.model)[0].get_weights(), load_model(b.model)[0].get_weights(), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def ask_at(epoch, step):
+    return lambda told: stopping.ask() if (told["epoch"], told["step"]) >= (epoch, step) else None
+
+
+def test_a_stop_keeps_a_checkpoint_and_resuming_ends_as_if_undisturbed(phantom, undisturbed, tmp_path):
+    stopped = fit(config_for(phantom, tmp_path), report=ask_at(1, 1))
+    assert stopped.stopped and len(stopped.history) == 1 and stopped.resumed_from is None
+    facts = newest_checkpoint(tmp_path / "checkpoints")[2]
+    assert facts["position"]["epoch"] == 0 and 0 < facts["position"]["image"] < facts["position"]["images"]
+    resumed = fit(config_for(phantom, tmp_path, resume=True))
+    assert resumed.resumed_from and not resumed.stopped
+    assert untimed(resumed) == untimed(undisturbed) and resumed.best_epoch == undisturbed.best_epoch
+    assert_same_model(resumed, undisturbed)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(phantom, undisturbed, tmp_path, caplog):
+    class CrashError(Exception):
+        pass
+
+    def crash(told):
+        if told["epoch"] == 2:
+            raise CrashError
+
+    with pytest.raises(CrashError):
+        fit(config_for(phantom, tmp_path, checkpoint_steps=3), report=crash)
+    newest, before = checkpoint_files(tmp_path / "checkpoints")
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 4
+    newest.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        resumed = fit(config_for(phantom, tmp_path, checkpoint_steps=3, resume=True))
+    assert str(newest) in caplog.text and "damaged" in caplog.text and resumed.resumed_from == before.name
+    assert untimed(resumed) == untimed(undisturbed)
+    assert_same_model(resumed, undisturbed)
+
+
+def test_a_finished_training_can_go_on_for_more_epochs(phantom, undisturbed, tmp_path):
+    first = fit(config_for(phantom, tmp_path, epochs=1))
+    more = fit(config_for(phantom, tmp_path, resume=True))
+    assert len(first.history) == 1 and untimed(more) == untimed(undisturbed)
+    again = fit(config_for(phantom, tmp_path, resume=True))  # nothing is left to do
+    assert untimed(again) == untimed(undisturbed)
+    assert_same_model(again, undisturbed)
+
+
+def test_resuming_another_training_is_refused_with_both_values(phantom, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(os.path.dirname(undisturbed.model), run)
+    with pytest.raises(ConfigError, match=r"learning_rate=0.0001 there and 0.01 now"):
+        fit(config_for(phantom, run, resume=True, learning_rate=0.01))
+    with pytest.raises(ConfigError, match="is of another training: split"):
+        fit(config_for(write_phantom(tmp_path / "other", n_images=60, size=32, workers=1), run, resume=True))
+    started = fit(config_for(phantom, run, epochs=1, max_steps=1))  # without resume: anew
+    assert [facts for facts in checkpoint_files(run / "checkpoints")] and len(started.history) == 1
+    assert newest_checkpoint(run / "checkpoints")[2]["position"]["step"] == 1
+
+
+def test_no_room_for_the_checkpoint_is_an_error_that_says_so(phantom, tmp_path, monkeypatch):
+    def full(*args, **arrays):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("chexlib.training.checkpoints.np.savez", full)
+    with pytest.raises(WeightsError, match=r"checkpoint .* MB could not be written \(No space left on device\)"):
+        fit(config_for(phantom, tmp_path, epochs=1, max_steps=1))
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(phantom, tmp_path):
+    result = fit(config_for(phantom, tmp_path, epochs=1, max_steps=1, resume=True, keep_checkpoints=0))
+    assert result.resumed_from is None and not checkpoint_files(tmp_path / "checkpoints")
+
+
+ARRAYS = {"weights/0": np.arange(12, dtype=np.float32).reshape(3, 4), "tracker": np.zeros(2), "none": np.zeros((0, 3))}
+
+
+def test_a_checkpoint_comes_back_as_it_was_and_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 10):
+        save_checkpoint(tmp_path, step, ARRAYS, {"epoch": step, "best": float("-inf")}, keep=2)
+    assert [path.name for path in checkpoint_files(tmp_path)] == ["step-000000010.npz", "step-000000002.npz"]
+    path, arrays, facts = newest_checkpoint(tmp_path)
+    assert path.name == "step-000000010.npz" and facts["epoch"] == 10 and facts["best"] == float("-inf")
+    for name, array in ARRAYS.items():
+        np.testing.assert_array_equal(arrays[name], array)
+        assert arrays[name].dtype == array.dtype
+
+
+def test_no_flipped_bit_and_no_cut_goes_unnoticed(tmp_path):
+    path = save_checkpoint(tmp_path, 1, ARRAYS, {"epoch": 1}, keep=1)
+    whole, (arrays, facts) = path.read_bytes(), load_checkpoint(path)
+    noticed = 0
+    for place in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            found, said = load_checkpoint(path)
+        except WeightsError as error:
+            noticed += str(path) in str(error)
+            continue
+        assert said == facts and all(np.array_equal(found[n], arrays[n]) for n in arrays)  # a date in the archive, say
+    assert noticed > len(whole) / 2
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(WeightsError, match="damaged"):
+            load_checkpoint(path)
+    with pytest.raises(WeightsError, match=r"all 1 checkpoints .* resume=false"):
+        newest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("anonymous", [True, False])
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, anonymous):
+    if not anonymous:
+        monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY | os.O_WRONLY)  # refused, as on NFS
+    path = tmp_path / "file.bin"
+    for content in (b"old", b"new"):
+        with replacing(path) as file:
+            file.write(content)
+            assert not anonymous or [p.name for p in tmp_path.iterdir()] in ([], ["file.bin"])
+    with pytest.raises(RuntimeError), replacing(path) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["file.bin"]
+    assert path.stat().st_mode & 0o777 == 0o644
