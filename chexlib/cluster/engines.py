@@ -1,45 +1,65 @@
 """MPI engines of a notebook: started, checked, given work, and ended in one `with` block.
 
 with mpi_engines(2, threads=1) as engines:
-    results = engines.run(fit, config, report=LiveLine())
+    result = fit(config, engines=engines, restarts=1, report=LiveView(stop=engines.stop))
 """
 
 from __future__ import annotations
 
 import contextlib
 import html
+import json
 import logging
-import re
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import ipyparallel as ipp
 import psutil
 from traitlets.config import Config
 
-import chexlib.errors
-from chexlib.cluster.profiles import Mpi, cores, find_mpi, thread_environment
+from chexlib.cluster import faults, guard
+from chexlib.cluster.profiles import cores, find_mpi, thread_environment
+from chexlib.cluster.sites import SLURM_SCRIPT, Site
 from chexlib.cluster.watchdog import end_members
-from chexlib.errors import ChexlibError, ClusterError, ConfigError
+from chexlib.errors import ClusterError, ConfigError
+from chexlib.training import stopping
 
-PREFIX = "chexlib-cluster-"  # begins the name of every cluster's profile folder
-log = logging.getLogger(__name__)
+PREFIX = "chexlib-cluster-"  # begins the name of every cluster's folder
+WAIT = 120  # seconds for any single answer of the cluster itself
 
 
 class Engines:
-    """MPI engines that are one Horovod world: engine id = MPI rank = Horovod rank, checked at the start."""
+    """MPI engines that are one Horovod world: engine id = MPI rank = Horovod rank, checked at every start.
 
-    def __init__(self, cluster: ipp.Cluster, client: ipp.Client, mpi: Mpi, threads: int, identities: list[dict]):
-        self.cluster, self.client, self.mpi, self.threads = cluster, client, mpi, threads
-        self.identities = identities
+    Made by `mpi_engines`. After a fault that leaves ranks stuck they are taken down, and the next `run` starts them
+    again.
+    """
+
+    log = logging.getLogger(__name__)
+
+    def __init__(self, n: int, site: Site, *, threads: int, timeout: int, stall: int):
+        self.n, self.site, self.threads, self.timeout, self.stall = n, site, threads, timeout, stall
+        self.mpi = find_mpi()
+        self.folder = tempfile.mkdtemp(prefix=PREFIX, dir=site.shared)
+        self.cluster, self.client, self.identities, self._pending, self._starts = None, None, [], [], 0
+        self._asked_slurm, self._job_known = 0.0, True
+        self._watchdog = subprocess.Popen(
+            [sys.executable, "-m", "chexlib.cluster.watchdog", self.folder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
 
     def __len__(self) -> int:
-        return len(self.identities)
+        return self.n
 
     def run(
         self,
@@ -70,154 +90,212 @@ class Engines:
         ChexlibError
             What a rank raised of this family.
         ClusterError
-            Any other failure: the rank, its host, its error and the engines' last lines.
+            Any other failure: the rank, its host, its error and the engines' last lines. Ranks that are stuck because
+            of it are ended.
         """
+        if self.client is None:
+            self.restart()
         work = (_call, function, args, kwargs, report is not None)
-        pending = [self.client[engine].apply_async(*work) for engine in self.client.ids]
-        began, seen = time.monotonic(), None
-        while True:
-            done = [answer for answer in pending if answer.wait(timeout=0.2 / len(pending))]
-            if report and pending[0].data and pending[0].data != seen:
-                seen = dict(pending[0].data)
-                report(seen)
-            for rank, answer in enumerate(pending):
-                if answer in done and answer.exception() is not None:
-                    raise self._explain(answer.exception(), rank)
-            if len(done) == len(pending):
-                return [answer.get() for answer in pending]
-            if timeout is not None and time.monotonic() - began > timeout:
-                name = getattr(function, "__name__", function)
+        self._pending = pending = [self.client[engine].apply_async(*work) for engine in self.client.ids]
+        try:
+            return faults.follow(self, pending, report, timeout, getattr(function, "__name__", str(function)))
+        except BaseException:
+            if not all(answer.ready() for answer in pending) or not self.launcher_runs():
+                self.log.info("The engines are taken down.")
+                self.down()
+            raise
+
+    def stop(self) -> None:
+        """Ask the training on the engines to end after its current step, and to keep a checkpoint."""
+        if self.client is not None:
+            self.client.send_signal(stopping.SIGNAL, targets=0, block=False)
+
+    def restart(self, n: int | None = None) -> None:
+        """End the engines, if they are up, and start `n` new ones, or as many as before."""
+        self.down()
+        self.n = n or self.n
+        self._starts += 1
+        if not self.site.shared and self.n * self.threads > cores():
+            self.log.warning(
+                "%d engines x %d threads on %d cores: they will wait for each other.", self.n, self.threads, cores()
+            )
+        try:
+            self._up()
+        except BaseException:
+            self.down()
+            raise
+
+    def _up(self) -> None:
+        began, site = time.monotonic(), self.site
+        encrypt = ["--IPController.enable_curve=True"] if site.beyond_loopback else []
+        self.cluster = ipp.Cluster(
+            engines="slurm" if site.slurm else "mpi",
+            n=self.n,
+            profile_dir=f"{self.folder}/{self._starts}",
+            config=self._settings(),
+            controller_ip=site.address,
+            controller_args=["--HeartMonitor.period=2000", "--HeartMonitor.max_heartmonitor_misses=5", *encrypt],
+            send_engines_connection_env=not site.shared,  # else it would cross the wire, and the folder has it
+            engine_timeout=self.timeout,
+            shutdown_atexit=False,  # the watchdog does it, also where atexit is never reached
+            log_level=logging.ERROR,
+        )
+        try:
+            self.cluster.start_cluster_sync()
+            self.client = self.cluster.connect_client_sync(timeout=WAIT)
+        except Exception as error:
+            raise ClusterError(
+                f"the controller of the engines did not start ({type(error).__name__}: {error})."
+            ) from error
+        while len(self.client.ids) < self.n:
+            late = time.monotonic() - began > self.timeout
+            if late or not self.launcher_runs():
+                why = f"not within {self.timeout} s" if late else "their launcher ended"
+                raise ClusterError(f"{self.n} MPI engines did not come up: {why}. {faults.last_lines(self)}")
+            time.sleep(0.1)
+        self.identities = self._identify()
+
+    def _settings(self) -> Config:
+        environment = {
+            **thread_environment(self.threads),
+            "HOROVOD_STALL_CHECK_TIME_SECONDS": str(faults.STALL_REPORT),
+            "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(self.stall),
+        }
+        site, settings = self.site, Config()
+        name = "SlurmEngineSetLauncher" if site.slurm else "MPIEngineSetLauncher"
+        launcher = settings[name]
+        launcher.engine_args, launcher.environment = ["--log-level=ERROR"], environment
+        if site.slurm:
+            options = "\n".join(f"#SBATCH {option}" for option in site.options)
+            launcher.batch_template, launcher.namespace = SLURM_SCRIPT, {"threads": self.threads, "options": options}
+            launcher.batch_file_name = f"{self.folder}/engines.sbatch"
+        else:
+            passed_on = [name for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ]
+            export = ["IPP_PROFILE_DIR", "IPP_CLUSTER_ID", *environment, *passed_on]
+            launcher.mpi_cmd = [self.mpi.command]
+            launcher.mpi_args = [*self.mpi.flags(site.hosts, site.network, export), *site.options]
+        return settings
+
+    def _identify(self) -> list[dict]:
+        from chexlib.training.collectives import identify
+
+        address = json.loads(Path(self.cluster.controller.connection_files["engine"]).read_text())
+        controller = (address["interface"].removeprefix("tcp://"), address["registration"])
+        self.client[:].apply_async(guard.begin, controller).get(timeout=WAIT)
+        identities = self.client[:].apply_async(identify).get(timeout=WAIT)
+        for engine, who in zip(self.client.ids, identities, strict=True):
+            if engine != who["rank"] or who["ranks"] != self.n:
                 raise ClusterError(
-                    f"{name} did not end within {timeout} s on {len(self)} engines. {self._last_lines()}"
+                    f"engine {engine} is rank {who['rank']} of {who['ranks']}, expected {engine} of {self.n}: the "
+                    "engines are not one MPI world. Is the mpiexec found the one that Horovod was built with?"
                 )
+        return list(identities)
 
-    def _explain(self, error: Exception, rank: int) -> ChexlibError:
-        name, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
-        kind = getattr(chexlib.errors, name, None)
-        if isinstance(kind, type) and issubclass(kind, ChexlibError):
-            return kind(text)
-        host = self.identities[rank]["host"]
-        return ClusterError(f"rank {rank} on {host} failed with {name}: {text}. {self._last_lines()}")
+    def down(self) -> None:
+        """End the engines and their controller."""
+        if self.client is not None:
+            self.client.close()
+        self.client = None
+        if self.cluster is not None:
+            if self.site.slurm:
+                with contextlib.suppress(Exception):  # a job that has ended by itself
+                    self.cluster.stop_engines_sync()
+            end_members(self.folder)
 
-    def _last_lines(self, n: int = 15) -> str:
-        return _engine_output(self.cluster, n)
+    def close(self) -> None:
+        """End everything that was started, and remove the cluster's folder."""
+        self.down()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._watchdog.communicate("done", timeout=WAIT)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def launcher_runs(self) -> bool:
+        """Is mpiexec there, or Slurm's job?"""
+        (launcher,) = self.cluster.engines.values()
+        if self.site.slurm:
+            return self._job_is_known(launcher.job_id)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(launcher.pid).status() != psutil.STATUS_ZOMBIE
+        return False
+
+    def _job_is_known(self, job: str) -> bool:
+        if time.monotonic() - self._asked_slurm > 5:
+            answer = subprocess.run(
+                ["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=WAIT
+            )
+            self._asked_slurm, self._job_known = time.monotonic(), bool(answer.stdout.strip())
+        return self._job_known
+
+    def output(self) -> str:
+        """What the launcher of the engines has said, and what each rank has printed in its last call."""
+        text = ""
+        with contextlib.suppress(Exception):
+            (launcher,) = self.cluster.engines.values()
+            text = launcher.get_output(remove=False)
+        for answer in self._pending:
+            said = answer.metadata
+            text += said["stdout"] + said["stderr"]
+        return text
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{i['rank']}</td><td>{html.escape(i['host'])}</td><td>{i['pid']}</td><td>{self.threads}</td></tr>"
-            for i in self.identities
-        )
-        build = html.escape(f"{self.mpi.version}, Horovod {self.identities[0]['horovod']}")
+        cells = [(w["rank"], html.escape(w["host"]), w["pid"], self.threads) for w in self.identities]
+        rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells)
+        hosts = len({w["host"] for w in self.identities})
+        who = self.identities[0] if self.identities else {"horovod": "", "built": ""}
+        build = html.escape(f"{self.mpi.version}; Horovod {who['horovod']} ({who['built']})")
         head = "<tr><th>rank</th><th>host</th><th>process</th><th>threads</th></tr>"
-        return f"<table>{head}{rows}</table><p>{len(self)} MPI engines: {build}</p>"
+        return f"<table>{head}{rows}</table><p>{self.n} MPI engines on {hosts} host{'s'[: hosts > 1]}: {build}</p>"
 
 
 @contextlib.contextmanager
-def mpi_engines(n: int, *, threads: int = 0, timeout: int = 120) -> Iterator[Engines]:
-    """Start `n` MPI engines on this host, and end them whatever happens inside the block.
+def mpi_engines(
+    n: int, *, threads: int = 0, site: Site | None = None, timeout: int = 120, stall: int = 60
+) -> Iterator[Engines]:
+    """Start `n` MPI engines, and end them whatever happens inside the block.
 
     Parameters
     ----------
     n : int
         Number of engines, one MPI rank each.
     threads : int
-        Threads of each rank; 0 divides the cores of this machine among the ranks.
+        Threads of each rank; 0 divides the cores of this machine among its ranks.
+    site : Site, optional
+        Other hosts, or Slurm, from `find_site`; without it this host. Beyond this host ipyparallel's traffic is
+        encrypted (CurveZMQ); what MPI sends is not.
     timeout : int
         Seconds to wait for the engines to come up.
+    stall : int
+        Seconds for which one rank may keep the others waiting in a collective.
 
     Raises
     ------
     ConfigError
-        Fewer than one engine, or negative threads.
+        Fewer than one engine, negative threads, or no time to wait.
     ClusterError
         mpiexec is missing or the engines did not come up; the message has mpiexec's own words.
     """
-    if n < 1:
-        raise ConfigError(f"engines={n} is not accepted. Use 1 or more MPI engines.")
-    threads = threads or max(1, cores() // n)
-    if n * threads > cores():
-        log.warning("%d engines x %d threads on %d cores: they will wait for each other.", n, threads, cores())
-    mpi, environment = find_mpi(), thread_environment(threads)
-    profile_dir = tempfile.mkdtemp(prefix=PREFIX)
-    watchdog = subprocess.Popen(
-        [sys.executable, "-m", "chexlib.cluster.watchdog", profile_dir],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    settings = Config()
-    settings.MPIEngineSetLauncher.mpi_cmd = [mpi.command]
-    settings.MPIEngineSetLauncher.mpi_args = mpi.flags()
-    settings.MPIEngineSetLauncher.environment = environment
-    cluster = ipp.Cluster(
-        engines="mpi",
-        n=n,
-        profile_dir=profile_dir,
-        config=settings,
-        controller_ip="127.0.0.1",
-        engine_timeout=timeout,
-        shutdown_atexit=False,  # the watchdog does it, also where atexit is never reached
-        log_level=logging.ERROR,
-    )
-    client = None
+    for name, value in {"engines": n, "timeout": timeout, "stall": stall}.items():
+        if value < 1:
+            raise ConfigError(f"{name}={value} is not accepted. Use 1 or more.")
+    site = site or Site()
+    slots = sum(slots for _, slots in site.hosts)
+    if site.hosts and slots < n:
+        raise ConfigError(f"engines={n}, but the hosts have {slots} slots. Name more hosts, or more slots of each.")
+    threads = threads or max(1, cores() // max([n] if not site.hosts else [slots for _, slots in site.hosts]))
+    thread_environment(threads)  # refuses impossible numbers before anything is started
+    engines = Engines(n, site, threads=threads, timeout=timeout, stall=stall)
     try:
-        client = _connect(cluster, timeout)
-        yield Engines(cluster, client, mpi, threads, _identify(client))
+        engines.restart()
+        yield engines
     finally:
-        if client is not None:
-            client.close()
-        end_members(profile_dir)
-        watchdog.communicate("done")
-        shutil.rmtree(profile_dir, ignore_errors=True)
-
-
-def _connect(cluster: ipp.Cluster, timeout: int) -> ipp.Client:
-    """Start controller and engines; give up when the engines' launcher ends or the time is over."""
-    began = time.monotonic()
-    try:
-        cluster.start_cluster_sync()
-        client = cluster.connect_client_sync()
-    except Exception as error:
-        raise ClusterError(f"the controller of the engines did not start ({type(error).__name__}: {error}).") from error
-    (launcher,) = cluster.engines.values()
-    while len(client.ids) < cluster.n:
-        ended = not psutil.pid_exists(launcher.pid) or psutil.Process(launcher.pid).status() == psutil.STATUS_ZOMBIE
-        if ended or time.monotonic() - began > timeout:
-            client.close()
-            why = "their mpiexec ended" if ended else f"not within {timeout} s"
-            raise ClusterError(f"{cluster.n} MPI engines did not come up: {why}. {_engine_output(cluster, 15)}")
-        time.sleep(0.1)
-    return client
-
-
-def _identify(client: ipp.Client) -> list[dict]:
-    from chexlib.training.collectives import identify
-
-    identities = client[:].apply_async(identify).get(timeout=120)
-    for engine, who in zip(client.ids, identities, strict=True):
-        if engine != who["rank"] or who["ranks"] != len(client.ids):
-            raise ClusterError(
-                f"engine {engine} is rank {who['rank']} of {who['ranks']}, expected {engine} of {len(client.ids)}: "
-                "the engines are not one MPI world. Is the mpiexec found the one that Horovod was built with?"
-            )
-    return list(identities)
-
-
-def _engine_output(cluster: ipp.Cluster, n: int) -> str:
-    text = ""
-    for engine_set in cluster.engines.values():
-        with contextlib.suppress(Exception):
-            text = engine_set.get_output()
-    text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # IPython colours its tracebacks
-    lines = [line for line in text.splitlines() if line.strip()][-n:]
-    return "The engines' last lines:\n" + "\n".join(lines) if lines else "The engines printed nothing."
+        engines.close()
 
 
 def _call(function, args, kwargs, live):
     """Runs on an engine."""
     from ipyparallel.datapub import publish_data
 
+    stopping.forget()
     if live:
         kwargs = {**kwargs, "report": publish_data}
     return function(*args, **kwargs)

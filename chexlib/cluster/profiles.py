@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,33 +32,39 @@ class Mpi:
     major: int  # 0 where the family's flags do not depend on it
     version: str  # first line of `mpiexec --version`
 
-    def flags(self) -> list[str]:
-        """Flags for ranks on this host: unbound, yielding while they wait, speaking through shared memory.
+    def flags(self, hosts: Sequence[tuple[str, int]] = (), network: str = "", export: Sequence[str] = ()) -> list[str]:
+        """Flags for ranks on this host or on several: unbound, and yielding while they wait.
 
         Ranks are left unbound because Horovod's background thread otherwise spins on the core that computes.
-        Open MPI 5's runtime cannot be confined to loopback yet (openpmix/prrte pull request 2788).
+        Open MPI 5's runtime cannot be confined to an interface yet (openpmix/prrte pull request 2788).
+
+        Parameters
+        ----------
+        hosts : sequence of (name, slots)
+            None for this host alone; ranks then speak through shared memory.
+        network : str
+            What ranks on several hosts speak over, such as "10.0.0.0/24".
+        export : sequence of str
+            Environment variables that ranks on other hosts need.
         """
+        places = ",".join(f"{name}:{slots}" for name, slots in hosts)
         if self.family == "Open MPI":
             root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+            five = self.major >= 5
             common = ["--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
-            if self.major >= 5:
-                local = ["--map-by", ":OVERSUBSCRIBE", "--mca", "btl", "self,sm"]
-            else:
-                local = ["--oversubscribe", "--mca", "oob_tcp_if_include", "lo", "--mca", "btl", "self,vader"]
-            return [*root, *common, *local]
+            common += ["--map-by", ":OVERSUBSCRIBE"] if five else ["--oversubscribe"]
+            through = "self,sm" if five else "self,vader"
+            if not hosts:
+                local = [] if five else ["--mca", "oob_tcp_if_include", "lo"]
+                return [*root, *common, *local, "--mca", "btl", through]
+            runtime = ["--prtemca", "prte_if_include"] if five else ["--mca", "oob_tcp_if_include"]
+            wire = [*runtime, network, "--mca", "btl", f"{through},tcp", "--mca", "btl_tcp_if_include", network]
+            return [*root, *common, "--host", places, *wire, *(word for name in export for word in ("-x", name))]
         if self.family == "Intel MPI":
-            return [
-                "-genv",
-                "I_MPI_PIN",
-                "0",
-                "-genv",
-                "I_MPI_FABRICS",
-                "shm",
-                "-genv",
-                "I_MPI_WAIT_MODE",
-                "1",
-            ]
-        return ["-bind-to", "none", "-iface", "lo"]
+            settings = {"I_MPI_PIN": "0", "I_MPI_FABRICS": "shm:ofi" if hosts else "shm", "I_MPI_WAIT_MODE": "1"}
+            flags = [word for name, value in settings.items() for word in ("-genv", name, value)]
+            return [*flags, *(("-hosts", places) if hosts else ())]
+        return ["-bind-to", "none", *(("-hosts", places) if hosts else ("-iface", "lo"))]
 
 
 @functools.cache

@@ -130,5 +130,5 @@ def identify() -> dict:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "horovod": horovod.__version__,
-        "mpi_built": hvd.mpi_built(),
+        "built": ", ".join(name for name in ("mpi", "gloo", "nccl", "ddl", "ccl") if getattr(hvd, f"{name}_built")()),
     }

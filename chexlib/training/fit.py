@@ -2,12 +2,13 @@
 
 python -m chexlib train --config config.json                 # 1 process
 mpiexec -n 2 python -m chexlib train --config config.json    # 2 ranks
-engines.run(fit, config)                                     # from a notebook, on its engines
+fit(config, engines=engines, restarts=1)                     # on a notebook's engines
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ import tensorflow as tf
 from chexlib.data.nih import Radiographs, check_images, load_radiographs
 from chexlib.data.pipeline import ImageStore, training_batches
 from chexlib.data.splits import Split, audit, make_split
-from chexlib.errors import ConfigError, WeightsError
+from chexlib.errors import ClusterError, ConfigError, WeightsError
 from chexlib.files import replacing
 from chexlib.findings import FINDINGS
 from chexlib.models.weights import create_model, save_model
@@ -33,6 +34,8 @@ from chexlib.training.monitor import Plateau, PooledValidation, Position, Progre
 from chexlib.training.optimizers import FusedAdam
 from chexlib.training.resume import Saver
 from chexlib.training.trainer import DataParallelTrainer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,25 @@ class TrainResult:
         return asdict(self)
 
 
-def fit(config: TrainConfig, *, report: Callable[[dict], None] | None = None, verbose: int | str = 0) -> TrainResult:
+def fit(
+    config: TrainConfig,
+    *,
+    engines=None,
+    restarts: int = 0,
+    report: Callable[[dict], None] | None = None,
+    verbose: int | str = 0,
+) -> TrainResult:
     """Train on the train part, choose by the validation part, score validation and test with the best weights.
 
     Parameters
     ----------
     config : TrainConfig
+    engines : chexlib.cluster.engines.Engines, optional
+        Train on these engines instead of in this process.
+    restarts : int
+        How often engines may be started again after a fault; the training goes on from its last checkpoint.
     report : callable, optional
-        Called on the first rank with a dict of live numbers: epoch, epochs, step, steps, loss, and history (one
+        Called on the first rank, or here if there are engines, with a dict of live numbers: epoch, epochs, step, steps, loss, and history (one
         dict for each epoch that has ended).
     verbose : 0, 1, 2 or "auto"
         Keras' progress bar, on the first rank.
@@ -79,8 +93,12 @@ def fit(config: TrainConfig, *, report: Callable[[dict], None] | None = None, ve
     ConfigError
         More ranks than training images.
     WeightsError
-        The starting weights do not fit.
+        The starting weights do not fit, or a checkpoint can be neither read nor written.
+    ClusterError
+        Ranks no longer agree, or engines failed more than `restarts` times.
     """
+    if engines is not None:
+        return _fit_on(engines, config, restarts=restarts, report=report)
     began = time.perf_counter()
     world = join_world()
     stopping.listen()
@@ -161,6 +179,18 @@ def fit(config: TrainConfig, *, report: Callable[[dict], None] | None = None, ve
     )
     world.share(lambda: _write(result, model, predictions, progress.step_rows))
     return result
+
+
+def _fit_on(engines, config: TrainConfig, *, restarts: int, report) -> TrainResult:
+    for left in range(restarts, -1, -1):
+        try:
+            return engines.run(fit, config, report=report)[0]
+        except ClusterError as error:
+            if not left:
+                raise
+            log.warning("%s\nTrying again from the last checkpoint; %d restarts are left.", error, left - 1)
+            engines.restart()
+            config = config.replace(resume=True)
 
 
 def _prepare(config: TrainConfig) -> None:

@@ -1,0 +1,136 @@
+"""Waiting for ranks that may never answer: what went wrong, on which rank and host, within seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import time
+from collections.abc import Callable
+
+import psutil
+
+import chexlib.errors
+from chexlib.errors import ChexlibError, ClusterError
+
+LINES = 15  # of the engines' output in a message
+GRACE = 2.0  # seconds in which other ranks may report the same failure before they count as stuck
+STALL_REPORT = 10  # seconds after which Horovod names a rank that keeps the others waiting
+_PRESENTLY = 0.2
+
+
+def follow(engines, pending: list, report: Callable[[dict], None] | None, timeout: float | None, name: str) -> list:
+    """Wait for the answers of all ranks, passing on what rank 0 tells; raise as soon as something is wrong.
+
+    Parameters
+    ----------
+    engines : Engines
+    pending : list of AsyncResult
+        One a rank.
+
+    Raises
+    ------
+    ChexlibError
+        What a rank raised of this family.
+    ClusterError
+        Any other failure; the message names rank and host, and has the engines' last lines.
+    """
+    began, seen, suspicion = time.monotonic(), None, {}
+    while True:
+        done = [answer for answer in pending if answer.wait(timeout=_PRESENTLY / len(pending))]
+        if report and pending[0].data and pending[0].data != seen:
+            seen = dict(pending[0].data)
+            report(seen)
+        if any(answer.exception() is not None for answer in done):
+            raise explain(engines, _settle(pending))
+        if len(done) == len(pending):
+            return [answer.get() for answer in pending]
+        if not _runs(engines.cluster.controller.process.pid):
+            raise ClusterError(f"the engines' controller on {socket.gethostname()} has ended. {last_lines(engines)}")
+        if not engines.launcher_runs():
+            raise ClusterError(f"the launcher of the engines has ended. {last_lines(engines)}")
+        if frozen := [who for who in engines.identities if _stopped(who)]:
+            since = suspicion.setdefault("frozen", time.monotonic())
+            if time.monotonic() - since > STALL_REPORT / 2:
+                raise ClusterError(f"{_names(frozen)} does not run: it was stopped by a signal. {last_lines(engines)}")
+        else:
+            suspicion.pop("frozen", None)
+        for rank in stalled_ranks(engines.output()):
+            if rank not in suspicion:
+                suspicion[rank] = time.monotonic()
+                engines.log.warning(
+                    "%s has kept the other ranks waiting for %d s.", _names([engines.identities[rank]]), STALL_REPORT
+                )
+        if timeout is not None and time.monotonic() - began > timeout:
+            raise ClusterError(
+                f"{name} did not end within {timeout} s on {len(pending)} engines. {last_lines(engines)}"
+            )
+
+
+def explain(engines, failed: dict[int, BaseException]) -> ChexlibError:
+    """The error to raise for what some ranks raised: the cause rather than its consequences on other ranks."""
+    kinds = {rank: getattr(error, "ename", type(error).__name__) for rank, error in failed.items()}
+    for rank, kind in kinds.items():
+        ours = getattr(chexlib.errors, kind, None)
+        if isinstance(ours, type) and issubclass(ours, ChexlibError):
+            return ours(getattr(failed[rank], "evalue", str(failed[rank])))
+    output = engines.output()
+    if stalled := stalled_ranks(output):
+        who = _names([engines.identities[rank] for rank in stalled])
+        return ClusterError(
+            f"{who} kept the other ranks waiting for more than {engines.stall} s. {last_lines(engines)}"
+        )
+    # A rank that dies takes the others with it, and they all look alike: the launcher knows which one it was.
+    until = time.monotonic() + GRACE
+    while set(kinds.values()) == {"EngineError"} and engines.launcher_runs() and time.monotonic() < until:
+        time.sleep(_PRESENTLY)
+    output = engines.output()
+    if died := re.search(r"process rank (\d+) with PID \d+ on node \S+ exited on (signal \d+ \([^)]*\))", output):
+        who = _names([engines.identities[int(died.group(1))]])
+        return ClusterError(f"{who} died of {died.group(2)}. {last_lines(engines)}")
+    causes = [rank for rank, kind in kinds.items() if kind not in ("EngineError", "HorovodInternalError")]
+    rank = min(causes or failed)
+    text = getattr(failed[rank], "evalue", str(failed[rank]))
+    return ClusterError(
+        f"{_names([engines.identities[rank]])} failed with {kinds[rank]}: {text}. {last_lines(engines)}"
+    )
+
+
+def stalled_ranks(output: str) -> list[int]:
+    """The ranks that Horovod's stall inspector names in the engines' output."""
+    found = re.findall(r"^(\d+)!?: \[", output, re.MULTILINE) if "subset of ranks" in output else []
+    return sorted({int(rank) for rank in found})
+
+
+def last_lines(engines) -> str:
+    """The end of what the engines printed, for a message."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", engines.output())  # IPython colours its tracebacks
+    lines = [line for line in text.splitlines() if line.strip()][-LINES:]
+    return "The engines' last lines:\n" + "\n".join(lines) if lines else "The engines printed nothing."
+
+
+def _settle(pending: list) -> dict[int, BaseException]:
+    """Exceptions by rank, once all ranks have ended or the time of grace is over."""
+    until = time.monotonic() + GRACE
+    for answer in pending:
+        answer.wait(timeout=max(0.0, until - time.monotonic()))
+    return {i: a.exception() for i, a in enumerate(pending) if a.ready() and a.exception() is not None}
+
+
+def _names(identities: list[dict]) -> str:
+    return " and ".join(f"rank {who['rank']} on {who['host']}" for who in identities)
+
+
+def _runs(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _stopped(who: dict) -> bool:
+    """Is this rank, if it is on this host, frozen by SIGSTOP? Elsewhere the controller misses its heartbeat."""
+    if who["host"] != socket.gethostname():
+        return False
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(who["pid"]).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    return False
