@@ -135,8 +135,9 @@ def predict(images, weights, as_json):
 
 @main.command()
 @click.option("--config", "config_file", required=True, type=click.Path(), help="JSON of a TrainConfig.")
-def train(config_file):
-    """Train as CONFIG says, on one process or under mpiexec or srun."""
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in its run_dir.")
+def train(config_file, resume):
+    """Train as CONFIG says, on one process or under mpiexec or srun. SIGUSR1: stop, keep a checkpoint."""
     from pathlib import Path
 
     from chexlib.live import LiveLine
@@ -151,9 +152,11 @@ def train(config_file):
         raise ConfigError(f"{config_file} is not a readable JSON file ({error}).") from error
     show_log()
     logging.getLogger("chexlib.data").setLevel(logging.WARNING)  # once is enough, and every rank would say it
-    result = fit(TrainConfig.from_dict(values), report=LiveLine())
+    config = TrainConfig.from_dict(values)
+    result = fit(config.replace(resume=resume or config.resume), report=LiveLine())
     if join_world().first:
-        click.echo(json.dumps({"model": result.model, "ranks": result.ranks, "best_epoch": result.best_epoch}))
+        done = {name: getattr(result, name) for name in ("model", "ranks", "best_epoch", "resumed_from", "stopped")}
+        click.echo(json.dumps(done))
 
 
 @main.command()

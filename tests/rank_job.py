@@ -1,4 +1,7 @@
-"""Run by the distributed tests under mpiexec: a few training steps on real ranks, each rank's outcome to a file."""
+"""Run by the distributed tests under mpiexec: training steps on real ranks, each rank's outcome to a file.
+
+The argument is JSON: out, data_dir, and trainings, a list of settings that are taken one after the other.
+"""
 
 import json
 import sys
@@ -11,26 +14,43 @@ from chexlib.data.nih import load_radiographs
 from chexlib.data.pipeline import ImageStore, training_batches
 from chexlib.models.weights import create_model
 from chexlib.training.collectives import join_world
+from chexlib.training.optimizers import FusedAdam
 from chexlib.training.trainer import DataParallelTrainer
 
-job = json.loads(sys.argv[1])
-world = join_world()
-radiographs = load_radiographs(job["data_dir"])
-model = create_model(job["topology"], size=32, seed=world.rank if job["own_start"] else 0)
-trainer = DataParallelTrainer(model, world)
-trainer.compile(optimizer=keras.optimizers.SGD(0.01, momentum=0.9), jit_compile=False)
-trainer.optimizer.build(model.trainable_variables)
-world.broadcast([*model.variables, *trainer.optimizer.variables])
-batches = training_batches(
-    ImageStore(radiographs.table["path"], size=32),
-    radiographs.labels,
-    global_batch=job["batch"] * world.ranks,
-    seed=0,
-    rank=world.rank,
-    ranks=world.ranks,
-    mirror=False,
-)
-fed = np.concatenate([pixels.numpy() for pixels, _, _ in batches.take(job["steps"])])
-losses = trainer.fit(batches, steps_per_epoch=job["steps"], epochs=1, verbose=0, shuffle=False).history["loss"]
-weights = {f"w{i}": v.numpy() for i, v in enumerate(model.trainable_variables)}
-np.savez(Path(job["out"]) / f"{world.ranks}ranks-{world.rank}.npz", fed=fed, losses=losses, **weights)
+
+def train(world, radiographs, out, *, name, topology, batch, steps, own_start=False, precision="float32", freeze=False):
+    """Take the steps, and save what was fed, the loss and all variables, batch norm's and optimizer's too."""
+    model = create_model(topology, size=32, seed=world.rank if own_start else 0, precision=precision)
+    if freeze:
+        norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+        assert norms
+        for layer in norms:
+            layer.trainable = False
+    trainer = DataParallelTrainer(model, world)
+    optimizer = (
+        FusedAdam(1e-3)
+        if precision == "mixed_bfloat16"
+        else keras.optimizers.SGD(1e-4 if freeze else 1e-3, momentum=0.9)
+    )
+    trainer.compile(optimizer=optimizer, jit_compile=False)
+    optimizer.build(model.trainable_variables)
+    world.broadcast([*model.variables, *optimizer.variables])
+    before = [v.numpy() for v in model.trainable_variables]
+    order = dict(global_batch=batch * world.ranks, seed=0, rank=world.rank, ranks=world.ranks, mirror=False)
+    store = ImageStore(radiographs.table["path"], size=32)
+    batches = training_batches(store, radiographs.labels, **order)
+    fed = np.concatenate([pixels.numpy() for pixels, _, _ in batches.take(min(steps, 3))])
+    losses = trainer.fit(batches, steps_per_epoch=steps, epochs=1, verbose=0, shuffle=False).history["loss"]
+    found = {f"w{i:04d}": v.numpy() for i, v in enumerate(model.trainable_variables)}
+    found |= {f"o{i:04d}": v.numpy() for i, v in enumerate(optimizer.variables)}
+    moved = sum(not np.array_equal(a, v.numpy()) for a, v in zip(before, model.trainable_variables, strict=True))
+    facts = {"fed": fed, "losses": losses, "moved": moved / len(before), "types": model.compute_dtype}
+    np.savez(Path(out) / f"{name}-{world.ranks}ranks-{world.rank}.npz", **facts, **found)
+
+
+if __name__ == "__main__":
+    job, ranks = json.loads(sys.argv[1]), join_world()
+    images = load_radiographs(job["data_dir"])
+    for training in job["trainings"]:
+        train(ranks, images, job["out"], **training)
+        keras.utils.clear_session()

@@ -9,14 +9,18 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from chexlib.cluster.engines import mpi_engines
 from chexlib.cluster.profiles import find_mpi, thread_environment
 from chexlib.cluster.watchdog import members
 from chexlib.data.phantom import write_phantom
 from chexlib.errors import ClusterError, ConfigError
+from chexlib.findings import FINDINGS
+from chexlib.models.weights import load_model
 from chexlib.training.collectives import identify
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
@@ -32,51 +36,92 @@ def phantom(tmp_path_factory):
     )
 
 
-def run_ranks(out, data_dir, *, ranks, batch, topology="vgg16", steps=3, own_start=False):
-    """Weights, losses and pixels of every rank after a few steps of tests/rank_job.py."""
-    job = {"out": str(out), "data_dir": str(data_dir), "batch": batch, "topology": topology, "steps": steps}
+def run_ranks(out, data_dir, trainings, *, ranks):
+    """What each rank saved, by name of the training and rank, after tests/rank_job.py has taken all trainings."""
     mpi = find_mpi()
     launch = [mpi.command, "-n", str(ranks), *mpi.flags()] if ranks > 1 else []
-    command = [*launch, sys.executable, str(TESTS / "rank_job.py"), json.dumps({**job, "own_start": own_start})]
+    job = {"out": str(out), "data_dir": str(data_dir), "trainings": trainings}
+    command = [*launch, sys.executable, str(TESTS / "rank_job.py"), json.dumps(job)]
     done = subprocess.run(
-        command, env={**os.environ, **thread_environment(1)}, capture_output=True, text=True, timeout=300
+        command, env={**os.environ, **thread_environment(1)}, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return [dict(np.load(Path(out) / f"{ranks}ranks-{rank}.npz")) for rank in range(ranks)]
+
+    def saved(name, rank):
+        return dict(np.load(Path(out) / f"{name}-{ranks}ranks-{rank}.npz"))
+
+    names = [training["name"] for training in trainings]
+    return {name: [saved(name, rank) for rank in range(ranks)] for name in names}
 
 
-def weights_of(result):
-    return [result[name] for name in sorted(result) if name.startswith("w")]
+def weights_of(result, kinds="w"):
+    return [result[name] for name in sorted(result) if name[0] in kinds and name[1:].isdigit()]
+
+
+def distances(a, b):
+    """Of each kernel relative to its norm; of each bias, gamma and beta, which may be next to 0, ten times absolute."""
+    pairs = zip(weights_of(a), weights_of(b), strict=True)
+    return [np.linalg.norm(x - y) / np.linalg.norm(y) if y.ndim > 1 else 10 * np.abs(x - y).max() for x, y in pairs]
+
+
+VGG = {"name": "vgg16", "topology": "vgg16", "steps": 10}
+FROZEN = [{"name": t, "topology": t, "steps": 10, "freeze": True} for t in ("resnet50", "densenet121")]
 
 
 @pytest.fixture(scope="module")
 def one_rank(phantom, tmp_path_factory):
-    return run_ranks(tmp_path_factory.mktemp("one"), phantom, ranks=1, batch=16)[0]
+    trainings = [{**settings, "batch": 16} for settings in (VGG, *FROZEN)]
+    trainings.append({**VGG, "name": "uneven", "batch": 33})
+    return run_ranks(tmp_path_factory.mktemp("one"), phantom, trainings, ranks=1)
 
 
-def test_ranks_fed_different_data_end_with_identical_weights_unlike_one_rank(phantom, one_rank, tmp_path):
-    first, second = run_ranks(tmp_path, phantom, ranks=2, batch=16, own_start=True)
+@pytest.fixture(scope="module")
+def two_ranks(phantom, tmp_path_factory):
+    trainings = [{**settings, "batch": 8} for settings in (VGG, *FROZEN)]
+    trainings.append({**VGG, "name": "own start", "batch": 16, "own_start": True})
+    return run_ranks(tmp_path_factory.mktemp("two"), phantom, trainings, ranks=2)
+
+
+def test_ranks_fed_different_data_end_with_identical_weights_unlike_one_rank(one_rank, two_ranks):
+    first, second = two_ranks["own start"]
     assert not np.array_equal(first["fed"], second["fed"])
-    for a, b in zip(weights_of(first), weights_of(second), strict=True):
+    for a, b in zip(weights_of(first, "wo"), weights_of(second, "wo"), strict=True):
         np.testing.assert_array_equal(a, b)
-    apart = [np.abs(a - b).max() for a, b in zip(weights_of(first), weights_of(one_rank), strict=True)]
-    assert max(apart) > 1e-4
+    assert max(distances(first, one_rank["vgg16"][0])) > 1e-3
 
 
-def test_two_ranks_of_8_equal_one_rank_of_16(phantom, one_rank, tmp_path):
-    first, _ = run_ranks(tmp_path, phantom, ranks=2, batch=8)
-    for a, b in zip(weights_of(first), weights_of(one_rank), strict=True):
-        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b)
-    np.testing.assert_allclose(first["losses"], one_rank["losses"], rtol=1e-4)
+@pytest.mark.parametrize("name", ["vgg16", "resnet50", "densenet121"])
+def test_two_ranks_of_8_equal_one_rank_of_16_after_10_steps(one_rank, two_ranks, name):
+    """VGG-16 has no batch norm; the others have theirs frozen, as each rank would normalise its own images only."""
+    first, alone = two_ranks[name][0], one_rank[name][0]
+    assert alone["moved"] > 0.95
+    assert max(distances(first, alone)) <= 1e-4
+    np.testing.assert_allclose(first["losses"], alone["losses"], rtol=1e-4)
 
 
-def test_the_last_smaller_batch_counts_by_its_images(phantom, tmp_path):
-    """70 images in global batches of 32: the third has 6, so the equality must hold over uneven shares as well."""
-    alone = run_ranks(tmp_path, phantom, ranks=1, batch=33)[0]
-    three = run_ranks(tmp_path, phantom, ranks=3, batch=11)
+def test_the_last_smaller_batch_counts_by_its_images(phantom, one_rank, tmp_path):
+    """70 images in global batches of 33: the third has 4, so the equality must hold over uneven shares as well."""
+    three = run_ranks(tmp_path, phantom, [{**VGG, "name": "uneven", "batch": 11}], ranks=3)["uneven"]
     assert [len(r["fed"]) for r in three] == [24, 23, 23]
-    for a, b in zip(weights_of(three[2]), weights_of(alone), strict=True):
-        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b)
+    assert max(distances(three[2], one_rank["uneven"][0])) <= 1e-4
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_50_steps_leave_the_same_bits_on_all_ranks_for_each_topology_and_precision(phantom, tmp_path, ranks):
+    trainings = [
+        {"name": f"{topology}-{precision}", "topology": topology, "precision": precision, "steps": 50, "batch": 3}
+        for topology in ("vgg16", "resnet50", "densenet121")
+        for precision in ("float32", "mixed_bfloat16")
+    ]
+    found = run_ranks(tmp_path, phantom, trainings, ranks=ranks)
+    assert len(found) == 6
+    for name, (first, *others) in found.items():
+        assert first["types"] == ("bfloat16" if "bfloat16" in name else "float32")
+        assert first["moved"] > 0.95 and np.isfinite(first["losses"]).all(), name
+        for other in others:
+            assert not np.array_equal(first["fed"], other["fed"])
+            for a, b in zip(weights_of(first, "wo"), weights_of(other, "wo"), strict=True):
+                assert a.tobytes() == b.tobytes(), name
 
 
 def nothing_left(marker, seconds=20):
@@ -97,6 +142,7 @@ def test_engines_train_in_one_world_and_are_gone_afterwards(phantom, tmp_path):
         assert "2 MPI engines" in engines._repr_html_()
         seen = engines.run(seven_steps, config)
         results = engines.run(fit, config, report=told.append)
+        assert engines.run(os.getpid) == [who["pid"] for who in engines.identities]
         with pytest.raises(ConfigError, match="nonsense"):
             engines.run(TrainConfig.from_dict, {"nonsense": 1})
         with pytest.raises(ClusterError, match=r"rank [01] on .* ZeroDivisionError"):
@@ -111,10 +157,30 @@ def test_engines_train_in_one_world_and_are_gone_afterwards(phantom, tmp_path):
     mine = [set(s["distribute"]["indices"]) for s in seen]
     assert not mine[0] & mine[1] and len(mine[0] | mine[1]) == seen[0]["distribute"]["images"]
 
-    strip = [[{k: v for k, v in row.items() if k != "images_per_second"} for row in r.history] for r in results]
+    strip = [
+        [{k: v for k, v in row.items() if k not in ("images_per_second", "skew")} for row in r.history] for r in results
+    ]
     assert strip[0] == strip[1] and results[0].ranks == 2
     assert len(told[-1]["history"]) == 2 and told[-1]["epochs"] == 2
     assert Path(results[0].model).exists()
+
+    rows = pd.read_parquet(results[0].predictions).query("part == 'validation'")
+    assert len(rows) % 2 == 1  # the ranks score 1 image more and 1 less
+    pairs = [(rows[f"label_{finding}"], rows[f"score_{finding}"]) for finding in FINDINGS]
+    expected = np.mean([roc_auc_score(y, p) for y, p in pairs if 0 < y.sum() < len(y)])
+    assert abs(results[0].history[results[0].best_epoch]["val_auroc"] - expected) <= 1e-12
+
+    # The same config under plain mpiexec gives what the notebook's engines gave.
+    plain = tmp_path / "plain.json"
+    plain.write_text(json.dumps({**json.loads((tmp_path / "config.json").read_text()), "run_dir": str(tmp_path / "p")}))
+    mpi = find_mpi()
+    command = [mpi.command, "-n", "2", *mpi.flags(), sys.executable, "-m", "chexlib", "train", "--config", str(plain)]
+    done = subprocess.run(command, env={**os.environ, **thread_environment(1)}, capture_output=True, text=True)
+    assert done.returncode == 0 and '"ranks": 2' in done.stdout, done.stderr[-2000:]
+    for a, b in zip(
+        *(load_model(tmp_path / p)[0].get_weights() for p in ("model.keras", "p/model.keras")), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

@@ -67,7 +67,7 @@ def whole_run(tmp_path_factory):
     data = write_phantom(
         tmp_path_factory.mktemp("data") / "phantom", n_images=80, size=48, min_prevalence=0.1, workers=1
     )
-    parameters = {"data_dir": str(data), "topology": "vgg16", "size": 32, "epochs": 1, "engines": 2}
+    parameters = {"data_dir": str(data), "topology": "vgg16", "size": 32, "epochs": 2, "engines": 2}
     return execute(parameters=parameters, runs_dir=str(tmp_path_factory.mktemp("runs")))
 
 
@@ -87,6 +87,7 @@ def test_the_training_notebooks_leave_what_the_contract_names(whole_run):
             assert (folder / name / file).exists(), f"{name}/{file}"
         metrics = json.loads((folder / name / "metrics.json").read_text())
         assert metrics["ranks"] == ranks and len(metrics["auroc"]) == 15
+    assert set(metrics["resumed"]) == {"last epoch on 1 rank", "last epoch on 3 ranks"}
     assert metrics["weights_equal"] is True and metrics["each_image_once"] is True
 
 

@@ -6,14 +6,17 @@ import os
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
+import tensorflow as tf
 
 from chexlib.data.phantom import write_phantom
-from chexlib.errors import ConfigError, WeightsError
+from chexlib.errors import ClusterError, ConfigError, WeightsError
 from chexlib.files import replacing
 from chexlib.models.weights import load_model
 from chexlib.training import stopping
 from chexlib.training.checkpoints import checkpoint_files, load_checkpoint, newest_checkpoint, save_checkpoint
+from chexlib.training.collectives import World, require_agreement
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 
@@ -116,6 +119,30 @@ def test_no_room_for_the_checkpoint_is_an_error_that_says_so(phantom, tmp_path, 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(phantom, tmp_path):
     result = fit(config_for(phantom, tmp_path, epochs=1, max_steps=1, resume=True, keep_checkpoints=0))
     assert result.resumed_from is None and not checkpoint_files(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize(("keeps", "rate"), [("global_batch", 1e-4), ("rank_batch", 2e-4)])
+def test_with_another_batch_the_global_batch_or_the_rate_is_kept_as_asked(phantom, tmp_path, keeps, rate):
+    first = fit(config_for(phantom, tmp_path, epochs=1, keep_checkpoints=1))
+    changes = dict(resume=True, batch_size=16, resume_keeps=keeps)
+    more = fit(config_for(phantom, tmp_path, **changes))
+    assert first.history == more.history[:1]
+    assert more.history[1]["learning_rate"] == pytest.approx(rate)
+    taken = pd.read_parquet(tmp_path / "steps.parquet").groupby("epoch")["step"].count()
+    images = first.split["images"]["train"]
+    assert list(taken) == [-(-images // 8), -(-images // (8 if keeps == "global_batch" else 16))]
+
+
+def test_ranks_that_do_not_agree_are_named_with_the_variable():
+    class OtherRanks(World):
+        def gather(self, value):
+            return [value, value, [value[0], value[1] ^ 1]]
+
+    variables = {"conv/kernel": tf.Variable([1.0, 2.0]), "conv/moving_mean": tf.Variable([0.0])}
+    named = r"after epoch 2 .* conv/moving_mean is not the same on rank 2 as on the others"
+    with pytest.raises(ClusterError, match=named):
+        require_agreement(OtherRanks(0, 3), variables, when="after epoch 2")
+    require_agreement(World(), variables, when="after epoch 2")
 
 
 ARRAYS = {"weights/0": np.arange(12, dtype=np.float32).reshape(3, 4), "tracker": np.zeros(2), "none": np.zeros((0, 3))}

@@ -227,7 +227,7 @@ def test_the_watermark_names_versions_and_machine():
 
 
 def numbers(epoch, step, *, rows):
-    history = [{"loss": 0.5 / (i + 1), "val_auroc": 0.6, "images_per_second": 12.3} for i in range(rows)]
+    history = [{"epoch": i, "loss": 0.5 / (i + 1), "val_auroc": 0.6, "images_per_second": 12.3} for i in range(rows)]
     return {"epoch": epoch, "epochs": 3, "step": step, "steps": 4, "loss": 0.25, "history": history}
 
 
@@ -253,22 +253,6 @@ def test_in_batch_training_says_one_line_an_epoch(log, monkeypatch, capsys):
     assert "val AUROC 0.6" in lines[0]
     assert "12.3" in lines[0]
     assert capsys.readouterr().err == ""
-
-
-def test_by_hand_training_shows_one_bar_that_moves(log, monkeypatch, capsys):
-    monkeypatch.delenv(runs.BATCH, raising=False)
-    live = LiveLine()
-    live(numbers(1, 2, rows=0))
-    bar = live.bar
-    assert (bar.n, bar.total) == (2, 12)
-    live(numbers(2, 1, rows=1))
-    assert (live.bar, bar.n) == (bar, 5)
-    assert "loss 0.25" in bar.postfix
-    assert "val AUROC 0.6" in bar.postfix
-    live(numbers(3, 4, rows=3))
-    assert bar.n == 12
-    assert told(log) == []
-    assert "12/12" in capsys.readouterr().err
 
 
 def test_log_lines_are_shown_once_however_often_asked(capsys):

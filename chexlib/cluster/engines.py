@@ -11,12 +11,14 @@ import html
 import json
 import logging
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,13 @@ from traitlets.config import Config
 from chexlib.cluster import faults, guard
 from chexlib.cluster.profiles import cores, find_mpi, thread_environment
 from chexlib.cluster.sites import SLURM_SCRIPT, Site
-from chexlib.cluster.watchdog import end_members
+from chexlib.cluster.watchdog import end_members, members
 from chexlib.errors import ClusterError, ConfigError
+from chexlib.files import replacing
 from chexlib.training import stopping
 
 PREFIX = "chexlib-cluster-"  # begins the name of every cluster's folder
+OWNER = "owner.json"  # in it: the notebook's host, process and its start, and the ranks' shared memory
 WAIT = 120  # seconds for any single answer of the cluster itself
 
 
@@ -47,7 +51,9 @@ class Engines:
     def __init__(self, n: int, site: Site, *, threads: int, timeout: int, stall: int):
         self.n, self.site, self.threads, self.timeout, self.stall = n, site, threads, timeout, stall
         self.mpi = find_mpi()
+        sweep(site.shared or tempfile.gettempdir())
         self.folder = tempfile.mkdtemp(prefix=PREFIX, dir=site.shared)
+        self._sign()
         self.cluster, self.client, self.identities, self._pending, self._starts = None, None, [], [], 0
         self._asked_slurm, self._job_known = 0.0, True
         self._watchdog = subprocess.Popen(
@@ -127,6 +133,7 @@ class Engines:
 
     def _up(self) -> None:
         began, site = time.monotonic(), self.site
+        self._asked_slurm, self._job_known = 0.0, True  # of the job before, if there was one
         encrypt = ["--IPController.enable_curve=True"] if site.beyond_loopback else []
         self.cluster = ipp.Cluster(
             engines="slurm" if site.slurm else "mpi",
@@ -162,6 +169,9 @@ class Engines:
             "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(self.stall),
         }
         site, settings = self.site, Config()
+        if not site.shared:  # so that what MPI and TensorFlow leave there when they are killed goes with the folder
+            environment["TMPDIR"] = f"{self.folder}/tmp"
+            os.makedirs(environment["TMPDIR"], exist_ok=True)
         name = "SlurmEngineSetLauncher" if site.slurm else "MPIEngineSetLauncher"
         launcher = settings[name]
         launcher.engine_args, launcher.environment = ["--log-level=ERROR"], environment
@@ -169,6 +179,7 @@ class Engines:
             options = "\n".join(f"#SBATCH {option}" for option in site.options)
             launcher.batch_template, launcher.namespace = SLURM_SCRIPT, {"threads": self.threads, "options": options}
             launcher.batch_file_name = f"{self.folder}/engines.sbatch"
+            launcher.engine_args = ["--mpi", "--log-level=ERROR"]  # its mpiexec launcher says --mpi by itself
         else:
             passed_on = [name for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ]
             export = ["IPP_PROFILE_DIR", "IPP_CLUSTER_ID", *environment, *passed_on]
@@ -189,7 +200,17 @@ class Engines:
                     f"engine {engine} is rank {who['rank']} of {who['ranks']}, expected {engine} of {self.n}: the "
                     "engines are not one MPI world. Is the mpiexec found the one that Horovod was built with?"
                 )
+        self._sign([who["pid"] for who in identities if who["host"] == socket.gethostname()])
         return list(identities)
+
+    def _sign(self, ranks: Sequence[int] = ()) -> None:
+        shared = set()
+        for rank in ranks:
+            with contextlib.suppress(OSError):  # it has just died
+                shared |= set(re.findall(r"/dev/shm/\S+", Path(f"/proc/{rank}/maps").read_text()))
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "born": psutil.Process().create_time()}
+        with replacing(Path(self.folder) / OWNER) as file:
+            file.write(json.dumps({**owner, "shared": sorted(shared)}).encode())
 
     def down(self) -> None:
         """End the engines and their controller."""
@@ -231,7 +252,10 @@ class Engines:
         text = ""
         with contextlib.suppress(Exception):
             (launcher,) = self.cluster.engines.values()
-            text = launcher.get_output(remove=False)
+            try:  # its get_output keeps for ever what it found the first time
+                text = Path(launcher.output_file).read_text(errors="replace")
+            except FileNotFoundError:  # removed by the launcher's end, which kept the whole of it
+                text = launcher.get_output()
         for answer in self._pending:
             said = answer.metadata
             text += said["stdout"] + said["stderr"]
@@ -245,6 +269,18 @@ class Engines:
         build = html.escape(f"{self.mpi.version}; Horovod {who['horovod']} ({who['built']})")
         head = "<tr><th>rank</th><th>host</th><th>process</th><th>threads</th></tr>"
         return f"<table>{head}{rows}</table><p>{self.n} MPI engines on {hosts} host{'s'[: hosts > 1]}: {build}</p>"
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove what is left of clusters of this host of which every process was killed, the watchdog too."""
+    for path in Path(folder).glob(f"{PREFIX}*/{OWNER}"):
+        with contextlib.suppress(OSError, ValueError, psutil.NoSuchProcess):
+            owner = json.loads(path.read_text())
+            alive = psutil.pid_exists(owner["pid"]) and psutil.Process(owner["pid"]).create_time() == owner["born"]
+            if owner["host"] == socket.gethostname() and not alive and not members(str(path.parent)):
+                for name in owner["shared"]:
+                    Path(name).unlink(missing_ok=True)
+                shutil.rmtree(path.parent, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -85,7 +85,7 @@ def explain(engines, failed: dict[int, BaseException]) -> ChexlibError:
     while set(kinds.values()) == {"EngineError"} and engines.launcher_runs() and time.monotonic() < until:
         time.sleep(_PRESENTLY)
     output = engines.output()
-    if died := re.search(r"process rank (\d+) with PID \d+ on node \S+ exited on (signal \d+ \([^)]*\))", output):
+    if died := re.search(r"process rank (\d+) with PID \d+ on node \S+ exited on\s+(signal \d+ \([^)]*\))", output):
         who = _names([engines.identities[int(died.group(1))]])
         return ClusterError(f"{who} died of {died.group(2)}. {last_lines(engines)}")
     causes = [rank for rank, kind in kinds.items() if kind not in ("EngineError", "HorovodInternalError")]

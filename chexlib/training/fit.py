@@ -76,8 +76,9 @@ def fit(
     restarts : int
         How often engines may be started again after a fault; the training goes on from its last checkpoint.
     report : callable, optional
-        Called on the first rank, or here if there are engines, with a dict of live numbers: epoch, epochs, step, steps, loss, and history (one
-        dict for each epoch that has ended).
+        Called on the first rank, or here if there are engines, with a dict of live numbers: epoch, epochs, step, steps,
+        loss (of the epoch so far), step_loss, images_per_second, busy (seconds of compute by rank), and history (a dict
+        for each epoch that has ended).
     verbose : 0, 1, 2 or "auto"
         Keras' progress bar, on the first rank.
 

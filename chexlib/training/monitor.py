@@ -121,7 +121,9 @@ class Progress(keras.callbacks.Callback):
     def _tell(self, loss: float):
         steps = steps_per_epoch(self.at.images, global_batch=self.at.global_batch)
         where = {"epoch": self.epoch + 1, "epochs": self.epochs, "step": steps - self.at.steps_left, "steps": steps}
-        self.report({**where, **self.model.told(), "loss": loss, "seconds": time.time(), "history": self.rows})
+        speed = (self.at.image - self.first_image) / (time.perf_counter() - self.began)
+        numbers = {"loss": loss, "images_per_second": speed, "history": self.rows}
+        self.report({**where, **self.model.told(), **numbers})
 
 
 def pooled_scorer(model, parts: dict, world: World, *, size: int, batch: int = 64) -> Callable[[str], np.ndarray]:

@@ -1,0 +1,58 @@
+"""Curves of trainings: what is drawn while one runs, and several beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from chexlib.plots import LINES, MARKERS, SMALL
+
+
+def loss_curves(curves: pd.DataFrame, *, resumed_after: int) -> Figure:
+    """Loss by step, a column a training; a line marks the step after which all but the first were resumed."""
+    fig, ax = plt.subplots(figsize=(9, 3.2))
+    for i, (name, values) in enumerate(curves.items()):
+        ax.plot(values.index, values, LINES[i % len(LINES)], marker=MARKERS[i], markersize=3, lw=1.2, label=name)
+    ax.axvline(resumed_after + 0.5, color="0.4", linestyle=":", label="resumed here")
+    ax.set(xlabel="step", ylabel="binary cross-entropy of the step")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, **SMALL)
+    plt.close(fig)
+    return fig
+
+
+def strip(points: Sequence[Mapping]) -> Figure:
+    """What `fit` has reported so far: loss, AUROC, images/s and the compute of each rank, in a strip of four panels.
+
+    Parameters
+    ----------
+    points : sequence of dict
+        The reports, each with `epoch` as a fraction, step_loss, images_per_second, busy and history.
+    """
+    fig = Figure(figsize=(12, 2.6), layout="constrained")  # not pyplot's: this is drawn from a thread
+    loss, area, speed, ranks = fig.subplots(1, 4)
+    epochs, rows = [p["epoch"] for p in points], points[-1]["history"]
+    ends = [row["epoch"] + 1 for row in rows]
+    loss.plot(epochs, [p["step_loss"] for p in points], lw=1, alpha=0.6, label="step")
+    loss.plot(ends, [row["val_loss"] for row in rows], "o--", label="validation")
+    loss.legend(**SMALL)
+    area.plot(ends, [row["val_auroc"] for row in rows], "o-")
+    if not rows:
+        area.set_ylim(0.4, 1)
+    speed.plot(epochs, [p["images_per_second"] for p in points])
+    speed.set_ylim(bottom=0)
+    busy = np.array([p["busy"] for p in points])
+    for rank, seconds in enumerate(busy.T):
+        ranks.plot(epochs, 1e3 * seconds, LINES[rank % len(LINES)], lw=1, label=f"rank {rank}")
+    ranks.set_ylim(bottom=0)
+    if busy.shape[1] <= 8:
+        ranks.legend(**SMALL)
+    titles = ("loss", "validation AUROC, mean", "images/s", "compute of a step (ms)")
+    for ax, title in zip((loss, area, speed, ranks), titles, strict=True):
+        ax.set_title(title, **SMALL)
+        ax.set(xlim=(0, max(ends[-1:] + epochs[-1:]) * 1.02), xlabel="epoch")
+        ax.tick_params(labelsize="small")
+    return fig
