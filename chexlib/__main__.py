@@ -162,7 +162,7 @@ def train(config_file, resume):
 @main.command()
 def clean():
     """End the engines and controllers of all notebooks of this project that are yours, running ones too."""
-    from chexlib.cluster.engines import PREFIX
+    from chexlib.cluster.leftovers import PREFIX
     from chexlib.cluster.watchdog import end_members
 
     click.echo(f"{end_members(PREFIX)} processes ended")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-import chexlib.cluster.engines
+import chexlib.cluster.leftovers
 from chexlib.__main__ import main
 from chexlib.data.nih import load_radiographs, read_image
 from chexlib.findings import FINDINGS
@@ -357,7 +357,7 @@ def test_train_refuses_a_data_folder_without_csv_and_makes_no_run_folder(tmp_pat
 
 def test_clean_ends_what_a_notebook_left_behind_and_says_how_many(tmp_path, monkeypatch):
     mark = f"test-cluster-{os.getpid()}-"  # never the real prefix: clusters of others may be running
-    monkeypatch.setattr(chexlib.cluster.engines, "PREFIX", mark)
+    monkeypatch.setattr(chexlib.cluster.leftovers, "PREFIX", mark)
     assert call("clean").output == "0 processes ended\n"
     left = subprocess.Popen(
         [sys.executable, "-c", "print(flush=True); import time; time.sleep(120)"],

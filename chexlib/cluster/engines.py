@@ -1,49 +1,39 @@
 """MPI engines of a notebook: started, checked, given work, and ended in one `with` block.
 
 with mpi_engines(2, threads=1) as engines:
-    result = fit(config, engines=engines, restarts=1, report=LiveView(stop=engines.stop))
+    result = await watched(fit, config, engines=engines, restarts=1)
 """
 
 from __future__ import annotations
 
 import contextlib
 import html
-import json
 import logging
-import os
-import re
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ipyparallel as ipp
-import psutil
-from traitlets.config import Config
 
-from chexlib.cluster import faults, guard
+from chexlib.cluster import faults
+from chexlib.cluster.launch import WAIT, Launched, launcher_settings, one_world
+from chexlib.cluster.leftovers import PREFIX, sign, sweep
 from chexlib.cluster.profiles import cores, find_mpi, thread_environment
-from chexlib.cluster.sites import SLURM_SCRIPT, Site
-from chexlib.cluster.watchdog import end_members, members
+from chexlib.cluster.sites import Site
+from chexlib.cluster.watchdog import end_members
 from chexlib.errors import ClusterError, ConfigError
-from chexlib.files import replacing
 from chexlib.training import stopping
-
-PREFIX = "chexlib-cluster-"  # begins the name of every cluster's folder
-OWNER = "owner.json"  # in it: the notebook's host, process and its start, and the ranks' shared memory
-WAIT = 120  # seconds for any single answer of the cluster itself
 
 
 class Engines:
     """MPI engines that are one Horovod world: engine id = MPI rank = Horovod rank, checked at every start.
 
-    Made by `mpi_engines`. After a fault that leaves ranks stuck they are taken down, and the next `run` starts them
-    again.
+    Made by `mpi_engines`. After a fault that leaves ranks stuck they are taken down; the next `run` starts them again.
     """
 
     log = logging.getLogger(__name__)
@@ -53,9 +43,9 @@ class Engines:
         self.mpi = find_mpi()
         sweep(site.shared or tempfile.gettempdir())
         self.folder = tempfile.mkdtemp(prefix=PREFIX, dir=site.shared)
-        self._sign()
-        self.cluster, self.client, self.identities, self._pending, self._starts = None, None, [], [], 0
-        self._asked_slurm, self._job_known = 0.0, True
+        sign(self.folder)
+        self.cluster, self.client, self.launched = None, None, None
+        self.identities, self._pending, self._starts = [], [], 0
         self._watchdog = subprocess.Popen(
             [sys.executable, "-m", "chexlib.cluster.watchdog", self.folder],
             stdin=subprocess.PIPE,
@@ -101,6 +91,10 @@ class Engines:
         """
         if self.client is None:
             self.restart()
+        if len(self.client.ids) < self.n:
+            lines = faults.last_lines(self)
+            self.down()
+            raise ClusterError(f"engines have died since the last call. {lines}")
         work = (_call, function, args, kwargs, report is not None)
         self._pending = pending = [self.client[engine].apply_async(*work) for engine in self.client.ids]
         try:
@@ -133,13 +127,12 @@ class Engines:
 
     def _up(self) -> None:
         began, site = time.monotonic(), self.site
-        self._asked_slurm, self._job_known = 0.0, True  # of the job before, if there was one
         encrypt = ["--IPController.enable_curve=True"] if site.beyond_loopback else []
         self.cluster = ipp.Cluster(
             engines="slurm" if site.slurm else "mpi",
             n=self.n,
             profile_dir=f"{self.folder}/{self._starts}",
-            config=self._settings(),
+            config=launcher_settings(site, self.mpi, self.threads, self.stall, self.folder),
             controller_ip=site.address,
             controller_args=["--HeartMonitor.period=2000", "--HeartMonitor.max_heartmonitor_misses=5", *encrypt],
             send_engines_connection_env=not site.shared,  # else it would cross the wire, and the folder has it
@@ -150,6 +143,8 @@ class Engines:
         try:
             self.cluster.start_cluster_sync()
             self.client = self.cluster.connect_client_sync(timeout=WAIT)
+            (launcher,) = self.cluster.engines.values()
+            self.launched = Launched(launcher, site, self.folder)
         except Exception as error:
             raise ClusterError(
                 f"the controller of the engines did not start ({type(error).__name__}: {error})."
@@ -160,57 +155,8 @@ class Engines:
                 why = f"not within {self.timeout} s" if late else "their launcher ended"
                 raise ClusterError(f"{self.n} MPI engines did not come up: {why}. {faults.last_lines(self)}")
             time.sleep(0.1)
-        self.identities = self._identify()
-
-    def _settings(self) -> Config:
-        environment = {
-            **thread_environment(self.threads),
-            "HOROVOD_STALL_CHECK_TIME_SECONDS": str(faults.STALL_REPORT),
-            "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(self.stall),
-        }
-        site, settings = self.site, Config()
-        if not site.shared:  # so that what MPI and TensorFlow leave there when they are killed goes with the folder
-            environment["TMPDIR"] = f"{self.folder}/tmp"
-            os.makedirs(environment["TMPDIR"], exist_ok=True)
-        name = "SlurmEngineSetLauncher" if site.slurm else "MPIEngineSetLauncher"
-        launcher = settings[name]
-        launcher.engine_args, launcher.environment = ["--log-level=ERROR"], environment
-        if site.slurm:
-            options = "\n".join(f"#SBATCH {option}" for option in site.options)
-            launcher.batch_template, launcher.namespace = SLURM_SCRIPT, {"threads": self.threads, "options": options}
-            launcher.batch_file_name = f"{self.folder}/engines.sbatch"
-            launcher.engine_args = ["--mpi", "--log-level=ERROR"]  # its mpiexec launcher says --mpi by itself
-        else:
-            passed_on = [name for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ]
-            export = ["IPP_PROFILE_DIR", "IPP_CLUSTER_ID", *environment, *passed_on]
-            launcher.mpi_cmd = [self.mpi.command]
-            launcher.mpi_args = [*self.mpi.flags(site.hosts, site.network, export), *site.options]
-        return settings
-
-    def _identify(self) -> list[dict]:
-        from chexlib.training.collectives import identify
-
-        address = json.loads(Path(self.cluster.controller.connection_files["engine"]).read_text())
-        controller = (address["interface"].removeprefix("tcp://"), address["registration"])
-        self.client[:].apply_async(guard.begin, controller).get(timeout=WAIT)
-        identities = self.client[:].apply_async(identify).get(timeout=WAIT)
-        for engine, who in zip(self.client.ids, identities, strict=True):
-            if engine != who["rank"] or who["ranks"] != self.n:
-                raise ClusterError(
-                    f"engine {engine} is rank {who['rank']} of {who['ranks']}, expected {engine} of {self.n}: the "
-                    "engines are not one MPI world. Is the mpiexec found the one that Horovod was built with?"
-                )
-        self._sign([who["pid"] for who in identities if who["host"] == socket.gethostname()])
-        return list(identities)
-
-    def _sign(self, ranks: Sequence[int] = ()) -> None:
-        shared = set()
-        for rank in ranks:
-            with contextlib.suppress(OSError):  # it has just died
-                shared |= set(re.findall(r"/dev/shm/\S+", Path(f"/proc/{rank}/maps").read_text()))
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "born": psutil.Process().create_time()}
-        with replacing(Path(self.folder) / OWNER) as file:
-            file.write(json.dumps({**owner, "shared": sorted(shared)}).encode())
+        self.identities = one_world(self.client, self.cluster.controller, self.n)
+        sign(self.folder, [who["pid"] for who in self.identities if who["host"] == socket.gethostname()])
 
     def down(self) -> None:
         """End the engines and their controller."""
@@ -232,34 +178,12 @@ class Engines:
 
     def launcher_runs(self) -> bool:
         """Is mpiexec there, or Slurm's job?"""
-        (launcher,) = self.cluster.engines.values()
-        if self.site.slurm:
-            return self._job_is_known(launcher.job_id)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return psutil.Process(launcher.pid).status() != psutil.STATUS_ZOMBIE
-        return False
-
-    def _job_is_known(self, job: str) -> bool:
-        if time.monotonic() - self._asked_slurm > 5:
-            answer = subprocess.run(
-                ["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=WAIT
-            )
-            self._asked_slurm, self._job_known = time.monotonic(), bool(answer.stdout.strip())
-        return self._job_known
+        return self.launched is not None and self.launched.runs()
 
     def output(self) -> str:
         """What the launcher of the engines has said, and what each rank has printed in its last call."""
-        text = ""
-        with contextlib.suppress(Exception):
-            (launcher,) = self.cluster.engines.values()
-            try:  # its get_output keeps for ever what it found the first time
-                text = Path(launcher.output_file).read_text(errors="replace")
-            except FileNotFoundError:  # removed by the launcher's end, which kept the whole of it
-                text = launcher.get_output()
-        for answer in self._pending:
-            said = answer.metadata
-            text += said["stdout"] + said["stderr"]
-        return text
+        said = [answer.metadata for answer in self._pending]
+        return (self.launched.output() if self.launched else "") + "".join(s["stdout"] + s["stderr"] for s in said)
 
     def _repr_html_(self) -> str:
         cells = [(w["rank"], html.escape(w["host"]), w["pid"], self.threads) for w in self.identities]
@@ -269,18 +193,6 @@ class Engines:
         build = html.escape(f"{self.mpi.version}; Horovod {who['horovod']} ({who['built']})")
         head = "<tr><th>rank</th><th>host</th><th>process</th><th>threads</th></tr>"
         return f"<table>{head}{rows}</table><p>{self.n} MPI engines on {hosts} host{'s'[: hosts > 1]}: {build}</p>"
-
-
-def sweep(folder: str | Path) -> None:
-    """Remove what is left of clusters of this host of which every process was killed, the watchdog too."""
-    for path in Path(folder).glob(f"{PREFIX}*/{OWNER}"):
-        with contextlib.suppress(OSError, ValueError, psutil.NoSuchProcess):
-            owner = json.loads(path.read_text())
-            alive = psutil.pid_exists(owner["pid"]) and psutil.Process(owner["pid"]).create_time() == owner["born"]
-            if owner["host"] == socket.gethostname() and not alive and not members(str(path.parent)):
-                for name in owner["shared"]:
-                    Path(name).unlink(missing_ok=True)
-                shutil.rmtree(path.parent, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -314,6 +226,8 @@ def mpi_engines(
         if value < 1:
             raise ConfigError(f"{name}={value} is not accepted. Use 1 or more.")
     site = site or Site()
+    if site.slurm and not threads:
+        raise ConfigError("threads=0 says nothing of hosts that Slurm will choose. Name the threads of each rank.")
     slots = sum(slots for _, slots in site.hosts)
     if site.hosts and slots < n:
         raise ConfigError(f"engines={n}, but the hosts have {slots} slots. Name more hosts, or more slots of each.")

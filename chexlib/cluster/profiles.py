@@ -43,7 +43,7 @@ class Mpi:
         hosts : sequence of (name, slots)
             None for this host alone; ranks then speak through shared memory.
         network : str
-            What ranks on several hosts speak over, such as "10.0.0.0/24".
+            What Open MPI's ranks on several hosts speak over, such as "10.0.0.0/24"; MPICH and Intel MPI choose.
         export : sequence of str
             Environment variables that ranks on other hosts need.
         """

@@ -20,7 +20,7 @@ SLURM_SCRIPT = """#!/bin/bash
 #SBATCH --output={output_file}
 #SBATCH --export=ALL
 {options}
-srun --kill-on-bad-exit=1 {program_and_args}
+srun --kill-on-bad-exit=1 --cpus-per-task={threads} {program_and_args}
 """
 
 
@@ -76,7 +76,11 @@ def find_site(
     if not named and not slurm:
         return Site(options=tuple(options))
     every = psutil.net_if_addrs().items()
-    addresses = {name: a for name, found in every for a in found if a.family == socket.AF_INET}
+    addresses = {}
+    for name, found in every:
+        for a in found:
+            if a.family == socket.AF_INET and a.netmask:
+                addresses.setdefault(name, a)
     if interface not in addresses:
         known = ", ".join(sorted(addresses))
         raise ConfigError(

@@ -11,8 +11,10 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 
@@ -52,6 +54,8 @@ def main(profile_dir: str) -> None:
         signal.signal(number, signal.SIG_IGN)  # it ends by the pipe alone
     if sys.stdin.read().strip() == "done":
         return
+    with contextlib.suppress(OSError):  # a Slurm job, which may still wait for its hosts
+        subprocess.run(["scancel", (Path(profile_dir) / "slurm-job").read_text()], timeout=60)
     for _ in range(3):  # again, for what was just being started
         end_members(profile_dir)
         time.sleep(1)

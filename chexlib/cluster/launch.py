@@ -1,0 +1,103 @@
+"""ipyparallel's launchers as chexlib sets them: mpiexec on this host or several, or a Slurm job."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import ipyparallel as ipp
+import psutil
+from traitlets.config import Config
+
+from chexlib.cluster import faults, guard
+from chexlib.cluster.profiles import Mpi, thread_environment
+from chexlib.cluster.sites import SLURM_SCRIPT, Site
+from chexlib.errors import ClusterError
+
+WAIT = 120  # seconds for any single answer of the cluster itself
+JOB = "slurm-job"  # file in the cluster's folder: the number of its Slurm job, for whoever has to cancel it
+
+
+def launcher_settings(site: Site, mpi: Mpi, threads: int, stall: int, folder: str) -> Config:
+    """Settings of the engines' launcher: command, environment and, under Slurm, the script."""
+    environment = {
+        **thread_environment(threads),
+        "HOROVOD_STALL_CHECK_TIME_SECONDS": str(faults.STALL_REPORT),
+        "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(stall),
+    }
+    if not site.shared:  # so that what MPI and TensorFlow leave there when they are killed goes with the folder
+        environment["TMPDIR"] = f"{folder}/tmp"
+        os.makedirs(environment["TMPDIR"], exist_ok=True)
+    settings = Config()
+    launcher = settings["SlurmEngineSetLauncher" if site.slurm else "MPIEngineSetLauncher"]
+    launcher.environment = environment
+    if site.slurm:
+        options = "\n".join(f"#SBATCH {option}" for option in site.options)
+        launcher.batch_template, launcher.namespace = SLURM_SCRIPT, {"threads": threads, "options": options}
+        launcher.batch_file_name = f"{folder}/engines.sbatch"
+        launcher.engine_args = ["--mpi", "--log-level=ERROR"]  # its mpiexec launcher says --mpi by itself
+    else:
+        passed_on = [name for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ]
+        export = ["IPP_PROFILE_DIR", "IPP_CLUSTER_ID", *environment, *passed_on]
+        launcher.mpi_cmd = [mpi.command]
+        launcher.mpi_args = [*mpi.flags(site.hosts, site.network, export), *site.options]
+        launcher.engine_args = ["--log-level=ERROR"]
+    return settings
+
+
+def one_world(client: ipp.Client, controller, n: int) -> list[dict]:
+    """Let every engine guard itself, and check that engine id = MPI rank = Horovod rank. Gives who each rank is."""
+    from chexlib.training.collectives import identify
+
+    address = json.loads(Path(controller.connection_files["engine"]).read_text())
+    door = (address["interface"].removeprefix("tcp://"), address["registration"])
+    client[:].apply_async(guard.begin, door).get(timeout=WAIT)
+    identities = client[:].apply_async(identify).get(timeout=WAIT)
+    for engine, who in zip(client.ids, identities, strict=True):
+        if engine != who["rank"] or who["ranks"] != n:
+            raise ClusterError(
+                f"engine {engine} is rank {who['rank']} of {who['ranks']}, expected {engine} of {n}: the engines are "
+                "not one MPI world. Is the mpiexec found the one that Horovod was built with? (Slurm may need "
+                "SLURM_MPI_TYPE=pmix.)"
+            )
+    return list(identities)
+
+
+class Launched:
+    """The launcher of an engine set after its start: does it live, and what has it said?"""
+
+    PERIOD = 5  # seconds between two questions to Slurm
+
+    def __init__(self, launcher, site: Site, folder: str):
+        self.launcher, self.slurm = launcher, site.slurm
+        self._asked, self._known = time.monotonic(), True
+        if site.slurm:
+            (Path(folder) / JOB).write_text(launcher.job_id)
+
+    def runs(self) -> bool:
+        """Is mpiexec there, or Slurm's job?"""
+        if not self.slurm:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                return psutil.Process(self.launcher.pid).status() != psutil.STATUS_ZOMBIE
+            return False
+        if self._known and time.monotonic() - self._asked > self.PERIOD:
+            self._asked = time.monotonic()
+            command = ["squeue", "--noheader", "--jobs", self.launcher.job_id]
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # then what was known last counts
+                answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+                unknown = answer.returncode == 0 or "Invalid job id" in answer.stderr
+                self._known = bool(answer.stdout.strip()) or not unknown
+        return self._known
+
+    def output(self) -> str:
+        """All that the launcher has said, engines' own output as far as they do not catch it."""
+        with contextlib.suppress(Exception):
+            try:  # its get_output keeps for ever what it found the first time
+                return Path(self.launcher.output_file).read_text(errors="replace")
+            except FileNotFoundError:  # removed by the launcher's end, which kept the whole of it
+                return self.launcher.get_output()
+        return ""
