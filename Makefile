@@ -16,7 +16,7 @@ PROFILE ?= quick
 DATA ?=
 ENGINES ?=
 
-.PHONY: help env run test lab lint clean
+.PHONY: help env run test faults lab lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -29,6 +29,9 @@ run: $(STAMP)  ## execute every notebook headless and write the report
 
 test: $(STAMP)  ## run the tests, with coverage of chexlib
 	$(BIN)/python -m pytest --cov=chexlib --cov-report=term --cov-fail-under=90
+
+faults: $(STAMP)  ## kill, stall and damage 20 trainings; each must end well
+	@exec $(BIN)/python tests/faults.py
 
 lint: $(STAMP)  ## check code and notebooks
 	$(BIN)/ruff check .

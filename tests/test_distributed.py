@@ -27,6 +27,8 @@ from chexlib.training.fit import fit
 from chexlib.training.steps import seven_steps
 
 TESTS = Path(__file__).parent
+TOPOLOGIES = ("densenet121", "resnet50", "vgg16")
+LONG = bool(os.environ.get("CHEXLIB_LONG"))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def run_ranks(out, data_dir, trainings, *, ranks):
     job = {"out": str(out), "data_dir": str(data_dir), "trainings": trainings}
     command = [*launch, sys.executable, str(TESTS / "rank_job.py"), json.dumps(job)]
     done = subprocess.run(
-        command, env={**os.environ, **thread_environment(1)}, capture_output=True, text=True, timeout=900
+        command, env={**os.environ, **thread_environment(1)}, capture_output=True, text=True, timeout=3000
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -87,7 +89,7 @@ def test_ranks_fed_different_data_end_with_identical_weights_unlike_one_rank(one
     assert not np.array_equal(first["fed"], second["fed"])
     for a, b in zip(weights_of(first, "wo"), weights_of(second, "wo"), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert max(distances(first, one_rank["vgg16"][0])) > 1e-3
+    assert max(distances(first, one_rank["vgg16"][0])) > 5e-4  # what counts as equal below is 1e-4
 
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet50", "densenet121"])
@@ -106,15 +108,16 @@ def test_the_last_smaller_batch_counts_by_its_images(phantom, one_rank, tmp_path
     assert max(distances(three[2], one_rank["uneven"][0])) <= 1e-4
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_50_steps_leave_the_same_bits_on_all_ranks_for_each_topology_and_precision(phantom, tmp_path, ranks):
+@pytest.mark.parametrize("ranks", [2, 3] if LONG else [3])
+def test_steps_leave_the_same_bits_on_all_ranks_for_each_topology_and_precision(phantom, tmp_path, ranks):
+    """50 steps of all six with CHEXLIB_LONG=1, some 20 minutes where bfloat16 is emulated; else 5 steps of three."""
+    kinds = [(topology, precision) for topology in TOPOLOGIES for precision in ("float32", "mixed_bfloat16")]
     trainings = [
-        {"name": f"{topology}-{precision}", "topology": topology, "precision": precision, "steps": 50, "batch": 3}
-        for topology in ("vgg16", "resnet50", "densenet121")
-        for precision in ("float32", "mixed_bfloat16")
+        {"name": f"{t}-{p}", "topology": t, "precision": p, "steps": 50 if LONG else 5, "batch": 3}
+        for t, p in (kinds if LONG else [kinds[0], kinds[3], kinds[4]])
     ]
     found = run_ranks(tmp_path, phantom, trainings, ranks=ranks)
-    assert len(found) == 6
+    assert len(found) == (6 if LONG else 3)
     for name, (first, *others) in found.items():
         assert first["types"] == ("bfloat16" if "bfloat16" in name else "float32")
         assert first["moved"] > 0.95 and np.isfinite(first["losses"]).all(), name
