@@ -245,7 +245,6 @@ def _call(function, args, kwargs, live):
     """Runs on an engine."""
     from ipyparallel.datapub import publish_data
 
-    stopping.forget()
     if live:
         kwargs = {**kwargs, "report": publish_data}
     return function(*args, **kwargs)

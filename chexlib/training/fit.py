@@ -19,12 +19,9 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from chexlib.data.nih import Radiographs, check_images, load_radiographs
 from chexlib.data.pipeline import ImageStore, training_batches
-from chexlib.data.splits import Split, audit, make_split
 from chexlib.errors import ClusterError, ConfigError, WeightsError
 from chexlib.files import replacing
-from chexlib.findings import FINDINGS
 from chexlib.models.weights import create_model, save_model
 from chexlib.training import stopping
 from chexlib.training.checkpoints import checkpoint_files
@@ -32,6 +29,7 @@ from chexlib.training.collectives import join_world
 from chexlib.training.config import TrainConfig
 from chexlib.training.monitor import Plateau, PooledValidation, Position, Progress, pooled_scorer
 from chexlib.training.optimizers import FusedAdam
+from chexlib.training.parts import divide, predictions_of
 from chexlib.training.resume import Saver
 from chexlib.training.trainer import DataParallelTrainer
 
@@ -100,9 +98,16 @@ def fit(
     """
     if engines is not None:
         return _fit_on(engines, config, restarts=restarts, report=report)
+    stopping.listen()
+    try:
+        return _fit_here(config, report, verbose)
+    finally:
+        stopping.forget()  # not at the start: a stop may be asked for while everything is got ready
+
+
+def _fit_here(config: TrainConfig, report: Callable[[dict], None] | None, verbose: int | str) -> TrainResult:
     began = time.perf_counter()
     world = join_world()
-    stopping.listen()
     split, parts = divide(config)
     train = parts["train"]
     if world.ranks > len(train):
@@ -161,11 +166,10 @@ def fit(
             verbose=verbose if world.first else 0,
             shuffle=False,
         )
-    stopping.forget()
     if validation.best_weights is not None:
         model.set_weights(validation.best_weights)
 
-    predictions = pd.concat([_predictions(parts[part], score(part), part) for part in ("validation", "test")])
+    predictions = pd.concat([predictions_of(parts[part], score(part), part) for part in ("validation", "test")])
     result = TrainResult(
         config=config.to_dict(),
         ranks=world.ranks,
@@ -229,27 +233,8 @@ def _write(result: TrainResult, model, predictions: pd.DataFrame, steps: list) -
         ) from error
 
 
-def divide(config: TrainConfig) -> tuple[Split, dict[str, Radiographs]]:
-    """The audited split that a config asks for, and the radiographs of each of its parts."""
-    radiographs = load_radiographs(config.data_dir, max_images=config.max_images, seed=config.seed)
-    if config.skip_broken:
-        radiographs = check_images(radiographs, skip_broken=True)
-    split = make_split(radiographs, kind=config.split, seed=config.seed)
-    audit(split, radiographs, allow_leak=config.allow_leak)
-    return split, {part: radiographs.select(split.images(part)) for part in split.parts}
-
-
 def _start_head_at_prevalence(model, labels: np.ndarray) -> None:
     """Bias of the 14 sigmoids at the log-odds of each finding (Lin et al. 2017, section 4.1), one pseudo-count each."""
     positives = labels.sum(0) + 1
     kernel, _ = model.get_layer("findings").get_weights()
     model.get_layer("findings").set_weights([kernel, np.log(positives / (len(labels) + 2 - positives))])
-
-
-def _predictions(radiographs, scores: np.ndarray, part: str) -> pd.DataFrame:
-    """One row an image: image, patient, part, the 14 labels as `label_*` and the 14 probabilities as `score_*`."""
-    table = radiographs.table
-    frame = table[["image", "patient"]].assign(part=part)
-    frame[[f"label_{f}" for f in FINDINGS]] = table[list(FINDINGS)].to_numpy()
-    frame[[f"score_{f}" for f in FINDINGS]] = scores
-    return frame

@@ -10,7 +10,7 @@ from chexlib.data.pipeline import ImageStore, partition
 from chexlib.models.weights import create_model
 from chexlib.training.collectives import join_world
 from chexlib.training.config import TrainConfig
-from chexlib.training.fit import divide
+from chexlib.training.parts import divide
 
 
 def seven_steps(config: TrainConfig, *, repeats: int = 2) -> dict:

@@ -29,5 +29,5 @@ def asked() -> bool:
 
 
 def forget() -> None:
-    """Begin anew."""
+    """The training that was asked has ended."""
     _asked.clear()
