@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from fault_notebook import FailedError, Notebook, SkippedError, mount, need, prepare, unmount, weights_of
+from fault_notebook import Notebook, SkippedError, mount, need, prepare, unmount, weights_of
 
 from chexlib.training.checkpoints import checkpoint_files
 
@@ -229,8 +229,8 @@ def main() -> int:
                 trial.play()
             except SkippedError as reason:
                 skipped, trial.outcome = skipped + 1, f"SKIPPED: {reason}"
-            except FailedError as reason:
-                failed, trial.outcome = failed + 1, f"FAILED: {reason}"
+            except Exception as reason:  # a FailedError, or what nobody thought of
+                failed, trial.outcome = failed + 1, f"FAILED: {reason!r}"
                 print(trial.notebook.said(), file=sys.stderr)
             print(trial.line(), flush=True)
             rows.append({name: getattr(trial, name) for name in FACTS})

@@ -44,7 +44,8 @@ def train(world, radiographs, out, *, name, topology, batch, steps, own_start=Fa
     found = {f"w{i:04d}": v.numpy() for i, v in enumerate(model.trainable_variables)}
     found |= {f"o{i:04d}": v.numpy() for i, v in enumerate(optimizer.variables)}
     moved = sum(not np.array_equal(a, v.numpy()) for a, v in zip(before, model.trainable_variables, strict=True))
-    facts = {"fed": fed, "losses": losses, "moved": moved / len(before), "types": model.compute_dtype}
+    convolution = next(layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.Conv2D))
+    facts = {"fed": fed, "losses": losses, "moved": moved / len(before), "types": convolution.compute_dtype}
     np.savez(Path(out) / f"{name}-{world.ranks}ranks-{world.rank}.npz", **facts, **found)
 
 

@@ -110,14 +110,14 @@ def test_the_last_smaller_batch_counts_by_its_images(phantom, one_rank, tmp_path
 
 @pytest.mark.parametrize("ranks", [2, 3] if LONG else [3])
 def test_steps_leave_the_same_bits_on_all_ranks_for_each_topology_and_precision(phantom, tmp_path, ranks):
-    """50 steps of all six with CHEXLIB_LONG=1, some 20 minutes where bfloat16 is emulated; else 5 steps of three."""
+    """50 steps of all six with CHEXLIB_LONG=1, some 20 minutes where bfloat16 is emulated; else 5 steps of two."""
     kinds = [(topology, precision) for topology in TOPOLOGIES for precision in ("float32", "mixed_bfloat16")]
     trainings = [
         {"name": f"{t}-{p}", "topology": t, "precision": p, "steps": 50 if LONG else 5, "batch": 3}
-        for t, p in (kinds if LONG else [kinds[0], kinds[3], kinds[4]])
+        for t, p in (kinds if LONG else [kinds[3], kinds[4]])
     ]
     found = run_ranks(tmp_path, phantom, trainings, ranks=ranks)
-    assert len(found) == (6 if LONG else 3)
+    assert len(found) == (6 if LONG else 2)
     for name, (first, *others) in found.items():
         assert first["types"] == ("bfloat16" if "bfloat16" in name else "float32")
         assert first["moved"] > 0.95 and np.isfinite(first["losses"]).all(), name
