@@ -44,6 +44,7 @@ class Notebook:
     def __init__(self, folder: Path, config: dict):
         self.folder, self.run_dir, self.tmp = folder, folder / "run", folder / "tmp"
         self.tmp.mkdir(parents=True)
+        (folder / "said.txt").touch()
         self.config, self.process = {**config, "run_dir": str(self.run_dir)}, None
 
     def start(self, *, restarts: int = 0, stall: int = 60, fault: dict | None = None, resume: bool = False) -> None:

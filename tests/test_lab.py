@@ -33,18 +33,18 @@ def press_stop_in_lab(folder: Path) -> tuple[set, list, Path]:
     write_ipynb(parameterize_notebook(notebook, settings), str(folder / "train.ipynb"))
     with Lab("train.ipynb", root_dir=folder) as lab:
         lab.run_all()
-        lab.wait_for(f"{RAN} || ({PLOT} && {SAYS}?.startsWith('epoch'))", 180)
+        lab.wait_for(f"{RAN} || ({PLOT} && {SAYS}?.startsWith('epoch'))", 400)
         plots, said = set(), []
         for number in range(3):
             plots.add(lab.evaluate(PLOT))
             said.append(lab.evaluate(SAYS))
             lab.scroll_to("button.jupyter-button", "Stop")
             lab.screenshot(folder / f"moving-{number}.png")
-            lab.wait_for(f"{PLOT} !== {json.dumps(lab.evaluate(PLOT))} && {SAYS} !== {json.dumps(said[-1])}", 60)
+            lab.wait_for(f"{PLOT} !== {json.dumps(lab.evaluate(PLOT))} && {SAYS} !== {json.dumps(said[-1])}", 200)
         lab.click("button.jupyter-button", "Stop")
-        lab.wait_for(f"{STOP}.disabled", 10)
+        lab.wait_for(f"{STOP}.disabled", 60)
         lab.screenshot(folder / "stopping.png")
-        lab.wait_for(RAN, 180)
+        lab.wait_for(RAN, 400)
         said.append(lab.evaluate(SAYS))
         lab.scroll_to("button.jupyter-button", "Stop")
         lab.screenshot(folder / "stopped.png")
