@@ -93,7 +93,7 @@ class TwoHosts:
     """Hosts `a` and `b`, called hostA and hostB; `agent` stands for ssh; `folder` is seen by both."""
 
     def __enter__(self) -> TwoHosts:
-        self.folder, self._open = Path(tempfile.mkdtemp(prefix="two-hosts-")), []
+        self.folder, self._open, self._logged_in = Path(tempfile.mkdtemp(prefix="two-hosts-")), [], []
         try:
             (tmp := self.folder / "tmp").mkdir()
             (file := self.folder / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 hostA\n10.77.0.2 hostB\n")
@@ -120,6 +120,9 @@ class TwoHosts:
     def __exit__(self, *_) -> None:
         for host in self._open:
             host.close()
+        for process in self._logged_in:  # nsenter stops when what it started is stopped, and then sees no end
+            process.kill()
+            process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _serve(self) -> None:
@@ -133,7 +136,9 @@ class TwoHosts:
         host = {"hostA": self.a, "hostB": self.b}[name]
         env = ["HOME=/root", "USER=root", "SHELL=/bin/bash", "PATH=/usr/local/bin:/usr/bin:/bin"]
         command = host.wrap(["sh", "-c", line], folder="/root", env=env)
-        code = subprocess.call(command, stdin=files[0], stdout=files[1], stderr=files[2], start_new_session=True)
+        process = subprocess.Popen(command, stdin=files[0], stdout=files[1], stderr=files[2], start_new_session=True)
+        self._logged_in.append(process)
+        code = process.wait()
         for file in files:
             os.close(file)
         with contextlib.suppress(OSError):
