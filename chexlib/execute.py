@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from chexlib.errors import ConfigError
@@ -63,10 +64,6 @@ def execute(
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    os.environ[BATCH] = "1"
-    os.environ["TQDM_DISABLE"] = "1"  # bars are for people who watch
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel of this environment, whatever the user has installed
     run = new_run(runs_dir)
     failed = []
     log.info("Run folder: %s", run)
@@ -76,15 +73,16 @@ def execute(
         own = {name: value for name, value in settings.items() if name in accepted[path]}
         log.info("%s ...", path.stem)
         try:
-            papermill.execute_notebook(
-                path,
-                folder / "notebook.ipynb",
-                parameters={**own, "run_dir": str(folder)},
-                kernel_name="python3",
-                cwd=ROOT,
-                progress_bar=False,
-                extra_arguments=["--log-level=CRITICAL"],  # the kernel's own chatter; errors are raised by papermill
-            )
+            with _headless():
+                papermill.execute_notebook(
+                    path,
+                    folder / "notebook.ipynb",
+                    parameters={**own, "run_dir": str(folder)},
+                    kernel_name="python3",
+                    cwd=ROOT,
+                    progress_bar=False,
+                    extra_arguments=["--log-level=CRITICAL"],  # the kernel's chatter; papermill raises errors
+                )
         except PapermillExecutionError as error:
             failed.append(path.stem)
             log.error("%s failed with %s: %s", path.stem, error.ename, error.evalue)
@@ -96,6 +94,20 @@ def execute(
             _keep_reference(folder, profile)
     point_latest(run)
     return failed, build_report(run)
+
+
+@contextlib.contextmanager
+def _headless() -> Iterator[None]:
+    """The environment of notebooks that nobody watches; the caller's own is put back."""
+    before = dict(os.environ)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # No bars, lines instead; and the kernel of this environment, whatever the user has installed.
+    os.environ.update({BATCH: "1", "TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1"})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def find_notebooks(names: Sequence[str] = ()) -> list[Path]:

@@ -240,7 +240,6 @@ def main() -> None:
             except ChexlibError as error:
                 note(events, "error", kind=type(error).__name__, text=str(error))
                 raise
-            note(events, "engines", text=engines.output())
     except ChexlibError:
         sys.exit(3)
     note(events, "result", model=result.model, resumed_from=result.resumed_from)

@@ -143,7 +143,7 @@ class Trial:
         self.damaged = files[0]
         self.notebook.need_whole(but=self.damaged)
         self._resume()
-        log = "\n".join(event["text"] for event in self.notebook.events("log", "engines"))
+        log = "\n".join(event["text"] for event in self.notebook.events("log"))
         need(f"{files[0]} is damaged" in log, "the log does not name the damaged file")
         came_from = self.notebook.events("result")[-1]["resumed_from"]
         need(came_from == files[1].name, f"resumed from {came_from}, not {files[1].name}")

@@ -34,6 +34,9 @@ PANEL = "globalThis.jupyterapp?.shell.currentWidget"
 READY = f"""{PANEL}?.context?.isReady && {PANEL}.sessionContext?.session?.kernel?.status === 'idle'
     && !document.querySelector('#jupyterlab-splash')"""
 RAN = "globalThis.ran"  # all cells; the kernel's status is no measure, for a comm message makes it idle during a cell
+# What the notebook's cells have put out, also those that are out of sight.
+OUTPUTS = f"""{PANEL}.content.model.toJSON().cells.flatMap(cell => cell.outputs ?? []).map(output => [].concat(
+    output.text ?? output.traceback ?? output.data?.['text/plain'] ?? []).join('')).join('\\n').slice(-1500)"""
 # Scrolls to the innermost visible element that matches and holds the text, and gives its centre in the window.
 FIND = """((selector, text) => {
   const all = [...document.querySelectorAll(selector)].filter(e => e.textContent.includes(text)
@@ -108,8 +111,10 @@ class Lab(contextlib.ExitStack):
             except Exception as error:
                 last = error
             time.sleep(0.2)
-        logs = [f"{log.name}: ...{log.read_text(errors='replace')[-1500:]}" for log in self.home.glob("*.log")]
-        raise TimeoutError("\n".join([f"waited {timeout:g} s for {what}; last: {last!r}", *logs]))
+        told = [f"{log.name}: ...{log.read_text(errors='replace')[-500:]}" for log in self.home.glob("*.log")]
+        with contextlib.suppress(Exception):
+            told.append(f"the cells put out: ...{self.evaluate(OUTPUTS)}")
+        raise TimeoutError("\n".join([*told, f"waited {timeout:g} s for {what}; last: {last!r}"]))
 
     def _wait(self, future: Callable[[], Any]) -> Any:
         async def result() -> Any:

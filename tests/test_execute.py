@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from chexlib.errors import ConfigError
 from chexlib.execute import execute, find_notebooks
 from chexlib.findings import FINDINGS
 from chexlib.report import build_report
-from chexlib.runs import BATCH, ROOT, latest_run, write_json
+from chexlib.runs import ROOT, latest_run, write_json
 
 PARAMETERS = """\
 seed: int = 0  # random seed
@@ -57,10 +58,8 @@ def project(root):
 
 
 @pytest.fixture
-def quiet(monkeypatch):
-    """The environment and log that `execute` sets, put back."""
-    for name in (BATCH, "JUPYTER_PREFER_ENV_PATH"):
-        monkeypatch.setenv(name, "")
+def quiet():
+    """The log that `execute` sets, put back."""
     logger = logging.getLogger("chexlib")
     before = logger.handlers[:], logger.level, logger.propagate
     yield
@@ -73,11 +72,11 @@ def executed(tmp_path_factory):
     root = project(tmp_path_factory.mktemp("project"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chexlib.execute, "ROOT", root)
-        for name in (BATCH, "JUPYTER_PREFER_ENV_PATH"):
-            patch.setenv(name, "")
         logger = logging.getLogger("chexlib")
         before = logger.handlers[:], logger.level, logger.propagate
+        environment = dict(os.environ)
         failed, report = execute(parameters=GIVEN, runs_dir=str(root / "runs"), reference=True)
+        assert dict(os.environ) == environment  # else what runs later in this process would be headless too
         logger.handlers[:], logger.level, logger.propagate = before
     return SimpleNamespace(root=root, failed=failed, report=report, run=report.parent, page=report.read_text())
 

@@ -21,6 +21,7 @@ from typing import Any
 import ipyparallel as ipp
 
 from chexlib.cluster import faults
+from chexlib.cluster.call import call
 from chexlib.cluster.launch import WAIT, Launched, launcher_settings, one_world
 from chexlib.cluster.leftovers import PREFIX, sign, sweep
 from chexlib.cluster.profiles import cores, find_mpi, thread_environment
@@ -79,7 +80,7 @@ class Engines:
         Returns
         -------
         list
-            What the function returned, in the order of ranks.
+            What the function returned, in the order of ranks. What chexlib logged on rank 0 is then logged here.
 
         Raises
         ------
@@ -95,15 +96,18 @@ class Engines:
             lines = faults.last_lines(self)
             self.down()
             raise ClusterError(f"engines have died since the last call. {lines}")
-        work = (_call, function, args, kwargs, report is not None)
+        work = (call, function, args, kwargs, report is not None)
         self._pending = pending = [self.client[engine].apply_async(*work) for engine in self.client.ids]
         try:
-            return faults.follow(self, pending, report, timeout, getattr(function, "__name__", str(function)))
+            answers = faults.follow(self, pending, report, timeout, getattr(function, "__name__", str(function)))
         except BaseException:
             if not all(answer.ready() for answer in pending) or not self.launcher_runs():
                 self.log.info("The engines are taken down.")
                 self.down()
             raise
+        for name, level, text in answers[0][1]:
+            logging.getLogger(name).log(level, text)
+        return [value for value, _ in answers]
 
     def stop(self) -> None:
         """Ask the training on the engines to end after its current step, and to keep a checkpoint."""
@@ -239,12 +243,3 @@ def mpi_engines(
         yield engines
     finally:
         engines.close()
-
-
-def _call(function, args, kwargs, live):
-    """Runs on an engine."""
-    from ipyparallel.datapub import publish_data
-
-    if live:
-        kwargs = {**kwargs, "report": publish_data}
-    return function(*args, **kwargs)

@@ -15,7 +15,7 @@ from chexlib.errors import ChexlibError, ClusterError
 
 LINES = 15  # of the engines' output in a message
 GRACE = 2.0  # seconds in which other ranks may report the same failure before they count as stuck
-STALL_REPORT = 10  # seconds after which Horovod names a rank that keeps the others waiting
+STALL_REPORT = 5  # seconds after which Horovod names a rank that keeps the others waiting
 _PRESENTLY = 0.2
 
 
@@ -51,7 +51,7 @@ def follow(engines, pending: list, report: Callable[[dict], None] | None, timeou
             raise ClusterError(f"the launcher of the engines has ended. {last_lines(engines)}")
         if frozen := [who for who in engines.identities if _stopped(who)]:
             since = suspicion.setdefault("frozen", time.monotonic())
-            if time.monotonic() - since > STALL_REPORT / 2:
+            if time.monotonic() - since > STALL_REPORT:
                 raise ClusterError(f"{_names(frozen)} does not run: it was stopped by a signal. {last_lines(engines)}")
         else:
             suspicion.pop("frozen", None)
