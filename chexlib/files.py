@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -18,7 +19,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     block fails.
     """
     path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
         number, named = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o644), False
     except OSError:

@@ -1,11 +1,14 @@
 """Data folders that several test files share."""
 
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from chexlib.data.phantom import write_phantom
 
 # (patient, finding labels of each of its follow-ups)
 TINY_PATIENTS = [
@@ -60,6 +63,30 @@ def tiny_nih(tmp_path):
         return root
 
     return write
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_this_session(tmp_path_factory):
+    """Decoded images are not kept among the project's own; child processes inherit it."""
+    os.environ["CHEXLIB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """Paths of 11 random grey images of 24 x 24 pixels, and their pixels."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (11, 24, 24), np.uint8)
+    paths = [str(folder / f"{i}.png") for i in range(len(pixels))]
+    for path, image in zip(paths, pixels, strict=True):
+        Image.fromarray(image).save(path)
+    return paths, pixels
+
+
+@pytest.fixture(scope="session")
+def phantom(tmp_path_factory):
+    """90 images of 32 pixels in the NIH layout."""
+    folder = tmp_path_factory.mktemp("data") / "phantom"
+    return write_phantom(folder, n_images=90, size=32, min_prevalence=0.1, workers=1)
 
 
 @pytest.fixture(scope="session")

@@ -112,8 +112,9 @@ def twenty_steps(data_dir):
     """Twenty steps of a start of its own on images of its own, by hand: checksums of both, and of the weights."""
     import keras
 
+    from chexlib.data.cache import ImageStore
     from chexlib.data.nih import load_radiographs
-    from chexlib.data.pipeline import ImageStore, training_batches
+    from chexlib.data.pipeline import training_batches
     from chexlib.training.collectives import identify, join_world
     from chexlib.training.steps import checksum
     from chexlib.training.trainer import DataParallelTrainer
@@ -128,7 +129,7 @@ def twenty_steps(data_dir):
     trainer.optimizer.build(model.trainable_variables)
     world.broadcast([*model.variables, *trainer.optimizer.variables])
     batches = training_batches(
-        ImageStore(radiographs.table["path"], size=32),
+        ImageStore(radiographs.table["path"], size=32, gather=world.gather),
         radiographs.labels,
         global_batch=2 * world.ranks,
         seed=0,

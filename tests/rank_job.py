@@ -10,8 +10,9 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from chexlib.data.cache import ImageStore
 from chexlib.data.nih import load_radiographs
-from chexlib.data.pipeline import ImageStore, training_batches
+from chexlib.data.pipeline import training_batches
 from chexlib.models.weights import create_model
 from chexlib.training.collectives import join_world
 from chexlib.training.optimizers import FusedAdam
@@ -37,7 +38,7 @@ def train(world, radiographs, out, *, name, topology, batch, steps, own_start=Fa
     world.broadcast([*model.variables, *optimizer.variables])
     before = [v.numpy() for v in model.trainable_variables]
     order = dict(global_batch=batch * world.ranks, seed=0, rank=world.rank, ranks=world.ranks, mirror=False)
-    store = ImageStore(radiographs.table["path"], size=32)
+    store = ImageStore(radiographs.table["path"], size=32, gather=world.gather)
     batches = training_batches(store, radiographs.labels, **order)
     fed = np.concatenate([pixels.numpy() for pixels, _, _ in batches.take(min(steps, 3))])
     losses = trainer.fit(batches, steps_per_epoch=steps, epochs=1, verbose=0, shuffle=False).history["loss"]

@@ -14,8 +14,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from chexlib.data.cache import resize_area
 from chexlib.data.nih import read_image
-from chexlib.data.pipeline import resize_area
 from chexlib.errors import ConfigError, DataError, WeightsError
 from chexlib.findings import FINDINGS
 from chexlib.models.normalization import FusedBatchNormalization

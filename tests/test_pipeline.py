@@ -1,12 +1,12 @@
-"""Each image once an epoch whatever the number of ranks, resized by area, in memory or not, mirrored where said."""
+"""Each image once an epoch whatever the number of ranks, mirrored where said."""
 
 import itertools
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from chexlib.data.pipeline import ImageStore, partition, resize_area, steps_per_epoch, training_batches
+from chexlib.data.cache import ImageStore
+from chexlib.data.pipeline import partition, steps_per_epoch, training_batches
 from chexlib.errors import ConfigError
 
 SIZES = [(n, batch) for n in (4, 10, 17, 64) for batch in (4, 5, 16)]
@@ -27,17 +27,6 @@ def order_of(shares):
         place = np.argsort(images)
         steps.append((images[place].tolist(), mirrored[place].tolist()))
     return steps
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Paths of 11 random grey images of 24 x 24 pixels, and their pixels."""
-    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (11, 24, 24), np.uint8)
-    paths = [str(folder / f"{i}.png") for i in range(len(pixels))]
-    for path, image in zip(paths, pixels, strict=True):
-        Image.fromarray(image).save(path)
-    return paths, pixels
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -103,63 +92,18 @@ def test_a_global_batch_that_does_not_reach_every_rank_is_refused_with_the_numbe
         list(partition(30, global_batch=2, epoch=0, seed=0, rank=1, ranks=3))
 
 
-@pytest.mark.parametrize(("factor", "shape"), [(2, (64, 64)), (4, (64, 64)), (8, (256, 256)), (3, (96, 96))])
-def test_resizing_is_the_mean_over_blocks(factor, shape):
-    image = np.random.default_rng(factor).integers(0, 256, shape, np.uint8)
-    small = resize_area(image, shape[0] // factor)
-    assert small.dtype == np.uint8
-    blocks = image.reshape(shape[0] // factor, factor, shape[1] // factor, factor).mean((1, 3))
-    # Rows, then columns are rounded to 8 bits: together at most one grey level.
-    assert np.abs(small - blocks).max() <= 1
-
-
-def test_resizing_covers_the_whole_of_an_oblong_image():
-    image = np.zeros((60, 120), np.uint8)
-    image[:, 60:] = 200
-    small = resize_area(image, 30)
-    assert small.shape == (30, 30)
-    assert (small[:, :15] == 0).all()
-    assert (small[:, 15:] == 200).all()
-
-
-def test_an_image_of_the_right_size_keeps_its_pixels():
-    image = np.random.default_rng(0).integers(0, 256, (32, 32), np.uint8)
-    np.testing.assert_array_equal(resize_area(image, 32), image)
-
-
-@pytest.mark.parametrize("indices", [[0], [10, 0, 3, 3], range(11), np.array([2, 1])])
-def test_store_gives_the_same_pixels_from_memory_and_decoded_anew(files, indices):
-    paths, pixels = files
-    stores = [ImageStore(paths, size=12, memory_fraction=fraction) for fraction in (0.2, 0)]
-    taken = [store.take(indices) for store in stores]
-    for store, images in zip(stores, taken, strict=True):
-        assert len(store) == 11
-        assert images.dtype == np.uint8
-        np.testing.assert_array_equal(images, [resize_area(pixels[i], 12) for i in indices])
-
-
-def test_store_in_memory_needs_its_files_no_more_and_without_memory_reads_them(tmp_path):
-    path = tmp_path / "a.png"
-    Image.fromarray(np.full((8, 8), 10, np.uint8)).save(path)
-    kept, anew = ImageStore([str(path)], size=8), ImageStore([str(path)], size=8, memory_fraction=0)
-    Image.fromarray(np.full((8, 8), 20, np.uint8)).save(path)
-    assert kept.take([0]).max() == 10
-    assert anew.take([0]).max() == 20
-
-
 def batches_of(files, n_batches, **settings):
     """Batches as NumPy arrays beside the shares they must come from; labels tell which image a row is."""
     paths, _ = files
-    store = ImageStore(paths, size=24, memory_fraction=settings.pop("memory_fraction", 0.2))
+    store = ImageStore(paths, size=24)
     labels = np.random.default_rng(1).random((len(paths), 14)).astype(np.float32)
     dataset = training_batches(store, labels, **settings)
     return store, labels, list(dataset.take(n_batches).as_numpy_iterator())
 
 
-@pytest.mark.parametrize("memory_fraction", [0.2, 0])
-def test_batches_hold_the_images_of_the_partition_mirrored_where_it_says_with_their_labels(files, memory_fraction):
+def test_batches_hold_the_images_of_the_partition_mirrored_where_it_says_with_their_labels(files):
     order = {"global_batch": 4, "seed": 3, "rank": 1, "ranks": 2, "mirror": True}
-    store, labels, batches = batches_of(files, 6, memory_fraction=memory_fraction, **order)
+    store, labels, batches = batches_of(files, 6, **order)
     expected = [share for epoch in (0, 1) for share in partition(11, epoch=epoch, **order)]
     assert {bool(m) for share in expected for m in share.mirrored} == {True, False}
     for (pixels, y, weights), share in zip(batches, expected, strict=True):

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
+from small_training import config_for
 
 from chexlib.data.phantom import write_phantom
 from chexlib.errors import ClusterError, ConfigError, WeightsError
@@ -17,22 +18,9 @@ from chexlib.models.weights import load_model
 from chexlib.training import stopping
 from chexlib.training.checkpoints import checkpoint_files, load_checkpoint, newest_checkpoint, save_checkpoint
 from chexlib.training.collectives import World, require_agreement
-from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 
 TIMED = ("images_per_second", "skew")
-
-
-@pytest.fixture(scope="module")
-def phantom(tmp_path_factory):
-    return write_phantom(
-        tmp_path_factory.mktemp("data") / "phantom", n_images=90, size=32, min_prevalence=0.1, workers=1
-    )
-
-
-def config_for(phantom, run_dir, **changes):
-    settings = dict(topology="vgg16", size=32, epochs=2, batch_size=8, learning_rate=1e-4, split="patient")
-    return TrainConfig(data_dir=str(phantom), run_dir=str(run_dir), **{**settings, **changes})
 
 
 @pytest.fixture(scope="module")

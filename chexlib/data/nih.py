@@ -2,6 +2,7 @@
 
 import glob
 import html
+import io
 import logging
 import os
 import re
@@ -120,14 +121,16 @@ def load_radiographs(data_dir: str | Path, *, max_images=0, seed=0, require_imag
     return radiographs
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, content: bytes | None = None) -> np.ndarray:
     """Read a radiograph, PNG or JPEG of 1 to 16 bits, as grey levels of shape (height, width), uint8.
+
+    With `content` the file's bytes are these, and `path` is for messages.
 
     Alpha is ignored: the release's RGBA files are opaque. 16-bit grey is divided by 257, so that white stays
     white. DataError for a file that is missing, empty, truncated, no image, or over 67 megapixels.
     """
     try:
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
+        with Image.open(path if content is None else io.BytesIO(content), formats=("PNG", "JPEG")) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} px, over the limit of {MAX_PIXELS:,} px")
             if image.mode.startswith("I"):

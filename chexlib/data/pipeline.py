@@ -1,4 +1,4 @@
-"""Files on disk -> batches: decode, area-resize, one shuffle an epoch divided among ranks, tf.data.
+"""Cached pixels -> batches: one shuffle an epoch divided among ranks, tf.data.
 
 The order of images is a pure function of (seed, epoch): every rank computes the same permutation and takes its own
 part of each global batch, so each image is seen once an epoch whatever the number of ranks.
@@ -7,16 +7,12 @@ part of each global batch, so each image is seen once an epoch whatever the numb
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-import psutil
-from PIL import Image
 
-from chexlib.data.nih import read_image
+from chexlib.data.cache import ImageStore
 from chexlib.errors import ConfigError
 
 
@@ -68,48 +64,6 @@ def partition(
         if len(mine) == 0:
             mine, weights = order[:1], np.zeros(1, np.float32)
         yield Share(mine, weights, flips[mine])
-
-
-def resize_area(image: np.ndarray, size: int) -> np.ndarray:
-    """Box-average (h, w) uint8 pixels to (size, size); each output pixel is the mean of the area it covers."""
-    if image.shape == (size, size):
-        return image
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BOX))
-
-
-class ImageStore:
-    """Radiographs as (size, size) uint8 pixels, decoded once and kept in memory where they fit.
-
-    Parameters
-    ----------
-    paths : sequence of str
-        Image files, in the order of the indices.
-    size : int
-        Side in pixels after area-resizing.
-    memory_fraction : float
-        Share of the free memory that the decoded images may take; beyond it every batch is decoded anew.
-    """
-
-    def __init__(self, paths: Sequence[str], *, size: int, memory_fraction: float = 0.2):
-        self.paths, self.size = list(paths), size
-        self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
-        self._pixels = None
-        if len(self.paths) * size * size <= memory_fraction * psutil.virtual_memory().available:
-            self._pixels = self._decode(range(len(self.paths)))
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def take(self, indices: Sequence[int]) -> np.ndarray:
-        """Pixels of `indices`, shape (k, size, size) uint8."""
-        return self._decode(indices) if self._pixels is None else self._pixels[np.asarray(indices)]
-
-    def _decode(self, indices) -> np.ndarray:
-        pixels = np.empty((len(indices), self.size, self.size), np.uint8)
-        read = self._pool.map(lambda i: resize_area(read_image(self.paths[i]), self.size), indices)
-        for row, image in enumerate(read):
-            pixels[row] = image
-        return pixels
 
 
 def training_batches(

@@ -36,8 +36,8 @@ def predict(images: Sequence[str | Path], *, weights: str | Path, batch: int = 3
     --------
     >>> predict(["radiograph.png"], weights="runs/latest/03_train_baseline/model.keras").loc["radiograph.png"].to_dict()
     """
+    from chexlib.data.cache import resize_area
     from chexlib.data.nih import read_image
-    from chexlib.data.pipeline import resize_area
     from chexlib.models.weights import load_model
 
     # Images first: a wrong path is told before the slow import of TensorFlow.

@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from chexlib.data.pipeline import ImageStore, training_batches
+from chexlib.data.cache import ImageStore
+from chexlib.data.pipeline import training_batches
 from chexlib.errors import ClusterError, ConfigError, WeightsError
 from chexlib.files import replacing
 from chexlib.models.weights import create_model, save_model
@@ -143,7 +144,7 @@ def _fit_here(config: TrainConfig, report: Callable[[dict], None] | None, verbos
     progress = Progress(report if world.first else None, at, epochs=config.epochs)
     saver = Saver(config, world, at, (validation, plateau, progress), facts={"split": split.digest})
     resumed = saver.restore(trainer) if config.resume else None
-    store = ImageStore(train.table["path"], size=config.size)
+    store = ImageStore(train.table["path"], size=config.size, gather=world.gather)
     while at.epoch < config.epochs and not saver.stopped:  # once, or twice when resumed within an epoch
         batches = training_batches(
             store,

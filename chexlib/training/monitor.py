@@ -10,7 +10,8 @@ import keras
 import numpy as np
 from sklearn.metrics import log_loss, roc_auc_score
 
-from chexlib.data.pipeline import ImageStore, steps_per_epoch
+from chexlib.data.cache import ImageStore
+from chexlib.data.pipeline import steps_per_epoch
 from chexlib.errors import ConfigError
 from chexlib.findings import FINDINGS
 from chexlib.training.collectives import World
@@ -137,15 +138,15 @@ def pooled_scorer(model, parts: dict, world: World, *, size: int, batch: int = 6
     stores = {}
 
     def score(part: str) -> np.ndarray:
-        paths = parts[part].table["path"]
         if part not in stores:
-            stores[part] = ImageStore(paths[world.rank :: world.ranks], size=size)
+            stores[part] = ImageStore(parts[part].table["path"], size=size, gather=world.gather)
         store = stores[part]
+        mine = range(world.rank, len(store), world.ranks)
         pieces = [np.zeros((0, len(FINDINGS)), np.float32)]
-        for start in range(0, len(store), batch):
-            pixels = store.take(range(start, min(start + batch, len(store))))
+        for start in range(0, len(mine), batch):
+            pixels = store.take(mine[start : start + batch])
             pieces.append(predict(pixels[..., None].astype(np.float32)).numpy())
-        scores = np.empty((len(paths), len(FINDINGS)), np.float32)
+        scores = np.empty((len(store), len(FINDINGS)), np.float32)
         for rank, piece in enumerate(world.gather(np.concatenate(pieces))):
             scores[rank :: world.ranks] = piece
         return scores

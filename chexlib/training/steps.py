@@ -6,7 +6,8 @@ import zlib
 
 import numpy as np
 
-from chexlib.data.pipeline import ImageStore, partition
+from chexlib.data.cache import ImageStore
+from chexlib.data.pipeline import partition
 from chexlib.models.weights import create_model
 from chexlib.training.collectives import join_world
 from chexlib.training.config import TrainConfig
@@ -55,7 +56,7 @@ def seven_steps(config: TrainConfig, *, repeats: int = 2) -> dict:
         "next_epoch": names[following.indices].tolist(),
     }
 
-    store = ImageStore(train.table["path"], size=config.size, memory_fraction=0)
+    store = ImageStore(train.table["path"], size=config.size, gather=world.gather)
     seen["repeat"] = {"loss": [], "checksum": []}
     for step, share in enumerate(epoch[: 1 + repeats]):
         pixels = tf.constant(store.take(share.indices)[..., None], tf.float32)

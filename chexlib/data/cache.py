@@ -1,0 +1,237 @@
+"""Radiographs decoded and resized once, and kept as 8-bit pixels that are found by the content of their files.
+
+A cache folder holds pairs of files: `<name>.pixels`, images of size x size bytes one after another, and
+`<name>.parquet`, a row an image: its file and what the system says of it (bytes, times, inode), a digest of the file's
+content, and where the pixels are, with their CRC-32. A file that is as it was is found by its name; one that was
+copied or touched is read and found by its content; one that was changed has another content, so that stale pixels are
+never read. Every pair is written atomically: a build that was killed goes on with the next image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from tqdm.auto import tqdm
+
+from chexlib.data.nih import read_image
+from chexlib.errors import DataError
+from chexlib.files import replacing
+from chexlib.runs import ROOT
+
+FOLDER = "CHEXLIB_CACHE"  # the environment variable that names another folder than data/cache
+VERSION = 1  # of the files' layout and of how pixels are made: a new one begins a new cache
+ROUND = 5.0  # seconds after which a pair of files is closed and kept
+_CHUNK = 64  # images decoded at a time
+_COLUMNS = {"path": str, "state": str, "digest": str, "pixels": str, "row": np.int64, "crc": np.uint32}
+log = logging.getLogger(__name__)
+
+
+def resize_area(image: np.ndarray, size: int) -> np.ndarray:
+    """Box-average (h, w) uint8 pixels to (size, size); each output pixel is the mean of the area it covers."""
+    if image.shape == (size, size):
+        return image
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BOX))
+
+
+def cache_folder(size: int) -> Path:
+    """Where images of this size are kept: in data/cache, or where CHEXLIB_CACHE says."""
+    return Path(os.environ.get(FOLDER) or ROOT / "data" / "cache") / f"v{VERSION}-{size}px"
+
+
+class ImageStore:
+    """Radiographs as (size, size) uint8 pixels, from the cache, which is built as far as it lacks them.
+
+    Memory does not grow with the images beyond 100 bytes or so of each: pixels are read when they are asked for, and
+    it is the system that keeps them in memory where there is room.
+
+    Parameters
+    ----------
+    paths : sequence of str
+        Image files, in the order of the indices.
+    size : int
+        Side in pixels after area-resizing.
+    gather : callable, optional
+        Ranks that open the same images together: `World.gather`. One rank of each cache folder builds, and the hosts
+        that share a folder divide the images.
+    progress : bool
+        Show a bar while images are decoded.
+
+    Raises
+    ------
+    DataError
+        An image cannot be read, or the cache cannot be written.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        *,
+        size: int,
+        gather: Callable = lambda value: [value],
+        progress: bool = False,
+    ):
+        self.paths, self.size = [os.path.abspath(path) for path in paths], size
+        self.folder = cache_folder(size)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            index = self._complete(gather, progress)
+        except OSError as error:
+            raise DataError(
+                f"the cache in {self.folder} cannot be written ({error.strerror or error}). Make room, or name another "
+                f"folder in the environment variable {FOLDER}."
+            ) from error
+        self._files, self._file_of = np.unique(index["pixels"].to_numpy(str), return_inverse=True)
+        self._rows, self._crcs, self._indexes = (index[name].to_numpy() for name in ("row", "crc", "index"))
+        self._sound = np.zeros(len(self.paths), bool)
+        self._open: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __del__(self):
+        for descriptor in getattr(self, "_open", {}).values():
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+    def take(self, indices: Sequence[int]) -> np.ndarray:
+        """Pixels of `indices`, shape (k, size, size) uint8."""
+        pixels = np.empty((len(indices), self.size, self.size), np.uint8)
+        for image, index in zip(pixels, indices, strict=True):
+            if not self._read(image, index):
+                log.warning("%s is damaged: %s is decoded anew.", self._files[self._file_of[index]], self.paths[index])
+                image[:] = content(self.paths[index], self.size)[1]
+        return pixels
+
+    def _read(self, image: np.ndarray, index: int) -> bool:
+        """Fill `image` from the cache. False if what is there is not what was written."""
+        number, count = self._file_of[index], image.size
+        try:
+            if number not in self._open:
+                self._open[number] = os.open(self.folder / self._files[number], os.O_RDONLY)
+            read = os.preadv(self._open[number], [image], int(self._rows[index]) * count)
+            if read == count and (self._sound[index] or zlib.crc32(image) == self._crcs[index]):
+                self._sound[index] = True  # checked once in this process
+                return True
+        except OSError as error:
+            log.warning("%s", error)
+        # The next store finds the images of these indexes missing, and decodes them.
+        for name in (self._indexes[index], self._files[number].replace(".pixels", ".parquet")):
+            (self.folder / name).unlink(missing_ok=True)
+        return False
+
+    def _complete(self, gather: Callable, progress: bool) -> pd.DataFrame:
+        """Add what the cache lacks, in rounds, so that no rank waits long for another. Gives a row an image."""
+        builders, place = self._builders(gather)
+        known: dict[str, pd.DataFrame] = {}
+        with (
+            ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+            tqdm(desc=f"decoding to {self.size} px", unit="image", disable=not progress, leave=False) as bar,
+        ):
+            wanted = pd.DataFrame({"path": self.paths, "state": list(pool.map(_state, self.paths))})
+            while True:
+                index = self._index(known)
+                found = wanted.merge(index.drop_duplicates(["path", "state"], keep="last"), how="left")
+                missing = wanted[found["digest"].isna().to_numpy()].drop_duplicates()
+                if not any(gather(len(missing))):
+                    self._sweep(index)
+                    return found
+                bar.total = bar.n + len(missing)
+                added, error = 0, None
+                if place is not None:
+                    try:
+                        added = self._add(pool, missing.iloc[place::builders], index)
+                    except (DataError, OSError) as reason:
+                        error = reason
+                told = gather((added, error))
+                for _, error in told:
+                    if error is not None:
+                        raise error
+                bar.update(sum(count for count, _ in told))
+                if not any(count for count, _ in told):
+                    time.sleep(0.5)  # a file system that is slow to show another host's files
+
+    def _builders(self, gather: Callable) -> tuple[int, int | None]:
+        """How many ranks build in this folder, one of each host, and which of them this one is, if it is one."""
+        mark, me = self.folder / "id", (os.uname().nodename, os.getpid())
+        if not mark.exists():
+            with replacing(mark) as file:
+                file.write(uuid.uuid4().hex.encode())
+        gather(None)  # now all have written it, and the last one counts
+        first: dict[str, tuple] = {}
+        for folder, host, pid in gather((mark.read_text(), *me)):
+            if folder == mark.read_text():
+                first.setdefault(host, (host, pid))
+        builders = list(first.values())
+        return len(builders), builders.index(me) if me in builders else None
+
+    def _index(self, known: dict[str, pd.DataFrame]) -> pd.DataFrame:
+        """All rows of the folder; `known` keeps what was read before."""
+        for path in self.folder.glob("*.parquet"):
+            if path.name not in known:
+                with contextlib.suppress(FileNotFoundError):  # removed since, as damaged
+                    known[path.name] = pd.read_parquet(path).assign(index=path.name)
+        empty = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in {**_COLUMNS, "index": str}.items()})
+        return pd.concat([empty, *known.values()], ignore_index=True)
+
+    def _sweep(self, index: pd.DataFrame) -> None:
+        """Remove pixels that no index knows, an hour after a builder died or they were found damaged."""
+        used = set(index["pixels"])
+        for path in self.folder.glob("*.pixels"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.name not in used and time.time() - path.stat().st_mtime > 3600:
+                    path.unlink()
+
+    def _add(self, pool: ThreadPoolExecutor, missing: pd.DataFrame, index: pd.DataFrame) -> int:
+        """Write one pair of files with as many of the missing images as a round gives time for. Gives their number."""
+        until, rows, name = time.monotonic() + ROUND, [], uuid.uuid4().hex
+        places = index.drop_duplicates("digest").set_index("digest")[["pixels", "row", "crc"]]
+        with replacing(self.folder / f"{name}.pixels") as file:
+            written = 0
+            for start in range(0, len(missing), _CHUNK):
+                chunk = missing.iloc[start : start + _CHUNK]
+                contents = pool.map(lambda path: content(path, self.size, places.index), chunk["path"])
+                for (path, state), (digest, pixels) in zip(chunk.to_numpy(), contents, strict=True):
+                    if pixels is None:
+                        rows.append((path, state, digest, *places.loc[digest]))
+                    else:
+                        file.write(pixels)
+                        rows.append((path, state, digest, f"{name}.pixels", written, zlib.crc32(pixels)))
+                        written += 1
+                if time.monotonic() > until:
+                    break
+        with replacing(self.folder / f"{name}.parquet") as file:
+            pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS).to_parquet(file, index=False)
+        if not written:
+            (self.folder / f"{name}.pixels").unlink()
+        return len(rows)
+
+
+def content(path: str, size: int, known=()) -> tuple[str, np.ndarray | None]:
+    """A digest of the file, and its pixels of shape (size, size), uint8, unless the digest is `known`."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+    return digest, None if digest in known else resize_area(read_image(path, data), size)
+
+
+def _state(path: str) -> str:
+    """What the system says of a file; no change of its content leaves it as it was."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return "missing"  # and said so when it is read
+    return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
