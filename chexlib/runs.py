@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from chexlib import machine
 from chexlib.errors import ConfigError
 from chexlib.files import replacing
 
@@ -164,7 +165,7 @@ def _plain(value):
 
 def environment() -> dict:
     """Versions, processor, MPI, git commit and command of this process."""
-    from chexlib.cluster.profiles import cores, find_mpi
+    from chexlib.cluster.profiles import find_mpi
     from chexlib.errors import ClusterError
 
     try:
@@ -176,7 +177,9 @@ def environment() -> dict:
         "packages": {name: v for name in PACKAGES if (v := _version(name))},
         "platform": platform.platform(),
         "processor": _processor(),
-        "cores": cores(),
+        "cores": machine.cores(),
+        "topology": machine.topology(),
+        "native_precision": machine.native_precision(),
         "mpi": mpi,
         "commit": _commit(),
         "command": command(),

@@ -24,10 +24,11 @@ from chexlib.cluster import faults
 from chexlib.cluster.call import call
 from chexlib.cluster.launch import WAIT, Launched, launcher_settings, one_world
 from chexlib.cluster.leftovers import PREFIX, sign, sweep
-from chexlib.cluster.profiles import cores, find_mpi, thread_environment
+from chexlib.cluster.profiles import find_mpi, thread_environment
 from chexlib.cluster.sites import Site
 from chexlib.cluster.watchdog import end_members
 from chexlib.errors import ClusterError, ConfigError
+from chexlib.machine import cores, topology
 from chexlib.training import stopping
 
 
@@ -235,7 +236,8 @@ def mpi_engines(
     slots = sum(slots for _, slots in site.hosts)
     if site.hosts and slots < n:
         raise ConfigError(f"engines={n}, but the hosts have {slots} slots. Name more hosts, or more slots of each.")
-    threads = threads or max(1, cores() // max([n] if not site.hosts else [slots for _, slots in site.hosts]))
+    of_a_host = max((slots for _, slots in site.hosts), default=n)
+    threads = threads or max(1, topology()["physical_cores"] // of_a_host)
     thread_environment(threads)  # refuses impossible numbers before anything is started
     engines = Engines(n, site, threads=threads, timeout=timeout, stall=stall)
     try:

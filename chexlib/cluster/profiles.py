@@ -98,11 +98,6 @@ def recognise_mpi(command: str, text: str) -> Mpi:
     )
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def thread_environment(threads: int) -> dict[str, str]:
     """Environment of a rank that computes with `threads` threads.
 

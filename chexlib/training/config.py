@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chexlib.errors import ConfigError
+from chexlib.machine import native_precision
 from chexlib.models.topologies import TOPOLOGIES
 
 SPLITS = ("auto", "official", "patient", "image")
@@ -37,7 +38,7 @@ class TrainConfig:
     plateau_factor: float = 0.1  # the rate is multiplied by this when validation stops improving
     plateau_patience: int = 1  # epochs without improvement before that
     mirror: bool = True  # random horizontal flip
-    precision: str = "float32"
+    precision: str = "auto"  # "float32", "mixed_bfloat16", or what this processor is made for
     norm_momentum: float = 0.9  # of batch norm's moving statistics; PyTorch, and so CheXNet, calls this 0.1
     split: str = "auto"
     allow_leak: bool = False  # go on although patients are shared between parts
@@ -51,6 +52,8 @@ class TrainConfig:
     resume_keeps: str = "global_batch"  # at another number of ranks: "global_batch", or "rank_batch" and scale the rate
 
     def __post_init__(self):
+        if self.precision == "auto":
+            object.__setattr__(self, "precision", native_precision())
         for name, accepted in (
             ("topology", TOPOLOGIES),
             ("split", SPLITS),

@@ -1,0 +1,112 @@
+"""Images per second of the training step: ours, stock Keras', PyTorch's, and the machine's matrix peak, taking turns.
+
+python benchmarks/train_step.py --topology densenet121                          # both layouts against stock Keras
+python benchmarks/train_step.py --topology resnet50 --ranks 2 --threads 1 --torch /path/to/torch-peer/bin/python
+
+Prints one JSON line for each thing that was measured. `images_per_second` is the median over rounds, each round the
+median over its steps; `peak_fraction` is its floating-point operations (of the convolutions and matrix products in the
+step's graph) over those of a large matrix product in the same rounds; `ratio` is the median over rounds of our speed
+over the peer's in the same round. Without --ranks and --threads two layouts are measured, one rank with all cores and
+one rank a core, and the last line of each peer compares the best of ours with the best of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+
+from bench import WORKERS, frozen_workers, take_turns
+
+from chexlib.cluster.profiles import find_mpi, thread_environment
+from chexlib.machine import cores
+from chexlib.models.topologies import TOPOLOGIES
+
+PRECISIONS = {"float32": "float32", "fp32": "float32", "mixed_bfloat16": "mixed_bfloat16", "bf16": "mixed_bfloat16"}
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that the benchmarks of training share."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--topology", choices=TOPOLOGIES, default="densenet121")
+    options.add_argument("--precision", choices=PRECISIONS, default="float32")
+    options.add_argument("--ranks", type=int, default=0)
+    options.add_argument("--threads", type=int, default=0)
+    options.add_argument("--batch-per-rank", type=int, default=16)
+    options.add_argument("--size", type=int, default=224)
+    options.add_argument("--steps", type=int, default=3, help="steps of a round")
+    options.add_argument("--rounds", type=int, default=5)
+    return options
+
+
+def ours(settings: dict, ranks: int, threads: int) -> tuple:
+    """Our step on `ranks` MPI ranks of `threads` threads."""
+    mpi = find_mpi()
+    launch = [mpi.command, "-n", str(ranks), *mpi.flags()] if ranks > 1 else []
+    command = [*launch, sys.executable, str(WORKERS / "ours.py"), json.dumps(settings)]
+    return command, thread_environment(threads), ranks * settings["batch_per_rank"]
+
+
+def stock(settings: dict) -> tuple:
+    """Stock Keras in one process, with TensorFlow's own choice of threads and kernels."""
+    return [sys.executable, str(WORKERS / "stock_keras.py"), json.dumps(settings)], {}, settings["batch_per_rank"]
+
+
+def torch_ddp(python: str, settings: dict, ranks: int, threads: int) -> tuple:
+    """PyTorch's DistributedDataParallel."""
+    own = json.dumps({**settings, "ranks": ranks, "threads": threads})
+    return [python, str(WORKERS / "torch_ddp.py"), own], {}, ranks * settings["batch_per_rank"]
+
+
+def peak() -> tuple:
+    """Large matrix products with all cores; its "images" are GFLOP."""
+    return [sys.executable, str(WORKERS / "matrix_peak.py")], {"TF_ENABLE_ONEDNN_OPTS": "1"}, 2 * 2048**3 / 1e9
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--torch", default="", metavar="PYTHON", help="a Python that has PyTorch: compare with it too")
+    options.add_argument("--no-stock", action="store_true", help="leave stock Keras out")
+    asked = options.parse_args()
+    settings = {
+        "topology": asked.topology,
+        "precision": PRECISIONS[asked.precision],
+        "size": asked.size,
+        "batch_per_rank": asked.batch_per_rank,
+    }
+    given = asked.ranks or asked.threads
+    ranks = asked.ranks or max(1, cores() // (asked.threads or 1))
+    layouts = [(ranks, asked.threads or max(1, cores() // ranks))] if given else [(1, cores()), (cores(), 1)]
+    jobs = {"peak": peak()}
+    jobs |= {f"chexlib {r}x{t}": ours(settings, r, t) for r, t in layouts}
+    if not asked.no_stock:
+        jobs["stock Keras"] = stock(settings)
+    if asked.torch:
+        jobs |= {f"PyTorch {r}x{t}": torch_ddp(asked.torch, settings, r, t) for r, t in layouts}
+    with frozen_workers(jobs) as workers:
+        speeds = take_turns(workers, rounds=asked.rounds, steps=asked.steps)
+        gflop = next(worker.facts["gflop_per_image"] for name, worker in workers.items() if name.startswith("chexlib"))
+    gflops = statistics.median(speeds.pop("peak"))
+
+    def best(who: str) -> str:
+        return max((n for n in speeds if n.startswith(who)), key=lambda name: statistics.median(speeds[name]))
+
+    mine = best("chexlib")
+    for name, found in speeds.items():
+        line = {**settings, "what": name, "images_per_second": round(statistics.median(found), 3)}
+        line["rounds"] = [round(speed, 3) for speed in found]
+        if name.startswith("chexlib"):
+            line["gflop_per_image"], line["peak_gflops"] = round(gflop, 2), round(gflops, 1)
+            line["peak_fraction"] = round(statistics.median(found) * gflop / gflops, 3)
+        print(json.dumps(line))
+    for peer in ("stock Keras", "PyTorch"):
+        if any(name.startswith(peer) for name in speeds):
+            other = best(peer)
+            ratios = [a / b for a, b in zip(speeds[mine], speeds[other], strict=True)]
+            line = {**settings, "what": f"{mine} over {other}", "ratio": round(statistics.median(ratios), 3)}
+            print(json.dumps({**line, "rounds": [round(ratio, 3) for ratio in ratios]}))
+
+
+if __name__ == "__main__":
+    main()
