@@ -1,0 +1,67 @@
+"""The benchmarks run, at a size that says nothing, and print what they promise."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from chexlib.models.topologies import build_model
+from chexlib.runs import ROOT
+from chexlib.scaling.throughput import training_gflop
+
+
+def lines_of(name, *options, **environment):
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+SMALL = ("--topology", "vgg16", "--size", 32, "--batch-per-rank", 2, "--rounds", 2, "--steps", 2)
+
+
+def test_the_training_step_is_measured_in_turns_with_its_peer():
+    ours, stock, ratio = lines_of("train_step", *SMALL, "--ranks", 2, "--threads", 1)
+    assert (ours["what"], stock["what"]) == ("chexlib 2x1", "stock Keras")
+    assert len(ours["rounds"]) == 2 and min(*ours["rounds"], *stock["rounds"]) > 0
+    assert ratio["what"] == "chexlib 2x1 over stock Keras"
+    expected = [a / b for a, b in zip(ours["rounds"], stock["rounds"], strict=True)]
+    assert ratio["ratio"] == pytest.approx(sum(expected) / 2, rel=0.02)
+    spent = ours["images_per_second"] * ours["gflop_per_image"]
+    assert ours["peak_fraction"] == pytest.approx(spent / ours["peak_gflops"], abs=0.002)
+
+
+def test_end_to_end_reads_files_on_both_sides(phantom):
+    ours, stock, ratio = lines_of("end_to_end", *SMALL, "--data", phantom)
+    assert ours["images"] == stock["images"] == 90
+    assert ours["epoch_seconds"] == pytest.approx(90 / ours["images_per_second"], rel=0.01)
+    assert ratio["ratio"] > 0 and ratio["cache_seconds"] > 0
+
+
+def test_the_input_is_measured_against_its_peers():
+    options = ("--size", 32, "--source", 64, "--images", 130, "--rounds", 1, "--batch-per-rank", 2, "--steps", 2)
+    found = lines_of("input_pipeline", "build", "read", "training", *options, "--topology", "vgg16")
+    assert [line["what"] for line in found] == ["build", "read", "training"]
+    assert all(line["images_per_second"] > 0 and line["peer_images_per_second"] > 0 for line in found)
+    assert found[2]["lost"] == pytest.approx(1 - found[2]["ratio"], abs=1e-3)
+
+
+def test_the_bootstrap_is_measured_against_scikit_learn():
+    (line,) = lines_of("bootstrap", "--images", 2000, "--patients", 200, "--resamples", 20, "--rounds", 1)
+    assert line["ratio"] > 1 and line["seconds"] > 0
+
+
+@pytest.mark.parametrize(("topology", "gflop"), [("densenet121", 17.0), ("resnet50", 23.2), ("vgg16", 91.9)])
+def test_operations_of_a_step_are_three_forward_passes_less_one_input_gradient(topology, gflop):
+    """Forward at 224 px, in 10^9 multiply-adds: 2.83, 3.86 (convolutions; He et al. 2016 say 3.8) and 15.35."""
+    assert training_gflop(build_model(topology, size=224)) == pytest.approx(gflop, rel=0.02)
+
+
+def test_operations_of_one_layer_are_counted_by_hand():
+    import keras
+
+    inner = [keras.layers.Conv2D(8, 3, padding="same", strides=2), keras.layers.Flatten(), keras.layers.Dense(5)]
+    model = keras.Sequential([keras.Input((10, 10, 3)), *inner])
+    assert math.isclose(training_gflop(model), (2 * 2 * 25 * 8 * 27 + 3 * 2 * 200 * 5) / 1e9)
