@@ -16,7 +16,7 @@ PROFILE ?= quick
 DATA ?=
 ENGINES ?=
 
-.PHONY: help env run test faults lab lint clean
+.PHONY: help env run test faults peer lab lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -33,6 +33,10 @@ test: $(STAMP)  ## run the tests, with coverage of chexlib
 faults: $(STAMP)  ## kill, stall and damage 20 trainings; each must end well
 	@exec $(BIN)/python tests/faults.py
 
+peer:  ## make benchmarks/.torch, an environment with PyTorch to compare with
+	python3 -m venv benchmarks/.torch
+	benchmarks/.torch/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 numpy
+
 lint: $(STAMP)  ## check code and notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,7 +47,7 @@ lab: $(STAMP)  ## open JupyterLab on the notebooks
 
 clean:  ## end stray engines, remove the environment and all made data (runs/ stays)
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m chexlib clean || true; fi
-	rm -rf $(VENV) data/phantom data/cache .pytest_cache .ruff_cache .coverage*
+	rm -rf $(VENV) benchmarks/.torch data/phantom data/cache .pytest_cache .ruff_cache .coverage*
 
 # A Python that fits and a compiler are looked for before anything is made.
 $(STAMP): pyproject.toml uv.lock

@@ -1,7 +1,7 @@
 """Images per second of the training step: ours, stock Keras', PyTorch's, and the machine's matrix peak, taking turns.
 
 python benchmarks/train_step.py --topology densenet121                          # both layouts against stock Keras
-python benchmarks/train_step.py --topology resnet50 --ranks 2 --threads 1 --torch /path/to/torch-peer/bin/python
+make peer && python benchmarks/train_step.py --topology resnet50 --ranks 2 --threads 1      # and against PyTorch
 
 Prints one JSON line for each thing that was measured. `images_per_second` is the median over rounds, each round the
 median over its steps; `peak_fraction` is its floating-point operations (of the convolutions and matrix products in the
@@ -16,12 +16,13 @@ import argparse
 import json
 import statistics
 import sys
+from pathlib import Path
 
 from bench import WORKERS, frozen_workers, take_turns
 
-from chexlib.cluster.profiles import find_mpi, thread_environment
 from chexlib.machine import cores
 from chexlib.models.topologies import TOPOLOGIES
+from chexlib.scaling.throughput import command
 
 PRECISIONS = {"float32": "float32", "fp32": "float32", "mixed_bfloat16": "mixed_bfloat16", "bf16": "mixed_bfloat16"}
 
@@ -42,10 +43,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def ours(settings: dict, ranks: int, threads: int) -> tuple:
     """Our step on `ranks` MPI ranks of `threads` threads."""
-    mpi = find_mpi()
-    launch = [mpi.command, "-n", str(ranks), *mpi.flags()] if ranks > 1 else []
-    command = [*launch, sys.executable, str(WORKERS / "ours.py"), json.dumps(settings)]
-    return command, thread_environment(threads), ranks * settings["batch_per_rank"]
+    return *command(settings, ranks=ranks, threads=threads), ranks * settings["batch_per_rank"]
 
 
 def stock(settings: dict) -> tuple:
@@ -66,7 +64,8 @@ def peak() -> tuple:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--torch", default="", metavar="PYTHON", help="a Python that has PyTorch: compare with it too")
+    peer = Path(__file__).parent / ".torch" / "bin" / "python"  # made by `make peer`
+    options.add_argument("--torch", default=str(peer) if peer.exists() else "", help="a Python that has PyTorch")
     options.add_argument("--no-stock", action="store_true", help="leave stock Keras out")
     asked = options.parse_args()
     settings = {

@@ -30,7 +30,8 @@ def main():
 
 @main.command()
 @click.argument("notebooks", nargs=-1)
-@click.option("--profile", default="quick", show_default=True, help="Parameters from notebooks/profiles/NAME.yaml.")
+@click.option("--profile", default="quick", show_default=True, metavar="NAME[,NAME]",
+              help="Parameters from notebooks/profiles/NAME.yaml; of several the last one counts.")  # fmt: skip
 @click.option("--data", "data_dir", default="", help="Folder in the NIH layout; without it a phantom is made.")
 @click.option("--engines", type=int, help="MPI engines of the distributed notebooks.")
 @click.option("-p", "parameters", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a notebook parameter.")
@@ -52,6 +53,27 @@ def run(notebooks, profile, data_dir, engines, parameters, runs_dir, reference):
     failed, report = execute(notebooks, **settings)
     click.echo(f"Report: {report}")
     sys.exit(1 if failed else 0)
+
+
+@main.command()
+@click.option("--topology", default="densenet121", show_default=True, help="densenet121, resnet50 or vgg16.")
+@click.option("--size", default=224, show_default=True, help="Side of the input in pixels.")
+@click.option(
+    "--batch", "batches", multiple=True, type=int, help="Images a rank; give several to compare.  [default: 16]"
+)
+@click.option("--precision", "precisions", multiple=True, help="float32 or mixed_bfloat16; both are compared.")
+@click.option("--steps", default=6, show_default=True, help="Steps of each measurement.")
+def tune(topology, size, batches, precisions, steps):
+    """Measure which ranks x threads train fastest here, and save it: `run --profile quick,tuned` uses it."""
+    from chexlib.machine import native_precision
+    from chexlib.scaling.tune import PROFILE, save_winner
+    from chexlib.scaling.tune import tune as measure
+
+    what = {"batches": batches or (16,), "precisions": precisions or (native_precision(),)}
+    table = measure(topology=topology, size=size, steps=steps, **what)
+    click.echo(table.round(2).to_string(index=False))
+    save_winner(table)
+    click.echo(f"The fastest is kept in {PROFILE}.")
 
 
 @main.command()

@@ -129,14 +129,18 @@ def _parameters_of(path: Path) -> dict:
     return papermill.inspect_notebook(path)
 
 
-def _profile(name: str) -> dict:
+def _profile(names: str) -> dict:
+    """The parameters of a profile, or of several with commas between them, of which later ones count more."""
     import yaml
 
-    folder = ROOT / "notebooks" / "profiles"
-    if not (folder / f"{name}.yaml").exists():
-        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-        raise ConfigError(f"there is no profile {name!r}. There are: {known}.")
-    return yaml.safe_load((folder / f"{name}.yaml").read_text()) or {}
+    folder, found = ROOT / "notebooks" / "profiles", {}
+    for name in names.split(","):
+        if not (folder / f"{name}.yaml").exists():
+            known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+            step = " `python -m chexlib tune` makes it." if name == "tuned" else ""
+            raise ConfigError(f"there is no profile {name!r}. There are: {known}.{step}")
+        found |= yaml.safe_load((folder / f"{name}.yaml").read_text()) or {}
+    return found
 
 
 def _note_death(made: Path, source: Path, error: Exception) -> None:

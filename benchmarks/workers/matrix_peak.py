@@ -1,6 +1,6 @@
-"""The machine's matrix peak: float32 multiplications of two large matrices by oneDNN. Serves bench.py like ours.py.
+"""The machine's matrix peak: float32 multiplications of two large matrices by oneDNN.
 
-Answers with the seconds of each 2 n^3 operations, n = 2048.
+Serves bench.py as chexlib.scaling.throughput does: answers with the seconds of each 2 n^3 operations, n = 2048.
 """
 
 import json

@@ -1,6 +1,7 @@
-"""The training of stock Keras: keras.applications, `compile`, `fit`, one process. Serves bench.py like ours.py.
+"""The training of stock Keras: keras.applications, `compile`, `fit`, one process.
 
-Files are read by a loader in Python that decodes and resizes each image in every epoch, as the 2018 code did.
+Serves bench.py as chexlib.scaling.throughput does. Files are read by a loader in Python that decodes and resizes each
+image in every epoch, as the 2018 code did.
 """
 
 import json

@@ -1,6 +1,7 @@
-"""A rank of PyTorch's training step: DistributedDataParallel over Gloo, channels last. Serves bench.py like ours.py.
+"""A rank of PyTorch's training step: DistributedDataParallel over Gloo, channels last.
 
-Needs torch, so it runs in an environment of its own (`make peer`); torchvision is not needed.
+Serves bench.py as chexlib.scaling.throughput does. Needs torch, so it runs in an environment of its own (`make peer`);
+torchvision is not needed.
 """
 
 import json

@@ -1,8 +1,23 @@
-"""What a training step costs."""
+"""What a training step costs, counted and measured.
+
+python -m chexlib.scaling.throughput '{"topology": "densenet121", "size": 224, "batch_per_rank": 16}'
+
+is a rank (under mpiexec: ranks) that reads numbers of steps from its input, 0 being the end, takes them with
+`DataParallelTrainer.fit` on random radiographs or on `paths`, and answers with the seconds of each.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+from chexlib.cluster.profiles import find_mpi, thread_environment
+from chexlib.errors import ClusterError
 
 
 def training_gflop(model) -> float:
@@ -27,3 +42,105 @@ def training_gflop(model) -> float:
             total += forward * (2 if first else 3)
             first = False
     return total / 1e9
+
+
+def command(settings: dict, *, ranks: int, threads: int) -> tuple[list[str], dict[str, str]]:
+    """The command that serves such steps on `ranks` MPI ranks of this host, and its environment's own variables.
+
+    Parameters
+    ----------
+    settings : dict
+        topology, size, batch_per_rank; optionally precision, and paths of images.
+    """
+    mpi = find_mpi()
+    launch = [mpi.command, "-n", str(ranks), *mpi.flags()] if ranks > 1 else []
+    serve = [sys.executable, "-m", "chexlib.scaling.throughput", json.dumps(settings)]
+    return [*launch, *serve], thread_environment(threads)
+
+
+def measure(settings: dict, *, ranks: int, threads: int, steps: int = 6, timeout: float = 900) -> dict:
+    """Images per second of a layout on this host, the median over `steps` after two that do not count.
+
+    Returns
+    -------
+    dict
+        images_per_second; seconds of each step; gflop_per_image.
+
+    Raises
+    ------
+    ClusterError
+        The ranks ended, or did not answer in time; the message has their last words.
+    """
+    words, own = command(settings, ranks=ranks, threads=threads)
+    process = subprocess.Popen(
+        words,
+        env={**os.environ, **own},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    layout = f"{ranks} ranks x {threads} threads, {settings}"
+    try:
+        said, errors = process.communicate(f"2\n{steps}\n0\n", timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise ClusterError(f"{layout}: no answer within {timeout:g} s. Try smaller images or batches.") from None
+    finally:
+        process.terminate()
+        process.wait()
+    answers = [json.loads(line) for line in said.splitlines() if line.startswith(("[", "{"))]
+    if process.returncode or len(answers) != 3:
+        raise ClusterError(f"{layout}: the ranks ended with status {process.returncode}. {errors[-1500:]}")
+    facts, _, seconds = answers
+    speed = ranks * settings["batch_per_rank"] / statistics.median(seconds)
+    return {**facts, "images_per_second": speed, "seconds": seconds}
+
+
+def serve(settings: dict) -> None:
+    """Be such a rank."""
+    import keras
+    import numpy as np
+    import tensorflow as tf
+
+    from chexlib.data.cache import ImageStore
+    from chexlib.data.pipeline import training_batches
+    from chexlib.models.weights import create_model
+    from chexlib.training.collectives import join_world
+    from chexlib.training.trainer import DataParallelTrainer
+
+    class Clock(keras.callbacks.Callback):
+        """Seconds of each step, from the end of the one before: the wait for the next batch is in it."""
+
+        def on_train_begin(self, logs=None):
+            self.seconds, self.last = [], time.perf_counter()
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.last, before = time.perf_counter(), self.last
+            self.seconds.append(self.last - before)
+
+    world, size, batch = join_world(), settings["size"], settings["batch_per_rank"]
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})  # as `fit` does
+    model = create_model(settings["topology"], size=size, precision=settings.get("precision", "float32"))
+    trainer = DataParallelTrainer(model, world)
+    trainer.compile(optimizer=keras.optimizers.SGD(1e-3, momentum=0.9), jit_compile=False)
+    rng = np.random.default_rng(world.rank)
+    if paths := settings.get("paths"):
+        labels = rng.random((len(paths), 14)) > 0.9
+        store = ImageStore(paths, size=size, gather=world.gather)
+        share = {"global_batch": batch * world.ranks, "seed": 0, "rank": world.rank, "ranks": world.ranks}
+        data = training_batches(store, labels, **share)
+    else:
+        pixels = tf.constant(rng.uniform(0, 255, (batch, size, size, 1)), tf.float32)
+        labels = tf.constant(rng.random((batch, 14)) > 0.9, tf.float32)
+        data = tf.data.Dataset.from_tensors((pixels, labels, tf.ones(batch))).cache().repeat()
+    clock = Clock()
+    if world.first:
+        print(json.dumps({"gflop_per_image": training_gflop(model)}), flush=True)
+    while steps := world.share(lambda: int(sys.stdin.readline() or 0)):
+        trainer.fit(data, steps_per_epoch=steps, callbacks=[clock], verbose=0, shuffle=False)
+        if world.first:
+            print(json.dumps(clock.seconds), flush=True)
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[1]))

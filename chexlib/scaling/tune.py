@@ -1,0 +1,112 @@
+"""Which ranks x threads, batch and precision train fastest on this machine: measured, kept, and made a profile."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from chexlib.errors import ClusterError, ConfigError
+from chexlib.files import replacing
+from chexlib.machine import cores
+from chexlib.runs import ROOT, environment
+from chexlib.scaling.throughput import measure
+from chexlib.training.config import TrainConfig
+
+PROFILE = ROOT / "notebooks" / "profiles" / "tuned.yaml"  # what `chexlib run --profile quick,tuned` reads
+SWEEP = ROOT / "data" / "tuned.json"
+KEYS = ["topology", "size", "precision", "batch_per_rank", "ranks", "threads"]
+log = logging.getLogger(__name__)
+
+
+def layouts(processors: int | None = None) -> list[tuple[int, int]]:
+    """(ranks, threads) worth measuring: powers of two and all processors, no more of both than there are."""
+    processors = processors or cores()
+    sizes = sorted({2**i for i in range(processors.bit_length())} | {processors})
+    return [(r, t) for r in sizes for t in sizes if r * t <= processors]
+
+
+def tune(
+    *,
+    topology: str = "densenet121",
+    size: int = 224,
+    batches: Sequence[int] = (16,),
+    precisions: Sequence[str] = ("float32",),
+    steps: int = 6,
+    sweep: str | Path = "",
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Measure the training step in every layout, batch and precision that `sweep` does not hold yet.
+
+    Each point is written when it is measured, so a sweep that was interrupted goes on where it was. Points of another
+    processor or number of cores are not taken for this machine's.
+
+    Returns
+    -------
+    DataFrame
+        A row a point, the fastest first: topology, size, precision, batch_per_rank, ranks, threads, images_per_second
+        (NaN where the ranks failed), and gflops, its floating-point operations per second in 10^9.
+
+    Raises
+    ------
+    ConfigError
+        A setting that no training accepts, before anything is measured.
+    """
+    for precision, batch in itertools.product(precisions, batches):
+        TrainConfig(data_dir=".", run_dir=".", topology=topology, size=size, batch_size=batch, precision=precision)
+    machine = {name: value for name, value in environment().items() if name in ("processor", "cores")}
+    path = Path(sweep or SWEEP)
+    known = json.loads(path.read_text()) if path.exists() else []
+    wanted = [
+        dict(zip(KEYS, (topology, size, precision, batch, *layout), strict=True))
+        for precision, batch, layout in itertools.product(precisions, batches, layouts())
+    ]
+    missing = [point for point in wanted if not any(_same(row, point, machine) for row in known)]
+    for point in tqdm(missing, desc="layouts", unit="layout", disable=not progress, leave=False):
+        settings = {name: point[name] for name in KEYS[:4]}
+        try:
+            found = measure(settings, ranks=point["ranks"], threads=point["threads"], steps=steps)
+        except ClusterError as error:
+            log.warning("%s", error)
+            found = {"images_per_second": None, "gflop_per_image": None, "seconds": []}
+        known.append({**point, **machine, "steps": steps, **found})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(json.dumps(known, indent=1).encode())
+    rows = [next(row for row in reversed(known) if _same(row, point, machine)) for point in wanted]
+    table = pd.DataFrame(rows)[[*KEYS, "images_per_second", "gflop_per_image"]].astype({"images_per_second": float})
+    table["gflops"] = table["images_per_second"] * table.pop("gflop_per_image").astype(float)
+    return table.sort_values("images_per_second", ascending=False, kind="stable", ignore_index=True)
+
+
+def save_winner(table: pd.DataFrame, path: str | Path = "") -> dict:
+    """Write the fastest row as a profile: engines, threads, and what else differs in the table. Gives what was written.
+
+    Raises
+    ------
+    ConfigError
+        No layout could be measured.
+    """
+    if table["images_per_second"].isna().all():
+        raise ConfigError("no layout could be measured: see the warnings above.")
+    best = table.iloc[0]
+    winner = {"engines": int(best["ranks"]), "threads": int(best["threads"])}
+    if len(set(table["batch_per_rank"])) > 1:  # else it was not asked which one is best
+        winner["batch_size"] = int(best["batch_per_rank"])
+    if len(set(table["precision"])) > 1:
+        winner["precision"] = str(best["precision"])
+    said = f"{best['images_per_second']:.2f} images/s, the fastest of {len(table)}"
+    lines = [f"# Written by `chexlib tune`. {best['topology']}, {best['size']} px: {said}."]
+    lines += [f"{name}: {value}" for name, value in winner.items()]
+    with replacing(path or PROFILE) as file:
+        file.write(("\n".join(lines) + "\n").encode())
+    return winner
+
+
+def _same(row: dict, point: dict, machine: dict) -> bool:
+    return all(row.get(name) == value for name, value in {**point, **machine}.items())

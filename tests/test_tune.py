@@ -1,0 +1,138 @@
+"""The sweep over layouts: what it measures, keeps, takes up again and makes of it."""
+
+import json
+import os
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+import chexlib.execute
+from chexlib.__main__ import main
+from chexlib.errors import ClusterError, ConfigError
+from chexlib.scaling import tune as module
+from chexlib.scaling.throughput import measure
+from chexlib.scaling.tune import layouts, save_winner, tune
+
+
+@pytest.mark.parametrize(
+    ("processors", "expected"),
+    [
+        (1, [(1, 1)]),
+        (2, [(1, 1), (1, 2), (2, 1)]),
+        (6, [(1, 1), (1, 2), (1, 4), (1, 6), (2, 1), (2, 2), (4, 1), (6, 1)]),
+    ],
+)
+def test_layouts_use_no_more_processors_than_there_are(processors, expected):
+    assert layouts(processors) == expected
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Two processors, and speeds that are made up: the calls that were made."""
+    calls = []
+
+    def pretend(settings, *, ranks, threads, steps):
+        calls.append((settings["batch_per_rank"], settings["precision"], ranks, threads))
+        return {"images_per_second": 10.0 * ranks + threads + settings["batch_per_rank"], "gflop_per_image": 2.0}
+
+    monkeypatch.setattr(module, "measure", pretend)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    return calls
+
+
+def test_every_layout_is_measured_once_and_the_fastest_comes_first(measured, tmp_path):
+    table = tune(sweep=tmp_path / "sweep.json", progress=False)
+    assert len(measured) == 3
+    assert table[["ranks", "threads"]].to_numpy().tolist() == [[2, 1], [1, 2], [1, 1]]
+    assert table["images_per_second"].tolist() == [37, 28, 27]
+    assert table["gflops"].tolist() == [74, 56, 54]
+    again = tune(sweep=tmp_path / "sweep.json", progress=False)
+    assert len(measured) == 3 and again.equals(table)
+    tune(sweep=tmp_path / "sweep.json", batches=(16, 8), progress=False)
+    assert len(measured) == 6 and {call[0] for call in measured[3:]} == {8}
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(measured, tmp_path, monkeypatch):
+    whole, sweep = module.measure, tmp_path / "new" / "sweep.json"
+
+    def interrupted(settings, **layout):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return whole(settings, **layout)
+
+    monkeypatch.setattr(module, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tune(sweep=sweep, progress=False)
+    assert len(json.loads(sweep.read_text())) == 2
+    monkeypatch.setattr(module, "measure", whole)
+    assert len(tune(sweep=sweep, progress=False)) == 3 == len(measured)
+
+
+def test_points_of_another_machine_do_not_count(measured, tmp_path):
+    tune(sweep=tmp_path / "sweep.json", progress=False)
+    rows = json.loads((tmp_path / "sweep.json").read_text())
+    (tmp_path / "sweep.json").write_text(json.dumps([{**row, "processor": "another"} for row in rows]))
+    tune(sweep=tmp_path / "sweep.json", progress=False)
+    assert len(measured) == 6
+
+
+def test_a_layout_that_fails_is_left_out_and_said(measured, tmp_path, monkeypatch, caplog):
+    whole = module.measure
+
+    def failing(settings, *, ranks, threads, steps):
+        if ranks == 2:
+            raise ClusterError("no memory for two")
+        return whole(settings, ranks=ranks, threads=threads, steps=steps)
+
+    monkeypatch.setattr(module, "measure", failing)
+    table = tune(sweep=tmp_path / "sweep.json", progress=False)
+    assert "no memory for two" in caplog.text
+    assert table["images_per_second"].isna().tolist() == [False, False, True]
+    assert save_winner(table, tmp_path / "tuned.yaml") == {"engines": 1, "threads": 2}
+    with pytest.raises(ConfigError, match="no layout"):
+        save_winner(table[2:], tmp_path / "other.yaml")
+
+
+def test_the_winner_is_a_profile_of_what_was_compared(measured, tmp_path):
+    table = tune(
+        sweep=tmp_path / "sweep.json", batches=(8, 32), precisions=("float32", "mixed_bfloat16"), progress=False
+    )
+    assert len(table) == 12
+    save_winner(table, tmp_path / "tuned.yaml")
+    text = (tmp_path / "tuned.yaml").read_text()
+    assert yaml.safe_load(text) == {"engines": 2, "threads": 1, "batch_size": 32, "precision": "float32"}
+    assert "53.00 images/s, the fastest of 12" in text
+
+
+@pytest.mark.parametrize("wrong", [{"topology": "lenet"}, {"size": 8}, {"batches": (0,)}, {"precisions": ("fp8",)}])
+def test_impossible_settings_are_refused_before_anything_is_measured(measured, tmp_path, wrong):
+    with pytest.raises(ConfigError):
+        tune(sweep=tmp_path / "sweep.json", progress=False, **wrong)
+    assert not measured
+
+
+def test_the_command_makes_a_profile_that_run_takes_after_another(measured, tmp_path, monkeypatch):
+    monkeypatch.setattr(chexlib.execute, "ROOT", tmp_path)
+    profiles = tmp_path / "notebooks" / "profiles"
+    profiles.mkdir(parents=True)
+    (profiles / "quick.yaml").write_text("engines: 1\nepochs: 3\n")
+    with pytest.raises(ConfigError, match="chexlib tune"):
+        chexlib.execute._profile("quick,tuned")
+    monkeypatch.setattr(module, "PROFILE", profiles / "tuned.yaml")
+    monkeypatch.setattr(module, "SWEEP", tmp_path / "sweep.json")
+    result = CliRunner().invoke(main, ["tune", "--topology", "vgg16", "--size", "64"])
+    assert result.exit_code == 0 and str(profiles / "tuned.yaml") in result.output, result.output
+    assert chexlib.execute._profile("quick,tuned") == {"engines": 2, "epochs": 3, "threads": 1}
+
+
+def test_two_ranks_are_really_measured():
+    found = measure({"topology": "vgg16", "size": 32, "batch_per_rank": 2}, ranks=2, threads=1, steps=3)
+    assert len(found["seconds"]) == 3 and found["images_per_second"] > 0 and found["gflop_per_image"] > 1
+
+
+def test_ranks_that_end_or_are_too_slow_are_reported_with_their_words():
+    with pytest.raises(ClusterError, match="lenet"):
+        measure({"topology": "lenet", "size": 32, "batch_per_rank": 2}, ranks=1, threads=1)
+    with pytest.raises(ClusterError, match=r"within 0\.1 s"):
+        measure({"topology": "vgg16", "size": 32, "batch_per_rank": 2}, ranks=1, threads=1, timeout=0.1)
