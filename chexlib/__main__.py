@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import sys
 
 import click
@@ -41,9 +40,9 @@ def main():
 )
 def run(notebooks, profile, data_dir, engines, parameters, runs_dir, reference):
     """Execute notebooks headless and write the run's report. NOTEBOOKS: names or numbers; all without."""
-    from chexlib.execute import execute
+    from chexlib.execute import end_when_told, execute
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: kernels and engines are taken down
+    end_when_told()
     chosen = dict(parameters)
     if engines is not None:
         chosen["engines"] = engines

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import faulthandler
 import json
 import logging
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import psutil
 
 from chexlib.errors import ConfigError
 from chexlib.report import build_report
@@ -108,6 +113,31 @@ def _headless() -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def end_when_told(patience: float = 20.0) -> None:
+    """Let Ctrl-C and SIGTERM end this process as Python does, by KeyboardInterrupt, and by force if that takes longer.
+
+    papermill waits for its kernel to shut down, and has been seen to wait for ever. After `patience` seconds the
+    children (kernels, whose watchdogs end their engines) are killed, and the process ends with status 130, telling on
+    standard error where it was.
+    """
+
+    def give_up() -> None:
+        faulthandler.dump_traceback()
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        os._exit(130)
+
+    def told(number, frame) -> None:
+        timer = threading.Timer(patience, give_up)
+        timer.daemon = True  # an end in time needs it no more
+        timer.start()
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, told)
 
 
 def find_notebooks(names: Sequence[str] = ()) -> list[Path]:

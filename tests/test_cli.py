@@ -24,12 +24,13 @@ COMMANDS = ("run", "phantom", "audit", "predict", "train", "clean")
 
 @pytest.fixture(autouse=True)
 def as_before():
-    """`run` takes SIGTERM over, and commands show the log."""
+    """`run` takes SIGINT and SIGTERM over, and commands show the log."""
     logger = logging.getLogger("chexlib")
     handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
 
 

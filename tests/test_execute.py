@@ -4,9 +4,13 @@ import json
 import logging
 import os
 import re
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import nbformat
+import psutil
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -346,3 +350,32 @@ def test_every_notebook_has_seed_data_and_run_folder_and_a_help_on_each_paramete
         for name, parameter in parameters.items():
             assert parameter["inferred_type_name"] in ("int", "float", "str", "bool"), f"{stem}: {name}"
             assert parameter["help"], f"{stem}: {name}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_a_run_ends_when_told_by_force_if_need_be_and_then_says_where_it_was(number, stubborn):
+    script = (
+        "import subprocess, sys, time\n"
+        "from chexlib.execute import end_when_told\n"
+        "end_when_told(patience=1)\n"
+        "child = subprocess.Popen(['sleep', '100'])\n"
+        "def wait_for_ever():\n"
+        "    while True:\n"
+        "        time.sleep(0.1)\n"
+        "try:\n"
+        "    print(child.pid, flush=True)\n"
+        "    wait_for_ever()\n"
+        "except KeyboardInterrupt:\n"
+        "    if sys.argv[1] == 'True':\n"
+        "        wait_for_ever()\n"
+        "    child.kill()\n"
+        "    sys.exit(7)\n"
+    )
+    command = [sys.executable, "-c", script, str(stubborn)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        child = int(process.stdout.readline())
+        process.send_signal(number)
+        assert process.wait(30) == (130 if stubborn else 7)
+        assert ("wait_for_ever" in process.stderr.read()) == stubborn
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
