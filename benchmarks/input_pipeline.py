@@ -28,7 +28,7 @@ from train_step import PRECISIONS, parser
 
 MEASUREMENTS = ("build", "read", "training", "memory")
 BUILD = """
-import resource, sys
+import sys
 from chexlib.data.cache import ImageStore
 store = ImageStore(sys.stdin.read().split("\\n"), size=int(sys.argv[1]))
 """
@@ -39,7 +39,8 @@ labels = np.zeros((len(store), 14), np.float32)
 for batch in training_batches(store, labels, global_batch=64, seed=0).take(-(-len(store) // 64)):
     pass
 """
-PEAK = "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+# Not ru_maxrss, which begins with what the parent had when it started this process.
+PEAK = "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
 WORK = {"build": BUILD + PEAK, "epoch": BUILD + EPOCH + PEAK}
 
 

@@ -53,8 +53,8 @@ def cache_folder(size: int) -> Path:
 class ImageStore:
     """Radiographs as (size, size) uint8 pixels, from the cache, which is built as far as it lacks them.
 
-    Memory does not grow with the images beyond 100 bytes or so of each: pixels are read when they are asked for, and
-    it is the system that keeps them in memory where there is room.
+    Pixels are read when they are asked for, and it is the system that keeps them in memory where there is room; only
+    the index is held here, names for the most part, of a few kilobytes an image while it is put together.
 
     Parameters
     ----------
