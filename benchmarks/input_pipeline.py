@@ -116,7 +116,6 @@ def training(paths: list[str], asked, rounds: int) -> dict:
     from chexlib.training.trainer import DataParallelTrainer
 
     batch, size = asked.batch_per_rank, asked.size
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     trainer = DataParallelTrainer(
         create_model(asked.topology, size=size, precision=PRECISIONS[asked.precision]), World()
     )

@@ -124,10 +124,8 @@ def load_radiographs(data_dir: str | Path, *, max_images=0, seed=0, require_imag
 def read_image(path: str | Path, content: bytes | None = None) -> np.ndarray:
     """Read a radiograph, PNG or JPEG of 1 to 16 bits, as grey levels of shape (height, width), uint8.
 
-    With `content` the file's bytes are these, and `path` is for messages.
-
-    Alpha is ignored: the release's RGBA files are opaque. 16-bit grey is divided by 257, so that white stays
-    white. DataError for a file that is missing, empty, truncated, no image, or over 67 megapixels.
+    With `content`, the file's bytes, `path` is for messages. Alpha is ignored: the release's RGBA files are opaque.
+    16-bit grey is divided by 257: white stays white. DataError if missing, empty, truncated, no image, or over 67 MP.
     """
     try:
         with Image.open(path if content is None else io.BytesIO(content), formats=("PNG", "JPEG")) as image:

@@ -72,14 +72,8 @@ def measure(settings: dict, *, ranks: int, threads: int, steps: int = 6, timeout
         The ranks ended, or did not answer in time; the message has their last words.
     """
     words, own = command(settings, ranks=ranks, threads=threads)
-    process = subprocess.Popen(
-        words,
-        env={**os.environ, **own},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(words, env={**os.environ, **own}, text=True, **pipes)
     layout = f"{ranks} ranks x {threads} threads, {settings}"
     try:
         said, errors = process.communicate(f"2\n{steps}\n0\n", timeout=timeout)
@@ -108,18 +102,7 @@ def serve(settings: dict) -> None:
     from chexlib.training.collectives import join_world
     from chexlib.training.trainer import DataParallelTrainer
 
-    class Clock(keras.callbacks.Callback):
-        """Seconds of each step, from the end of the one before: the wait for the next batch is in it."""
-
-        def on_train_begin(self, logs=None):
-            self.seconds, self.last = [], time.perf_counter()
-
-        def on_train_batch_end(self, batch, logs=None):
-            self.last, before = time.perf_counter(), self.last
-            self.seconds.append(self.last - before)
-
     world, size, batch = join_world(), settings["size"], settings["batch_per_rank"]
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})  # as `fit` does
     model = create_model(settings["topology"], size=size, precision=settings.get("precision", "float32"))
     trainer = DataParallelTrainer(model, world)
     trainer.compile(optimizer=keras.optimizers.SGD(1e-3, momentum=0.9), jit_compile=False)
@@ -133,13 +116,15 @@ def serve(settings: dict) -> None:
         pixels = tf.constant(rng.uniform(0, 255, (batch, size, size, 1)), tf.float32)
         labels = tf.constant(rng.random((batch, 14)) > 0.9, tf.float32)
         data = tf.data.Dataset.from_tensors((pixels, labels, tf.ones(batch))).cache().repeat()
-    clock = Clock()
+    ends: list[float] = []  # of the steps: from one to the next the wait for the batch is counted too
+    clock = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: ends.append(time.perf_counter()))
     if world.first:
         print(json.dumps({"gflop_per_image": training_gflop(model)}), flush=True)
     while steps := world.share(lambda: int(sys.stdin.readline() or 0)):
+        ends[:] = [time.perf_counter()]
         trainer.fit(data, steps_per_epoch=steps, callbacks=[clock], verbose=0, shuffle=False)
         if world.first:
-            print(json.dumps(clock.seconds), flush=True)
+            print(json.dumps(np.diff(ends).tolist()), flush=True)
 
 
 if __name__ == "__main__":

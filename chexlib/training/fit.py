@@ -17,7 +17,6 @@ from pathlib import Path
 import keras
 import numpy as np
 import pandas as pd
-import tensorflow as tf
 
 from chexlib.data.cache import ImageStore
 from chexlib.data.pipeline import training_batches
@@ -115,8 +114,6 @@ def _fit_here(config: TrainConfig, report: Callable[[dict], None] | None, verbos
         raise ConfigError(f"{world.ranks} ranks cannot share {len(train)} images. Use at most {len(train)} engines.")
     world.share(lambda: _prepare(config))
 
-    # Grappler's rewriting takes seconds of every start and makes no step of these graphs faster (measured).
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     model = create_model(
         config.topology,
         size=config.size,

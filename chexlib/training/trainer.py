@@ -21,6 +21,8 @@ class DataParallelTrainer(keras.Model):
 
     def __init__(self, model: keras.Model, world: World):
         super().__init__()
+        # Grappler's rewriting takes seconds of every start and makes no step of these graphs faster (measured).
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
         self.model, self.world = model, world
         self.loss_tracker = keras.metrics.Mean("loss")
         self.asking = tf.Variable(0.0, trainable=False)
