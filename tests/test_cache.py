@@ -205,7 +205,7 @@ def open_together(monkeypatch, hosts, paths):
         stores[rank] = ImageStore(paths, size=12, gather=ranks.gather_of(rank))
 
     def add(self, pool, missing, index):
-        decoded[me.rank] += missing["path"].tolist()
+        decoded[me.rank] += [self.paths[i] for i in missing.index]
         return whole(self, pool, missing, index)
 
     whole = ImageStore._add

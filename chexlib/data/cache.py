@@ -1,10 +1,10 @@
 """Radiographs decoded and resized once, and kept as 8-bit pixels that are found by the content of their files.
 
 A cache folder holds pairs of files: `<name>.pixels`, images of size x size bytes one after another, and
-`<name>.parquet`, a row an image: its file and what the system says of it (bytes, times, inode), a digest of the file's
-content, and where the pixels are, with their CRC-32. A file that is as it was is found by its name; one that was
-copied or touched is read and found by its content; one that was changed has another content, so that stale pixels are
-never read. Every pair is written atomically: a build that was killed goes on with the next image.
+`<name>.parquet`, a row an image: a key made of its file's name and what the system says of it (bytes, times, inode), a
+digest of the file's content, and where the pixels are, with their CRC-32. A file that is as it was is found by its key;
+one that was copied or touched is read and found by its content; one that was changed has another content, so that stale
+pixels are never read. Every pair is written atomically: a build that was killed goes on with the next image.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from chexlib.files import replacing
 from chexlib.runs import ROOT
 
 FOLDER = "CHEXLIB_CACHE"  # the environment variable that names another folder than data/cache
-VERSION = 1  # of the files' layout and of how pixels are made: a new one begins a new cache
+VERSION = 2  # of the files' layout and of how pixels are made: a new one begins a new cache
 ROUND = 5.0  # seconds after which a pair of files is closed and kept
 _CHUNK = 64  # images decoded at a time
-_COLUMNS = {"path": str, "state": str, "digest": str, "pixels": str, "row": np.int64, "crc": np.uint32}
+_COLUMNS = {"key": np.uint64, "digest": object, "pixels": str, "row": np.int64, "crc": np.uint32}
 log = logging.getLogger(__name__)
 
 
@@ -54,7 +54,7 @@ class ImageStore:
     """Radiographs as (size, size) uint8 pixels, from the cache, which is built as far as it lacks them.
 
     Pixels are read when they are asked for, and it is the system that keeps them in memory where there is room; only
-    the index is held here, names for the most part, of a few kilobytes an image while it is put together.
+    the index is held here.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ class ImageStore:
                 f"the cache in {self.folder} cannot be written ({error.strerror or error}). Make room, or name another "
                 f"folder in the environment variable {FOLDER}."
             ) from error
-        self._files, self._file_of = np.unique(index["pixels"].to_numpy(str), return_inverse=True)
+        self._file_of, self._files = pd.factorize(index["pixels"])
         self._rows, self._crcs, self._indexes = (index[name].to_numpy() for name in ("row", "crc", "index"))
         self._sound = np.zeros(len(self.paths), bool)
         self._open: dict[int, int] = {}
@@ -139,10 +139,10 @@ class ImageStore:
             ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
             tqdm(desc=f"decoding to {self.size} px", unit="image", disable=not progress, leave=False) as bar,
         ):
-            wanted = pd.DataFrame({"path": self.paths, "state": list(pool.map(_state, self.paths))})
+            wanted = pd.DataFrame({"key": np.fromiter(map(_key, self.paths), np.uint64, len(self.paths))})
             while True:
                 index = self._index(known)
-                found = wanted.merge(index.drop_duplicates(["path", "state"], keep="last"), how="left")
+                found = wanted.merge(index.drop_duplicates("key", keep="last"), how="left")
                 missing = wanted[found["digest"].isna().to_numpy()].drop_duplicates()
                 if not any(gather(len(missing))):
                     self._sweep(index)
@@ -201,13 +201,13 @@ class ImageStore:
             written = 0
             for start in range(0, len(missing), _CHUNK):
                 chunk = missing.iloc[start : start + _CHUNK]
-                contents = pool.map(lambda path: content(path, self.size, places.index), chunk["path"])
-                for (path, state), (digest, pixels) in zip(chunk.to_numpy(), contents, strict=True):
+                contents = pool.map(lambda i: content(self.paths[i], self.size, places.index), chunk.index)
+                for key, (digest, pixels) in zip(chunk["key"], contents, strict=True):
                     if pixels is None:
-                        rows.append((path, state, digest, *places.loc[digest]))
+                        rows.append((key, digest, *places.loc[digest]))
                     else:
                         file.write(pixels)
-                        rows.append((path, state, digest, f"{name}.pixels", written, zlib.crc32(pixels)))
+                        rows.append((key, digest, f"{name}.pixels", written, zlib.crc32(pixels)))
                         written += 1
                 if time.monotonic() > until:
                     break
@@ -218,20 +218,21 @@ class ImageStore:
         return len(rows)
 
 
-def content(path: str, size: int, known=()) -> tuple[str, np.ndarray | None]:
+def content(path: str, size: int, known=()) -> tuple[bytes, np.ndarray | None]:
     """A digest of the file, and its pixels of shape (size, size), uint8, unless the digest is `known`."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+    digest = hashlib.blake2b(data, digest_size=16).digest()
     return digest, None if digest in known else resize_area(read_image(path, data), size)
 
 
-def _state(path: str) -> str:
-    """What the system says of a file; no change of its content leaves it as it was."""
+def _key(path: str) -> int:
+    """64 bits of a file's name and what the system says of it; no change of its content leaves them as they were."""
     try:
         found = os.stat(path)
+        state = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
     except OSError:
-        return "missing"  # and said so when it is read
-    return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
+        state = "missing"  # and said so when it is read
+    return int.from_bytes(hashlib.blake2b(f"{path}\0{state}".encode(), digest_size=8).digest(), "big")

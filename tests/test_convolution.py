@@ -1,0 +1,57 @@
+"""The convolution whose gradients are matrix products, against Keras' own."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from chexlib.models import convolution
+
+
+@pytest.mark.parametrize("side, inputs, outputs", [(1, 5, 3), (3, 4, 6), (5, 2, 3), (7, 3, 2)])
+@pytest.mark.parametrize("height, width", [(6, 9), (7, 7), (2, 3)])
+def test_convolutions_have_keras_outputs_and_gradients_without_avx512(
+    side, inputs, outputs, height, width, monkeypatch
+):
+    monkeypatch.setattr(convolution, "processor_flags", lambda: frozenset({"avx2"}))
+    rng = np.random.default_rng(side)
+    images = rng.normal(size=(3, height, width, inputs)).astype("float32")
+    upstream = rng.normal(size=(3, height, width, outputs)).astype("float32")
+    ours, keras_own = [
+        kind(outputs, side, padding="same", activation="relu")
+        for kind in (convolution.MatmulGradientConv2D, keras.layers.Conv2D)
+    ]
+    for layer in (ours, keras_own):
+        layer.build(images.shape)
+    keras_own.set_weights([rng.normal(size=w.shape) for w in keras_own.weights])
+    ours.set_weights(keras_own.get_weights())
+    found = []
+    for layer in (ours, keras_own):
+        pixels = tf.Variable(images)
+        with tf.GradientTape() as tape:
+            outcome = layer(pixels)
+            loss = tf.reduce_sum(outcome * upstream)
+        found.append([outcome, *tape.gradient(loss, [pixels, *[w.value for w in layer.trainable_weights]])])
+    for mine, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_products_take_the_place_of_onednns_kernel_where_it_is_slow_and_only_there(monkeypatch):
+    def operations(flags, **settings):
+        monkeypatch.setattr(convolution, "processor_flags", lambda: frozenset(flags))
+        layer = convolution.MatmulGradientConv2D(4, **{"kernel_size": 3, "padding": "same", **settings})
+        layer.build((2, 8, 8, 3))
+
+        @tf.function
+        def gradient(images):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(layer(images))
+            return tape.gradient(loss, layer.kernel.value)
+
+        graph = gradient.get_concrete_function(tf.TensorSpec((2, 8, 8, 3))).graph
+        return {operation.type for operation in graph.get_operations()} & {"MatMul", "Conv2DBackpropFilter"}
+
+    assert operations({"avx2"}) == {"MatMul"}
+    assert operations({"avx2", "avx512f"}) == {"Conv2DBackpropFilter"}
+    for other in ({"strides": 2}, {"padding": "valid"}, {"dilation_rate": 2}, {"dtype": "mixed_bfloat16"}):
+        assert operations({"avx2"}, **other) == {"Conv2DBackpropFilter"}
