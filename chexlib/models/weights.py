@@ -100,7 +100,8 @@ def load_model(path):
     _require(path)
     import keras
 
-    import chexlib.models.normalization  # noqa: F401  registers the layer that the file names
+    import chexlib.models.combine  # registers the layers that the file names
+    import chexlib.models.normalization  # noqa: F401
 
     try:
         with zipfile.ZipFile(path) as archive:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from chexlib.data.pipeline import AUGMENTATIONS
 from chexlib.errors import ConfigError
 from chexlib.machine import native_precision
 from chexlib.models.topologies import TOPOLOGIES
+from chexlib.training.recipes import resolve
 
 SPLITS = ("auto", "official", "patient", "image")
-OPTIMIZERS = ("adam", "sgd")
+OPTIMIZERS = ("adam", "sgd", "nesterov", "adamw", "lamb", "lars")
 PRECISIONS = ("float32", "mixed_bfloat16")
 KEEPS = ("global_batch", "rank_batch")
 # What may be another when a training is resumed: the rest decides what the training is.
@@ -37,6 +40,9 @@ class TrainConfig:
     learning_rate: float = 1e-3
     plateau_factor: float = 0.1  # the rate is multiplied by this when validation stops improving
     plateau_patience: int = 1  # epochs without improvement before that
+    weight_decay: float = 0.0  # of kernels only: L2 in sgd, nesterov and lars, decoupled in adamw and lamb
+    schedule: str | dict = ""  # a preset's name, or a spec (chexlib.training.recipes.resolve): rate, momentum and decay
+    augment: str = "none"  # random area and aspect: "none", "study" (0.08 to 1, 3/4), "radiograph" (0.7 to 1, 9/10)
     mirror: bool = True  # random horizontal flip
     precision: str = "auto"  # "float32", "mixed_bfloat16", or what this processor is made for
     norm_momentum: float = 0.9  # of batch norm's moving statistics; PyTorch, and so CheXNet, calls this 0.1
@@ -59,6 +65,7 @@ class TrainConfig:
             ("split", SPLITS),
             ("optimizer", OPTIMIZERS),
             ("precision", PRECISIONS),
+            ("augment", AUGMENTATIONS),
             ("resume_keeps", KEEPS),
         ):
             if (value := getattr(self, name)) not in accepted:
@@ -80,7 +87,7 @@ class TrainConfig:
         for name in ("mirror", "allow_leak", "shuffle_labels", "skip_broken", "resume"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ConfigError(f"{name}={value!r} is not accepted. Use true or false.")
-        for name in ("learning_rate", "norm_momentum", "plateau_factor"):
+        for name in ("learning_rate", "norm_momentum", "plateau_factor", "weight_decay"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
                 raise ConfigError(f"{name}={value!r} is not accepted. Use a number.")
@@ -90,6 +97,9 @@ class TrainConfig:
                 raise ConfigError(f"{name}={value!r} is not accepted. Use a path.")
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate={self.learning_rate!r} is not accepted. Use a number above 0.")
+        if not self.weight_decay >= 0:
+            raise ConfigError(f"weight_decay={self.weight_decay!r} is not accepted. Use a number of 0 or more.")
+        self._check_schedule()
         if not 0 <= self.norm_momentum < 1:
             raise ConfigError(f"norm_momentum={self.norm_momentum!r} is not accepted. Use 0 <= momentum < 1.")
         if not 0 < self.plateau_factor <= 1:
@@ -101,6 +111,21 @@ class TrainConfig:
             object.__setattr__(self, "weights", str(Path(self.weights).absolute()))
         elif not self.weights:
             object.__setattr__(self, "weights", None)
+
+    def _check_schedule(self) -> None:
+        asked = self.schedule
+        try:
+            if isinstance(asked, str) and asked.startswith("{"):
+                asked = json.loads(asked)
+            if not isinstance(asked, str | dict):
+                raise ConfigError("Use a preset's name or a JSON object.")
+            if asked:
+                resolve(asked, images=10**6, global_batch=1, epochs=self.epochs)
+        except ValueError as error:  # a ConfigError is one, as is what JSON says
+            raise ConfigError(f"schedule={self.schedule!r} is not accepted. {error}") from error
+        object.__setattr__(self, "schedule", json.loads(json.dumps(asked)))  # as a checkpoint gives it back
+        if asked and self.weight_decay:
+            raise ConfigError(f"weight_decay={self.weight_decay!r} beside a schedule, which has its own. Use 0.")
 
     def replace(self, **changes) -> TrainConfig:
         """A copy with `changes`, validated again."""
@@ -119,6 +144,9 @@ class TrainConfig:
             A setting that decides what the training is has another value there; the message has both.
         """
         mine = {name: value for name, value in self.to_dict().items() if name not in FREE}
+        asked = {"preset": self.schedule} if self.schedule and isinstance(self.schedule, str) else self.schedule
+        if "preset" in asked and "epochs" not in asked:
+            mine["epochs"] = self.epochs  # the preset is stretched over them
         if changed := [name for name, value in mine.items() if other.get(name) != value]:
             pairs = ", ".join(f"{name}={other.get(name)!r} there and {mine[name]!r} now" for name in changed)
             raise ConfigError(

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import keras
 import numpy as np
 import pandas as pd
 
@@ -28,7 +27,7 @@ from chexlib.training.checkpoints import checkpoint_files
 from chexlib.training.collectives import join_world
 from chexlib.training.config import TrainConfig
 from chexlib.training.monitor import Plateau, PooledValidation, Position, Progress, pooled_scorer
-from chexlib.training.optimizers import FusedAdam
+from chexlib.training.optimizers import make_optimizer, values_at
 from chexlib.training.parts import divide, predictions_of
 from chexlib.training.resume import Saver
 from chexlib.training.trainer import DataParallelTrainer
@@ -128,19 +127,21 @@ def _fit_here(config: TrainConfig, report: Callable[[dict], None] | None, verbos
     if config.shuffle_labels:
         labels = np.random.default_rng(config.seed).permutation(labels)
     trainer = DataParallelTrainer(model, world)
-    makers = {"adam": FusedAdam, "sgd": lambda rate: keras.optimizers.SGD(rate, momentum=0.9)}
-    trainer.compile(optimizer=makers[config.optimizer](config.learning_rate), jit_compile=False)
+    global_batch = config.batch_size * world.ranks
+    at = Position(global_batch, min(len(train), config.max_steps * global_batch or len(train)))
+    trainer.compile(optimizer=make_optimizer(config, at), jit_compile=False)
     trainer.optimizer.build(model.trainable_variables)
     world.broadcast([*model.variables, *trainer.optimizer.variables])
 
-    global_batch = config.batch_size * world.ranks
-    at = Position(global_batch, min(len(train), config.max_steps * global_batch or len(train)))
     score = pooled_scorer(model, parts, world, size=config.size)
     validation = PooledValidation(score, parts["validation"].labels)
-    plateau = Plateau(config.plateau_factor, config.plateau_patience)
+    plateau = Plateau(1 if trainer.optimizer.tables else config.plateau_factor, config.plateau_patience)
     progress = Progress(report if world.first else None, at, epochs=config.epochs)
     saver = Saver(config, world, at, (validation, plateau, progress), facts={"split": split.digest})
     resumed = saver.restore(trainer) if config.resume else None
+    values = values_at(config, at) if config.schedule else None  # of what is left, whatever the global batch is now
+    if trainer.optimizer.tables:
+        trainer.optimizer.follow(values)
     store = ImageStore(train.table["path"], size=config.size, gather=world.gather)
     while at.epoch < config.epochs and not saver.stopped:  # once, or twice when resumed within an epoch
         batches = training_batches(
@@ -153,6 +154,8 @@ def _fit_here(config: TrainConfig, report: Callable[[dict], None] | None, verbos
             rank=world.rank,
             ranks=world.ranks,
             mirror=config.mirror,
+            augment=config.augment,
+            when=values and values.augment[at.step :],
             images=at.images,
         )
         trainer.fit(

@@ -142,7 +142,7 @@ class Saver(keras.callbacks.Callback):
                     f'{then} ranks, or resume_keeps="rank_batch".'
                 )
             self.at.global_batch = then
-        elif now != then:
+        elif now != then and not trainer.optimizer.tables:
             rate = float(trainer.optimizer.learning_rate)
             log.info("global batch %d -> %d: learning rate %g -> %g", then, now, rate, rate * now / then)
             trainer.optimizer.learning_rate = rate * now / then
