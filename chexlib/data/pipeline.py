@@ -46,6 +46,7 @@ def partition(
     seed: int,
     rank: int = 0,
     ranks: int = 1,
+    accumulation: int = 1,
     mirror: bool = False,
     augment: str = "none",
     first_image: int = 0,
@@ -54,13 +55,19 @@ def partition(
 
     All ranks take equally many steps. The union of their shares over an epoch is each of the `n` images exactly
     once; the images of step s, their mirroring and crops, do not depend on the number of ranks. In the last step a rank
-    may hold fewer images than others, or one stand-in of weight 0.
+    may hold fewer images than others, or one stand-in of weight 0. With `accumulation` a rank stands for as many
+    virtual ranks: its share is theirs, one after the other.
+
+    A stand-in has no part in loss and gradients, but a batch norm that sees it counts it as an image: of itself alone
+    on its rank, and as one among all where statistics are of all ranks. That happens where the last global batch has
+    fewer images than there are (virtual) ranks, once an epoch.
 
     Raises
     ------
     ConfigError
         There are fewer images than ranks, or the global batch does not reach every rank.
     """
+    ranks, first = ranks * accumulation, rank * accumulation
     if n < ranks:
         raise ConfigError(f"{ranks} ranks cannot share {n} images. Use at most {n} engines, or more images.")
     if global_batch < ranks:
@@ -70,10 +77,9 @@ def partition(
     flips = generator.random(n) < 0.5 if mirror else np.zeros(n, bool)
     boxes = random_boxes(n, augment=augment, generator=np.random.default_rng([seed, epoch, 1]))
     for start in range(first_image, n, global_batch):
-        mine = np.array_split(order[start : start + global_batch], ranks)[rank]
-        weights = np.ones(len(mine), np.float32)
-        if len(mine) == 0:
-            mine, weights = order[:1], np.zeros(1, np.float32)
+        parts = np.array_split(order[start : start + global_batch], ranks)[first : first + accumulation]
+        weights = np.concatenate([np.full(max(1, len(part)), min(1, len(part)), np.float32) for part in parts])
+        mine = np.concatenate([part if len(part) else order[:1] for part in parts])
         yield Share(mine, weights, flips[mine], boxes[mine])
 
 
@@ -102,6 +108,7 @@ def training_batches(
     first_image: int = 0,
     rank: int = 0,
     ranks: int = 1,
+    accumulation: int = 1,
     mirror: bool = True,
     augment: str = "none",
     when: np.ndarray | None = None,
@@ -129,6 +136,7 @@ def training_batches(
     import tensorflow as tf
 
     shares = {"global_batch": global_batch, "seed": seed, "rank": rank, "ranks": ranks, "mirror": mirror}
+    shares["accumulation"] = accumulation
     cropping = np.array([True]) if when is None else when
 
     def draw():

@@ -12,7 +12,7 @@ from chexlib.training.checkpoints import load_checkpoint, newest_checkpoint
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import TrainResult, fit
 from chexlib.training.monitor import Position
-from chexlib.training.optimizers import values_at
+from chexlib.training.optimizers import has_table, values_at
 
 RAISED = 2.0  # weight decay of the collapse over that before it: 5e-5 -> 1e-4 in solver_collapse.prototxt of 448 nodes
 
@@ -90,7 +90,7 @@ def _read(path: Path):
 
 def _reached(config: TrainConfig, arrays: dict, facts: dict) -> tuple[float, float]:
     """Rate and weight decay of the step that would have come next."""
-    if config.schedule and "optimizer/1" in arrays and arrays["optimizer/1"].ndim:
+    if has_table(config):
         at = Position(**facts["position"])
         values = values_at(config, at)
         now = min(at.step, len(values) - 1)
@@ -99,7 +99,8 @@ def _reached(config: TrainConfig, arrays: dict, facts: dict) -> tuple[float, flo
 
 
 def _model(config: TrainConfig, arrays: dict):
-    model = create_model(config.topology, size=config.size, momentum=config.norm_momentum, precision=config.precision)
+    norm = {"norm": config.norm, "ghost_size": config.ghost_size, "momentum": config.norm_momentum}
+    model = create_model(config.topology, size=config.size, precision=config.precision, **norm)
     for i, variable in enumerate(model.trainable_variables):
         variable.assign(arrays[f"weights/{i}"])
     for i, variable in enumerate(model.non_trainable_variables):

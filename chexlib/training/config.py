@@ -12,7 +12,7 @@ from pathlib import Path
 from chexlib.data.pipeline import AUGMENTATIONS
 from chexlib.errors import ConfigError
 from chexlib.machine import native_precision
-from chexlib.models.topologies import TOPOLOGIES
+from chexlib.models.topologies import NORMS, TOPOLOGIES
 from chexlib.training.recipes import resolve
 
 SPLITS = ("auto", "official", "patient", "image")
@@ -20,8 +20,8 @@ OPTIMIZERS = ("adam", "sgd", "nesterov", "adamw", "lamb", "lars")
 PRECISIONS = ("float32", "mixed_bfloat16")
 KEEPS = ("global_batch", "rank_batch")
 # What may be another when a training is resumed: the rest decides what the training is.
-FREE = ("data_dir", "run_dir", "epochs", "batch_size", "checkpoint_steps", "keep_checkpoints", "resume", "resume_keeps",
-        "skip_broken", "allow_leak")  # fmt: skip
+FREE = ("data_dir", "run_dir", "epochs", "batch_size", "accumulation", "checkpoint_steps", "keep_checkpoints", "resume",
+        "resume_keeps", "skip_broken", "allow_leak")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,8 @@ class TrainConfig:
     topology: str = "densenet121"
     size: int = 224  # side of the input in pixels
     weights: str | None = None  # None, "imagenet", or a file
-    batch_size: int = 16  # images a rank a step; the global batch is ranks x batch_size
+    batch_size: int = 16  # images normalised together; the global batch is ranks x accumulation x batch_size
+    accumulation: int = 1  # virtual ranks that a rank stands for, one after the other
     epochs: int = 10
     max_steps: int = 0  # steps an epoch at most; 0 means every image once
     optimizer: str = "adam"
@@ -45,6 +46,8 @@ class TrainConfig:
     augment: str = "none"  # random area and aspect: "none", "study" (0.08 to 1, 3/4), "radiograph" (0.7 to 1, 9/10)
     mirror: bool = True  # random horizontal flip
     precision: str = "auto"  # "float32", "mixed_bfloat16", or what this processor is made for
+    norm: str = "batch"  # whose statistics normalise in training, see models/topologies.py
+    ghost_size: int = 0  # images of a virtual batch, for norm="ghost"
     norm_momentum: float = 0.9  # of batch norm's moving statistics; PyTorch, and so CheXNet, calls this 0.1
     split: str = "auto"
     allow_leak: bool = False  # go on although patients are shared between parts
@@ -66,6 +69,7 @@ class TrainConfig:
             ("optimizer", OPTIMIZERS),
             ("precision", PRECISIONS),
             ("augment", AUGMENTATIONS),
+            ("norm", NORMS),
             ("resume_keeps", KEEPS),
         ):
             if (value := getattr(self, name)) not in accepted:
@@ -73,6 +77,8 @@ class TrainConfig:
         for name, least in (
             ("size", 32),
             ("batch_size", 1),
+            ("accumulation", 1),
+            ("ghost_size", 0),
             ("epochs", 1),
             ("max_steps", 0),
             ("max_images", 0),
@@ -102,6 +108,15 @@ class TrainConfig:
         self._check_schedule()
         if not 0 <= self.norm_momentum < 1:
             raise ConfigError(f"norm_momentum={self.norm_momentum!r} is not accepted. Use 0 <= momentum < 1.")
+        if (self.norm == "ghost") != (self.ghost_size > 0):
+            raise ConfigError(
+                f"ghost_size={self.ghost_size!r} is not accepted with norm={self.norm!r}. Use 1 or more for ghost."
+            )
+        if self.norm == "sync" and self.accumulation > 1:
+            raise ConfigError(
+                f'accumulation={self.accumulation!r} is not accepted with norm="sync": virtual ranks are taken one '
+                "after the other, and cannot share their statistics. Use more ranks, or a larger batch_size."
+            )
         if not 0 < self.plateau_factor <= 1:
             raise ConfigError(f"plateau_factor={self.plateau_factor!r} is not accepted. Use 0 < factor <= 1.")
         # Engines may start in another folder than the notebook.

@@ -17,6 +17,7 @@ from chexlib.training.monitor import Position
 from chexlib.training.recipes import resolve
 from chexlib.training.schedules import Schedule, Values
 
+NO_DECAY = ConfigError('optimizer="adam" has no weight decay. Use "adamw", or a weight decay of 0.')
 LARS_RATIO = 1e-3  # You et al. 2017, section 5: how much of a layer's norm one update may move it
 
 
@@ -117,6 +118,11 @@ class FusedAdam(Scheduled, keras.optimizers.Adam):
             grad=gradient,
         )
 
+    def follow(self, values: Values):
+        if type(self) is FusedAdam and values.weight_decay.any():
+            raise NO_DECAY
+        return super().follow(values)
+
 
 class AdamW(Decoupled, FusedAdam):
     """Adam with decoupled weight decay on weights only. Momentum is its beta_1; a schedule's is not read."""
@@ -188,30 +194,47 @@ MAKERS = {
 
 
 def create(name: str, rate: float = 0.0, *, decay: float = 0.0, values: Values | None = None):
-    """The optimizer of this name, with a constant rate and decay or following `values`.
+    """The optimizer of this name, with a constant rate and decay, or following `values`.
 
     Raises
     ------
     ConfigError
         Weight decay for plain Adam, which has none.
     """
-    if name == "adam":
-        if decay or (values and values.weight_decay.any()):
-            raise ConfigError('optimizer="adam" has no weight decay. Use "adamw", or a weight decay of 0.')
-        optimizer = FusedAdam(rate)
-    else:
-        optimizer = MAKERS[name](rate, decay=decay)
+    optimizer = FusedAdam(rate) if name == "adam" else MAKERS[name](rate, decay=decay)
+    if name == "adam" and decay:
+        raise NO_DECAY
     return optimizer.follow(values) if values else optimizer
 
 
-def make_optimizer(config: TrainConfig, at: Position):
-    """The optimizer that a config asks for, with its schedule if it has one."""
+def make_optimizer(config: TrainConfig):
+    """The optimizer that a config asks for; `guide` gives it its schedule."""
+    if has_table(config):
+        return create(config.optimizer, values=Schedule(phases=[{"kind": "constant", "length": 1}]).compile())
+    return create(config.optimizer, config.learning_rate, decay=config.weight_decay)
+
+
+def has_table(config: TrainConfig) -> bool:
+    """Whether rates are read from a table: under any schedule but one that leaves them to the validation loss."""
+    return bool(config.schedule) and not _schedule_of(config, Position(1, 1)).plateau
+
+
+def guide(optimizer, config: TrainConfig, at: Position, *, anew: bool) -> Values | None:
+    """Let the optimizer follow the config's schedule from where the training stands; None where there is none.
+
+    Raises
+    ------
+    ConfigError
+        The schedule has fewer steps than phases, or decays weights under plain Adam.
+    """
     if not config.schedule:
-        return create(config.optimizer, config.learning_rate, decay=config.weight_decay)
+        return None
     values = values_at(config, at)
-    if _schedule_of(config, at).plateau:  # constant, but for what the validation loss does to it
-        return create(config.optimizer, float(values.rate[0]), decay=float(values.weight_decay[0]))
-    return create(config.optimizer, values=values)
+    if optimizer.tables:
+        optimizer.follow(values)
+    elif anew:
+        optimizer.learning_rate = values.rate[0]
+    return values
 
 
 def values_at(config: TrainConfig, at: Position) -> Values:
