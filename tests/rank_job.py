@@ -35,7 +35,7 @@ def train(
     rate=1e-3,
     **settings,
 ):
-    """Take the steps, and save what was fed, the loss and all variables, averaged statistics and optimizer's too."""
+    """Take the steps; save what was fed, losses and all variables, averaged statistics and the optimizer's too."""
     seed = world.rank if own_start else 0
     model = create_model(topology, size=32, seed=seed, precision=precision, **settings)
     if freeze:

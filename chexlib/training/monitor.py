@@ -12,7 +12,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from chexlib.data.cache import ImageStore
 from chexlib.data.pipeline import steps_per_epoch
-from chexlib.errors import ConfigError
+from chexlib.errors import DivergedError
 from chexlib.findings import FINDINGS
 from chexlib.training.collectives import World
 
@@ -51,7 +51,7 @@ class PooledValidation(keras.callbacks.Callback):
         scores = self.score("validation")
         if not np.isfinite(scores).all():
             rate = float(self.model.optimizer.learning_rate)
-            raise ConfigError(f"training diverged in epoch {epoch + 1}: use a learning_rate below {rate:g}.")
+            raise DivergedError(f"training diverged in epoch {epoch + 1}: use a learning_rate below {rate:g}.")
         logs["val_loss"] = float(
             np.mean([log_loss(y, p, labels=[0, 1]) for y, p in zip(self.labels.T, scores.T, strict=True)])
         )
