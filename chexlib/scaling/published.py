@@ -41,3 +41,30 @@ def published_auroc() -> pd.DataFrame:
     table = pd.DataFrame(_AUROC, index=pd.Index(FINDINGS, name="finding"))
     table.loc["mean"] = table.mean()
     return table
+
+
+# ResNet-50 on ImageNet-1K, top-1 in %, as printed in the 2018 deck.
+LADDER = {
+    "step decay": 74.0,  # the deck's "default augmentation"
+    "+ warm-up": 75.4,
+    "+ polynomial decay": 75.7,
+    "+ weight-decay scaling": 76.2,
+    "+ collapse": 76.6,
+    "+ collapsed ensembles": 77.5,
+}
+COLLAPSES = ((68.33, 75.50), (71.54, 76.15), (73.28, 76.50), (73.31, 76.57), (73.89, 76.83), (74.49, 76.81))
+LARGE_BATCHES = {  # at 8K, 16K, 32K and 64K images an update
+    "IBM": (75, None, None, None),
+    "Facebook": (76.2, 75.2, 72.4, 66),
+    "You et al.": (75.3, 75.3, 74.7, 72),
+    "the study": (76.6, 76.3, 75.3, 74),
+}
+
+
+def published_recipes() -> tuple[pd.Series, pd.DataFrame, pd.DataFrame]:
+    """What each rung of the ladder gains; top-1 before and after each collapse; top-1 by batch, a row a source."""
+    gains = pd.Series(LADDER, name="gain").diff()
+    collapses = pd.DataFrame(COLLAPSES, columns=["before", "after"], index=pd.RangeIndex(1, 7, name="point"))
+    collapses["gain"] = collapses["after"] - collapses["before"]
+    batches = pd.DataFrame(LARGE_BATCHES, index=["8K", "16K", "32K", "64K"]).T
+    return gains, collapses, batches

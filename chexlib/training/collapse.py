@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import tensorflow as tf
 
 from chexlib.errors import ConfigError, WeightsError
 from chexlib.models.weights import create_model, save_model
 from chexlib.training.checkpoints import load_checkpoint, newest_checkpoint
+from chexlib.training.collectives import World
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import TrainResult, fit
-from chexlib.training.monitor import Position
+from chexlib.training.monitor import Position, pooled_scorer
 from chexlib.training.optimizers import has_table, values_at
+from chexlib.training.parts import divide, predictions_of
 
 RAISED = 2.0  # weight decay of the collapse over that before it: 5e-5 -> 1e-4 in solver_collapse.prototxt of 448 nodes
 
@@ -79,6 +84,23 @@ def collapse(
     return fit(config, engines=engines)
 
 
+def score_checkpoints(checkpoints: Sequence[str | Path]) -> list[pd.DataFrame]:
+    """What each of a training's checkpoints says of validation and test, as `predictions.parquet` holds it.
+
+    The settings are those of the first one; moving statistics are averaged over ranks, as at the end of an epoch.
+    """
+    _, arrays, facts = _read(Path(checkpoints[0]))
+    config = TrainConfig.from_dict(facts["config"])
+    parts, model = divide(config)[1], _model(config, arrays)
+    predict = tf.function(lambda pixels: model(pixels, training=False))
+    score = pooled_scorer(predict, parts, World(), size=config.size)
+    tables = []
+    for checkpoint in checkpoints:
+        _fill(model, _read(Path(checkpoint))[1])
+        tables.append(pd.concat([predictions_of(parts[part], score(part), part) for part in ("validation", "test")]))
+    return tables
+
+
 def _read(path: Path):
     if path.is_file():
         return path, *load_checkpoint(path)
@@ -101,8 +123,12 @@ def _reached(config: TrainConfig, arrays: dict, facts: dict) -> tuple[float, flo
 def _model(config: TrainConfig, arrays: dict):
     norm = {"norm": config.norm, "ghost_size": config.ghost_size, "momentum": config.norm_momentum}
     model = create_model(config.topology, size=config.size, precision=config.precision, **norm)
+    _fill(model, arrays)
+    return model
+
+
+def _fill(model, arrays: dict) -> None:
     for i, variable in enumerate(model.trainable_variables):
         variable.assign(arrays[f"weights/{i}"])
     for i, variable in enumerate(model.non_trainable_variables):
         variable.assign(np.mean(arrays[f"statistics/{i}"], axis=0))
-    return model

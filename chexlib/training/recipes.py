@@ -94,6 +94,8 @@ PRESETS = {
     # Solver files resnet50_custom_lr: batch 4,096, 72 epochs, 76.3 %.
     "64-nodes-coded": _large(4096, phases=_nodes_64("stage", 18720)),
     "64-nodes-meant": _large(4096, phases=_nodes_64("phase", 17160)),
+    # The same without its end: for an ensemble of collapses from each part of it.
+    "64-nodes-cycles": _large(4096, phases=_nodes_64("phase", 17160)[:-1]),
     # Published are batch, 2,100 iterations and accuracy (about 74 %): shape of the 448 nodes, peak by the square root.
     "64k": _stretch(_large(65536, phases=_nodes_448("phase", 7594)), 2100).multiply(math.sqrt(65536 / 14336)),
     # Goyal et al. 2017, sections 2 and 5.1: 0.1 for 256 images, 5 epochs of warm-up, a tenth at 30, 60 and 80 of 90.
