@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
@@ -10,6 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from chexlib.plots import LINES, MARKERS, SMALL
+from chexlib.runs import BATCH
 
 
 def schedule(values, *, steps_per_epoch: float = 1.0, title: str = "") -> Figure:
@@ -95,10 +97,13 @@ def workbench(presets: Mapping, resolve, *, images: int, batch: int, epochs: int
 
     Returns
     -------
-    ipywidgets.Widget
+    ipywidgets.Widget, or what says that there is none, as in a notebook that runs headless nobody moves sliders
     """
     import ipywidgets as widgets
-    from IPython.display import display
+    from IPython.display import Markdown, display
+
+    if os.environ.get(BATCH):
+        return Markdown("The sliders are not shown headless.")
 
     def draw(preset, global_batch, epochs, rule, warmup):
         asked = {"preset": preset, "rule": rule, "warmup": warmup}

@@ -102,11 +102,12 @@ def measure_collapses(config: TrainConfig, *, ensemble: Path, collapse_epochs: i
         over pairs of all members. None if the training was stopped.
     """
     work = Path(config.run_dir)
-    config = config.replace(keep_checkpoints=config.epochs, resume=True)
+    config = config.replace(keep_checkpoints=2 * config.epochs, resume=True)  # a stop leaves one within an epoch too
     result = fit(config)
     if result.stopped:
         return None
-    points = checkpoint_files(work / "checkpoints")[::-1]
+    steps = -(-result.split["images"]["train"] // (config.batch_size * config.accumulation))
+    points = [p for p in checkpoint_files(work / "checkpoints")[::-1] if int(p.stem.split("-")[1]) % steps == 0]
     before = score_checkpoints(points)
     collapsed = {}
     for epoch, point in enumerate(points, 1):
