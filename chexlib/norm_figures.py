@@ -11,7 +11,7 @@ from chexlib.plots import HATCHES, LINES, MARKERS, SMALL
 
 
 def norm_report(report) -> Figure:
-    """Of a `chexlib.evaluation.batch_norm.NormReport`: AUROC by kind of statistics, and drift and disagreement by depth."""
+    """Of a `chexlib.evaluation.batch_norm.NormReport`: AUROC by statistics, drift and disagreement by depth."""
     fig, (area, drift) = plt.subplots(1, 2, figsize=(10, 3.4), width_ratios=[1, 2])
     scores = report.scores[::-1]
     area.barh(scores.index, scores["auroc"], color=["C2", "C1", "C0"], height=0.6)

@@ -33,11 +33,12 @@ def train(
     freeze=False,
     accumulation=1,
     rate=1e-3,
+    size=32,
     **settings,
 ):
     """Take the steps; save what was fed, losses and all variables, averaged statistics and the optimizer's too."""
     seed = world.rank if own_start else 0
-    model = create_model(topology, size=32, seed=seed, precision=precision, **settings)
+    model = create_model(topology, size=size, seed=seed, precision=precision, **settings)
     if freeze:
         norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
         assert norms
@@ -55,7 +56,7 @@ def train(
     before = [v.numpy() for v in model.trainable_variables]
     order = dict(global_batch=batch * world.ranks * accumulation, accumulation=accumulation)
     order |= dict(seed=0, rank=world.rank, ranks=world.ranks, mirror=False)
-    store = ImageStore(radiographs.table["path"], size=32, gather=world.gather)
+    store = ImageStore(radiographs.table["path"], size=size, gather=world.gather)
     batches = training_batches(store, radiographs.labels, **order)
     fed = np.concatenate([pixels.numpy() for pixels, _, _ in batches.take(min(steps, 3))])
     losses = trainer.fit(batches, steps_per_epoch=steps, epochs=1, verbose=0, shuffle=False).history["loss"]

@@ -149,6 +149,20 @@ def test_a_rank_without_an_image_gets_a_stand_in_that_counts_nothing(files):
     assert all(pixels.shape == (1, 24, 24, 1) for pixels, _, _ in last)
 
 
+@pytest.mark.parametrize("n", [37, 26])  # in global batches of 12 with a last one of 1 and of 2 images: stand-ins
+def test_a_rank_with_virtual_ranks_has_their_shares_one_after_the_other(n):
+    order = dict(global_batch=12, epoch=1, seed=3, mirror=True)
+    four = [list(partition(n, rank=rank, ranks=4, **order)) for rank in range(4)]
+    two = [list(partition(n, rank=rank, ranks=2, accumulation=2, **order)) for rank in range(2)]
+    for rank, shares in enumerate(two):
+        for step, share in enumerate(shares):
+            parts = [four[2 * rank + i][step] for i in range(2)]
+            for found, expected in zip(share, zip(*parts, strict=True), strict=True):
+                np.testing.assert_array_equal(found, np.concatenate(expected))
+            sizes = [len(part.indices) for part in parts]  # the trainer cuts a share as array_split does
+            assert sizes == [len(piece) for piece in np.array_split(share.indices, 2)]
+
+
 @pytest.mark.parametrize("augment", ["study", "radiograph"])
 def test_crops_have_the_area_aspect_and_place_that_are_asked_for(augment):
     least, narrowest = AUGMENTATIONS[augment]

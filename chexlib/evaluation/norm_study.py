@@ -1,21 +1,22 @@
 """The batch-norm study of notebook 05: its grid, what each training leaves in it, and the verdict.
 
-A large global batch can cost accuracy in three ways that have to do with batch norm or are taken for it: there are fewer
-updates in as many epochs; moving statistics trail weights that still move fast; each rank normalises a small local batch.
+A large global batch can cost accuracy in three ways that have to do with batch norm or are taken for it: there are
+fewer updates in as many epochs; moving statistics trail weights that still move fast; each rank normalises a small
+local batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from chexlib.data.cache import ImageStore
-from chexlib.errors import DivergedError
+from chexlib.errors import ConfigError, DivergedError
 from chexlib.evaluation.auroc import auroc
-from chexlib.evaluation.batch_norm import judge_scores
+from chexlib.evaluation.batch_norm import NormReport, bn_report, judge_scores
 from chexlib.findings import FINDINGS
 from chexlib.models.statistics import kept_statistics, recalibrate
 from chexlib.training.config import TrainConfig
@@ -24,6 +25,7 @@ from chexlib.training.monitor import pooled_scorer
 from chexlib.training.reuse import Reuse
 
 TERMS = ("total", "updates", "lag", "local batch", "rest")
+RATES = {"densenet121": 1e-3, "resnet50": 1e-3, "vgg16": 1e-4}  # Adam's; without batch norm a network bears less
 EVALUATED = 64  # images normalised together where a model is judged by batch statistics
 
 
@@ -31,66 +33,70 @@ def norm_grid(
     *,
     topologies: Sequence[str],
     batches: Sequence[int],
-    local_batch: int,
     local_batches: Sequence[int],
     momenta: Sequence[float],
     norms: Sequence[str],
     seeds: Sequence[int],
     images: int,
     epochs: int,
-    rates: Mapping[str, float],
-) -> list[dict]:
-    """The points of the study, ordered so that those which share a graph follow each other; some serve several parts.
+) -> dict[str, list[dict]]:
+    """The trainings of each part of the study, for `run_grid`; one that serves several parts is the same point in each.
 
     Parameters
     ----------
-    batches : global batches, the smallest first; each a multiple of `local_batch`
-    local_batches : others to try at the largest global batch, besides that batch as a whole
-    momenta : the first is that of all parts but the comparison of momenta
-    norms : to compare with "batch" at the largest global batch, of topologies that have batch norm
+    batches : global batches, the smallest first
+    local_batches : images normalised together; the first in all parts, the others, and the whole batch, in their own
+    momenta : of moving statistics; the first in all parts, the others in their own
+    norms : to compare with "batch" at the largest global batch
     images : of the training part; what is left over after whole global batches is not used in an epoch
-    epochs : of every training but those with equal updates
-    rates : learning rate by topology
+
+    Returns
+    -------
+    dict
+        Of "equal epochs", "equal updates" (as few as the largest batch has), "local batch", "momentum" and "norm", the
+        last three without VGG-16. Trainings with one graph follow each other.
+
+    Raises
+    ------
+    ConfigError
+        A global batch that is no multiple of a local one, or has more images than there are.
     """
-    largest = batches[-1]
-    points = []
+    for batch in batches:
+        if batch > images or any(max(batches) % n or batch % local_batches[0] for n in local_batches):
+            raise ConfigError(
+                f"a global batch of {batch} is not accepted for {images} images in local batches of {local_batches}. "
+                "Use multiples of the first of these, none above the images, and the largest a multiple of all."
+            )
 
-    def add(topology, seed, batch, *, local=local_batch, norm="batch", momentum=momenta[0], updates=0):
+    def point(topology, seed, batch, *, local=local_batches[0], norm="batch", momentum=momenta[0], updates=0):
         virtual = 1 if norm in ("sync", "ghost") else batch // local
-        an_epoch = max(1, min(images // batch, updates or images))
-        points.append(
-            {
-                "topology": topology,
-                "norm": norm,
-                "norm_momentum": momentum,
-                "batch_size": batch // virtual,
-                "accumulation": virtual,
-                "ghost_size": local if norm == "ghost" else 0,
-                "max_steps": an_epoch,
-                "epochs": max(1, updates // an_epoch) if updates else epochs,
-                "learning_rate": rates[topology],
-                "seed": seed,
-            }
-        )
+        steps = min(images // batch, updates or images)
+        return {
+            "topology": topology,
+            "norm": norm,
+            "norm_momentum": momentum,
+            "batch_size": batch // virtual,
+            "accumulation": virtual,
+            "ghost_size": local if norm == "ghost" else 0,
+            "max_steps": steps,
+            "epochs": max(1, round(updates / steps)) if updates else epochs,
+            "learning_rate": RATES[topology],
+            "seed": seed,
+        }
 
-    fewest = epochs * max(1, images // largest)
-    for topology in topologies:
-        normed = topology != "vgg16"
-        for seed in seeds:
-            for batch in batches:
-                add(topology, seed, batch)
-                add(topology, seed, batch, updates=fewest)
-                for momentum in momenta[1:] if normed else ():
-                    add(topology, seed, batch, momentum=momentum)
-            for local in (*local_batches, largest) if normed else ():
-                add(topology, seed, largest, local=local)
-            for norm in norms if normed else ():
-                add(topology, seed, largest, norm=norm)
-    order = ["topology", "norm", "norm_momentum", "accumulation"]
-    unique = {tuple(point.values()): point for point in points}
-    return sorted(
-        unique.values(), key=lambda point: [-min(2, point[n]) if n == "accumulation" else point[n] for n in order]
-    )
+    largest, normed = max(batches), [name for name in topologies if name != "vgg16"]
+    fewest = epochs * (images // largest)
+    cases = {
+        "equal epochs": (topologies, [dict(batch=batch) for batch in batches]),
+        "equal updates": (topologies, [dict(batch=batch, updates=fewest) for batch in batches]),
+        "local batch": (normed, [dict(batch=largest, local=local) for local in (*local_batches, largest)]),
+        "momentum": (normed, [dict(batch=batch, momentum=momentum) for momentum in momenta for batch in batches]),
+        "norm": (normed, [dict(batch=largest, norm=norm) for norm in ("batch", *norms)]),
+    }
+    return {
+        part: [point(topology, seed, **case) for topology in names for case in chosen for seed in seeds]
+        for part, (names, chosen) in cases.items()
+    }
 
 
 def measure_norms(config: TrainConfig, *, reuse: Reuse, population: int = 1024) -> dict | None:
@@ -139,6 +145,22 @@ def measure_norms(config: TrainConfig, *, reuse: Reuse, population: int = 1024) 
     return {"diverged": False, "updates": updates, "ms_per_image": 1000 / speed, **result.measured}
 
 
+def report_after(config: TrainConfig, *, reuse: Reuse, population: int = 1024) -> NormReport:
+    """Train, and look at the batch norm of the last weights: `bn_report` on the test part, by local batches."""
+    reports = []
+
+    def look(trainer, parts, world):
+        chosen = {"test": parts["test"].table["path"], "train": parts["train"].table["path"][:population]}
+        stores = {part: ImageStore(paths, size=config.size, gather=world.gather) for part, paths in chosen.items()}
+        pixels = {part: store.take(range(len(store)))[..., None].astype(np.float32) for part, store in stores.items()}
+        given = {"population": pixels["train"], "batch": config.batch_size, "world": world}
+        reports.append(bn_report(trainer.model, pixels["test"], parts["test"].labels, **given))
+        return {}
+
+    fit(config, reuse=reuse, measure=look)
+    return reports[0]
+
+
 def over_seeds(rows: pd.DataFrame, by: Sequence[str], values: Sequence[str], *, level: float = 0.95) -> pd.DataFrame:
     """Mean of `values` over the rows of each group, with Student's t interval: NaN where there is one seed.
 
@@ -155,7 +177,7 @@ def over_seeds(rows: pd.DataFrame, by: Sequence[str], values: Sequence[str], *, 
     return table
 
 
-def decompose(rows: pd.DataFrame, *, smallest: int, largest: int, momentum: float, local_batch: int) -> pd.DataFrame:
+def decompose(rows: pd.DataFrame) -> pd.DataFrame:
     """Split what the largest global batch costs in AUROC, by topology and seed, into causes that add up to it.
 
     With A the test AUROC, by moving statistics in `total` and by the population's in all but `lag`:
@@ -167,35 +189,32 @@ def decompose(rows: pd.DataFrame, *, smallest: int, largest: int, momentum: floa
     - rest: A(smallest with few updates) - A(largest, normalised as one batch): below 0 where averaging more images an
       update gives back some of what their small number costs.
 
+    Parameters
+    ----------
+    rows : DataFrame
+        Of the parts "equal epochs", "equal updates" and "local batch", with a column part.
+
     Returns
     -------
     DataFrame
         Columns topology, seed and `TERMS`. A topology without batch norm has no lag and no local batch.
     """
     rows = rows.assign(batch=rows["batch_size"] * rows["accumulation"])
-    base = rows[(rows["norm"] == "batch") & (rows["norm_momentum"] == momentum)]
     found = []
-    for (topology, seed), own in base.groupby(["topology", "seed"], sort=False):
-        local = own[own["batch_size"] == local_batch]
-        small = local[local["batch"] == smallest].sort_values("updates")
-        large = local[local["batch"] == largest].sort_values("updates")
-        whole = own[(own["batch"] == largest) & (own["batch_size"] == largest)]
-        if small.empty or large.empty:
-            continue
-        first, last, few = small.iloc[-1], large.iloc[-1], small.iloc[0]
-        whole = whole.iloc[0] if len(whole) else last
+    for (topology, seed), own in rows.groupby(["topology", "seed"], sort=False):
+        own = {part: of_part.sort_values("batch") for part, of_part in own.groupby("part")}
+        first, last = (own["equal epochs"].iloc[place] for place in (0, -1))
+        few = own["equal updates"].iloc[0]["auroc_recalibrated"]
+        whole = own["local batch"].sort_values("batch_size").iloc[-1] if "local batch" in own else last
         lag = [row["auroc_recalibrated"] - row["auroc_moving"] for row in (last, first)]
-        found.append(
-            {
-                "topology": topology,
-                "seed": seed,
-                "total": first["auroc_moving"] - last["auroc_moving"],
-                "updates": first["auroc_recalibrated"] - few["auroc_recalibrated"],
-                "lag": lag[0] - lag[1],
-                "local batch": whole["auroc_recalibrated"] - last["auroc_recalibrated"],
-                "rest": few["auroc_recalibrated"] - whole["auroc_recalibrated"],
-            }
-        )
+        costs = [
+            first["auroc_moving"] - last["auroc_moving"],
+            first["auroc_recalibrated"] - few,
+            lag[0] - lag[1],
+            whole["auroc_recalibrated"] - last["auroc_recalibrated"],
+            few - whole["auroc_recalibrated"],
+        ]
+        found.append((topology, seed, *costs))
     return pd.DataFrame(found, columns=["topology", "seed", *TERMS])
 
 
