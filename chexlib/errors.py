@@ -13,6 +13,10 @@ class ConfigError(ChexlibError, ValueError):
     """A setting outside what is accepted."""
 
 
+class DivergedError(ConfigError):
+    """A training whose scores are no longer finite."""
+
+
 class ClusterError(ChexlibError):
     """MPI engines that could not be started, or that failed while they worked."""
 

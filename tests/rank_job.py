@@ -19,30 +19,50 @@ from chexlib.training.optimizers import FusedAdam
 from chexlib.training.trainer import DataParallelTrainer
 
 
-def train(world, radiographs, out, *, name, topology, batch, steps, own_start=False, precision="float32", freeze=False):
-    """Take the steps, and save what was fed, the loss and all variables, batch norm's and optimizer's too."""
-    model = create_model(topology, size=32, seed=world.rank if own_start else 0, precision=precision)
+def train(
+    world,
+    radiographs,
+    out,
+    *,
+    name,
+    topology,
+    batch,
+    steps,
+    own_start=False,
+    precision="float32",
+    freeze=False,
+    accumulation=1,
+    rate=1e-3,
+    size=32,
+    **settings,
+):
+    """Take the steps; save what was fed, losses and all variables, averaged statistics and the optimizer's too."""
+    seed = world.rank if own_start else 0
+    model = create_model(topology, size=size, seed=seed, precision=precision, **settings)
     if freeze:
         norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
         assert norms
         for layer in norms:
             layer.trainable = False
-    trainer = DataParallelTrainer(model, world)
+    trainer = DataParallelTrainer(model, world, accumulation=accumulation)
     optimizer = (
         FusedAdam(1e-3)
         if precision == "mixed_bfloat16"
-        else keras.optimizers.SGD(1e-4 if freeze else 1e-3, momentum=0.9)
+        else keras.optimizers.SGD(1e-4 if freeze else rate, momentum=0.9)
     )
     trainer.compile(optimizer=optimizer, jit_compile=False)
     optimizer.build(model.trainable_variables)
     world.broadcast([*model.variables, *optimizer.variables])
     before = [v.numpy() for v in model.trainable_variables]
-    order = dict(global_batch=batch * world.ranks, seed=0, rank=world.rank, ranks=world.ranks, mirror=False)
-    store = ImageStore(radiographs.table["path"], size=32, gather=world.gather)
+    order = dict(global_batch=batch * world.ranks * accumulation, accumulation=accumulation)
+    order |= dict(seed=0, rank=world.rank, ranks=world.ranks, mirror=False)
+    store = ImageStore(radiographs.table["path"], size=size, gather=world.gather)
     batches = training_batches(store, radiographs.labels, **order)
     fed = np.concatenate([pixels.numpy() for pixels, _, _ in batches.take(min(steps, 3))])
     losses = trainer.fit(batches, steps_per_epoch=steps, epochs=1, verbose=0, shuffle=False).history["loss"]
     found = {f"w{i:04d}": v.numpy() for i, v in enumerate(model.trainable_variables)}
+    world.average(model.non_trainable_variables)
+    found |= {f"s{i:04d}": v.numpy() for i, v in enumerate(model.non_trainable_variables)}
     found |= {f"o{i:04d}": v.numpy() for i, v in enumerate(optimizer.variables)}
     moved = sum(not np.array_equal(a, v.numpy()) for a, v in zip(before, model.trainable_variables, strict=True))
     convolution = next(layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.Conv2D))

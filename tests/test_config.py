@@ -19,12 +19,18 @@ BAD = {
     "batch_size": [0, -1, 1.5, "16", True],
     "epochs": [0, -3, 2.0, "3", False],
     "max_steps": [-1, 0.5, "7", None],
-    "optimizer": ["Adam", "lars", None],
+    "optimizer": ["Adam", "rmsprop", None],
+    "weight_decay": [-1, float("nan"), "0.1", None, True],
+    "schedule": [None, 5, "448", "{", {"phases": []}, {"preset": "64k", "peaks": 1}],
+    "augment": ["strong", None, True],
     "learning_rate": [0, -1e-3, float("nan"), float("inf"), "1e-3", None, True],
     "plateau_factor": [0, -0.1, 1.1, float("nan"), "0.1", None],
     "plateau_patience": [-1, 1.5, "1", None],
     "mirror": ["false", 1, None],
     "precision": ["bfloat16", "float16", None],
+    "accumulation": [0, 1.5, "2", True],
+    "norm": ["layer", "", None, "Batch"],
+    "ghost_size": [-1, 8, 0.5, None],
     "norm_momentum": [-0.1, 1, float("nan"), "0.9", None],
     "split": ["random", "", None],
     "allow_leak": ["false", "no", 0, None],
@@ -149,3 +155,21 @@ def test_paths_are_absolute_so_that_engines_elsewhere_find_them(tmp_path, monkey
 @pytest.mark.parametrize(("given", "kept"), [(None, None), ("", None), ("imagenet", "imagenet")])
 def test_weights_that_are_no_file_stay_as_they_are(given, kept):
     assert config(weights=given).weights == kept
+
+
+def test_a_schedule_may_be_a_name_an_object_or_its_json_and_survives_json():
+    spec = {"unit": "epochs", "phases": [{"kind": "step", "length": 3, "rate": 0.1, "at": (1, 2)}]}
+    as_object, as_json = config(schedule=spec), config(schedule=json.dumps(spec))
+    assert as_object == as_json and as_object.schedule["phases"][0]["at"] == [1, 2]
+    assert TrainConfig.from_dict(json.loads(json.dumps(as_object.to_dict()))) == as_object
+    assert config(schedule="goyal-2017").schedule == "goyal-2017"
+    with pytest.raises(ConfigError, match="which has its own"):
+        config(schedule=spec, weight_decay=0.1)
+
+
+def test_a_preset_is_stretched_over_the_epochs_so_resuming_with_others_is_refused():
+    there = config(schedule="goyal-2017", epochs=6).to_dict()
+    with pytest.raises(ConfigError, match="epochs=6 there and 8 now"):
+        config(schedule="goyal-2017", epochs=8).require_same(there, where="it")
+    fixed = {"preset": "goyal-2017", "epochs": 8}
+    config(schedule=fixed, epochs=8).require_same(config(schedule=fixed, epochs=6).to_dict(), where="it")

@@ -1,11 +1,13 @@
-"""FusedAdam is Keras' Adam."""
+"""FusedAdam is Keras' Adam; the others are what their papers say, under one schedule."""
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from chexlib.training.optimizers import FusedAdam
+from chexlib.errors import ConfigError
+from chexlib.training.optimizers import FusedAdam, TableSchedule, create
+from chexlib.training.schedules import Schedule
 
 SHAPES = ((3, 4), (4,), ())
 VARIANTS = {
@@ -72,3 +74,139 @@ def test_state_moves_between_the_two():
         own.assign(theirs)
     assert int(mine.iterations) == 20
     assert FusedAdam.from_config(reference.get_config()).get_config() == reference.get_config()
+
+
+# What follows is held against NumPy in float64, written from the papers: a small net with kernels, a bias and a gamma.
+
+VALUES = Schedule(
+    decay=((0, 0.05), (7, 0.2), (13, 0.0), (16, 0.4)),  # changes where the rate does not
+    phases=[
+        {"kind": "warmup", "length": 5, "start": 0.02, "rate": 0.1},
+        {"kind": "polynomial", "length": 7, "rate": 0.1, "power": 2, "zero": 20},
+        {"kind": "collapse", "length": 8, "rate": 0.05, "fresh": True},
+    ],
+).compile()
+
+
+def small_net(seed=0):
+    """Shapes of a dense net with batch norm, and a loss: (w0, gamma, beta, w1, bias) and its gradients in float64."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(16, 3)), rng.normal(size=(16, 2))
+    start = [rng.normal(size=s) * 0.5 for s in ((3, 4), (4,), (4,), (4, 2), (2,))]
+
+    def gradients(parameters):
+        w0, gamma, beta, w1, bias = parameters
+        h = x @ w0
+        z = np.tanh(h * gamma + beta)
+        out = 2 * (z @ w1 + bias - y) / len(x)
+        back = (out @ w1.T) * (1 - z**2)
+        return [x.T @ (back * gamma), (back * h).sum(0), back.sum(0), z.T @ out, out.sum(0)]
+
+    return start, gradients
+
+
+def take_20_steps(optimizer):
+    """The parameters after 20 compiled updates; the net computes its gradients in TensorFlow."""
+    start, _ = small_net()
+    rng = np.random.default_rng(0)
+    x, y = (tf.constant(rng.normal(size=s), tf.float32) for s in ((16, 3), (16, 2)))
+    variables = [keras.Variable(v.astype(np.float32)) for v in start]
+    optimizer.build(variables)
+
+    @tf.function(autograph=False)
+    def step():
+        w0, gamma, beta, w1, bias = (v.value for v in variables)
+        with tf.GradientTape() as tape:
+            out = tf.matmul(tf.tanh(tf.matmul(x, w0) * gamma + beta), w1) + bias - y
+            loss = tf.reduce_sum(out**2) / len(x)
+        optimizer.apply(tape.gradient(loss, [w0, gamma, beta, w1, bias]), variables)
+
+    for _ in range(20):
+        step()
+    return [v.numpy() for v in variables]
+
+
+def reference(kind):
+    """The same 20 updates in NumPy float64."""
+    parameters, gradients = small_net()
+    velocity = [np.zeros_like(p) for p in parameters]
+    first = [np.zeros_like(p) for p in parameters]
+    second = [np.zeros_like(p) for p in parameters]
+    for i in range(20):
+        rate, decay = VALUES.rate[i], VALUES.weight_decay[i]
+        momentum = 0.0 if i == 12 else VALUES.momentum[i]  # the collapse takes over the weights only
+        for n, (w, g) in enumerate(zip(parameters, gradients(parameters), strict=True)):
+            own = decay if w.ndim == 2 else 0.0
+            if kind in ("sgd", "nesterov", "lars"):
+                trust = 1.0
+                if kind == "lars" and w.ndim == 2:
+                    norm = np.sqrt((w**2).sum())
+                    trust = 0.001 * norm / (np.sqrt((g**2).sum()) + decay * norm)
+                step = rate * trust * (g + own * w)
+                velocity[n] = momentum * velocity[n] - step
+                parameters[n] = w + (momentum * velocity[n] - step if kind == "nesterov" else velocity[n])
+                continue
+            first[n] = 0.9 * first[n] + 0.1 * g
+            second[n] = 0.999 * second[n] + 0.001 * g**2
+            update = first[n] / (1 - 0.9 ** (i + 1))
+            update = update / (np.sqrt(second[n] / (1 - 0.999 ** (i + 1))) + 1e-7)
+            w = w * (1 - rate * own)
+            trust = np.sqrt((w**2).sum()) / np.sqrt((update**2).sum()) if kind == "lamb" else 1.0
+            parameters[n] = w - rate * trust * update
+    return parameters
+
+
+@pytest.mark.parametrize("kind", ["sgd", "nesterov", "lars", "adamw", "lamb"])
+def test_20_steps_under_a_schedule_equal_a_float64_reference(kind):
+    found = take_20_steps(create(kind, 0.0, values=VALUES))
+    # Adam divides by a root of float32 squares, see APART above.
+    atol = 1e-6 if kind in ("sgd", "nesterov", "lars") else 20 * 0.1 * APART
+    for ours, theirs, start in zip(found, reference(kind), small_net()[0], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
+        assert np.abs(theirs - start).max() > 100 * atol
+
+
+@pytest.mark.parametrize("kind", ["sgd", "nesterov", "lars", "adamw", "lamb"])
+def test_batch_norm_and_bias_are_never_decayed_and_kernels_are(kind):
+    model = keras.Sequential(
+        [keras.Input((8, 8, 1)), keras.layers.Conv2D(3, 3), keras.layers.BatchNormalization(), keras.layers.Flatten()]
+    )
+    model.add(keras.layers.Dense(2))
+    for variable in model.trainable_variables:
+        variable.assign(np.full(variable.shape, 0.5, np.float32))
+    optimizer = create(kind, 0.1, decay=0.3)
+    optimizer.build(model.trainable_variables)
+    optimizer.apply([tf.zeros(v.shape) for v in model.trainable_variables], model.trainable_variables)
+    changed = {v.path.split("/")[-1] for v in model.trainable_variables if not np.all(v.numpy() == 0.5)}
+    assert changed == {"kernel"} and {v.path.split("/")[-1] for v in model.trainable_variables} > {"gamma", "bias"}
+    for variable in model.trainable_variables:
+        if variable.path.endswith("kernel"):
+            np.testing.assert_allclose(variable.numpy(), 0.5 * (1 - 0.1 * 0.3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "nesterov", "adamw", "lamb"])
+def test_an_optimizer_without_decay_is_keras_own(kind):
+    theirs = {
+        "sgd": keras.optimizers.SGD(0.05, momentum=0.9),
+        "nesterov": keras.optimizers.SGD(0.05, momentum=0.9, nesterov=True),
+        "adamw": keras.optimizers.Adam(0.05),
+        "lamb": keras.optimizers.Lamb(0.05),
+    }[kind]
+    for a, b in zip(take_20_steps(create(kind, 0.05)), take_20_steps(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=20 * 0.05 * APART if kind == "adamw" else 1e-6)
+
+
+def test_plain_adam_refuses_weight_decay():
+    with pytest.raises(ConfigError, match="adamw"):
+        create("adam", 0.1, decay=0.1)
+
+
+def test_a_table_is_a_plain_keras_schedule():
+    table = TableSchedule([0.5, 0.25, 0.125])
+    optimizer = keras.optimizers.SGD(table)
+    variable = keras.Variable(np.zeros(1, np.float32))
+    for rate in (0.5, 0.25, 0.125, 0.125):
+        assert float(optimizer.learning_rate) == rate
+        optimizer.apply([tf.ones(1)], [variable])
+    assert float(variable.numpy()[0]) == -1.0
+    assert TableSchedule.from_config(table.get_config()).get_config() == table.get_config()

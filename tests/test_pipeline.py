@@ -1,4 +1,4 @@
-"""Each image once an epoch whatever the number of ranks, mirrored where said."""
+"""Each image once an epoch whatever the number of ranks, mirrored and cropped where said."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from chexlib.data.cache import ImageStore
-from chexlib.data.pipeline import partition, steps_per_epoch, training_batches
+from chexlib.data.pipeline import AUGMENTATIONS, partition, random_boxes, steps_per_epoch, training_batches
 from chexlib.errors import ConfigError
 
 SIZES = [(n, batch) for n in (4, 10, 17, 64) for batch in (4, 5, 16)]
@@ -147,3 +147,67 @@ def test_a_rank_without_an_image_gets_a_stand_in_that_counts_nothing(files):
     last = [batches_of(files, 2, rank=rank, **order)[2][1] for rank in range(3)]
     assert [weights.tolist() for _, _, weights in last] == [[1], [0], [0]]
     assert all(pixels.shape == (1, 24, 24, 1) for pixels, _, _ in last)
+
+
+@pytest.mark.parametrize("n", [37, 26])  # in global batches of 12 with a last one of 1 and of 2 images: stand-ins
+def test_a_rank_with_virtual_ranks_has_their_shares_one_after_the_other(n):
+    order = dict(global_batch=12, epoch=1, seed=3, mirror=True)
+    four = [list(partition(n, rank=rank, ranks=4, **order)) for rank in range(4)]
+    two = [list(partition(n, rank=rank, ranks=2, accumulation=2, **order)) for rank in range(2)]
+    for rank, shares in enumerate(two):
+        for step, share in enumerate(shares):
+            parts = [four[2 * rank + i][step] for i in range(2)]
+            for found, expected in zip(share, zip(*parts, strict=True), strict=True):
+                np.testing.assert_array_equal(found, np.concatenate(expected))
+            sizes = [len(part.indices) for part in parts]  # the trainer cuts a share as array_split does
+            assert sizes == [len(piece) for piece in np.array_split(share.indices, 2)]
+
+
+@pytest.mark.parametrize("augment", ["study", "radiograph"])
+def test_crops_have_the_area_aspect_and_place_that_are_asked_for(augment):
+    least, narrowest = AUGMENTATIONS[augment]
+    top, left, bottom, right = random_boxes(20000, augment=augment, generator=np.random.default_rng(0)).T.astype(float)
+    height, width = bottom - top, right - left
+    assert min(top.min(), left.min()) >= 0 and max(bottom.max(), right.max()) <= 1 + 1e-6
+    whole = (height < 0.999) & (width < 0.999)  # not clipped at a side
+    area, aspect = (height * width)[whole], (height / width)[whole]
+    assert area.min() >= least - 1e-5 and area.max() < 1
+    assert aspect.min() >= narrowest - 1e-5 and aspect.max() <= 1 / narrowest + 1e-5
+    assert area.min() < least + 0.01 and aspect.min() < narrowest + 0.01
+    inside = (top / np.maximum(1 - height, 1e-9))[whole]
+    assert np.abs(np.quantile(inside, [0.25, 0.5, 0.75]) - [0.25, 0.5, 0.75]).max() < 0.02
+
+
+def crop(image, box):
+    """The bilinear crop of a box, corner pixels on its corners, at the image's size, in float64."""
+    side = len(image)
+    rows, columns = (np.linspace(box[i], box[i + 2], side) * (side - 1) for i in (0, 1))
+    r, c = (np.minimum(np.floor(x).astype(int), side - 2) for x in (rows, columns))
+    dr, dc = (rows - r)[:, None], (columns - c)[None]
+    image = image.astype(np.float64)
+    upper = image[r][:, c] * (1 - dc) + image[r][:, c + 1] * dc
+    return upper * (1 - dr) + (image[r + 1][:, c] * (1 - dc) + image[r + 1][:, c + 1] * dc) * dr
+
+
+def test_batches_are_cropped_as_the_partition_says_and_only_while_it_is_on(files):
+    order = {"global_batch": 4, "seed": 3, "mirror": True, "augment": "study"}
+    when = np.array([True, False, True, True, False])  # the last value holds on
+    store, _, batches = batches_of(files, 6, when=when, **order)
+    expected = [share for epoch in (0, 1) for share in partition(11, epoch=epoch, **order)]
+    for on, (pixels, _, _), share in zip([*when, False], batches, expected, strict=True):
+        images = store.take(share.indices)
+        images = [np.fliplr(i) if m else i for i, m in zip(images, share.mirrored, strict=True)]
+        cropped = [crop(i, box) for i, box in zip(images, share.boxes, strict=True)]
+        np.testing.assert_allclose(pixels[..., 0], cropped if on else images, rtol=0, atol=0.02 if on else 0)
+        assert np.abs(np.array(cropped) - images).max() > 50
+
+
+def test_the_crops_of_an_image_do_not_depend_on_the_ranks_and_change_with_the_epoch():
+    def boxes(ranks, epoch):
+        order = {"global_batch": 8, "epoch": epoch, "seed": 1, "augment": "radiograph"}
+        shares = [share for rank in range(ranks) for share in partition(17, rank=rank, ranks=ranks, **order)]
+        held = {i: tuple(b) for s in shares for i, b, w in zip(s.indices, s.boxes, s.weights, strict=True) if w}
+        return [held[i] for i in range(17)]
+
+    assert boxes(1, 0) == boxes(2, 0) == boxes(3, 0)
+    assert all(a != b for a, b in zip(boxes(1, 0), boxes(1, 1), strict=True))

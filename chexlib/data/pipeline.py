@@ -15,13 +15,22 @@ import numpy as np
 from chexlib.data.cache import ImageStore
 from chexlib.errors import ConfigError
 
+# Area and aspect of random crops: (least area, its share of the whole, and the narrowest aspect); None: no crops.
+AUGMENTATIONS = {
+    "none": None,
+    "study": (0.08, 3 / 4),  # of ImageNet photographs (Szegedy et al. 2015; train_val.prototxt of the solver files)
+    "radiograph": (0.7, 9 / 10),  # most of the chest stays in view: a sign that is cut off would leave a false label
+}
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+
 
 class Share(NamedTuple):
-    """What one rank does in one step: image indices, their weights in the loss, and which are mirrored."""
+    """What one rank does in one step: image indices, their weights in the loss, which are mirrored, and their crops."""
 
     indices: np.ndarray  # (k,) int64
     weights: np.ndarray  # (k,) float32, 0 for the stand-in of a rank that has no image left
     mirrored: np.ndarray  # (k,) bool
+    boxes: np.ndarray  # (k, 4) float32: top, left, bottom, right of the crop, in fractions of the side
 
 
 def steps_per_epoch(n: int, *, global_batch: int) -> int:
@@ -37,20 +46,28 @@ def partition(
     seed: int,
     rank: int = 0,
     ranks: int = 1,
+    accumulation: int = 1,
     mirror: bool = False,
+    augment: str = "none",
     first_image: int = 0,
 ) -> Iterator[Share]:
     """Yield a rank's share of every step of an epoch, or of what is left of it after its `first_image` images.
 
     All ranks take equally many steps. The union of their shares over an epoch is each of the `n` images exactly
-    once; the images of step s, and their mirroring, do not depend on the number of ranks. In the last step a rank
-    may hold fewer images than others, or one stand-in of weight 0.
+    once; the images of step s, their mirroring and crops, do not depend on the number of ranks. In the last step a rank
+    may hold fewer images than others, or one stand-in of weight 0. With `accumulation` a rank stands for as many
+    virtual ranks: its share is theirs, one after the other.
+
+    A stand-in has no part in loss and gradients, but a batch norm that sees it counts it as an image: of itself alone
+    on its rank, and as one among all where statistics are of all ranks. That happens where the last global batch has
+    fewer images than there are (virtual) ranks, once an epoch.
 
     Raises
     ------
     ConfigError
         There are fewer images than ranks, or the global batch does not reach every rank.
     """
+    ranks, first = ranks * accumulation, rank * accumulation
     if n < ranks:
         raise ConfigError(f"{ranks} ranks cannot share {n} images. Use at most {n} engines, or more images.")
     if global_batch < ranks:
@@ -58,12 +75,27 @@ def partition(
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(n)
     flips = generator.random(n) < 0.5 if mirror else np.zeros(n, bool)
+    boxes = random_boxes(n, augment=augment, generator=np.random.default_rng([seed, epoch, 1]))
     for start in range(first_image, n, global_batch):
-        mine = np.array_split(order[start : start + global_batch], ranks)[rank]
-        weights = np.ones(len(mine), np.float32)
-        if len(mine) == 0:
-            mine, weights = order[:1], np.zeros(1, np.float32)
-        yield Share(mine, weights, flips[mine])
+        parts = np.array_split(order[start : start + global_batch], ranks)[first : first + accumulation]
+        weights = np.concatenate([np.full(max(1, len(part)), min(1, len(part)), np.float32) for part in parts])
+        mine = np.concatenate([part if len(part) else order[:1] for part in parts])
+        yield Share(mine, weights, flips[mine], boxes[mine])
+
+
+def random_boxes(n: int, *, augment: str, generator: np.random.Generator) -> np.ndarray:
+    """Crops of `n` images, (n, 4) float32: area uniform from the least to the whole, aspect log-uniform, any place.
+
+    A side that would be longer than the image is as long as the image.
+    """
+    if AUGMENTATIONS[augment] is None:
+        return np.tile(np.float32(WHOLE), (n, 1))
+    least, narrowest = AUGMENTATIONS[augment]
+    area, aspect, *place = generator.random((4, n))
+    area, aspect = least + (1 - least) * area, narrowest ** (2 * aspect - 1)
+    sides = np.minimum(np.sqrt([area * aspect, area / aspect]), 1)
+    corner = np.array(place) * (1 - sides)
+    return np.concatenate([corner, corner + sides]).T.astype(np.float32)
 
 
 def training_batches(
@@ -76,7 +108,10 @@ def training_batches(
     first_image: int = 0,
     rank: int = 0,
     ranks: int = 1,
+    accumulation: int = 1,
     mirror: bool = True,
+    augment: str = "none",
+    when: np.ndarray | None = None,
     images: int = 0,
 ):
     """Endless tf.data of a rank's training batches, epoch after epoch.
@@ -86,6 +121,10 @@ def training_batches(
     labels : (n, 14) float32
     first_epoch, first_image : int
         Where to begin: the epoch, counted from 0, and how many of its images have been used.
+    augment : str
+        Random crops: a name in `AUGMENTATIONS`.
+    when : (steps,) bool, optional
+        In which of the steps to come images are cropped, the last value holding on; in all without it.
     images : int
         Of an epoch: after so many the next epoch's shuffle begins; 0 means all.
 
@@ -97,22 +136,33 @@ def training_batches(
     import tensorflow as tf
 
     shares = {"global_batch": global_batch, "seed": seed, "rank": rank, "ranks": ranks, "mirror": mirror}
+    shares["accumulation"] = accumulation
+    cropping = np.array([True]) if when is None else when
 
     def draw():
-        used = first_image
+        used, taken = first_image, itertools.count()
         for epoch in itertools.count(first_epoch):
             steps = steps_per_epoch((images or len(store)) - used, global_batch=global_batch)
-            yield from itertools.islice(partition(len(store), epoch=epoch, first_image=used, **shares), steps)
+            epoch_shares = partition(len(store), epoch=epoch, first_image=used, augment=augment, **shares)
+            for share in itertools.islice(epoch_shares, steps):
+                on = cropping[min(next(taken), len(cropping) - 1)]
+                yield share if on else share._replace(boxes=np.tile(np.float32(WHOLE), (len(share.indices), 1)))
             used = 0
 
-    def load(indices, weights, mirrored):
+    def load(indices, weights, mirrored, boxes):
         pixels = tf.numpy_function(store.take, [indices], tf.uint8)
         pixels = tf.ensure_shape(pixels, [None, store.size, store.size])
         pixels = tf.where(mirrored[:, None, None], pixels[:, :, ::-1], pixels)
-        return tf.cast(pixels[..., None], tf.float32), tf.gather(table, indices), weights
+        pixels = tf.cast(pixels[..., None], tf.float32)
+        if augment != "none":
+            sides, every = [store.size, store.size], tf.range(tf.shape(boxes)[0])
+            cropped = tf.reduce_any(boxes != tf.constant(WHOLE))
+            pixels = tf.cond(cropped, lambda: tf.image.crop_and_resize(pixels, boxes, every, sides), lambda: pixels)
+        return pixels, tf.gather(table, indices), weights
 
     table = tf.constant(labels, tf.float32)
     signature = tuple(tf.TensorSpec([None], kind) for kind in (tf.int64, tf.float32, tf.bool))
+    signature += (tf.TensorSpec([None, 4], tf.float32),)
     batches = tf.data.Dataset.from_generator(draw, output_signature=signature)
     options = tf.data.Options()
     options.autotune.enabled = False

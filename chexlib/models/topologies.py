@@ -9,10 +9,14 @@ from __future__ import annotations
 import random
 import zlib
 
-from chexlib.errors import ConfigError
+from chexlib.errors import ConfigError, WeightsError
 from chexlib.findings import FINDINGS
 
 TOPOLOGIES = ("densenet121", "resnet50", "vgg16")
+# Whose statistics normalise an image in training: those of its rank's batch, of all ranks' batches, of a virtual batch
+# inside its rank's; of a group of its own channels; the moving ones; or nobody's, the layers being left out.
+NORMS = ("batch", "sync", "ghost", "group", "frozen", "none")
+STATISTICS = ("batch", "sync", "ghost", "frozen")  # those that are batch norm, with its four weights a channel
 
 # keras.applications.imagenet_utils: "torch" mode is (x / 255 - mean) / deviation in RGB, "caffe" mode x - mean in BGR.
 _TORCH = {
@@ -29,6 +33,8 @@ def build_model(
     size: int = 224,
     imagenet: bool = False,
     precision: str = "float32",
+    norm: str = "batch",
+    ghost_size: int = 0,
     momentum: float = 0.9,
     seed: int = 0,
 ):
@@ -43,6 +49,11 @@ def build_model(
         Start from Keras' ImageNet weights (downloaded by Keras, checksummed there).
     precision : {"float32", "mixed_bfloat16"}
         Type of the backbone's computations; weights, statistics and probabilities stay float32.
+    norm : one of `NORMS`
+        What is done where the published network has batch norm; VGG-16 has none, so for it nothing differs. "group": 32
+        groups of channels (Wu and He 2018). "none": nothing, and convolutions that had no bias of their own get one.
+    ghost_size : int
+        Images of a virtual batch, for norm="ghost".
     momentum : float
         Of the moving statistics of batch norm. CheXNet's is 0.9 (PyTorch's default, there called 0.1);
         keras.applications' 0.99 trails far behind in a training of a few hundred steps.
@@ -57,7 +68,9 @@ def build_model(
     Raises
     ------
     ConfigError
-        Unknown topology, or a size below 32.
+        Unknown topology or norm, or a size below 32.
+    WeightsError
+        ImageNet weights are asked for with a norm that cannot use those of batch norm.
     """
     if topology not in TOPOLOGIES:
         raise ConfigError(f"topology {topology!r} is not known. Use one of {', '.join(TOPOLOGIES)}.")
@@ -67,6 +80,17 @@ def build_model(
 
     from chexlib.models.convolution import MatmulGradientConv2D
     from chexlib.models.normalization import FusedBatchNormalization
+
+    if norm not in NORMS or (norm == "ghost") != (ghost_size > 0):
+        raise ConfigError(
+            f"norm={norm!r} with ghost_size={ghost_size} is not accepted. Use one of {', '.join(NORMS)}, and a "
+            "ghost_size of 1 or more with ghost alone."
+        )
+    if imagenet and norm not in STATISTICS and topology != "vgg16":
+        raise WeightsError(
+            f"the ImageNet weights of {topology} were trained with batch norm, and mean nothing with norm={norm!r}. "
+            f"Use norm={STATISTICS[0]!r}, {', '.join(map(repr, STATISTICS[1:]))}, or weights=None."
+        )
 
     makers = {
         "densenet121": keras.applications.DenseNet121,
@@ -82,14 +106,24 @@ def build_model(
         config = {**layer.get_config(), "dtype": precision}
         kind = type(layer)
         if kind is keras.layers.BatchNormalization:
-            kind, config["momentum"] = FusedBatchNormalization, momentum
-        if kind is keras.layers.Conv2D:
+            if norm == "none":
+                return keras.layers.Identity(name=layer.name, dtype=precision)
+            if norm == "group":
+                return keras.layers.GroupNormalization(32, epsilon=layer.epsilon, name=layer.name, dtype=precision)
+            kind = FusedBatchNormalization
+            config |= {"momentum": momentum, "statistics": norm, "ghost_size": ghost_size}
+        elif kind is keras.layers.Conv2D:
             kind = MatmulGradientConv2D
+            config["use_bias"] |= norm == "none"
         if "kernel_initializer" in config:
             config["kernel_initializer"]["config"]["seed"] = _seed(seed, layer.name)
         return kind.from_config(config)
 
-    backbone = keras.models.clone_model(stock, clone_function=clone)
+    def call(layer, *tensors, **settings):
+        settings.pop("mask", None)  # batch norm's, which what takes its place does not know
+        return layer(*tensors, **settings)
+
+    backbone = keras.models.clone_model(stock, clone_function=clone, call_function=call)
     if imagenet:
         backbone.set_weights(stock.get_weights())
     grey = keras.Input((size, size, 1), name="radiograph")
@@ -104,6 +138,15 @@ def build_model(
         name="findings",
     )
     return keras.Model(grey, head(features), name=topology)
+
+
+def redraw(model, seed: int) -> None:
+    """Give every kernel the values that `build_model` with another `seed` would have given it."""
+    for layer in model._flatten_layers(include_self=False):
+        if hasattr(layer, "kernel_initializer"):
+            maker = layer.kernel_initializer
+            again = type(maker).from_config({**maker.get_config(), "seed": _seed(seed, layer.name)})
+            layer.kernel.assign(again(layer.kernel.shape))
 
 
 def _seed(seed: int, name: str) -> int:

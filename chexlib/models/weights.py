@@ -8,7 +8,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from chexlib.errors import ConfigError, WeightsError
+from chexlib.errors import ChexlibError, WeightsError
 from chexlib.files import replacing
 from chexlib.findings import FINDINGS
 from chexlib.models.topologies import build_model
@@ -21,28 +21,30 @@ def create_model(
     *,
     size: int,
     weights: str | None = None,
-    precision: str = "float32",
-    momentum: float = 0.9,
     seed: int = 0,
+    **settings,
 ):
     """Build a topology and fill it from `weights`.
 
     Parameters
     ----------
     weights : None, "imagenet", or the path of a `.keras` or `.weights.h5` file
+    settings
+        Others of `build_model`: precision, norm, ghost_size, momentum. Weights with batch norm fill every norm that has
+        statistics (batch, sync, ghost, frozen), and no other.
 
     Raises
     ------
     WeightsError
         The weights cannot be had, or do not fit every layer of the topology.
     """
-    settings = {"size": size, "precision": precision, "momentum": momentum, "seed": seed}
+    settings |= {"size": size, "seed": seed}
     if weights is None:
         return build_model(topology, **settings)
     if weights == "imagenet":
         try:
             return build_model(topology, imagenet=True, **settings)
-        except ConfigError:
+        except ChexlibError:
             raise
         except Exception as error:  # Keras raises a bare Exception when its download fails
             raise WeightsError(
@@ -55,8 +57,11 @@ def create_model(
         _require(path)
         try:
             model.load_weights(path)
+            found = _arrays_in(path)
         except Exception as error:
             raise _misfit(path, topology, _first_line(error)) from error
+        if found != len(model.weights):  # Keras passes over the weights of a layer that here has none
+            raise _misfit(path, topology, f"there are {found} arrays, and {len(model.weights)} are needed")
         return model
     source, card = load_model(path)
     name = card.get("topology", source.name)
@@ -100,8 +105,9 @@ def load_model(path):
     _require(path)
     import keras
 
+    import chexlib.models.combine  # register the layers that the file names
     import chexlib.models.convolution
-    import chexlib.models.normalization  # noqa: F401  register the layers that the file names
+    import chexlib.models.normalization  # noqa: F401
 
     try:
         with zipfile.ZipFile(path) as archive:
@@ -116,6 +122,15 @@ def load_model(path):
     if findings != list(FINDINGS):
         raise WeightsError(f"{path} predicts {findings}; expected the 14 findings {list(FINDINGS)}.")
     return model, card
+
+
+def _arrays_in(path: Path) -> int:
+    import h5py
+
+    found = []
+    with h5py.File(path) as file:
+        file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
+    return len(found)
 
 
 def _require(path: Path) -> None:

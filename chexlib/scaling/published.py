@@ -41,3 +41,32 @@ def published_auroc() -> pd.DataFrame:
     table = pd.DataFrame(_AUROC, index=pd.Index(FINDINGS, name="finding"))
     table.loc["mean"] = table.mean()
     return table
+
+
+# ResNet-50 on ImageNet-1K, top-1 in %, as printed in the 2018 deck.
+LADDER = {
+    "step decay": 74.0,  # the deck's "default augmentation"
+    "+ warm-up": 75.4,
+    "+ polynomial decay": 75.7,
+    "+ weight-decay scaling": 76.2,
+    "+ collapse": 76.6,
+    "+ collapsed ensembles": 77.5,
+}
+COLLAPSES = ((68.33, 75.50), (71.54, 76.15), (73.28, 76.50), (73.31, 76.57), (73.89, 76.83), (74.49, 76.81))
+LARGE_BATCHES = {  # at 8K, 16K, 32K and 64K images an update
+    "IBM": (75, None, None, None),
+    "Facebook": (76.2, 75.2, 72.4, 66),
+    "You et al.": (75.3, 75.3, 74.7, 72),
+    "the study": (76.6, 76.3, 75.3, 74),
+}
+
+
+def published_collapses() -> pd.DataFrame:
+    """Top-1 in % before and after a collapse, from six points of the study's training, and the gain."""
+    table = pd.DataFrame(COLLAPSES, columns=["before", "after"], index=pd.RangeIndex(1, 7, name="point"))
+    return table.assign(gain=(table["after"] - table["before"]).round(2))
+
+
+def published_batches() -> pd.DataFrame:
+    """Top-1 in % by images an update, a row a source."""
+    return pd.DataFrame(LARGE_BATCHES, index=["8K", "16K", "32K", "64K"]).T

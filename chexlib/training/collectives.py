@@ -47,6 +47,12 @@ class World:
 
             hvd.broadcast_variables([v.value for v in variables], root_rank=0)
 
+    def average(self, variables: list) -> None:
+        """Give every rank the mean over ranks, in place, such as of batch norm's moving statistics."""
+        if self.ranks > 1 and variables:
+            for variable, total in zip(variables, self.sum([v.value for v in variables]), strict=True):
+                variable.assign(total / self.ranks)
+
     def share(self, make: Callable[[], Any]) -> Any:
         """What `make()` returns on rank 0, on every rank; an error of ours there is raised on every rank."""
         if self.ranks == 1:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from chexlib.data.pipeline import AUGMENTATIONS
 from chexlib.errors import ConfigError
 from chexlib.machine import native_precision
-from chexlib.models.topologies import TOPOLOGIES
+from chexlib.models.topologies import NORMS, TOPOLOGIES
+from chexlib.training.recipes import resolve
 
 SPLITS = ("auto", "official", "patient", "image")
-OPTIMIZERS = ("adam", "sgd")
+OPTIMIZERS = ("adam", "sgd", "nesterov", "adamw", "lamb", "lars")
 PRECISIONS = ("float32", "mixed_bfloat16")
 KEEPS = ("global_batch", "rank_batch")
 # What may be another when a training is resumed: the rest decides what the training is.
-FREE = ("data_dir", "run_dir", "epochs", "batch_size", "checkpoint_steps", "keep_checkpoints", "resume", "resume_keeps",
-        "skip_broken", "allow_leak")  # fmt: skip
+FREE = ("data_dir", "run_dir", "epochs", "batch_size", "accumulation", "checkpoint_steps", "keep_checkpoints", "resume",
+        "resume_keeps", "skip_broken", "allow_leak")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +33,21 @@ class TrainConfig:
     topology: str = "densenet121"
     size: int = 224  # side of the input in pixels
     weights: str | None = None  # None, "imagenet", or a file
-    batch_size: int = 16  # images a rank a step; the global batch is ranks x batch_size
+    batch_size: int = 16  # images normalised together; the global batch is ranks x accumulation x batch_size
+    accumulation: int = 1  # virtual ranks that a rank stands for, one after the other
     epochs: int = 10
     max_steps: int = 0  # steps an epoch at most; 0 means every image once
     optimizer: str = "adam"
     learning_rate: float = 1e-3
     plateau_factor: float = 0.1  # the rate is multiplied by this when validation stops improving
     plateau_patience: int = 1  # epochs without improvement before that
+    weight_decay: float = 0.0  # of kernels only: L2 in sgd, nesterov and lars, decoupled in adamw and lamb
+    schedule: str | dict = ""  # a preset's name, or a spec (chexlib.training.recipes.resolve): rate, momentum and decay
+    augment: str = "none"  # random area and aspect: "none", "study" (0.08 to 1, 3/4), "radiograph" (0.7 to 1, 9/10)
     mirror: bool = True  # random horizontal flip
     precision: str = "auto"  # "float32", "mixed_bfloat16", or what this processor is made for
+    norm: str = "batch"  # whose statistics normalise in training, see models/topologies.py
+    ghost_size: int = 0  # images of a virtual batch, for norm="ghost"
     norm_momentum: float = 0.9  # of batch norm's moving statistics; PyTorch, and so CheXNet, calls this 0.1
     split: str = "auto"
     allow_leak: bool = False  # go on although patients are shared between parts
@@ -59,6 +68,8 @@ class TrainConfig:
             ("split", SPLITS),
             ("optimizer", OPTIMIZERS),
             ("precision", PRECISIONS),
+            ("augment", AUGMENTATIONS),
+            ("norm", NORMS),
             ("resume_keeps", KEEPS),
         ):
             if (value := getattr(self, name)) not in accepted:
@@ -66,6 +77,8 @@ class TrainConfig:
         for name, least in (
             ("size", 32),
             ("batch_size", 1),
+            ("accumulation", 1),
+            ("ghost_size", 0),
             ("epochs", 1),
             ("max_steps", 0),
             ("max_images", 0),
@@ -80,7 +93,7 @@ class TrainConfig:
         for name in ("mirror", "allow_leak", "shuffle_labels", "skip_broken", "resume"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ConfigError(f"{name}={value!r} is not accepted. Use true or false.")
-        for name in ("learning_rate", "norm_momentum", "plateau_factor"):
+        for name in ("learning_rate", "norm_momentum", "plateau_factor", "weight_decay"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
                 raise ConfigError(f"{name}={value!r} is not accepted. Use a number.")
@@ -90,8 +103,20 @@ class TrainConfig:
                 raise ConfigError(f"{name}={value!r} is not accepted. Use a path.")
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate={self.learning_rate!r} is not accepted. Use a number above 0.")
+        if not self.weight_decay >= 0:
+            raise ConfigError(f"weight_decay={self.weight_decay!r} is not accepted. Use a number of 0 or more.")
+        self._check_schedule()
         if not 0 <= self.norm_momentum < 1:
             raise ConfigError(f"norm_momentum={self.norm_momentum!r} is not accepted. Use 0 <= momentum < 1.")
+        if (self.norm == "ghost") != (self.ghost_size > 0):
+            raise ConfigError(
+                f"ghost_size={self.ghost_size!r} is not accepted with norm={self.norm!r}. Use 1 or more for ghost."
+            )
+        if self.norm == "sync" and self.accumulation > 1:
+            raise ConfigError(
+                f'accumulation={self.accumulation!r} is not accepted with norm="sync": virtual ranks are taken one '
+                "after the other, and cannot share their statistics. Use more ranks, or a larger batch_size."
+            )
         if not 0 < self.plateau_factor <= 1:
             raise ConfigError(f"plateau_factor={self.plateau_factor!r} is not accepted. Use 0 < factor <= 1.")
         # Engines may start in another folder than the notebook.
@@ -101,6 +126,21 @@ class TrainConfig:
             object.__setattr__(self, "weights", str(Path(self.weights).absolute()))
         elif not self.weights:
             object.__setattr__(self, "weights", None)
+
+    def _check_schedule(self) -> None:
+        asked = self.schedule
+        try:
+            if isinstance(asked, str) and asked.startswith("{"):
+                asked = json.loads(asked)
+            if not isinstance(asked, str | dict):
+                raise ConfigError("Use a preset's name or a JSON object.")
+            if asked:
+                resolve(asked, images=10**6, global_batch=1, epochs=self.epochs)
+        except ValueError as error:  # a ConfigError is one, as is what JSON says
+            raise ConfigError(f"schedule={self.schedule!r} is not accepted. {error}") from error
+        object.__setattr__(self, "schedule", json.loads(json.dumps(asked)))  # as a checkpoint gives it back
+        if asked and self.weight_decay:
+            raise ConfigError(f"weight_decay={self.weight_decay!r} beside a schedule, which has its own. Use 0.")
 
     def replace(self, **changes) -> TrainConfig:
         """A copy with `changes`, validated again."""
@@ -119,6 +159,9 @@ class TrainConfig:
             A setting that decides what the training is has another value there; the message has both.
         """
         mine = {name: value for name, value in self.to_dict().items() if name not in FREE}
+        asked = {"preset": self.schedule} if self.schedule and isinstance(self.schedule, str) else self.schedule
+        if "preset" in asked and "epochs" not in asked:
+            mine["epochs"] = self.epochs  # the preset is stretched over them
         if changed := [name for name, value in mine.items() if other.get(name) != value]:
             pairs = ", ".join(f"{name}={other.get(name)!r} there and {mine[name]!r} now" for name in changed)
             raise ConfigError(

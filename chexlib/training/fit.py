@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import keras
 import numpy as np
 import pandas as pd
 
@@ -22,16 +21,16 @@ from chexlib.data.cache import ImageStore
 from chexlib.data.pipeline import training_batches
 from chexlib.errors import ClusterError, ConfigError, WeightsError
 from chexlib.files import replacing
-from chexlib.models.weights import create_model, save_model
+from chexlib.models.weights import save_model
 from chexlib.training import stopping
 from chexlib.training.checkpoints import checkpoint_files
 from chexlib.training.collectives import join_world
 from chexlib.training.config import TrainConfig
 from chexlib.training.monitor import Plateau, PooledValidation, Position, Progress, pooled_scorer
-from chexlib.training.optimizers import FusedAdam
+from chexlib.training.optimizers import guide
 from chexlib.training.parts import divide, predictions_of
 from chexlib.training.resume import Saver
-from chexlib.training.trainer import DataParallelTrainer
+from chexlib.training.reuse import Reuse
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +49,7 @@ class TrainResult:
     predictions: str
     resumed_from: str | None = None  # name of the checkpoint
     stopped: bool = False  # ended early because it was asked to; the checkpoint is of the very step
+    measured: dict | None = None  # what `measure` found, where it was asked for
 
     def to_dict(self) -> dict:
         """Plain values, for `metrics.json`."""
@@ -63,6 +63,8 @@ def fit(
     restarts: int = 0,
     report: Callable[[dict], None] | None = None,
     verbose: int | str = 0,
+    reuse: Reuse | None = None,
+    measure: Callable[..., dict] | None = None,
 ) -> TrainResult:
     """Train on the train part, choose by the validation part, score validation and test with the best weights.
 
@@ -79,6 +81,11 @@ def fit(
         for each epoch that has ended).
     verbose : 0, 1, 2 or "auto"
         Keras' progress bar, on the first rank.
+    reuse : Reuse, optional
+        Of one process: takes over what an earlier training built, and keeps it for the next.
+    measure : callable, optional
+        Called on every rank as `measure(trainer, parts, world)` with the weights of the last epoch, instead of scoring
+        and writing the best ones: for grids of trainings that leave numbers only. Not with engines.
 
     Returns
     -------
@@ -100,47 +107,38 @@ def fit(
         return _fit_on(engines, config, restarts=restarts, report=report)
     stopping.listen()
     try:
-        return _fit_here(config, report, verbose)
+        return _fit_here(config, report, verbose, reuse or Reuse(), measure)
     finally:
         stopping.forget()  # not at the start: a stop may be asked for while everything is got ready
 
 
-def _fit_here(config: TrainConfig, report: Callable[[dict], None] | None, verbose: int | str) -> TrainResult:
+def _fit_here(config: TrainConfig, report, verbose: int | str, reuse: Reuse, measure) -> TrainResult:
     began = time.perf_counter()
     world = join_world()
     split, parts = divide(config)
     train = parts["train"]
-    if world.ranks > len(train):
-        raise ConfigError(f"{world.ranks} ranks cannot share {len(train)} images. Use at most {len(train)} engines.")
+    if (ranks := world.ranks * config.accumulation) > len(train):
+        raise ConfigError(f"{ranks} ranks cannot share {len(train)} images. Use at most {len(train)} engines.")
     world.share(lambda: _prepare(config))
 
-    model = create_model(
-        config.topology,
-        size=config.size,
-        weights=config.weights,
-        precision=config.precision,
-        momentum=config.norm_momentum,
-        seed=config.seed,
-    )
+    trainer = reuse.trainer(config, world)
+    model = trainer.model
     labels = train.labels
     if config.weights is None:
         _start_head_at_prevalence(model, labels)
     if config.shuffle_labels:
         labels = np.random.default_rng(config.seed).permutation(labels)
-    trainer = DataParallelTrainer(model, world)
-    makers = {"adam": FusedAdam, "sgd": lambda rate: keras.optimizers.SGD(rate, momentum=0.9)}
-    trainer.compile(optimizer=makers[config.optimizer](config.learning_rate), jit_compile=False)
-    trainer.optimizer.build(model.trainable_variables)
     world.broadcast([*model.variables, *trainer.optimizer.variables])
 
-    global_batch = config.batch_size * world.ranks
+    global_batch = config.batch_size * ranks
     at = Position(global_batch, min(len(train), config.max_steps * global_batch or len(train)))
-    score = pooled_scorer(model, parts, world, size=config.size)
+    score = pooled_scorer(trainer.infer, parts, world, size=config.size)
     validation = PooledValidation(score, parts["validation"].labels)
-    plateau = Plateau(config.plateau_factor, config.plateau_patience)
+    plateau = Plateau(1 if trainer.optimizer.tables else config.plateau_factor, config.plateau_patience)
     progress = Progress(report if world.first else None, at, epochs=config.epochs)
     saver = Saver(config, world, at, (validation, plateau, progress), facts={"split": split.digest})
     resumed = saver.restore(trainer) if config.resume else None
+    values = guide(trainer.optimizer, config, at, anew=resumed is None)
     store = ImageStore(train.table["path"], size=config.size, gather=world.gather)
     while at.epoch < config.epochs and not saver.stopped:  # once, or twice when resumed within an epoch
         batches = training_batches(
@@ -152,7 +150,10 @@ def _fit_here(config: TrainConfig, report: Callable[[dict], None] | None, verbos
             first_image=at.image,
             rank=world.rank,
             ranks=world.ranks,
+            accumulation=config.accumulation,
             mirror=config.mirror,
+            augment=config.augment,
+            when=values and values.augment[at.step :],
             images=at.images,
         )
         trainer.fit(
@@ -164,10 +165,9 @@ def _fit_here(config: TrainConfig, report: Callable[[dict], None] | None, verbos
             verbose=verbose if world.first else 0,
             shuffle=False,
         )
-    if validation.best_weights is not None:
+    world.average(model.non_trainable_variables)  # stopped within an epoch, each rank has its own
+    if measure is None and validation.best_weights is not None:
         model.set_weights(validation.best_weights)
-
-    predictions = pd.concat([predictions_of(parts[part], score(part), part) for part in ("validation", "test")])
     result = TrainResult(
         config=config.to_dict(),
         ranks=world.ranks,
@@ -179,8 +179,11 @@ def _fit_here(config: TrainConfig, report: Callable[[dict], None] | None, verbos
         predictions=str(Path(config.run_dir) / "predictions.parquet"),
         resumed_from=resumed,
         stopped=saver.stopped,
+        measured=measure(trainer, parts, world) if measure and not saver.stopped else None,
     )
-    world.share(lambda: _write(result, model, predictions, progress.step_rows))
+    if measure is None:
+        predictions = pd.concat([predictions_of(parts[part], score(part), part) for part in ("validation", "test")])
+        world.share(lambda: _write(result, model, predictions, progress.step_rows))
     return result
 
 

@@ -12,7 +12,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from chexlib.data.cache import ImageStore
 from chexlib.data.pipeline import steps_per_epoch
-from chexlib.errors import ConfigError
+from chexlib.errors import DivergedError
 from chexlib.findings import FINDINGS
 from chexlib.training.collectives import World
 
@@ -46,15 +46,12 @@ class PooledValidation(keras.callbacks.Callback):
         self.best, self.best_epoch, self.best_weights = -np.inf, 0, None
 
     def on_epoch_end(self, epoch, logs):
-        model, world = self.model.model, self.model.world
-        statistics = model.non_trainable_variables
-        if statistics and world.ranks > 1:
-            for variable, total in zip(statistics, world.sum([v.value for v in statistics]), strict=True):
-                variable.assign(total / world.ranks)
+        model = self.model.model
+        self.model.world.average(model.non_trainable_variables)
         scores = self.score("validation")
         if not np.isfinite(scores).all():
             rate = float(self.model.optimizer.learning_rate)
-            raise ConfigError(f"training diverged in epoch {epoch + 1}: use a learning_rate below {rate:g}.")
+            raise DivergedError(f"training diverged in epoch {epoch + 1}: use a learning_rate below {rate:g}.")
         logs["val_loss"] = float(
             np.mean([log_loss(y, p, labels=[0, 1]) for y, p in zip(self.labels.T, scores.T, strict=True)])
         )
@@ -127,14 +124,8 @@ class Progress(keras.callbacks.Callback):
         self.report({**where, **self.model.told(), **numbers})
 
 
-def pooled_scorer(model, parts: dict, world: World, *, size: int, batch: int = 64) -> Callable[[str], np.ndarray]:
+def pooled_scorer(predict: Callable, parts: dict, world: World, *, size: int, batch: int = 64) -> Callable:
     """Make `score(part) -> (n, 14) float32`: each rank scores every ranks-th image, and all ranks get all scores."""
-    import tensorflow as tf
-
-    predict = tf.function(
-        lambda pixels: model(pixels, training=False),
-        input_signature=[tf.TensorSpec([None, size, size, 1], tf.float32)],
-    )
     stores = {}
 
     def score(part: str) -> np.ndarray:

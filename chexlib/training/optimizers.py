@@ -1,11 +1,98 @@
-"""Optimizers as one kernel a variable: Keras' results from a graph a third of the size, so training starts sooner."""
+"""Optimizers under one schedule, with weight decay on weights only.
+
+FusedAdam and Momentum are one kernel a variable: Keras' results from a graph a third of the size, so training starts
+sooner. Under a schedule (`follow`) rate, momentum and weight decay are read in the graph from a table, by the count
+of updates; that count is all that a checkpoint has to hold besides the slots.
+"""
 
 from __future__ import annotations
 
 import keras
+import numpy as np
+
+from chexlib.data.pipeline import steps_per_epoch
+from chexlib.errors import ConfigError
+from chexlib.training.config import TrainConfig
+from chexlib.training.monitor import Position
+from chexlib.training.recipes import resolve
+from chexlib.training.schedules import Schedule, Values
+
+NO_DECAY = ConfigError('optimizer="adam" has no weight decay. Use "adamw", or a weight decay of 0.')
+LARS_RATIO = 1e-3  # You et al. 2017, section 5: how much of a layer's norm one update may move it
 
 
-class FusedAdam(keras.optimizers.Adam):
+class TableSchedule(keras.optimizers.schedules.LearningRateSchedule):
+    """A value for each update, for any Keras optimizer; after the last one the last value stays.
+
+    The table is a variable, so that another one needs no new graph; it is no part of the optimizer's state.
+
+    >>> keras.optimizers.SGD(TableSchedule(preset("goyal-2017").compile(steps_per_epoch=157).rate))
+    """
+
+    def __init__(self, table):
+        import tensorflow as tf
+
+        self.table = tf.Variable(np.asarray(table, np.float32), shape=[None], trainable=False)
+
+    def __call__(self, step):
+        import tensorflow as tf
+
+        return tf.gather(self.table, tf.minimum(tf.cast(step, tf.int32), tf.shape(self.table)[0] - 1))
+
+    def get_config(self):
+        return {"table": self.table.numpy().tolist()}
+
+
+def is_weight(variable) -> bool:
+    """Whether a variable is decayed: kernels are; biases, and batch norm's gamma and beta, which have one axis, not."""
+    return len(variable.shape) > 1
+
+
+class Scheduled:
+    """What a Keras optimizer needs to follow `Values`, and to leave biases and batch norm undecayed."""
+
+    tables: tuple[TableSchedule, ...] = ()  # of rate, momentum and weight decay
+
+    def follow(self, values: Values):
+        """Take rate, momentum and weight decay of each update from `values`, from now on."""
+        # A stage that starts fresh takes over weights only: without its momentum the velocity is forgotten.
+        columns = (values.rate, np.where(values.fresh, 0, values.momentum), values.weight_decay)
+        if self.tables:
+            for known, column in zip(self.tables, columns, strict=True):
+                known.table.assign(column.astype(np.float32))
+        else:
+            self.tables = tuple(TableSchedule(column) for column in columns)
+            self.learning_rate = self.tables[0]
+        return self
+
+    def momentum_now(self):
+        """Of the update that is being made."""
+        return self.tables[1](self.iterations.value) if self.tables else self.momentum
+
+    def decay_now(self):
+        """Of the update that is being made."""
+        return self.tables[2](self.iterations.value) if self.tables else self.decay
+
+
+class Decoupled(Scheduled):
+    """Weight decay apart from the gradient, times the rate (Loshchilov and Hutter 2019), as Keras does it."""
+
+    def __init__(self, learning_rate=1e-3, *, decay=0.0, **settings):
+        super().__init__(learning_rate, **settings)
+        self.decay = decay
+
+    def _apply_weight_decay(self, variables):
+        if self.decay or self.tables:
+            share = 1 - self.learning_rate * self.decay_now()
+            for variable in variables:
+                if is_weight(variable):
+                    variable.assign(variable * share)
+
+    def get_config(self):
+        return {**super().get_config(), "decay": self.decay}
+
+
+class FusedAdam(Scheduled, keras.optimizers.Adam):
     """`keras.optimizers.Adam` (Kingma and Ba 2015) through TensorFlow's own Adam kernel.
 
     Same update, slots and configuration; amsgrad is left to Keras' class.
@@ -30,3 +117,132 @@ class FusedAdam(keras.optimizers.Adam):
             epsilon=self.epsilon,
             grad=gradient,
         )
+
+    def follow(self, values: Values):
+        if type(self) is FusedAdam and values.weight_decay.any():
+            raise NO_DECAY
+        return super().follow(values)
+
+
+class AdamW(Decoupled, FusedAdam):
+    """Adam with decoupled weight decay on weights only. Momentum is its beta_1; a schedule's is not read."""
+
+
+class Lamb(Decoupled, keras.optimizers.Lamb):
+    """Keras' Lamb (You et al. 2020), its decoupled weight decay on weights only."""
+
+
+class Momentum(Scheduled, keras.optimizers.SGD):
+    """SGD with momentum, the rate inside the velocity, and L2: the decay is added to the gradient, as in Caffe.
+
+    v <- momentum * v - rate * (gradient + decay * weight);  weight <- weight + v, or Nesterov's look ahead.
+    """
+
+    def __init__(self, learning_rate=0.01, *, momentum=0.9, nesterov=False, decay=0.0, **settings):
+        super().__init__(learning_rate, momentum=momentum, nesterov=nesterov, **settings)
+        self.decay = decay
+
+    def update_step(self, gradient, variable, learning_rate):
+        import tensorflow as tf
+
+        if is_weight(variable):
+            gradient = gradient + self.decay_now() * variable
+        tf.raw_ops.ResourceApplyKerasMomentum(
+            var=variable.handle,
+            accum=self.momentums[self._get_variable_index(variable)].value.handle,
+            lr=tf.cast(learning_rate, tf.float32),
+            grad=gradient,
+            momentum=tf.cast(self.momentum_now(), tf.float32),
+            use_nesterov=self.nesterov,
+        )
+
+    def get_config(self):
+        return {**super().get_config(), "decay": self.decay}
+
+
+class LARS(Momentum):
+    """Layer-wise adaptive rate scaling (You, Gitman and Ginsburg 2017, algorithm 1).
+
+    A kernel's rate is multiplied by ratio * |w| / (|gradient| + decay * |w|), 1 where a norm is 0. Biases and batch
+    norm take the rate as it is.
+    """
+
+    def __init__(self, learning_rate=0.01, *, ratio=LARS_RATIO, **settings):
+        super().__init__(learning_rate, **settings)
+        self.ratio = ratio
+
+    def update_step(self, gradient, variable, learning_rate):
+        import tensorflow as tf
+
+        if is_weight(variable):
+            weight, slope = tf.norm(variable), tf.norm(gradient)
+            local = self.ratio * tf.math.divide_no_nan(weight, slope + self.decay_now() * weight)
+            learning_rate = learning_rate * tf.where((weight > 0) & (slope > 0), local, 1.0)
+        super().update_step(gradient, variable, learning_rate)
+
+    def get_config(self):
+        return {**super().get_config(), "ratio": self.ratio}
+
+
+MAKERS = {
+    "sgd": Momentum,
+    "nesterov": lambda rate, decay=0.0: Momentum(rate, nesterov=True, decay=decay),
+    "adamw": AdamW,
+    "lamb": Lamb,
+    "lars": LARS,
+}
+
+
+def create(name: str, rate: float = 0.0, *, decay: float = 0.0, values: Values | None = None):
+    """The optimizer of this name, with a constant rate and decay, or following `values`.
+
+    Raises
+    ------
+    ConfigError
+        Weight decay for plain Adam, which has none.
+    """
+    optimizer = FusedAdam(rate) if name == "adam" else MAKERS[name](rate, decay=decay)
+    if name == "adam" and decay:
+        raise NO_DECAY
+    return optimizer.follow(values) if values else optimizer
+
+
+def make_optimizer(config: TrainConfig):
+    """The optimizer that a config asks for; `guide` gives it its schedule."""
+    if has_table(config):
+        return create(config.optimizer, values=Schedule(phases=[{"kind": "constant", "length": 1}]).compile())
+    return create(config.optimizer, config.learning_rate, decay=config.weight_decay)
+
+
+def has_table(config: TrainConfig) -> bool:
+    """Whether rates are read from a table: under any schedule but one that leaves them to the validation loss."""
+    return bool(config.schedule) and not _schedule_of(config, Position(1, 1)).plateau
+
+
+def guide(optimizer, config: TrainConfig, at: Position, *, anew: bool) -> Values | None:
+    """Let the optimizer follow the config's schedule from where the training stands; None where there is none.
+
+    Raises
+    ------
+    ConfigError
+        The schedule has fewer steps than phases, or decays weights under plain Adam.
+    """
+    if not config.schedule:
+        return None
+    values = values_at(config, at)
+    if optimizer.tables:
+        optimizer.follow(values)
+    elif anew:
+        optimizer.learning_rate = values.rate[0]
+    return values
+
+
+def values_at(config: TrainConfig, at: Position) -> Values:
+    """The values of a config's schedule for the global batch of `at`, laid so that `at.step` has its place's values."""
+    steps = steps_per_epoch(at.images, global_batch=at.global_batch)
+    place = at.epoch * steps + steps_per_epoch(at.image, global_batch=at.global_batch)
+    return _schedule_of(config, at).compile(steps_per_epoch=steps).begin(place, at=at.step)
+
+
+def _schedule_of(config: TrainConfig, at: Position) -> Schedule:
+    return resolve(config.schedule, images=at.images, global_batch=at.global_batch, epochs=config.epochs)

@@ -136,13 +136,13 @@ class Saver(keras.callbacks.Callback):
     def _move_to(self, position: dict, ranks: int, trainer) -> None:
         now, then = self.at.global_batch, position["global_batch"]
         if self.config.resume_keeps == "global_batch":
-            if then < self.world.ranks:
+            if then < (parts := self.world.ranks * self.config.accumulation):
                 raise ConfigError(
-                    f"the global batch of {then} leaves some of {self.world.ranks} ranks without an image. Use at most "
+                    f"the global batch of {then} leaves some of {parts} ranks without an image. Use at most "
                     f'{then} ranks, or resume_keeps="rank_batch".'
                 )
             self.at.global_batch = then
-        elif now != then:
+        elif now != then and not trainer.optimizer.tables:
             rate = float(trainer.optimizer.learning_rate)
             log.info("global batch %d -> %d: learning rate %g -> %g", then, now, rate, rate * now / then)
             trainer.optimizer.learning_rate = rate * now / then

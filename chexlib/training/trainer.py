@@ -11,6 +11,9 @@ from chexlib.training.collectives import World
 class DataParallelTrainer(keras.Model):
     """A model, its loss and its ranks, for `keras.Model.fit`.
 
+    With `accumulation` above 1 a rank stands for as many *virtual ranks*: it takes their parts of the global batch one
+    after the other, in one graph, each normalised by itself, adds up gradients, and averages moving statistics.
+
     The loss is binary cross-entropy, averaged over findings and over all images of the global batch; a rank with
     fewer images, or with a stand-in of weight 0, counts for what it holds.
 
@@ -19,12 +22,17 @@ class DataParallelTrainer(keras.Model):
     computed before it was ready for the others.
     """
 
-    def __init__(self, model: keras.Model, world: World):
+    def __init__(self, model: keras.Model, world: World, *, accumulation: int = 1):
         super().__init__()
         # Grappler's rewriting takes seconds of every start and makes no step of these graphs faster (measured).
         tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
         self.model, self.world = model, world
+        self.accumulation = tf.Variable(accumulation, trainable=False)  # another number needs no new graph
+        self.virtual = accumulation > 1
         self.loss_tracker = keras.metrics.Mean("loss")
+        spec = [tf.TensorSpec(model.input_shape, tf.float32)]
+        self.infer = tf.function(lambda pixels: model(pixels, training=False), input_signature=spec)
+        self.infer_by_batch = tf.function(lambda pixels: model(pixels, training=True), input_signature=spec)
         self.asking = tf.Variable(0.0, trainable=False)
         self._told = tf.Variable(tf.zeros([3 + world.ranks]), trainable=False)
 
@@ -40,10 +48,10 @@ class DataParallelTrainer(keras.Model):
         variables = self.model.trainable_variables
         with tf.control_dependencies([pixels]):
             began = tf.timestamp()
-        with tf.GradientTape() as tape:
-            scores = self.model(pixels, training=True)
-            loss = tf.reduce_sum(weights * keras.losses.binary_crossentropy(labels, scores))
-        gradients = tape.gradient(loss, variables)
+        if self.virtual:
+            loss, gradients = self._virtual_ranks(pixels, labels, weights)
+        else:
+            loss, gradients = self._loss_and_gradients(pixels, labels, weights)
         with tf.control_dependencies(gradients):
             busy = tf.cast(tf.timestamp() - began, tf.float32)
         numbers = tf.concat(
@@ -59,6 +67,35 @@ class DataParallelTrainer(keras.Model):
         self.loss_tracker.update_state(loss / images, sample_weight=images)
         self._told.assign(numbers)
         return {"loss": self.loss_tracker.result()}
+
+    def _loss_and_gradients(self, pixels, labels, weights):
+        with tf.GradientTape() as tape:
+            scores = self.model(pixels, training=True)
+            loss = tf.reduce_sum(weights * keras.losses.binary_crossentropy(labels, scores))
+        return loss, tape.gradient(loss, self.model.trainable_variables)
+
+    def _virtual_ranks(self, pixels, labels, weights):
+        """Sums over this rank's parts of a batch. Each begins with the same moving statistics; their mean is left."""
+        model, parts = self.model, self.accumulation
+        images = tf.shape(pixels)[0]
+        statistics = model.non_trainable_variables
+        before = [tf.identity(v.value) for v in statistics]
+
+        def take(part, start, loss, gradients, totals):
+            stop = start + images // parts + tf.cast(part < images % parts, tf.int32)  # as `partition` has cut
+            for variable, value in zip(statistics, before, strict=True):
+                variable.assign(value)
+            more, own = self._loss_and_gradients(pixels[start:stop], labels[start:stop], weights[start:stop])
+            gradients = [total + tf.convert_to_tensor(g) for total, g in zip(gradients, own, strict=True)]
+            totals = [total + v.value for total, v in zip(totals, statistics, strict=True)]
+            return part + 1, stop, loss + more, gradients, totals
+
+        nothing = [tf.zeros(v.shape) for v in model.trainable_variables], [tf.zeros(v.shape) for v in statistics]
+        start = (0, 0, tf.constant(0.0), *nothing)
+        *_, loss, gradients, totals = tf.while_loop(lambda part, *_: part < parts, take, start, parallel_iterations=1)
+        for variable, total in zip(statistics, totals, strict=True):
+            variable.assign(total / tf.cast(parts, tf.float32))
+        return loss, gradients
 
     def told(self) -> dict:
         """Of the last step: `step_loss`, `asked`, and `busy`, a list of seconds by rank."""

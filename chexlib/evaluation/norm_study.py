@@ -1,0 +1,243 @@
+"""The batch-norm study of notebook 05: its grid, what each training leaves in it, and the verdict.
+
+A large global batch can cost accuracy in three ways that have to do with batch norm or are taken for it: there are
+fewer updates in as many epochs; moving statistics trail weights that still move fast; each rank normalises a small
+local batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from chexlib.data.cache import ImageStore
+from chexlib.errors import ConfigError, DivergedError
+from chexlib.evaluation.auroc import auroc
+from chexlib.evaluation.batch_norm import NormReport, bn_report, judge_scores
+from chexlib.findings import FINDINGS
+from chexlib.models.statistics import kept_statistics, recalibrate
+from chexlib.training.config import TrainConfig
+from chexlib.training.fit import fit
+from chexlib.training.monitor import pooled_scorer
+from chexlib.training.reuse import Reuse
+
+TERMS = ("total", "updates", "lag", "local batch", "rest")
+RATES = {"densenet121": 1e-3, "resnet50": 1e-3, "vgg16": 1e-4}  # Adam's; without batch norm a network bears less
+EVALUATED = 64  # images normalised together where a model is judged by batch statistics
+
+
+def norm_grid(
+    *,
+    topologies: Sequence[str],
+    batches: Sequence[int],
+    local_batches: Sequence[int],
+    momenta: Sequence[float],
+    norms: Sequence[str],
+    seeds: Sequence[int],
+    images: int,
+    epochs: int,
+) -> dict[str, list[dict]]:
+    """The trainings of each part of the study, for `run_grid`; one that serves several parts is the same point in each.
+
+    Parameters
+    ----------
+    batches : global batches, the smallest first
+    local_batches : images normalised together; the first in all parts, the others, and the whole batch, in their own
+    momenta : of moving statistics; the first in all parts, the others in their own
+    norms : to compare with "batch" at the largest global batch
+    images : of the training part; what is left over after whole global batches is not used in an epoch
+
+    Returns
+    -------
+    dict
+        Of "equal epochs", "equal updates" (as few as the largest batch has), "local batch", "momentum" and "norm", the
+        last three without VGG-16. Trainings with one graph follow each other.
+
+    Raises
+    ------
+    ConfigError
+        A global batch that is no multiple of a local one, or has more images than there are.
+    """
+    for batch in batches:
+        if batch > images or any(max(batches) % n or batch % local_batches[0] for n in local_batches):
+            raise ConfigError(
+                f"a global batch of {batch} is not accepted for {images} images in local batches of {local_batches}. "
+                "Use multiples of the first of these, none above the images, and the largest a multiple of all."
+            )
+
+    def point(topology, seed, batch, *, local=local_batches[0], norm="batch", momentum=momenta[0], updates=0):
+        virtual = 1 if norm in ("sync", "ghost") else batch // local
+        steps = min(images // batch, updates or images)
+        return {
+            "topology": topology,
+            "norm": norm,
+            "norm_momentum": momentum,
+            "batch_size": batch // virtual,
+            "accumulation": virtual,
+            "ghost_size": local if norm == "ghost" else 0,
+            "max_steps": steps,
+            "epochs": max(1, round(updates / steps)) if updates else epochs,
+            "learning_rate": RATES[topology],
+            "seed": seed,
+        }
+
+    largest, normed = max(batches), [name for name in topologies if name != "vgg16"]
+    fewest = epochs * (images // largest)
+    cases = {
+        "equal epochs": (topologies, [dict(batch=batch) for batch in batches]),
+        "equal updates": (topologies, [dict(batch=batch, updates=fewest) for batch in batches]),
+        "local batch": (normed, [dict(batch=largest, local=local) for local in (*local_batches, largest)]),
+        "momentum": (normed, [dict(batch=batch, momentum=momentum) for momentum in momenta for batch in batches]),
+        "norm": (normed, [dict(batch=largest, norm=norm) for norm in ("batch", *norms)]),
+    }
+    return {
+        part: [point(topology, seed, **case) for topology in names for case in chosen for seed in seeds]
+        for part, (names, chosen) in cases.items()
+    }
+
+
+def measure_norms(config: TrainConfig, *, reuse: Reuse, population: int = 1024) -> dict | None:
+    """Train, and judge the last weights on the test part by moving, by batch and by the population's statistics.
+
+    Parameters
+    ----------
+    population : int
+        Training images, at most, for the population's statistics.
+
+    Returns
+    -------
+    dict or None
+        updates; auroc_ and loss_ of moving, batch and recalibrated; auroc_<finding> by moving statistics;
+        ms_per_image, of compute in a training step; diverged. None if the training was stopped.
+    """
+
+    def look(trainer, parts, world):
+        model, labels = trainer.model, parts["test"].labels
+
+        def score(predict, batch=EVALUATED):
+            return pooled_scorer(predict, parts, world, size=config.size, batch=batch)("test")
+
+        scores = {"moving": score(trainer.infer)}
+        with kept_statistics(model):
+            scores["batch"] = score(trainer.infer_by_batch)
+        train = ImageStore(parts["train"].table["path"], size=config.size, gather=world.gather)
+        mine = np.arange(min(population, len(train)))[world.rank :: world.ranks]
+        cuts = np.array_split(mine, -(-len(mine) // EVALUATED))
+        batches = (train.take(cut)[..., None].astype(np.float32) for cut in cuts)
+        recalibrate(model, batches, world, forward=trainer.infer_by_batch)
+        scores["recalibrated"] = score(trainer.infer)
+        judged = {kind: judge_scores(labels, values) for kind, values in scores.items()}
+        found = {f"{name}_{kind}": value for kind, both in judged.items() for name, value in both.items()}
+        columns = zip(FINDINGS, labels.T, scores["moving"].T, strict=True)
+        return found | {f"auroc_{finding}": auroc(y, p) for finding, y, p in columns}
+
+    try:
+        result = fit(config, reuse=reuse, measure=look)
+    except DivergedError:
+        return {"diverged": True}
+    if result.stopped:
+        return None
+    speed = max(row["images_per_second"] for row in result.history)
+    updates = config.epochs * config.max_steps
+    return {"diverged": False, "updates": updates, "ms_per_image": 1000 / speed, **result.measured}
+
+
+def report_after(config: TrainConfig, *, reuse: Reuse, population: int = 1024) -> NormReport:
+    """Train, and look at the batch norm of the last weights: `bn_report` on the test part, by local batches."""
+    reports = []
+
+    def look(trainer, parts, world):
+        chosen = {"test": parts["test"].table["path"], "train": parts["train"].table["path"][:population]}
+        stores = {part: ImageStore(paths, size=config.size, gather=world.gather) for part, paths in chosen.items()}
+        pixels = {part: store.take(range(len(store)))[..., None].astype(np.float32) for part, store in stores.items()}
+        given = {"population": pixels["train"], "batch": config.batch_size, "world": world}
+        reports.append(bn_report(trainer.model, pixels["test"], parts["test"].labels, **given))
+        return {}
+
+    fit(config, reuse=reuse, measure=look)
+    return reports[0]
+
+
+def over_seeds(rows: pd.DataFrame, by: Sequence[str], values: Sequence[str], *, level: float = 0.95) -> pd.DataFrame:
+    """Mean of `values` over the rows of each group, with Student's t interval: NaN where there is one seed.
+
+    Returns
+    -------
+    DataFrame
+        Columns `by`, value, mean, low, high, seeds.
+    """
+    long = rows.melt(id_vars=list(by), value_vars=list(values), var_name="value", value_name="x")
+    groups = long.dropna(subset="x").groupby([*by, "value"], sort=False)["x"]
+    table = groups.agg(mean="mean", sd="std", seeds="count").reset_index()
+    half = stats.t.ppf((1 + level) / 2, np.maximum(table["seeds"] - 1, 1)) * table.pop("sd") / np.sqrt(table["seeds"])
+    table["low"], table["high"] = table["mean"] - half, table["mean"] + half
+    return table
+
+
+def decompose(rows: pd.DataFrame) -> pd.DataFrame:
+    """Split what the largest global batch costs in AUROC, by topology and seed, into causes that add up to it.
+
+    With A the test AUROC, by moving statistics in `total` and by the population's in all but `lag`:
+
+    - total: A(smallest batch) - A(largest), at equal epochs;
+    - updates: A(smallest) - A(smallest with as few updates as the largest had);
+    - lag: what moving statistics cost against the population's at the largest batch, less the same at the smallest;
+    - local batch: A(largest, normalised as one batch) - A(largest, normalised by local batches);
+    - rest: A(smallest with few updates) - A(largest, normalised as one batch): below 0 where averaging more images an
+      update gives back some of what their small number costs.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        Of the parts "equal epochs", "equal updates" and "local batch", with a column part.
+
+    Returns
+    -------
+    DataFrame
+        Columns topology, seed and `TERMS`. A topology without batch norm has no lag and no local batch.
+    """
+    rows = rows.assign(batch=rows["batch_size"] * rows["accumulation"])
+    found = []
+    for (topology, seed), own in rows.groupby(["topology", "seed"], sort=False):
+        own = {part: of_part.sort_values("batch") for part, of_part in own.groupby("part")}
+        first, last = (own["equal epochs"].iloc[place] for place in (0, -1))
+        few = own["equal updates"].iloc[0]["auroc_recalibrated"]
+        whole = own["local batch"].sort_values("batch_size").iloc[-1] if "local batch" in own else last
+        lag = [row["auroc_recalibrated"] - row["auroc_moving"] for row in (last, first)]
+        costs = [
+            first["auroc_moving"] - last["auroc_moving"],
+            first["auroc_recalibrated"] - few,
+            lag[0] - lag[1],
+            whole["auroc_recalibrated"] - last["auroc_recalibrated"],
+            few - whole["auroc_recalibrated"],
+        ]
+        found.append((topology, seed, *costs))
+    return pd.DataFrame(found, columns=["topology", "seed", *TERMS])
+
+
+def verdict(terms: pd.DataFrame) -> str:
+    """What the decomposition says, in sentences that follow the numbers, one paragraph a topology."""
+    said = []
+    for topology, own in terms.groupby("topology", sort=False):
+        table = over_seeds(own, ["topology"], TERMS).set_index("value")
+        causes = table.loc[list(TERMS[1:4])]
+        worst = causes["mean"].idxmax()
+        parts = "; ".join(f"{name} {_with_interval(row)}" for name, row in table.iloc[1:].iterrows())
+        clear = [name for name, row in causes.iterrows() if row["low"] > 0]
+        certain = f"Apart from 0 with 95 % confidence: {', '.join(clear) or 'none of the three'}."
+        if int(table["seeds"].min()) < 2:
+            certain = "One seed: no interval, and no conclusion."
+        said.append(
+            f"**{topology}** loses {_with_interval(table.loc['total'])} AUROC at the largest global batch: {parts}. "
+            f"The largest of the three causes is {worst}. {certain}"
+        )
+    return "\n\n".join(said)
+
+
+def _with_interval(row) -> str:
+    if not np.isfinite(row["low"]):
+        return f"{row['mean']:+.3f}"
+    return f"{row['mean']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"

@@ -1,0 +1,186 @@
+"""The study of large-batch recipes of notebook 06: its grid, what each training leaves in it, and the tables of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from chexlib.errors import ConfigError, DivergedError
+from chexlib.evaluation.batch_norm import judge_scores
+from chexlib.evaluation.ensembles import choose, diversity, gain, mean_auroc, save_ensemble, stack
+from chexlib.findings import FINDINGS
+from chexlib.models.combine import combine
+from chexlib.training.checkpoints import checkpoint_files
+from chexlib.training.collapse import collapse, score_checkpoints
+from chexlib.training.config import TrainConfig
+from chexlib.training.fit import fit
+from chexlib.training.monitor import pooled_scorer
+from chexlib.training.recipes import LADDER, RULES
+from chexlib.training.reuse import Reuse
+
+
+def recipe_grid(
+    *,
+    rungs: Sequence[str] = tuple(LADDER),
+    batches: Sequence[int],
+    local_batch: int,
+    peak: float,
+    rule: str = "linear",
+    seeds: Sequence[int],
+    images: int,
+    epochs: int,
+    augment: str = "radiograph",
+) -> list[dict]:
+    """The trainings of the ladder at each global batch, all of equal epochs.
+
+    Batches that leave fewer than 4 updates in all are left out: the longest rung has 3 phases.
+
+    Parameters
+    ----------
+    rungs : names in `chexlib.training.recipes.LADDER`
+    batches : global batches, the smallest first
+    local_batch : images normalised together; the rest of a global batch is accumulated
+    images : of an epoch
+    peak : the highest rate at the smallest global batch
+    rule : how it follows the global batch
+    """
+    points = []
+    for batch in (b for b in sorted(batches, reverse=True) if epochs * -(-images // b) >= 4):
+        for rung in rungs:
+            highest = peak * (batch / min(batches)) ** RULES[rule]
+            schedule = json.dumps({"preset": rung, "peak": highest, "epochs": epochs})
+            local = min(local_batch, batch)
+            point = {"rung": rung, "batch": batch, "batch_size": local, "accumulation": batch // local}
+            point |= {"schedule": schedule, "epochs": epochs, "augment": augment}
+            points += [{**point, "seed": seed} for seed in seeds]
+    return points
+
+
+def measure_recipe(config: TrainConfig, *, reuse: Reuse | None = None) -> dict | None:
+    """Train, and judge the last weights on the test part.
+
+    Returns
+    -------
+    dict or None
+        diverged; auroc (mean) and loss; auroc_<finding>; seconds. None if the training was stopped.
+    """
+
+    def look(trainer, parts, world):
+        scores = pooled_scorer(trainer.infer, parts, world, size=config.size)("test")
+        labels = parts["test"].labels
+        each = {f"auroc_{f}": mean_auroc(labels[:, [i]], scores[:, [i]]) for i, f in enumerate(FINDINGS)}
+        return {**judge_scores(labels, scores), **each}
+
+    try:
+        result = fit(config, reuse=reuse, measure=look)
+    except DivergedError:
+        return {"diverged": True}
+    return None if result.stopped else {"diverged": False, **result.measured, "seconds": result.seconds}
+
+
+def measure_collapses(config: TrainConfig, *, ensemble: Path, collapse_epochs: int = 1) -> dict | None:
+    """Train, collapse from the end of every epoch, and make an ensemble of what comes out.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        With a schedule that does not end in a rate of 0.
+    ensemble : path
+        Where the ensemble's one file goes.
+
+    Returns
+    -------
+    dict or None
+        before_<epoch> and after_<epoch>, mean test AUROC without and with a collapse; validation_<epoch> of the
+        collapsed; chosen, the epochs of the ensemble; best_member, of those the best on validation; ensemble and
+        member, their mean test AUROC; gain, gain_low, gain_high, and the same for each finding; diversity, the mean
+        over pairs of all members. None if the training was stopped.
+    """
+    work = Path(config.run_dir)
+    config = config.replace(keep_checkpoints=2 * config.epochs, resume=True)  # a stop leaves one within an epoch too
+    result = fit(config)
+    if result.stopped:
+        return None
+    steps = -(-result.split["images"]["train"] // (config.batch_size * config.accumulation))
+    points = [p for p in checkpoint_files(work / "checkpoints")[::-1] if int(p.stem.split("-")[1]) % steps == 0]
+    before = score_checkpoints(points)
+    collapsed = {}
+    for epoch, point in enumerate(points, 1):
+        folder = work / f"collapse-{epoch}"
+        done = (folder / "predictions.parquet").exists()  # by an earlier start of this row
+        if not done and collapse(point, run_dir=folder, epochs=collapse_epochs, keep_checkpoints=0).stopped:
+            return None
+        collapsed[epoch] = pd.read_parquet(folder / "predictions.parquet")
+    validation, labels, _ = stack(collapsed, part="validation")
+    test, test_labels, patients = stack(collapsed, part="test")
+    chosen = choose(validation, labels)
+    together, best = combine(test[chosen]), chosen[0]
+    apart = gain(test_labels, together, test[best], patients)
+    members = [work / f"collapse-{i + 1}" / "model.keras" for i in chosen]
+    ensemble.parent.mkdir(parents=True, exist_ok=True)
+    save_ensemble(members, ensemble)
+    unlike = diversity(validation, list(collapsed)).to_numpy()
+    pairs = unlike[np.triu_indices(len(unlike), 1)]
+    found = {"chosen": ",".join(str(i + 1) for i in chosen), "best_member": best + 1}
+    found |= {f"before_{i}": mean_auroc(test_labels, s) for i, s in enumerate(stack_of(before), 1)}
+    found |= {f"after_{i}": mean_auroc(test_labels, s) for i, s in enumerate(test, 1)}
+    found |= {f"validation_{i}": mean_auroc(labels, s) for i, s in enumerate(validation, 1)}
+    for name, row in apart.iterrows():
+        own = "" if name == "mean" else f"_{name}"
+        found |= {f"gain{own}": row["difference"], f"gain_low{own}": row["low"], f"gain_high{own}": row["high"]}
+    means = {"ensemble": mean_auroc(test_labels, together), "member": mean_auroc(test_labels, test[best])}
+    return {**found, **means, "diversity": float(pairs.mean()) if len(pairs) else 0.0}
+
+
+def stack_of(tables: list[pd.DataFrame]) -> np.ndarray:
+    """Test scores of several tables, (tables, n, 14)."""
+    return stack(dict(enumerate(tables)), part="test")[0]
+
+
+def ladder_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
+    """Mean test AUROC of each rung, and what it gains over the rung before, paired by seed, with Student's t interval.
+
+    Parameters
+    ----------
+    rows : of `measure_recipe`, of one global batch
+
+    Returns
+    -------
+    DataFrame
+        Index the rungs in their order; columns auroc, gain, low, high, seeds. The interval is over seeds, NaN for one.
+    """
+    if rows.empty:
+        raise ConfigError("there are no rows of this batch. Train the grid first.")
+    table = rows.pivot_table(index="seed", columns="rung", values="auroc", dropna=False)
+    table = table[[rung for rung in LADDER if rung in table]]
+    gains = table.diff(axis=1)
+    n = gains.notna().sum()
+    with np.errstate(invalid="ignore"):
+        half = stats.t.ppf((1 + level) / 2, np.maximum(n - 1, 1)) * gains.std() / np.sqrt(n)
+    columns = {"auroc": table.mean(), "gain": gains.mean(), "low": gains.mean() - half, "high": gains.mean() + half}
+    return pd.DataFrame({**columns, "seeds": table.notna().sum()})
+
+
+def collapse_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
+    """AUROC before and after a collapse from each epoch, the mean gain over seeds and its Student's t interval.
+
+    Returns
+    -------
+    DataFrame
+        Index the epoch; columns before, after, gain, low, high, seeds.
+    """
+    epochs = sorted(int(name.split("_")[1]) for name in rows if name.startswith("before_"))
+    found = []
+    for epoch in epochs:
+        apart = (rows[f"after_{epoch}"] - rows[f"before_{epoch}"]).dropna()
+        n, mean = len(apart), apart.mean()
+        half = stats.t.ppf((1 + level) / 2, n - 1) * apart.std() / np.sqrt(n) if n > 1 else np.nan
+        means = (rows[f"before_{epoch}"].mean(), rows[f"after_{epoch}"].mean())
+        found.append((epoch, *means, mean, mean - half, mean + half, n))
+    columns = ["epoch", "before", "after", "gain", "low", "high", "seeds"]
+    return pd.DataFrame(found, columns=columns).set_index("epoch")

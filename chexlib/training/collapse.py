@@ -1,0 +1,134 @@
+"""How good would this training be if it were ended now? A collapse from any of its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import tensorflow as tf
+
+from chexlib.errors import ConfigError, WeightsError
+from chexlib.models.weights import create_model, save_model
+from chexlib.training.checkpoints import load_checkpoint, newest_checkpoint
+from chexlib.training.collectives import World
+from chexlib.training.config import TrainConfig
+from chexlib.training.fit import TrainResult, fit
+from chexlib.training.monitor import Position, pooled_scorer
+from chexlib.training.optimizers import has_table, values_at
+from chexlib.training.parts import divide, predictions_of
+
+RAISED = 2.0  # weight decay of the collapse over that before it: 5e-5 -> 1e-4 in solver_collapse.prototxt of 448 nodes
+
+
+def collapse(
+    checkpoint: str | Path,
+    *,
+    run_dir: str | Path,
+    epochs: int = 1,
+    rate: float | None = None,
+    power: float = 2.0,
+    weight_decay: float | None = None,
+    engines=None,
+    **changes,
+) -> TrainResult:
+    """Train on from a checkpoint for a few epochs, with a rate that falls to 0 and random area and aspect off.
+
+    The weights and moving statistics are taken over, the optimizer's slots are not, as in the study
+    (`solver_collapse.prototxt` is started with `--weights`).
+
+    Parameters
+    ----------
+    checkpoint : path
+        A checkpoint, or a run's folder, or its folder of checkpoints: then the newest.
+    run_dir : path
+        For what the collapse leaves; `start.keras` there is the model it began with.
+    epochs : int
+    rate : float, optional
+        To begin with. None: the rate that the training has come to.
+    power : float
+        Of the polynomial.
+    weight_decay : float, optional
+        None: `RAISED` times what the training has come to.
+    engines : chexlib.cluster.engines.Engines, optional
+    changes
+        Other settings of `TrainConfig` than those of the training.
+
+    Raises
+    ------
+    WeightsError
+        There is no sound checkpoint.
+    ConfigError
+        The training's rate has come to 0, and none is named; or a setting is not accepted.
+
+    Examples
+    --------
+    >>> collapse("runs/latest/03_train_baseline", run_dir="runs/collapsed", epochs=2)
+    """
+    path, arrays, facts = _read(Path(checkpoint))
+    config = TrainConfig.from_dict(facts["config"])
+    reached, decay = _reached(config, arrays, facts)
+    rate = reached if rate is None else rate
+    if not rate > 0:
+        raise ConfigError(f"the rate of {path} has come to 0, from where nothing can collapse. Name one with rate=...")
+    weight_decay = RAISED * decay if weight_decay is None else weight_decay
+    phase = {"kind": "collapse", "length": epochs, "rate": rate, "power": power, "weight_decay": weight_decay}
+    settings = {"run_dir": str(run_dir), "epochs": epochs, "resume": False, "weight_decay": 0.0, **changes}
+    config = config.replace(
+        schedule={"unit": "epochs", "phases": [phase]}, weights=str(Path(run_dir) / "start.keras"), **settings
+    )
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    card = {"topology": config.topology, "size": config.size, "checkpoint": path.name, "position": facts["position"]}
+    save_model(_model(config, arrays), config.weights, card=card)
+    return fit(config, engines=engines)
+
+
+def score_checkpoints(checkpoints: Sequence[str | Path]) -> list[pd.DataFrame]:
+    """What each of a training's checkpoints says of validation and test, as `predictions.parquet` holds it.
+
+    The settings are those of the first one; moving statistics are averaged over ranks, as at the end of an epoch.
+    """
+    _, arrays, facts = _read(Path(checkpoints[0]))
+    config = TrainConfig.from_dict(facts["config"])
+    parts, model = divide(config)[1], _model(config, arrays)
+    predict = tf.function(lambda pixels: model(pixels, training=False))
+    score = pooled_scorer(predict, parts, World(), size=config.size)
+    tables = []
+    for checkpoint in checkpoints:
+        _fill(model, _read(Path(checkpoint))[1])
+        tables.append(pd.concat([predictions_of(parts[part], score(part), part) for part in ("validation", "test")]))
+    return tables
+
+
+def _read(path: Path):
+    if path.is_file():
+        return path, *load_checkpoint(path)
+    found = newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
+    if found is None:
+        raise WeightsError(f"there is no checkpoint in {path}. Train with keep_checkpoints of 1 or more.")
+    return found
+
+
+def _reached(config: TrainConfig, arrays: dict, facts: dict) -> tuple[float, float]:
+    """Rate and weight decay of the step that would have come next."""
+    if has_table(config):
+        at = Position(**facts["position"])
+        values = values_at(config, at)
+        now = min(at.step, len(values) - 1)
+        return float(values.rate[now]), float(values.weight_decay[now])
+    return float(arrays["optimizer/1"]), config.weight_decay  # a constant rate, or what a plateau has left of it
+
+
+def _model(config: TrainConfig, arrays: dict):
+    norm = {"norm": config.norm, "ghost_size": config.ghost_size, "momentum": config.norm_momentum}
+    model = create_model(config.topology, size=config.size, precision=config.precision, **norm)
+    _fill(model, arrays)
+    return model
+
+
+def _fill(model, arrays: dict) -> None:
+    for i, variable in enumerate(model.trainable_variables):
+        variable.assign(arrays[f"weights/{i}"])
+    for i, variable in enumerate(model.non_trainable_variables):
+        variable.assign(np.mean(arrays[f"statistics/{i}"], axis=0))

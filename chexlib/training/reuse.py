@@ -1,0 +1,76 @@
+"""What is slow to make before a training, kept for the next one: model, optimizer and their compiled graphs."""
+
+from __future__ import annotations
+
+from chexlib.models.topologies import redraw
+from chexlib.models.weights import create_model
+from chexlib.training.collectives import World
+from chexlib.training.config import FREE, TrainConfig
+from chexlib.training.optimizers import has_table, make_optimizer
+from chexlib.training.trainer import DataParallelTrainer
+
+# Settings that no graph depends on; any other, also one that is new, means another trainer.
+_SAME_GRAPH = {*FREE, "max_steps", "max_images", "learning_rate", "plateau_factor", "plateau_patience", "mirror"}
+_SAME_GRAPH |= {"split", "shuffle_labels", "seed", "schedule", "augment"}
+
+
+class Reuse:
+    """Keeps the trainer of the training before, and makes it as good as new for one that needs the same graph.
+
+    Building DenseNet-121 and tracing its step takes some 20 s, as long as a short training itself: a grid of many is
+    best taken in an order in which those of one topology and `norm` follow each other. Only the last trainer is kept.
+
+    Examples
+    --------
+    >>> reuse = Reuse()
+    >>> results = [fit(config.replace(seed=seed), reuse=reuse) for seed in range(3)]
+    """
+
+    def __init__(self):
+        self._key, self._trainer, self._start = None, None, ()
+
+    def trainer(self, config: TrainConfig, world: World) -> DataParallelTrainer:
+        """What `make_trainer` gives, or the last one that it gave, in the state in which it would give it now."""
+        settings = config.to_dict()
+        key = {name: value for name, value in settings.items() if name not in _SAME_GRAPH}
+        key |= {
+            "table": has_table(config),
+            "virtual": config.accumulation > 1,
+            "seed": config.seed if config.weights else None,
+            "world": world,
+        }
+        if key != self._key:
+            self._trainer = self._start = None  # room for the new one
+            self._trainer = make_trainer(config, world)
+            self._key, self._start = key, [v.numpy() for v in self._variables()]
+            return self._trainer
+        for variable, value in zip(self._variables(), self._start, strict=True):
+            variable.assign(value)
+        if not config.weights:
+            redraw(self._trainer.model, config.seed)
+        if not has_table(config):
+            self._trainer.optimizer.learning_rate = config.learning_rate
+        self._trainer.accumulation.assign(config.accumulation)
+        self._trainer.asking.assign(0.0)
+        return self._trainer
+
+    def _variables(self) -> list:
+        return [*self._trainer.model.variables, *self._trainer.optimizer.variables]
+
+
+def make_trainer(config: TrainConfig, world: World) -> DataParallelTrainer:
+    """The trainer of a config, compiled, with the starting weights of this process' own."""
+    model = create_model(
+        config.topology,
+        size=config.size,
+        weights=config.weights,
+        precision=config.precision,
+        norm=config.norm,
+        ghost_size=config.ghost_size,
+        momentum=config.norm_momentum,
+        seed=config.seed,
+    )
+    trainer = DataParallelTrainer(model, world, accumulation=config.accumulation)
+    trainer.compile(optimizer=make_optimizer(config), jit_compile=False)
+    trainer.optimizer.build(model.trainable_variables)
+    return trainer

@@ -1,0 +1,240 @@
+"""Schedules: phases of rate, momentum, weight decay and augmentation, described once and compiled to a value a step.
+
+A schedule is plain values, and nothing here needs TensorFlow: draw it before anything is trained.
+
+>>> schedule = Schedule(unit="epochs", phases=[
+...     {"kind": "warmup", "length": 1, "start": 0.01, "rate": 0.1},
+...     {"kind": "polynomial", "length": 4, "power": 2}])
+>>> schedule.compile(steps_per_epoch=10).rate.shape
+(50,)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from chexlib.errors import ConfigError
+
+KINDS = ("warmup", "constant", "step", "polynomial", "cosine", "cycle", "collapse")
+UNITS = ("steps", "epochs")
+COUNTS = ("stage", "phase")
+RULES = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}  # exponent of the global batch in the rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One stretch of a schedule. Lengths are in the schedule's unit."""
+
+    kind: str
+    length: float
+    rate: float | None = None  # at its first step; of a warm-up or a cycle, the peak. None: where the one before ended
+    start: float | None = None  # of a warm-up or a cycle: the rate it rises from. None: where the one before ended
+    warmup: float = 0.0  # of a cycle: how much of its length is re-warm-up
+    power: float | None = None  # of the polynomial; None: 1, or 2 in a collapse
+    zero: float | None = None  # where the polynomial would reach 0; None: at the phase's end
+    count: str = "phase"  # from where that is counted: "phase", or "stage", the solver's own start, warm-up included
+    end: float = 0.0  # of a cosine: the rate that it falls to
+    at: tuple[float, ...] = ()  # of a step: where the rate is multiplied by `factor`, from the stage's start
+    factor: float = 0.1
+    weight_decay: float | None = None  # None: what `Schedule.decay` says
+    augment: bool | None = None  # random area and aspect; None: on, but in a collapse off
+    fresh: bool = False  # begins a stage: only the weights are taken over, momentum starts from nothing
+    name: str = ""
+
+    def __post_init__(self):
+        for name, accepted in (("kind", KINDS), ("count", COUNTS)):
+            if getattr(self, name) not in accepted:
+                raise ConfigError(f"a phase's {name}={getattr(self, name)!r} is not known. Use {', '.join(accepted)}.")
+        object.__setattr__(self, "at", tuple(self.at))
+        for name in ("length", "rate", "start", "warmup", "power", "zero", "end", "factor", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not (_number(value) and value >= 0):
+                raise ConfigError(f"a phase's {name}={value!r} is not accepted. Use a number of 0 or more.")
+        for name in ("length", "power", "zero"):
+            if getattr(self, name) == 0:
+                raise ConfigError(f"a phase's {name}=0 is not accepted. Use a number above 0.")
+        if self.kind == "cycle" and not self.warmup < self.length:
+            raise ConfigError(f"a cycle's warmup={self.warmup:g} fills its length={self.length:g}. Make it shorter.")
+        collapse = self.kind == "collapse"
+        for name, value in (("power", 1 + collapse), ("augment", not collapse), ("name", self.kind)):
+            if getattr(self, name) in (None, ""):
+                object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True)
+class Values:
+    """A schedule step by step, all of shape (steps,): float64 rate, momentum, weight_decay; bool augment, fresh.
+
+    `phase` (steps,) int numbers the phases, named in `names`. Momentum is that of Keras' and Caffe's form, in which
+    the velocity holds the rate; in a warm-up it is multiplied by rate(i) / rate(i - 1) (Goyal et al. 2017, remark 2).
+    """
+
+    rate: np.ndarray
+    momentum: np.ndarray
+    weight_decay: np.ndarray
+    augment: np.ndarray
+    fresh: np.ndarray
+    phase: np.ndarray
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.rate)
+
+    def begin(self, index: int, *, at: int) -> Values:
+        """The same values laid so that `index` comes at step `at`: for an optimizer that has counted otherwise."""
+        places = np.maximum(np.arange(at - index + len(self)) - (at - index), 0)
+        arrays = {f.name: getattr(self, f.name)[places] for f in dataclasses.fields(self) if f.name != "names"}
+        return Values(**arrays, names=self.names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Phases one after another. Compile it to values, or scale it first to another data set, batch and budget."""
+
+    phases: tuple[Phase, ...]
+    unit: str = "steps"
+    momentum: float = 0.9
+    decay: tuple[tuple[float, float], ...] = ((0, 0.0),)  # weight decay from a place on, independent of the phases
+    images: int = 0  # what it was made for: images an epoch, and the global batch; 0: whatever it is used with
+    global_batch: int = 0
+    plateau: bool = False  # the rate is also divided when validation stops improving
+    name: str = ""
+    notes: tuple[str, ...] = field(default=(), compare=False)  # what was scaled, in words
+
+    def __post_init__(self):
+        if self.unit not in UNITS:
+            raise ConfigError(f"a schedule's unit={self.unit!r} is not known. Use {' or '.join(UNITS)}.")
+        try:
+            phases = tuple(p if isinstance(p, Phase) else Phase(**p) for p in self.phases)
+            decay = tuple((float(place), float(value)) for place, value in self.decay)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            known = ", ".join(f.name for f in dataclasses.fields(Phase))
+            raise ConfigError(f"the schedule cannot be read ({error}). A phase has {known}.") from error
+        if not phases or not decay or decay[0][0] != 0:
+            raise ConfigError("a schedule needs one phase or more, and a weight decay from 0 on.")
+        object.__setattr__(self, "phases", phases)
+        object.__setattr__(self, "decay", decay)
+
+    @property
+    def length(self) -> float:
+        """Of all phases, in the schedule's unit."""
+        return sum(phase.length for phase in self.phases)
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON, without what is at its default."""
+        return _changed(self) | {"phases": [_changed(phase) for phase in self.phases]}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Schedule:
+        """Make a schedule from plain values; a name that it does not have is an error."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or "phases" not in values or set(values) - known:
+            raise ConfigError(f"{values!r} is no schedule. Use an object with phases; it may have {', '.join(known)}.")
+        return cls(**values)
+
+    def multiply(self, factor: float) -> Schedule:
+        """The same with every rate multiplied by `factor`."""
+
+        def times(rate):
+            return rate if rate is None else rate * factor
+
+        rates = ("rate", "start", "end")
+        phases = [dataclasses.replace(p, **{n: times(getattr(p, n)) for n in rates}) for p in self.phases]
+        return dataclasses.replace(self, phases=tuple(phases))
+
+    def compile(self, *, steps_per_epoch: float = 1.0, steps: int = 0) -> Values:
+        """Values for every step.
+
+        Parameters
+        ----------
+        steps_per_epoch : float
+            What an epoch is, for a schedule in epochs.
+        steps : int
+            Stretch the whole to so many steps; 0 leaves it as it is.
+
+        Raises
+        ------
+        ConfigError
+            There are fewer steps than phases.
+        """
+        scale = steps / self.length if steps else steps_per_epoch if self.unit == "epochs" else 1.0
+        parts = [part for phase in self.phases for part in _parts(phase)]
+        ends = np.round(np.cumsum([p.length for p in parts]) * scale).astype(int)
+        if ends[-1] < len(parts):
+            raise ConfigError(
+                f"{ends[-1]} steps are too few for {len(parts)} phases. Train longer, or in smaller batches."
+            )
+        for i in range(len(ends)):  # every phase has a step, and leaves one to each that follows
+            ends[i] = min(max(ends[i], (ends[i - 1] if i else 0) + 1), ends[-1] - (len(ends) - 1 - i))
+        starts = np.concatenate([[0], ends[:-1]])
+        rates, momenta, last, stage = [], [], 0.0, 0
+        for part, first, after in zip(parts, starts, ends, strict=True):
+            stage = first if part.fresh else stage
+            rate = _rate(part, after - first, first - stage, scale, last)
+            momentum = np.full(len(rate), self.momentum)
+            if part.kind == "warmup":
+                momentum[1:] *= np.divide(rate[1:], rate[:-1], out=np.ones(len(rate) - 1), where=rate[:-1] > 0)
+            # A warm-up ends one step short of its peak, from where the next phase goes on.
+            last = rate[-1] if part.kind != "warmup" or part.rate is None else part.rate
+            rates.append(rate)
+            momenta.append(momentum)
+        phase = np.repeat(np.arange(len(parts)), ends - starts)
+        places = np.round([place * scale for place, _ in self.decay])
+        common = np.array([v for _, v in self.decay])[np.searchsorted(places, np.arange(ends[-1]), side="right") - 1]
+        own = np.array([np.nan if p.weight_decay is None else p.weight_decay for p in parts])[phase]
+        fresh = np.zeros(ends[-1], bool)
+        fresh[[first for part, first in zip(parts, starts, strict=True) if part.fresh]] = True
+        return Values(
+            rate=np.concatenate(rates),
+            momentum=np.concatenate(momenta),
+            weight_decay=np.where(np.isnan(own), common, own),
+            augment=np.array([p.augment for p in parts])[phase],
+            fresh=fresh,
+            phase=phase,
+            names=tuple(p.name for p in parts),
+        )
+
+
+def _parts(phase: Phase) -> tuple[Phase, ...]:
+    """A cycle is a re-warm-up and a polynomial; every other phase is itself."""
+    if phase.kind != "cycle":
+        return (phase,)
+    rest = {"length": phase.length - phase.warmup, "kind": "polynomial"}
+    if not phase.warmup:
+        return (dataclasses.replace(phase, **rest),)
+    rise = {"kind": "warmup", "length": phase.warmup, "name": f"{phase.name}: re-warm-up"}
+    return (dataclasses.replace(phase, **rise), dataclasses.replace(phase, **rest, fresh=False))
+
+
+def _rate(phase: Phase, n: int, before: int, scale: float, last: float) -> np.ndarray:
+    """Rates of the n steps of a phase that has `before` steps of its stage before it; `last` is the rate until then."""
+    j = np.arange(n, dtype=np.float64)
+    base = last if phase.rate is None else phase.rate
+    if phase.kind == "warmup":  # Caffe's GetWarmUpLR
+        return (j * base + (n - j) * (last if phase.start is None else phase.start)) / n
+    counted, zero = j + before * (phase.count == "stage"), n if phase.zero is None else phase.zero * scale
+    if phase.kind == "step":
+        return base * phase.factor ** np.searchsorted(np.round(np.array(phase.at) * scale), j + before, side="right")
+    if phase.kind == "cosine":
+        return phase.end + (base - phase.end) * (1 + np.cos(np.pi * j / n)) / 2
+    if phase.kind == "constant":
+        return np.full(n, float(base))
+    return base * np.maximum(1 - counted / zero, 0) ** phase.power
+
+
+def _changed(thing) -> dict:
+    """The fields of a dataclass that are not at their default, as JSON gives them back."""
+    named = {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing) if f.name not in ("phases", "notes")}
+    default = {f.name: f.default for f in dataclasses.fields(thing)}
+    return json.loads(json.dumps({name: value for name, value in named.items() if value != default[name]}))
+
+
+def _number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,117 @@
+"""A grid of trainings as rows of one Parquet table: each is measured once, and a killed grid goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from chexlib.errors import ConfigError
+from chexlib.files import replacing
+
+log = logging.getLogger(__name__)
+
+
+def run_grid(
+    points: Sequence[Mapping],
+    table: str | Path,
+    measure: Callable[[dict, Path], Mapping | None],
+    *,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Measure every point that `table` does not hold yet, and return the rows of all points in their order.
+
+    Each row is written when it is measured. The file may hold rows of other grids too: a point is known by the hash of
+    all its settings, whatever their order, so these must name all that decides its outcome, data and seed among them.
+
+    Parameters
+    ----------
+    points : sequence of dict
+        Flat settings, of plain values for JSON. A point that is there twice is measured once.
+    table : path of the Parquet file; it and its folder are made if missing
+    measure : callable
+        `measure(point, folder)` returns a flat dict of results, or None if it was stopped: then the grid ends there.
+        What it keeps in `folder`, such as a training's checkpoints, is there again when a killed grid goes on with this
+        point, and removed when its row is written. With `fit`: `config.replace(run_dir=folder, resume=True)`.
+    progress : bool
+        A bar over the points that are missing.
+
+    Returns
+    -------
+    DataFrame
+        Columns key, the settings, the results; fewer rows than points if the grid was stopped.
+
+    Raises
+    ------
+    ConfigError
+        Settings and results have a name in common, or the table is no such table.
+    """
+    table, wanted = Path(table), {point_key(point): dict(point) for point in points}
+    table.parent.mkdir(parents=True, exist_ok=True)
+    work = table.with_name(f".{table.stem}-work")
+    missing = [key for key in wanted if key not in _known(table)]
+    for key in set(wanted) - set(missing):  # killed between writing the row and removing the folder
+        shutil.rmtree(work / key, ignore_errors=True)
+    began = time.monotonic()
+    bar = tqdm(missing, desc=table.stem, unit="row", disable=not progress, leave=False)
+    for done, key in enumerate(bar):
+        point = wanted[key]
+        bar.set_postfix_str(", ".join(f"{name}={value}" for name, value in point.items() if name != "data_dir")[:80])
+        (work / key).mkdir(parents=True, exist_ok=True)
+        found = measure(dict(point), work / key)
+        if found is None:
+            log.info(
+                "%s was stopped with %d of %d rows to go: run it again to go on",
+                table,
+                len(missing) - done,
+                len(wanted),
+            )
+            break
+        if clash := sorted({"key", *point} & set(found)):
+            raise ConfigError(f"results may not be named as settings are: {', '.join(clash)}.")
+        _append(table, {"key": key, **point, **found})
+        shutil.rmtree(work / key)
+        rest = (time.monotonic() - began) / (done + 1) * (len(missing) - done - 1) / 60
+        log.info("%s: row %d of %d, about %.0f minutes to go", table.stem, done + 1, len(missing), rest)
+    rows = _known(table)
+    shown = [rows[key] for key in wanted if key in rows]
+    return pd.DataFrame(shown, columns=list(dict.fromkeys(name for row in shown for name in row)))
+
+
+def point_key(point: Mapping) -> str:
+    """16 hexadecimal digits of SHA-256 of a point's settings, by name.
+
+    Examples
+    --------
+    >>> point_key({"seed": 0, "norm": "batch"}) == point_key({"norm": "batch", "seed": 0})
+    True
+    """
+    return hashlib.sha256(json.dumps(dict(point), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _known(table: Path) -> dict[str, dict]:
+    """The rows of a table by key, in the order in which they were written, each with its own columns."""
+    if not table.exists():
+        return {}
+    try:
+        rows = pd.read_parquet(table, columns=["key", "row"])
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{table} is no table of a grid ({error}). Name another file, or move it away.") from error
+    return {key: json.loads(row) for key, row in zip(rows["key"], rows["row"], strict=True)}
+
+
+def _append(table: Path, row: dict) -> None:
+    rows = {**_known(table), row["key"]: row}  # read anew: another notebook may have written since
+    frame = pd.DataFrame(list(rows.values())).drop(columns="row", errors="ignore")
+    frame["row"] = [
+        json.dumps(row) for row in rows.values()
+    ]  # as it was, where the columns of others make NaN and floats
+    with replacing(table) as file:
+        frame.to_parquet(file, index=False)

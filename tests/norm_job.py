@@ -1,0 +1,48 @@
+"""Run by test_norm_ranks.py under mpiexec: one layer, on each rank a part of 16 images, the outcome to a file a rank.
+
+Arguments: the folder, and the images of each rank, such as 7,5,4.
+"""
+
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from chexlib.models.normalization import FusedBatchNormalization
+from chexlib.training.collectives import join_world
+
+KINDS = {
+    "sync": lambda: FusedBatchNormalization(statistics="sync"),
+    "synchronized": lambda: keras.layers.BatchNormalization(synchronized=True),
+    "plain": keras.layers.BatchNormalization,
+}
+
+
+def outcomes(x, weigh):
+    """Of each kind of layer: outputs, gradients of inputs, scale and offset, and moving statistics after a step."""
+    found = {}
+    for name, make in KINDS.items():
+        layer, inputs = make(), tf.Variable(x)
+        layer.build(x.shape)
+        with tf.GradientTape() as tape:
+            outputs = tf.function(lambda v, layer=layer: layer(v, training=True))(inputs)
+            loss = tf.reduce_sum(weigh * outputs**2)
+        gradients = tape.gradient(loss, [inputs, layer.gamma.value, layer.beta.value])
+        arrays = [outputs, *gradients, layer.moving_mean, layer.moving_variance]
+        names = ("outputs", "inputs", "gamma", "beta", "mean", "variance")
+        found |= {f"{name}/{of}": np.asarray(a) for of, a in zip(names, arrays, strict=True)}
+    return found
+
+
+def data():
+    """16 images and the weights of their outputs in the loss."""
+    rng = np.random.default_rng(0)
+    return (rng.normal(2, 3, (16, 5, 4, 6)).astype(np.float32), rng.normal(size=(16, 5, 4, 6)).astype(np.float32))
+
+
+if __name__ == "__main__":
+    world, ends = join_world(), np.cumsum([0, *map(int, sys.argv[2].split(","))])
+    mine = slice(ends[world.rank], ends[world.rank + 1])
+    np.savez(Path(sys.argv[1]) / f"{world.rank}.npz", **outcomes(*(whole[mine] for whole in data())))

@@ -1,0 +1,111 @@
+"""Ensembles: combined as said, chosen on validation, judged with paired intervals, and one file that predicts."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import rankdata, spearmanr
+from sklearn.metrics import roc_auc_score
+
+from chexlib.errors import ConfigError, DataError
+from chexlib.evaluation.ensembles import choose, diversity, gain, mean_auroc, save_ensemble, stack
+from chexlib.findings import FINDINGS
+from chexlib.models.combine import combine
+from chexlib.models.predict import predict
+from chexlib.models.weights import create_model, load_model, save_model
+
+
+@pytest.fixture(scope="module")
+def scored():
+    """Four members of 300 images of 100 patients: three that err apart from each other, and one that only guesses."""
+    rng = np.random.default_rng(0)
+    labels = (rng.random((300, 14)) < 0.3).astype(np.float32)
+    logits = 1.5 * labels + rng.normal(size=(4, 300, 14)) - 1
+    logits[3] = rng.normal(size=(300, 14))
+    return 1 / (1 + np.exp(-logits)), labels, np.repeat(np.arange(100), 3)
+
+
+def test_members_are_combined_by_probability_logit_or_rank(scored):
+    scores = scored[0]
+    np.testing.assert_allclose(combine(scores), scores.mean(0), atol=1e-6)
+    logits = np.log(scores / (1 - scores)).mean(0)
+    np.testing.assert_allclose(combine(scores, how="logit"), 1 / (1 + np.exp(-logits)), atol=1e-5)
+    ranks = ((rankdata(scores, axis=1) - 1) / (scores.shape[1] - 1)).mean(0)
+    np.testing.assert_allclose(combine(scores, how="rank"), ranks, atol=0.01)
+    squeezed = scores.copy()
+    squeezed[0] = squeezed[0] ** 3  # surer, in the same order: ranks do not change
+    np.testing.assert_allclose(combine(squeezed, how="rank"), ranks, atol=0.01)
+    assert np.abs(combine(squeezed) - combine(scores)).max() > 0.05
+    with pytest.raises(ConfigError, match="how='median' is not known"):
+        combine(scores, how="median")
+
+
+def test_the_greedy_choice_takes_what_gains_and_leaves_the_guesser(scored):
+    scores, labels, _ = scored
+    chosen = choose(scores, labels)
+    alone = [np.mean([roc_auc_score(labels[:, f], s[:, f]) for f in range(14)]) for s in scores]
+    assert chosen[0] == int(np.argmax(alone)) and sorted(chosen) == [0, 1, 2]
+    assert mean_auroc(labels, combine(scores[chosen])) > max(alone) + 0.02
+    assert choose(scores, labels, most=2) == chosen[:2]
+
+
+def test_diversity_is_one_less_spearmans_correlation(scored):
+    scores = np.concatenate([scored[0], scored[0][:1] ** 2])
+    table = diversity(scores, ["a", "b", "c", "guesser", "a squared"])
+    expected = np.mean([1 - spearmanr(scores[0, :, f], scores[1, :, f]).statistic for f in range(14)])
+    assert table.loc["a", "b"] == pytest.approx(expected, abs=1e-9)
+    assert table.loc["a", "a squared"] == 0 and table.loc["guesser", "a"] == pytest.approx(1, abs=0.1)
+
+
+def test_the_gain_is_paired_over_the_same_patients(scored):
+    scores, labels, patients = scored
+    together = combine(scores[:3])
+    table = gain(labels, together, scores[0], patients, resamples=300)
+    for f, name in enumerate(FINDINGS):
+        ours, theirs = (roc_auc_score(labels[:, f], s[:, f]) for s in (together, scores[0]))
+        assert table.loc[name, "difference"] == pytest.approx(ours - theirs, abs=1e-6)
+        assert table.loc[name, "low"] < table.loc[name, "difference"] < table.loc[name, "high"]
+    assert table.loc["mean", "low"] > 0
+    # By hand: the same patients drawn for both, for the finding and the first draws.
+    rng = np.random.default_rng(0)
+    drawn = rng.multinomial(100, np.full(100, 0.01), size=300)
+    apart = []
+    for counts in drawn:
+        rows = np.repeat(np.arange(300), counts[patients])
+        ours, theirs = (roc_auc_score(labels[rows, 2], s[rows, 2]) for s in (together, scores[0]))
+        apart.append(ours - theirs)
+    np.testing.assert_allclose(table.iloc[2][["low", "high"]], np.quantile(apart, [0.025, 0.975]), atol=1e-4)
+    same = gain(labels, scores[0], scores[0], patients, resamples=50)
+    assert (same[["difference", "low", "high"]] == 0).all().all()
+
+
+def test_predictions_of_other_images_are_refused(scored):
+    scores, labels, patients = scored
+
+    def table(images):
+        frame = pd.DataFrame({"image": images, "patient": patients, "part": "test"})
+        frame[[f"label_{f}" for f in FINDINGS]] = labels
+        frame[[f"score_{f}" for f in FINDINGS]] = scores[0]
+        return frame
+
+    same, other = table([f"{i}.png" for i in range(300)]), table([f"{i + 1}.png" for i in range(300)])
+    stacked, y, who = stack({"a": same, "b": same}, part="test")
+    assert stacked.shape == (2, 300, 14) and np.array_equal(y, labels) and np.array_equal(who, patients)
+    with pytest.raises(DataError, match="b has scored other images"):
+        stack({"a": same, "b": other}, part="test")
+    with pytest.raises(DataError, match="no part 'validation'"):
+        stack({"a": same}, part="validation")
+
+
+@pytest.mark.parametrize("how", ["probability", "logit", "rank"])
+def test_one_file_predicts_what_its_members_say_together(how, files, tmp_path):
+    paths, members = files[0], []
+    for seed, topology in ((0, "resnet50"), (1, "vgg16")) if how == "probability" else ((0, "vgg16"), (1, "vgg16")):
+        card = {"topology": topology, "size": 32, "split": {"name": "patient"}}
+        members.append(save_model(create_model(topology, size=32, seed=seed), tmp_path / f"{seed}.keras", card=card))
+    alone = np.stack([predict(paths, weights=member).to_numpy() for member in members])
+    reference = np.random.default_rng(0).normal(0.5, 0.02, (2, 50, 14)).clip(0, 1) if how == "rank" else None
+    file = save_ensemble(members, tmp_path / "ensemble.keras", how=how, reference=reference)
+    together = predict(paths, weights=file)
+    np.testing.assert_allclose(together, combine(alone, how=how, reference=reference), atol=1e-5)
+    card = load_model(file)[1]
+    assert card["how"] == how and len(card["members"]) == 2 and card["size"] == 32

@@ -1,0 +1,82 @@
+"""The grid of notebook 06 names every training once, and its tables are what the rows say."""
+
+import json
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from chexlib import recipe_figures
+from chexlib.evaluation.recipe_study import collapse_gains, ladder_gains, recipe_grid
+from chexlib.scaling.published import LADDER as TOP_1
+from chexlib.scaling.published import published_collapses
+from chexlib.training.recipes import LADDER, preset, resolve
+from chexlib.training.sweep import point_key
+
+GRID = dict(batches=[16, 128, 1024], local_batch=16, peak=0.05, rule="sqrt", seeds=[0, 1, 2], images=2000, epochs=6)
+
+
+def test_the_grid_has_each_rung_at_each_batch_and_seed_with_equal_epochs():
+    points = recipe_grid(**GRID)
+    assert len(points) == 5 * 3 * 3 == len({point_key(point) for point in points})
+    for point in points:
+        assert point["batch_size"] * point["accumulation"] == point["batch"] and point["epochs"] == 6
+        schedule = json.loads(point["schedule"])
+        values = resolve(schedule, images=2000, global_batch=point["batch"], epochs=6).compile()
+        assert len(values) == 6 * -(-2000 // point["batch"])
+        assert schedule["peak"] == pytest.approx(0.05 * np.sqrt(point["batch"] / 16))
+        assert values.rate.max() == pytest.approx(schedule["peak"], rel=0.2)  # a short warm-up ends below its peak
+    tiny = recipe_grid(**{**GRID, "images": 50, "epochs": 2})
+    assert {point["batch"] for point in tiny} == {16}  # 128 and 1,024 would make 2 updates
+
+
+def test_gains_of_rungs_are_paired_by_seed():
+    rng = np.random.default_rng(0)
+    areas = {rung: 0.6 + 0.01 * i + rng.normal(0, 0.02, 3) for i, rung in enumerate(LADDER)}
+    rows = pd.DataFrame(
+        [{"rung": r, "seed": s, "auroc": a} for r, of in reversed(areas.items()) for s, a in enumerate(of)]
+    )
+    table = ladder_gains(rows)
+    assert list(table.index) == list(LADDER)
+    apart = areas["+ warm-up"] - areas["step decay"]
+    row = table.loc["+ warm-up"]
+    low, high = stats.ttest_1samp(apart, 0).confidence_interval()
+    assert (row["gain"], row["low"], row["high"]) == pytest.approx((apart.mean(), low, high))
+    assert row["auroc"] == pytest.approx(areas["+ warm-up"].mean()) and row["seeds"] == 3
+    assert np.isnan(table.loc["step decay", "gain"])
+    assert np.isnan(ladder_gains(rows[rows["seed"] == 0])["low"]).all()
+
+
+def test_collapse_gains_are_paired_by_seed():
+    rows = pd.DataFrame(
+        {"before_1": [0.5, 0.6], "after_1": [0.7, 0.7], "before_2": [0.6, 0.6], "after_2": [0.65, 0.6], "seed": [0, 1]}
+    )
+    table = collapse_gains(rows)
+    low, high = stats.ttest_1samp([0.2, 0.1], 0).confidence_interval()
+    assert table.loc[1].tolist() == pytest.approx([0.55, 0.7, 0.15, low, high, 2])
+    assert table.loc[2, "gain"] == pytest.approx(0.025)
+
+
+def test_the_figures_name_phases_rungs_and_batches():
+    def words(figure):
+        return " ".join(t.get_text() for t in figure.findobj(matplotlib.text.Text))
+
+    drawn = recipe_figures.schedule(preset("64-nodes-coded").compile(), title="64 nodes")
+    for word in ("learning rate", "momentum", "weight decay", "cycle 2: re-warm-up", "collapse", "step"):
+        assert word in words(drawn)
+    rate = drawn.axes[0].lines[0].get_ydata()
+    np.testing.assert_array_equal(rate, preset("64-nodes-coded").compile().rate)
+    rows = pd.DataFrame([{"rung": r, "seed": s, "auroc": 0.6 + 0.01 * s} for r in LADDER for s in (0, 1)])
+    ladder = recipe_figures.ladder(ladder_gains(rows), pd.Series(TOP_1).diff())
+    assert all(rung in words(ladder) for rung in list(LADDER)[1:])
+    assert "1,024" in words(recipe_figures.by_batch(pd.DataFrame({"a": [0.6, 0.7]}, index=[16, 1024])))
+    collapses = recipe_figures.collapse_curve(published_collapses(), published_collapses())
+    assert "before the collapse" in words(collapses)
+    assert published_collapses()["gain"].iloc[[0, -1]].tolist() == [7.17, 2.32]
+    assert plt.get_fignums() == []

@@ -1,0 +1,166 @@
+"""Trainings under a schedule: what they follow, that they go on from any place in it, and the collapse."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from small_training import config_for
+
+from chexlib.cluster.profiles import find_mpi, thread_environment
+from chexlib.errors import ConfigError, WeightsError
+from chexlib.models.predict import predict
+from chexlib.models.weights import load_model
+from chexlib.training import stopping
+from chexlib.training.checkpoints import checkpoint_files, load_checkpoint
+from chexlib.training.collapse import collapse
+from chexlib.training.fit import fit
+from chexlib.training.monitor import Position
+from chexlib.training.optimizers import values_at
+
+PRESET = {"preset": "64-nodes-coded", "peak": 0.05}
+SETTINGS = {"schedule": PRESET, "optimizer": "sgd", "augment": "radiograph", "epochs": 3}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(phantom, tmp_path_factory):
+    """Three epochs under all eight phases of the 64 nodes' solvers, every step's checkpoint kept."""
+    config = config_for(phantom, tmp_path_factory.mktemp("run"), checkpoint_steps=1, keep_checkpoints=100, **SETTINGS)
+    return config, fit(config)
+
+
+def weights_of(path):
+    return load_model(path)[0].get_weights()
+
+
+def test_the_training_follows_the_schedule(undisturbed):
+    config, result = undisturbed
+    images = result.split["images"]["train"]
+    steps = -(-images // 8)
+    values = values_at(config, Position(8, images))
+    assert len(values) == 3 * steps and len(values.names) == 8
+    told = [row["learning_rate"] for row in result.history]  # of the step to come, after each epoch
+    np.testing.assert_allclose(told, values.rate[[steps, 2 * steps, -1]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.7, 0.97], ids=["warm-up", "re-warm-up", "collapse"])
+def test_resuming_in_the_middle_of_a_phase_continues_exactly(undisturbed, tmp_path, share):
+    config, result = undisturbed
+    files = checkpoint_files(os.path.join(config.run_dir, "checkpoints"))[::-1]
+    file = files[int(share * len(files))]
+    (tmp_path / "checkpoints").mkdir()
+    os.link(file, tmp_path / "checkpoints" / file.name)
+    resumed = fit(config.replace(run_dir=str(tmp_path), resume=True, keep_checkpoints=1))
+    assert resumed.resumed_from == file.name
+    for name in ("loss", "val_loss", "val_auroc", "learning_rate"):
+        assert [row[name] for row in resumed.history] == [row[name] for row in result.history]
+    for ours, theirs in zip(weights_of(resumed.model), weights_of(result.model), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["448-nodes-coded", "64-nodes-meant", "64k", "goyal-2017", "+ collapse"])
+def test_from_any_step_the_rest_of_the_schedule_is_the_same(phantom, tmp_path, name):
+    config = config_for(phantom, tmp_path, schedule=name, optimizer="sgd", epochs=6)
+    whole = values_at(config, Position(64, 2000))
+    for step in range(6 * 32):
+        at = Position(64, 2000, epoch=step // 32, image=min(step % 32 * 64, 2000), step=step)
+        rest = values_at(config, at)
+        for column in ("rate", "momentum", "weight_decay", "augment"):
+            np.testing.assert_array_equal(getattr(rest, column)[step:], getattr(whole, column)[step:])
+
+
+def test_with_another_global_batch_the_schedule_goes_on_at_the_same_epoch_with_the_rates_of_that_batch(
+    phantom, tmp_path
+):
+    config = config_for(phantom, tmp_path, schedule="448-nodes-meant", optimizer="sgd", epochs=6)
+    whole, after = values_at(config, Position(64, 2048)), values_at(config, Position(128, 2048, 2, 1024, 80))
+    np.testing.assert_allclose(after.rate[80:], 2 * whole.rate[80::2], rtol=0, atol=0.01 * whole.rate.max())
+    assert len(after) - 80 == (len(whole) - 80) // 2
+
+
+def test_a_training_goes_on_with_its_schedule_on_two_ranks(undisturbed, phantom, tmp_path):
+    config, result = undisturbed
+    files = checkpoint_files(os.path.join(config.run_dir, "checkpoints"))[::-1]
+    file = files[len(files) // 2]
+    (tmp_path / "checkpoints").mkdir()
+    os.link(file, tmp_path / "checkpoints" / file.name)
+    import json
+
+    settings = config.replace(run_dir=str(tmp_path), batch_size=4, keep_checkpoints=1).to_dict()
+    (tmp_path / "two.json").write_text(json.dumps(settings))
+    mpi = find_mpi()
+    command = [mpi.command, "-n", "2", *mpi.flags(), sys.executable, "-m", "chexlib", "train"]
+    command += ["--config", str(tmp_path / "two.json"), "--resume"]
+    done = subprocess.run(
+        command, env={**os.environ, **thread_environment(1)}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    history = pd.read_parquet(tmp_path / "history.parquet")
+    alone = pd.DataFrame(result.history)
+    np.testing.assert_array_equal(history["learning_rate"], alone["learning_rate"])
+    np.testing.assert_allclose(history["loss"], alone["loss"], rtol=1e-4)
+    for ours, theirs in zip(weights_of(tmp_path / "model.keras"), weights_of(result.model), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_a_stop_that_is_asked_for_in_a_phase_is_taken_up_there(undisturbed, tmp_path):
+    config, result = undisturbed
+    config = config.replace(run_dir=str(tmp_path), checkpoint_steps=0, keep_checkpoints=1)
+    stopped = fit(config, report=lambda told: stopping.ask() if told["epoch"] >= 2 else None)
+    assert stopped.stopped
+    resumed = fit(config.replace(resume=True))
+    for ours, theirs in zip(weights_of(resumed.model), weights_of(result.model), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_without_a_schedule_the_rate_is_constant_until_the_plateau_and_chexnet_is_the_same(phantom, tmp_path):
+    changes = dict(epochs=1, max_steps=2, optimizer="adam")
+    plain = fit(config_for(phantom, tmp_path / "plain", learning_rate=5e-4, **changes))
+    chexnet = fit(config_for(phantom, tmp_path / "chexnet", schedule="chexnet", **changes))  # 1e-3 for 16, 8 here
+    assert chexnet.history[0]["learning_rate"] == plain.history[0]["learning_rate"] == pytest.approx(5e-4)
+    assert chexnet.history[0]["loss"] == plain.history[0]["loss"]
+
+
+def test_any_checkpoint_collapses_by_one_call(undisturbed, phantom, tmp_path):
+    config, _ = undisturbed
+    files = checkpoint_files(os.path.join(config.run_dir, "checkpoints"))[::-1]
+    file = files[len(files) // 2]
+    arrays, facts = load_checkpoint(file)
+    collapsed = collapse(file, run_dir=tmp_path, epochs=1)
+    now = values_at(config, Position(**facts["position"]))
+    phase = collapsed.config["schedule"]["phases"][0]
+    assert phase["rate"] == pytest.approx(now.rate[facts["position"]["step"]])
+    assert phase["weight_decay"] == pytest.approx(2 * now.weight_decay[facts["position"]["step"]])
+    start = load_model(tmp_path / "start.keras")[0]
+    for i, variable in enumerate(start.trainable_variables):
+        np.testing.assert_array_equal(variable.numpy(), arrays[f"weights/{i}"])
+    own = collapsed.config["schedule"]
+    values = values_at(config.replace(schedule=own), Position(8, facts["position"]["images"]))
+    steps = np.arange(len(values))
+    np.testing.assert_allclose(values.rate, phase["rate"] * (1 - steps / len(steps)) ** 2)
+    assert not values.augment.any() and set(values.weight_decay) == {phase["weight_decay"]}
+    moved = [np.abs(a - b).max() for a, b in zip(weights_of(collapsed.model), start.get_weights(), strict=True)]
+    assert max(moved) > 0
+    rows = pd.read_parquet(collapsed.predictions).query("part == 'test'").head(3)
+    scores = predict([phantom / "images_001" / "images" / n for n in rows["image"]], weights=collapsed.model)
+    np.testing.assert_allclose(scores, rows[[c for c in rows if c.startswith("score_")]], atol=1e-5)
+
+
+def test_a_collapse_from_nothing_or_from_a_rate_of_0_says_so(undisturbed, tmp_path, monkeypatch):
+    with pytest.raises(WeightsError, match="no checkpoint"):
+        collapse(tmp_path, run_dir=tmp_path / "run")
+    config, _ = undisturbed
+    zero = {"unit": "epochs", "phases": [{"kind": "constant", "length": 1, "rate": 0}]}
+    monkeypatch.setattr(
+        "chexlib.training.collapse.load_checkpoint",
+        lambda path: _with_schedule(load_checkpoint(path), config.replace(schedule=zero)),
+    )
+    with pytest.raises(ConfigError, match=r"has come to 0"):
+        collapse(checkpoint_files(os.path.join(config.run_dir, "checkpoints"))[0], run_dir=tmp_path / "run")
+
+
+def _with_schedule(loaded, config):
+    arrays, facts = loaded
+    return arrays, {**facts, "config": config.to_dict()}

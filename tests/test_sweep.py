@@ -1,0 +1,121 @@
+"""A grid's rows are each measured once, whatever ends the process, and one table serves several grids."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from chexlib.errors import ConfigError
+from chexlib.training.sweep import run_grid
+
+POINTS = [{"batch": batch, "seed": seed} for batch in (16, 64) for seed in (0, 1, 2)]
+
+
+def counted(calls):
+    def measure(point, folder):
+        calls.append(point)
+        return {"auroc": point["batch"] / 100 + point["seed"]}
+
+    return measure
+
+
+def test_a_row_is_measured_once_and_rows_come_in_the_order_asked_for(tmp_path):
+    calls, table = [], tmp_path / "made" / "grid.parquet"
+    first = run_grid(POINTS[3:], table, counted(calls), progress=False)
+    rows = run_grid([*POINTS, {"seed": 0, "batch": 16}], table, counted(calls), progress=False)
+    assert calls == POINTS[3:] + POINTS[:3] and len(first) == 3
+    assert rows[["batch", "seed"]].to_dict("records") == POINTS
+    assert list(rows["auroc"]) == [p["batch"] / 100 + p["seed"] for p in POINTS]
+    assert len(pd.read_parquet(table)) == 6 and [p.name for p in table.parent.iterdir() if p.is_file()] == [table.name]
+
+
+def test_grids_with_other_settings_share_a_table_and_keep_their_types(tmp_path):
+    table = tmp_path / "grid.parquet"
+    ours = run_grid([{"seed": 1}], table, lambda point, folder: {"steps": 7}, progress=False)
+    theirs = run_grid([{"rate": 0.1, "norm": None}], table, lambda point, folder: {"auroc": 0.5}, progress=False)
+    again = run_grid([{"seed": 1}], table, None, progress=False)
+    pd.testing.assert_frame_equal(ours, again)
+    assert list(theirs) == ["key", "rate", "norm", "auroc"] and list(again) == ["key", "seed", "steps"]
+    assert again["steps"].dtype == int
+
+
+def test_a_row_that_was_stopped_is_not_kept_and_ends_the_grid(tmp_path):
+    table, calls = tmp_path / "grid.parquet", []
+
+    def stopped_at_the_third(point, folder):
+        calls.append(point)
+        (folder / "checkpoint").touch()
+        return None if len(calls) == 3 else {"auroc": 0.5}
+
+    rows = run_grid(POINTS, table, stopped_at_the_third, progress=False)
+    assert len(rows) == 2 and len(calls) == 3
+    found = []
+    run_grid(POINTS, table, lambda point, folder: {"there": found.append(os.listdir(folder))}, progress=False)
+    assert found[0] == ["checkpoint"] and found[1:] == [[]] * 3  # only the stopped one left something
+    assert list((tmp_path / ".grid-work").iterdir()) == []
+
+
+def test_results_that_hide_a_setting_and_files_that_are_no_grid_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="seed"):
+        run_grid(POINTS, tmp_path / "grid.parquet", lambda point, folder: {"seed": 3}, progress=False)
+    pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(ConfigError, match=r"other\.parquet is no table of a grid"):
+        run_grid(POINTS, tmp_path / "other.parquet", counted([]), progress=False)
+
+
+JOB = """
+import json, sys
+from pathlib import Path
+from small_training import config_for
+from chexlib.training.fit import fit
+from chexlib.training.reuse import Reuse
+from chexlib.training.sweep import run_grid
+
+data, table = sys.argv[1:]
+reuse = Reuse()
+
+def row(point, folder):
+    config = config_for(data, folder, resume=True, plateau_factor=1, checkpoint_steps=2, **point)
+    tell = lambda told: print("step", point["seed"], told["epoch"], told["step"], flush=True)
+    last = lambda trainer, parts, world: {"norm": float(sum(abs(w).sum() for w in trainer.model.get_weights()))}
+    result = fit(config, reuse=reuse, measure=last, report=tell)
+    return {**result.measured, "loss": result.history[-1]["loss"], "auroc": result.history[-1]["val_auroc"]}
+
+run_grid([{"seed": seed, "accumulation": a} for a, seed in ((1, 0), (1, 1), (2, 0))], table, row, progress=False)
+"""
+
+
+def test_a_grid_of_trainings_killed_three_times_gives_the_table_of_an_undisturbed_one(phantom, tmp_path):
+    """Killed in the first, the second and the third training; each of them goes on from its own checkpoint."""
+
+    def start(table):
+        command = [sys.executable, "-c", JOB, str(phantom), str(table)]
+        place = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TF_CPP_MIN_LOG_LEVEL": "2"}
+        return subprocess.Popen(command, env=place, stdout=subprocess.PIPE, text=True)
+
+    calm, killed = tmp_path / "calm.parquet", tmp_path / "killed.parquet"
+    with start(calm) as whole:
+        whole.communicate()
+    assert whole.returncode == 0
+    for times in range(1, 4):
+        work = tmp_path / ".killed-work"
+        with start(killed) as process:
+            while process.poll() is None:
+                done = len(pd.read_parquet(killed)) if killed.exists() else 0
+                if done == times - 1 and list(work.glob("*/checkpoints/step*")):
+                    process.send_signal(signal.SIGKILL)
+                    break
+                time.sleep(0.02)
+        assert process.returncode == -signal.SIGKILL
+        assert (len(pd.read_parquet(killed)) if killed.exists() else 0) == times - 1
+    with start(killed) as process:
+        process.communicate()
+    assert process.returncode == 0
+    pd.testing.assert_frame_equal(pd.read_parquet(calm), pd.read_parquet(killed))
+    assert json.loads(pd.read_parquet(calm)["row"][0])["seed"] == 0
