@@ -100,6 +100,22 @@ def phantom(directory, images, size, seed, difficulty, min_prevalence, workers):
 
 
 @main.command()
+@click.argument("directory")
+@click.option("--parts", default="", help="Archives to fetch, for instance 1,2; 'none': labels alone.  [default: all]")
+def fetch(directory, parts):
+    """Download the NIH release (45 GB, or some parts) into DIRECTORY, checked; goes on where it was stopped."""
+    from chexlib.data.fetch import fetch as download
+    from chexlib.runs import show_log
+
+    try:
+        chosen = None if not parts else () if parts == "none" else [int(part) for part in parts.split(",")]
+    except ValueError:
+        raise ConfigError(f"--parts {parts!r} is not a list of numbers. Write for instance --parts 1,2.") from None
+    show_log()
+    click.echo(download(directory, parts=chosen))
+
+
+@main.command()
 @click.option("--data", "data_dir", required=True, help="Folder in the NIH layout; the labels are enough.")
 @click.argument("parts", nargs=-1, required=True, metavar="PART=LIST...")
 def audit(data_dir, parts):

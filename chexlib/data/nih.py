@@ -180,7 +180,7 @@ def _read_csv(path: Path, **options) -> pd.DataFrame:
 
 
 def _read_entries(path: Path) -> pd.DataFrame:
-    header = [column.strip() for column in _read_csv(path, nrows=0).columns]
+    header = [c.strip().replace("Patient Sex", "Patient Gender") for c in _read_csv(path, nrows=0)]  # NIH's since 2026
     if missing := [column for column in COLUMNS if column not in header]:
         has = f"has no column {first_few(missing)} (columns: {', '.join(header)})"
         raise DataError(f"{path} {has}. Use the file of the NIH release.")

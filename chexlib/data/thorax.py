@@ -17,8 +17,10 @@ def soft(x, width):
     """0 below -width, 1 above width, smooth between."""
     t = x * np.float32(0.5 / width)
     t += np.float32(0.5)
-    np.clip(t, 0, 1, out=t)
-    slope = 3 - 2 * t  # in place from here on: this runs fifty times an image
+    np.maximum(t, 0, out=t)  # two calls, yet a third of the time of np.clip: this runs fifty times an image
+    np.minimum(t, 1, out=t)
+    slope = t * -2
+    slope += 3
     slope *= t
     slope *= t
     return slope
@@ -145,10 +147,10 @@ class Film:
         wide = widths * scale * g.zoom
         fills = np.minimum(255 * np.asarray(values)[:, None] * np.minimum(wide, 1), 255).astype(int).tolist()
         canvas = Image.new("L", (scale, scale))
-        draw = ImageDraw.Draw(canvas)
+        draw = ImageDraw.Draw(canvas).draw.draw_lines  # `line` without its look at the colour, half of its time
         for xy, row, fill in zip(points, np.maximum(1, np.rint(wide)).astype(int).tolist(), fills, strict=True):
             for j, width in enumerate(row):
-                draw.line(xy[2 * j : 2 * j + 4], fill=fill[j], width=width)
+                draw(xy[2 * j : 2 * j + 4], fill[j], width)
         return np.asarray(canvas.reduce(k), dtype=np.float32) / 255
 
 

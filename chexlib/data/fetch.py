@@ -1,0 +1,215 @@
+"""The NIH release from NIH's own addresses: resumed where it stopped, checked, unpacked safely, into the NIH layout.
+
+Addresses of the archives are those of NIH's `batch_download_zips.py`, their MD5 sums those of NIH's
+`FAQ_CHESTXRAY.pdf` (question 7), both in the folder at `PAGE`; sizes are what Box reports for these addresses. NIH
+publishes no sums for the tables: those here were taken from NIH's files, found in public code, and for all but the
+boxes the files were rebuilt from other copies and gave the same sums (DATA_CARD.md).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import re
+import shutil
+import tarfile
+import zlib
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from chexlib.data.download import Remote, partial_of, retrieve, size_of
+from chexlib.errors import ConfigError, DataError
+from chexlib.files import replacing
+
+PAGE = "https://nihcc.app.box.com/v/ChestXray-NIHCC"
+_STATIC = "https://nihcc.box.com/shared/static/{}.gz"
+_FILE = "https://nihcc.app.box.com/index.php?rm=box_download_shared_file&vanity_name=ChestXray-NIHCC&file_id=f_{}"
+ARCHIVES = tuple(
+    Remote(f"images_{number:03d}.tar.gz", _STATIC.format(token), size, f"md5:{md5}")
+    for number, (token, size, md5) in enumerate(
+        (
+            ("vfk49d74nhbxq3nqjg0900w5nvkorp5c", 2_008_470_987, "fe8ed0a6961412fddcbb3603c11b3698"),
+            ("i28rlmbvmfjbl8p2n3ril0pptcmcu9d1", 3_952_623_504, "ab07a2d7cbe6f65ddd97b4ed7bde10bf"),
+            ("f1t00wrtdk94satdfb9olcolqx20z2jp", 3_929_234_850, "2301d03bde4c246388bad3876965d574"),
+            ("0aowwzs5lhjrceb3qp67ahp0rd1l1etg", 3_838_903_983, "9f1b7f5aae01b13f4bc8e2c44a4b8ef6"),
+            ("v5e3goj22zr6h8tzualxfsqlqaygfbsn", 3_935_496_531, "1861f3cd0ef7734df8104f2b0309023b"),
+            ("asi7ikud9jwnkrnkj99jnpfkjdes7l6l", 3_986_301_172, "456b53a8b351afd92a35bc41444c58c8"),
+            ("jn1b4mw4n6lnh74ovmcjb8y48h8xj07n", 4_016_328_426, "1075121ea20a137b87f290d6a4a5965e"),
+            ("tvpxmn7qyrgl0w8wfh9kqfjskv6nmm1j", 4_018_347_353, "b61f34cec3aa69f295fbb593cbd9d443"),
+            ("upyy3ml7qdumlgk2rfcvlb9k6gvqq2pj", 4_111_327_929, "442a3caa61ae9b64e61c561294d1e183"),
+            ("l6nilvfa9cg3s28tqv1qc1olm3gnz54p", 4_181_556_296, "09ec81c4c31e32858ad8cf965c494b74"),
+            ("hhq8fkdgvcari67vfhs7ppg2w6ni4jze", 4_187_084_020, "499aefc67207a5a97692424cf5dbeed5"),
+            ("ioqwiy20ihqwyr8pf4c24eazhh281pbu", 2_914_187_733, "dc9fda1757c2de0032b63347a7d2895c"),
+        ),
+        start=1,
+    )
+)
+TABLES = tuple(
+    Remote(name, _FILE.format(number), size, f"sha256:{digest}")
+    for name, number, size, digest in (
+        ("Data_Entry_2017_v2020.csv", 219760887468, 9_003_496,
+         "c69a6daca3549af707ca9cacbdf9f9a7b6a9188e8c61157df653520bb72d8eb1"),
+        ("BBox_List_2017.csv", 219760940956, 92_416,
+         "0bbfea9d4c4e9771481b3023b1bc9f0df9dea924453b12986beb29b0c4d0c95b"),
+        ("train_val_list.txt", 256056636701, 1_470_907,
+         "61fbe896321c1c1c8b75f3e4f3a08e4fef6486d95ef8a667c31d4d60dca6cb81"),
+        ("test_list.txt", 256055473534, 435_131,
+         "38ca5ef7f756092946f57c1a59faca882ed589a1ab1f72590b45dc06c6d5e1cc"),
+    )
+)  # fmt: skip
+MEMBER = re.compile(r"(?:\./)?images/(\d{8}_\d{3}\.png)")  # all that an archive of the release holds, but folders
+MAX_MEMBER = 16 * 1024**2  # bytes; the largest radiograph of the release, 1024 px RGBA, has 4 MB before compression
+UNPACKED = 1.1  # bytes on disk for each byte of an archive: PNGs do not compress, tar rounds up to 512
+RECORD = "fetch.json"  # in the data folder: which archives were checked and unpacked
+_log = logging.getLogger(__name__)
+
+
+def fetch(
+    directory: str | Path,
+    *,
+    parts: Sequence[int] | None = None,
+    archives: Sequence[Remote] = ARCHIVES,
+    tables: Sequence[Remote] = TABLES,
+    timeout: float = 60.0,
+    pause: float = 2.0,
+) -> Path:
+    """Download the tables, the lists and some archives of the NIH release, check them, and unpack the images.
+
+    What is there already is not fetched again, and a download that was stopped, however, goes on where it was.
+    `directory/images_001` and so on appear when they are whole. An archive is removed once it is unpacked.
+
+    Parameters
+    ----------
+    directory : path
+        Data folder in the NIH layout; made if need be.
+    parts : sequence of int, optional
+        Archives 1 to 12 to fetch; default: all, 45 GB to download. None at all (`()`): labels without images.
+    archives, tables : sequence of Remote
+        What there is to fetch.
+    timeout : float
+        Seconds without a byte after which a connection counts as dead.
+    pause : float
+        Seconds before a second attempt; doubled for each that follows.
+
+    Raises
+    ------
+    ConfigError
+        A part that does not exist.
+    DataError
+        Too little room, a server that fails, another content than the release's, a folder that is in the way.
+    """
+    directory = Path(directory)
+    parts = range(1, len(archives) + 1) if parts is None else sorted(set(parts))
+    if strange := [part for part in parts if part not in range(1, len(archives) + 1)]:
+        raise ConfigError(f"there is no part {strange[0]!r}. Choose from 1 to {len(archives)}, for instance 1,2.")
+    work = directory / ".fetch"
+    archives = [archives[part - 1] for part in parts if not _unpacked(directory, archives[part - 1])]
+    tables = [table for table in tables if not (directory / table.name).exists()]
+    _check_room(directory, work, tables, archives)
+    with _own(work):
+        for table in tables:
+            retrieve(table, work, timeout=timeout, pause=pause).rename(directory / table.name)
+        for archive in archives:
+            whole = retrieve(archive, work, timeout=timeout, pause=pause)
+            images = _unpack(whole, work / "draft", room=UNPACKED * archive.size)
+            _note(directory, archive, images)
+            (work / "draft").rename(directory / _folder(archive))
+            whole.unlink()
+            _log.info("%s: %d images", directory / _folder(archive), images)
+        shutil.rmtree(work)
+    return directory
+
+
+def _folder(archive: Remote) -> str:
+    return archive.name.removesuffix(".tar.gz")
+
+
+def _noted(directory: Path) -> dict:
+    try:
+        return json.loads((directory / RECORD).read_text())["archives"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _unpacked(directory: Path, archive: Remote) -> bool:
+    """Whether fetch has unpacked this archive here; DataError if its place is taken by something else."""
+    folder = directory / _folder(archive)
+    if not folder.exists():
+        return False
+    if _noted(directory).get(archive.name, {}).get("checksum") == archive.checksum:
+        return True
+    raise DataError(
+        f"{folder} is there, and fetch has not made it: it may be whole or not. Move it away, or leave its part out "
+        "with --parts."
+    )
+
+
+def _note(directory: Path, archive: Remote, images: int) -> None:
+    noted = _noted(directory) | {archive.name: {"checksum": archive.checksum, "url": archive.url, "images": images}}
+    with replacing(directory / RECORD) as file:
+        file.write(json.dumps({"source": PAGE, "archives": noted}, indent=1).encode())
+
+
+def _check_room(directory: Path, work: Path, tables, archives) -> None:
+    """DataError, before anything is written, if what is to come does not fit."""
+    images = sum(UNPACKED * archive.size for archive in archives)
+    need = images + sum(table.size for table in tables) + max((a.size for a in archives), default=0)
+    need -= sum(max(size_of(work / a.name), size_of(partial_of(a, work))) for a in archives)
+    place = next(folder for folder in (directory.absolute(), *directory.absolute().parents) if folder.exists())
+    if not place.is_dir():
+        raise DataError(f"{place} is a file. Name a folder for the data.")
+    free = shutil.disk_usage(place).free
+    if need > free:
+        raise DataError(
+            f"{directory} needs {need / 1e9:.1f} GB for {len(archives)} archives, and {free / 1e9:.1f} GB are free "
+            "there. Fetch fewer with --parts, free some room, or name another folder. Nothing was written."
+        )
+
+
+@contextmanager
+def _own(work: Path):
+    """The folder of what is under way, for one process at a time, without the drafts that a killed one left."""
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(f"another fetch is at work in {work.parent}. Wait for it, or stop it first.") from error
+        for path in work.iterdir():
+            if path.is_file() and path != work / "lock" and not path.name.endswith((".gz", ".partial")):
+                path.unlink()
+        shutil.rmtree(work / "draft", ignore_errors=True)
+        try:
+            yield
+        finally:
+            shutil.rmtree(work / "draft", ignore_errors=True)
+
+
+def _unpack(archive: Path, draft: Path, *, room: float) -> int:
+    """Unpack radiographs, and nothing else, into `draft/images`; returns how many."""
+    (draft / "images").mkdir(parents=True)
+    count = 0
+    try:
+        with tarfile.open(archive, "r|gz") as tar:
+            for member in tar:
+                if member.isdir():
+                    continue
+                name = MEMBER.fullmatch(member.name)
+                if not name or not member.isreg():
+                    raise DataError(f"{archive.name} holds {member.name!r}, which is no image of the release.")
+                room -= member.size
+                if member.size > MAX_MEMBER or room < 0:
+                    raise DataError(f"{archive.name} holds {member.name!r} of {member.size} bytes: far too much.")
+                with open(draft / "images" / name[1], "xb") as file:
+                    shutil.copyfileobj(tar.extractfile(member), file)
+                count += 1
+    except (tarfile.TarError, zlib.error, EOFError) as error:
+        raise DataError(f"{archive.name} is no whole tar.gz ({error}). Remove {archive} and fetch again.") from error
+    except DataError as error:
+        archive.unlink()
+        raise DataError(f"{error} Nothing of it was kept. Do not use its source.") from None
+    except OSError as error:
+        raise DataError(f"{archive.name} cannot be unpacked in {draft.parent}: {error}. Run it again after.") from error
+    return count
