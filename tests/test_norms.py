@@ -135,9 +135,8 @@ def test_batch_norm_weights_fill_the_norms_that_have_statistics_and_no_other(mod
         filled = create_model("resnet50", size=32, norm="frozen", weights=str(path), seed=5)
         for a, b in zip(filled.get_weights(), source.get_weights(), strict=True):
             np.testing.assert_array_equal(a, b)
-        for norm in ("group", "none"):
-            with pytest.raises(WeightsError, match="do not fit resnet50"):
-                create_model("resnet50", size=32, norm=norm, weights=str(path))
+        with pytest.raises(WeightsError, match="do not fit resnet50"):
+            create_model("resnet50", size=32, norm="none" if path == bare else "group", weights=str(path))
     with pytest.raises(WeightsError, match="mean nothing with norm='group'"):
         create_model("resnet50", size=32, norm="group", weights="imagenet")
     with pytest.raises(ConfigError, match="norm='layer'"):

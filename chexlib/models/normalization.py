@@ -59,8 +59,7 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
         if use_batch and self.statistics != "batch":
             sync = self.statistics == "sync"
             parts = _whole(inputs) if sync else _virtual_batches(inputs, self.ghost_size)
-            total = _sum_over_ranks if sync else tf.identity
-            outputs, means, variances = normalise_by_parts(inputs, gamma, beta, mean, parts, total, self.epsilon)
+            outputs, means, variances = normalise_by_parts(inputs, gamma, beta, parts, self.epsilon, ranks=sync)
             batch_mean, batch_variance = tf.reduce_mean(means, 0), tf.reduce_mean(variances, 0)
         else:
             empty = tf.zeros([0])
@@ -84,20 +83,20 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
         return outputs
 
 
-def normalise_by_parts(x, gamma, beta, shift, parts, total, epsilon):
+def normalise_by_parts(x, gamma, beta, parts, epsilon, *, ranks: bool = False):
     """Batch norm of parts of a batch, each by its own moments, and exact gradients through these.
 
-    Moments are float32. Each rank takes the deviations from its own mean; `shift`, equal on all ranks and near that
-    mean, keeps the digits of what is then summed over ranks.
+    Moments are float32, taken in two passes, so that a mean far from 0 costs no digits; those of ranks are combined as
+    by Chan et al. (1979), from one message forward and one back.
 
     Parameters
     ----------
     x : (n, h, w, c) images
-    gamma, beta, shift : (c,) float32
+    gamma, beta : (c,) float32
     parts : (n,) int32, ascending
         The part that each image belongs to, counted from 0.
-    total : callable
-        Sums a tensor over ranks; the identity where each rank stands alone.
+    ranks : bool
+        The parts of all Horovod ranks are taken together, part by part.
 
     Returns
     -------
@@ -106,6 +105,8 @@ def normalise_by_parts(x, gamma, beta, shift, parts, total, epsilon):
         Biased, as they were used.
     """
     import tensorflow as tf
+
+    gather, total = (_gathered, _summed) if ranks else (tf.identity, tf.identity)
 
     def of_parts(values):  # sum over the pixels and images of each part
         return tf.math.segment_sum(tf.reduce_sum(values, [1, 2]), parts)
@@ -120,14 +121,15 @@ def normalise_by_parts(x, gamma, beta, shift, parts, total, epsilon):
         own = pixels * tf.math.segment_sum(tf.ones_like(parts, tf.float32), parts)[:, None]
         own_mean = of_parts(images) / own
         own_squares = of_parts(tf.math.squared_difference(images, to_images(own_mean)))
-        away = own_mean - shift
-        sums = total(tf.concat([own * away, own_squares + own * away**2, own], axis=1))
-        channels, count = x.shape[-1], sums[:, -1:]
-        away = sums[:, :channels] / count
-        mean, variance = shift + away, sums[:, channels:-1] / count - away**2
+        channels = x.shape[-1]
+        each = gather(tf.concat([own, own_mean, own_squares], axis=1)[None])
+        pixels_of, mean_of, squares_of = tf.split(each, [1, channels, channels], axis=2)
+        count = tf.reduce_sum(pixels_of, 0)
+        mean = tf.reduce_sum(pixels_of * mean_of, 0) / count
+        variance = tf.reduce_sum(squares_of + pixels_of * tf.math.squared_difference(mean_of, mean), 0) / count
         inverse = tf.math.rsqrt(variance + epsilon)
         scale = gamma * inverse
-        outputs = images * to_images(scale) + to_images(beta - mean * scale)
+        outputs = (images - to_images(mean)) * to_images(scale) + beta
 
         def gradient(upstream, *_):
             upstream = tf.cast(upstream, tf.float32)
@@ -160,7 +162,17 @@ def _virtual_batches(inputs, size: int):
     return tf.where(places < more * large, places // large, (places - more) // (large - 1))
 
 
-def _sum_over_ranks(tensor):
+def _several_ranks():
     import horovod.tensorflow as hvd
 
-    return hvd.allreduce(tensor, op=hvd.Sum) if hvd.is_initialized() and hvd.size() > 1 else tensor
+    return hvd if hvd.is_initialized() and hvd.size() > 1 else None
+
+
+def _gathered(tensor):  # along its first axis
+    hvd = _several_ranks()
+    return hvd.allgather(tensor) if hvd else tensor
+
+
+def _summed(tensor):
+    hvd = _several_ranks()
+    return hvd.allreduce(tensor, op=hvd.Sum) if hvd else tensor
