@@ -1,5 +1,6 @@
 """Trainings under a schedule: what they follow, that they go on from any place in it, and the collapse."""
 
+import json
 import os
 import subprocess
 import sys
@@ -20,15 +21,32 @@ from chexlib.training.fit import fit
 from chexlib.training.monitor import Position
 from chexlib.training.optimizers import values_at
 
-PRESET = {"preset": "64-nodes-coded", "peak": 0.05}
-SETTINGS = {"schedule": PRESET, "optimizer": "sgd", "augment": "radiograph", "epochs": 3}
+# As coded: the polynomial counts from the start of the stage. Eight steps a phase with 63 training images.
+PHASES = [
+    {"kind": "warmup", "length": 1, "start": 0.001, "rate": 0.02},
+    {"kind": "polynomial", "length": 1, "rate": 0.02, "zero": 2.5, "count": "stage"},
+    {"kind": "collapse", "length": 1, "rate": 0.01, "weight_decay": 0.02, "fresh": True},
+]
+SPEC = {"unit": "epochs", "decay": [[0, 0.001], [0.7, 0.01]], "phases": PHASES}
+SETTINGS = {"schedule": SPEC, "optimizer": "sgd", "augment": "radiograph", "epochs": 3}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(phantom, tmp_path_factory):
-    """Three epochs under all eight phases of the 64 nodes' solvers, every step's checkpoint kept."""
-    config = config_for(phantom, tmp_path_factory.mktemp("run"), checkpoint_steps=1, keep_checkpoints=100, **SETTINGS)
+    """Three epochs, one a phase, with checkpoints in the middle and at the end of each."""
+    config = config_for(phantom, tmp_path_factory.mktemp("run"), checkpoint_steps=4, keep_checkpoints=9, **SETTINGS)
     return config, fit(config)
+
+
+def checkpoints_of(config):
+    return checkpoint_files(os.path.join(config.run_dir, "checkpoints"))[::-1]
+
+
+def only(file, folder):
+    """A run's folder with this checkpoint alone."""
+    (folder / "checkpoints").mkdir(parents=True)
+    os.link(file, folder / "checkpoints" / file.name)
+    return str(folder)
 
 
 def weights_of(path):
@@ -40,24 +58,34 @@ def test_the_training_follows_the_schedule(undisturbed):
     images = result.split["images"]["train"]
     steps = -(-images // 8)
     values = values_at(config, Position(8, images))
-    assert len(values) == 3 * steps and len(values.names) == 8
+    assert len(values) == 3 * steps and values.names == ("warmup", "polynomial", "collapse")
     told = [row["learning_rate"] for row in result.history]  # of the step to come, after each epoch
     np.testing.assert_allclose(told, values.rate[[steps, 2 * steps, -1]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("share", [0.05, 0.7, 0.97], ids=["warm-up", "re-warm-up", "collapse"])
-def test_resuming_in_the_middle_of_a_phase_continues_exactly(undisturbed, tmp_path, share):
+@pytest.mark.parametrize("phase", ["warmup", "polynomial", "collapse"])
+def test_resuming_in_the_middle_of_a_phase_continues_exactly(undisturbed, tmp_path, phase):
     config, result = undisturbed
-    files = checkpoint_files(os.path.join(config.run_dir, "checkpoints"))[::-1]
-    file = files[int(share * len(files))]
-    (tmp_path / "checkpoints").mkdir()
-    os.link(file, tmp_path / "checkpoints" / file.name)
-    resumed = fit(config.replace(run_dir=str(tmp_path), resume=True, keep_checkpoints=1))
+    values = values_at(config, Position(8, result.split["images"]["train"]))
+    first = int(np.argmax(values.phase == values.names.index(phase)))
+    file = next(f for f in checkpoints_of(config) if int(f.stem.split("-")[1]) > first)
+    assert values.names[values.phase[int(file.stem.split("-")[1])]] == phase
+    resumed = fit(config.replace(run_dir=only(file, tmp_path), resume=True, keep_checkpoints=1))
     assert resumed.resumed_from == file.name
     for name in ("loss", "val_loss", "val_auroc", "learning_rate"):
         assert [row[name] for row in resumed.history] == [row[name] for row in result.history]
     for ours, theirs in zip(weights_of(resumed.model), weights_of(result.model), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_all_phases_of_a_preset_fit_into_a_short_training(phantom, tmp_path):
+    preset = {"preset": "64-nodes-coded", "peak": 0.02}
+    config = config_for(phantom, tmp_path, schedule=preset, optimizer="lars", epochs=2, keep_checkpoints=0)
+    result = fit(config)
+    images = result.split["images"]["train"]
+    values = values_at(config, Position(8, images))
+    assert len(set(values.phase)) == 8 and np.isfinite([row["loss"] for row in result.history]).all()
+    assert result.history[0]["learning_rate"] == pytest.approx(values.rate[-(-images // 8)])
 
 
 @pytest.mark.parametrize("name", ["448-nodes-coded", "64-nodes-meant", "64k", "goyal-2017", "+ collapse"])
@@ -82,12 +110,7 @@ def test_with_another_global_batch_the_schedule_goes_on_at_the_same_epoch_with_t
 
 def test_a_training_goes_on_with_its_schedule_on_two_ranks(undisturbed, phantom, tmp_path):
     config, result = undisturbed
-    files = checkpoint_files(os.path.join(config.run_dir, "checkpoints"))[::-1]
-    file = files[len(files) // 2]
-    (tmp_path / "checkpoints").mkdir()
-    os.link(file, tmp_path / "checkpoints" / file.name)
-    import json
-
+    only(checkpoints_of(config)[2], tmp_path)
     settings = config.replace(run_dir=str(tmp_path), batch_size=4, keep_checkpoints=1).to_dict()
     (tmp_path / "two.json").write_text(json.dumps(settings))
     mpi = find_mpi()
@@ -125,8 +148,7 @@ def test_without_a_schedule_the_rate_is_constant_until_the_plateau_and_chexnet_i
 
 def test_any_checkpoint_collapses_by_one_call(undisturbed, phantom, tmp_path):
     config, _ = undisturbed
-    files = checkpoint_files(os.path.join(config.run_dir, "checkpoints"))[::-1]
-    file = files[len(files) // 2]
+    file = checkpoints_of(config)[2]
     arrays, facts = load_checkpoint(file)
     collapsed = collapse(file, run_dir=tmp_path, epochs=1)
     now = values_at(config, Position(**facts["position"]))
@@ -158,7 +180,7 @@ def test_a_collapse_from_nothing_or_from_a_rate_of_0_says_so(undisturbed, tmp_pa
         lambda path: _with_schedule(load_checkpoint(path), config.replace(schedule=zero)),
     )
     with pytest.raises(ConfigError, match=r"has come to 0"):
-        collapse(checkpoint_files(os.path.join(config.run_dir, "checkpoints"))[0], run_dir=tmp_path / "run")
+        collapse(checkpoints_of(config)[0], run_dir=tmp_path / "run")
 
 
 def _with_schedule(loaded, config):
