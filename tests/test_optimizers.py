@@ -146,10 +146,12 @@ def reference(kind):
                 velocity[n] = momentum * velocity[n] - step
                 parameters[n] = w + (momentum * velocity[n] - step if kind == "nesterov" else velocity[n])
                 continue
-            first[n] = 0.9 * first[n] + 0.1 * g
-            second[n] = 0.999 * second[n] + 0.001 * g**2
-            update = first[n] / (1 - 0.9 ** (i + 1))
-            update = update / (np.sqrt(second[n] / (1 - 0.999 ** (i + 1))) + 1e-7)
+            # The kernel takes 1 - beta in float32, from betas in float32, which matters: see APART.
+            beta_1, beta_2 = (float(np.float32(b)) if kind == "adamw" else b for b in (0.9, 0.999))
+            first[n] = beta_1 * first[n] + (1 - beta_1) * g
+            second[n] = beta_2 * second[n] + (1 - beta_2) * g**2
+            update = first[n] / (1 - beta_1 ** (i + 1))
+            update = update / (np.sqrt(second[n] / (1 - beta_2 ** (i + 1))) + 1e-7)
             w = w * (1 - rate * own)
             trust = np.sqrt((w**2).sum()) / np.sqrt((update**2).sum()) if kind == "lamb" else 1.0
             parameters[n] = w - rate * trust * update
@@ -159,8 +161,7 @@ def reference(kind):
 @pytest.mark.parametrize("kind", ["sgd", "nesterov", "lars", "adamw", "lamb"])
 def test_20_steps_under_a_schedule_equal_a_float64_reference(kind):
     found = take_20_steps(create(kind, 0.0, values=VALUES))
-    # Adam divides by a root of float32 squares, see APART above.
-    atol = 1e-6 if kind in ("sgd", "nesterov", "lars") else 20 * 0.1 * APART
+    atol = 1e-6 if kind in ("sgd", "nesterov", "lars") else 2e-5  # Adam's first updates amplify what rounding leaves
     for ours, theirs, start in zip(found, reference(kind), small_net()[0], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
         assert np.abs(theirs - start).max() > 100 * atol
@@ -181,7 +182,8 @@ def test_batch_norm_and_bias_are_never_decayed_and_kernels_are(kind):
     assert changed == {"kernel"} and {v.path.split("/")[-1] for v in model.trainable_variables} > {"gamma", "bias"}
     for variable in model.trainable_variables:
         if variable.path.endswith("kernel"):
-            np.testing.assert_allclose(variable.numpy(), 0.5 * (1 - 0.1 * 0.3), rtol=1e-6)
+            ahead = 1.9 if kind == "nesterov" else 1  # the step, and momentum times it
+            np.testing.assert_allclose(variable.numpy(), 0.5 * (1 - ahead * 0.1 * 0.3), rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "nesterov", "adamw", "lamb"])

@@ -95,7 +95,8 @@ def random_boxes(n: int, *, augment: str, generator: np.random.Generator) -> np.
     area, aspect = least + (1 - least) * area, narrowest ** (2 * aspect - 1)
     sides = np.minimum(np.sqrt([area * aspect, area / aspect]), 1)
     corner = np.array(place) * (1 - sides)
-    return np.concatenate([corner, corner + sides]).T.astype(np.float32)
+    ends = np.minimum(corner + sides, 1 - 1e-6)  # TensorFlow fills with black what rounding puts beyond the edge
+    return np.concatenate([corner, ends]).T.astype(np.float32)
 
 
 def training_batches(

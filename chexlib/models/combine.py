@@ -86,7 +86,7 @@ def combine_models(models: list, *, how: str = "probability", reference: np.ndar
     if how == "rank" and reference is None:
         raise ConfigError('how="rank" needs reference scores. Give those of validation, (members, images, findings).')
     pixels = keras.Input(models[0].input_shape[1:], name="radiograph")
-    members = [keras.Model(m.inputs, m.outputs, name=f"member_{i}") for i, m in enumerate(models)]
+    members = [keras.Model(m.inputs[0], m.outputs[0], name=f"member_{i}") for i, m in enumerate(models)]
     layer = Combine(how, dtype="float32", name="combine")
     together = keras.Model(pixels, layer(ops.stack([member(pixels) for member in members], axis=1)), name="ensemble")
     if how == "rank":

@@ -145,7 +145,7 @@ class Momentum(Scheduled, keras.optimizers.SGD):
     def update_step(self, gradient, variable, learning_rate):
         import tensorflow as tf
 
-        if is_weight(variable):
+        if is_weight(variable) and (self.decay or self.tables):
             gradient = gradient + self.decay_now() * variable
         tf.raw_ops.ResourceApplyKerasMomentum(
             var=variable.handle,
