@@ -26,6 +26,7 @@ from chexlib.findings import FINDINGS
 
 SHARES = np.geomspace(0.25, 0.02, len(FINDINGS))  # of images with the finding
 AUROC = np.tile([0.6, 0.75, 0.9, 0.85, 0.7], 3)[: len(FINDINGS)]  # true, of each finding
+NAIVE = 5  # every so many trials images are resampled, for comparison
 WITHIN = 0.5  # correlation of errors, and of what decides a label, between images of a patient
 
 
@@ -51,17 +52,19 @@ def coverage(asked) -> None:
     positives, undefined = [], 0
     for trial in range(asked.trials):
         labels, (scores,), patients = simulate(rng, asked.patients, 1)
-        for unit, owners in (("patients", patients), ("images", np.arange(len(patients)))):
+        units = {"patients": patients} | ({} if trial % NAIVE else {"images": np.arange(len(patients))})
+        for unit, owners in units.items():
             table = bootstrap_auroc(labels, scores, owners, resamples=asked.resamples, seed=trial)
             inside = (table["low"] <= truth) & (truth <= table["high"])
-            held[unit].append(inside.where(table["low"].notna()))
+            held[unit].append(inside.astype(float).where(table["low"].notna()))
         positives.append(table["positives"])
-        undefined += table["low"].isna().sum()
+        undefined += held["patients"][-1].isna().sum()
     for i, finding in enumerate([*FINDINGS, "mean"]):
         line = {"what": "coverage", "finding": finding, "auroc": round(float(truth[i]), 4), "trials": asked.trials}
         line |= {"positives": float(np.median([row.iloc[i] for row in positives]))}
         for unit, rows in held.items():
-            line[f"{unit}_resampled"] = round(float(np.nanmean([row.iloc[i] for row in rows])), 4)
+            known = [row.iloc[i] for row in rows if not np.isnan(row.iloc[i])]
+            line[f"{unit}_resampled"] = round(float(np.mean(known)), 4) if known else None
         print(json.dumps(line), flush=True)
     everything = np.array([row.to_numpy(float)[:-1] for row in held["patients"]])
     line = {"what": "coverage", "finding": "all 14", "patients_resampled": round(float(np.nanmean(everything)), 4)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,9 +13,9 @@ from chexlib.plots import LINES, MARKERS, SMALL
 
 
 def forest(
-    table: pd.DataFrame, value: str, *, xlabel: str, line: float, title: str = "", filled: Sequence[bool] | None = None
+    table: pd.DataFrame, value: str, *, xlabel: str, line: float, title: str = "", filled: pd.Series | None = None
 ) -> Figure:
-    """A row a value, top to bottom, with its interval; where there is none, the row says so.
+    """A row a value, with its interval; where there is none, the row says so. Findings, which have a mean, are sorted.
 
     Parameters
     ----------
@@ -23,12 +23,14 @@ def forest(
         Its index has the names of the rows; columns `value`, low and high.
     line : float
         Where nothing is to be seen: 0 of differences, 0.5 of AUROC.
-    filled : (rows,) bool, optional
-        Whose marker is filled, as what is claimed; all if not given.
+    filled : Series of bool, optional
+        Indexed as the table: whose marker is filled, as what is claimed; all if not given.
     """
+    if "mean" in table.index:
+        table = pd.concat([table.loc[["mean"]], table.drop(index="mean").sort_values(value, ascending=False)])
     y, at = np.arange(len(table)), table[value].to_numpy(float)
     known = table[["low", "high"]].notna().all(axis=1).to_numpy() & ~np.isnan(at)
-    filled = np.ones(len(table), bool) if filled is None else np.asarray(filled, bool)
+    filled = np.ones(len(table), bool) if filled is None else filled[table.index].to_numpy(bool)
     fig, ax = plt.subplots(figsize=(8, 1.1 + 0.3 * len(table)))
     ax.axvline(line, color="0.4", linestyle=":")
     ax.hlines(y[known], table["low"][known], table["high"][known], color="C0")

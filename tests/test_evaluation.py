@@ -124,7 +124,7 @@ def test_interval_widens_with_the_level():
     pd.testing.assert_series_equal(narrow["auroc"], wide["auroc"])
 
 
-def test_interval_is_the_percentiles_of_auroc_over_resampled_patients():
+def test_interval_is_near_the_percentiles_of_auroc_over_resampled_patients():
     labels, scores, patients = case(40, images_each=3)
     table = bootstrap_auroc(labels, scores, patients, resamples=2000, seed=1)
     rng, values = np.random.default_rng(7), []

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t as student
 from sklearn.metrics import roc_auc_score
 
 from chexlib.errors import DataError
@@ -41,10 +42,15 @@ def test_both_models_are_judged_in_the_same_resamples():
     rows = [np.flatnonzero(patients == patient) for patient in range(40)]
     for _ in range(2000):
         drawn = np.concatenate([rows[i] for i in rng.integers(0, 40, 40)])
-        y = labels[drawn, 0]
-        apart.append(roc_auc_score(y, one[drawn, 0]) - roc_auc_score(y, other[drawn, 0]))
-    assert table["low"].iloc[0] == pytest.approx(np.quantile(apart, 0.025), abs=0.01)
-    assert table["high"].iloc[0] == pytest.approx(np.quantile(apart, 0.975), abs=0.01)
+        y, pair = labels[drawn, 0] == 1, (one[drawn, 0], other[drawn, 0])
+        won = [(scores[y][:, None] > scores[~y]).mean() for scores in pair]  # no ties
+        apart.append(won[0] - won[1])
+    n = min(len(np.unique(patients[labels[:, 0] == value])) for value in (0, 1))
+    half = student.ppf(0.975, n - 1) * np.std(apart) * np.sqrt(n / (n - 1))
+    row = table.iloc[0]
+    assert (row["low"], row["high"]) == pytest.approx((row["difference"] - half, row["difference"] + half), abs=0.005)
+    assert row["low"] == pytest.approx(np.quantile(apart, 0.025), abs=0.015)
+    assert ((table["p"] < 0.05) == ((table["low"] > 0) | (table["high"] < 0))).all()
     own = paired_difference(labels, one, np.random.default_rng(1).permutation(other), patients, resamples=200)
     assert (table["high"] - table["low"]).mean() < 0.8 * (own["high"] - own["low"]).mean()
 

@@ -76,11 +76,16 @@ def test_a_forest_says_where_there_is_no_interval_and_fills_what_is_claimed():
     )
     table.index = ["Mass", "Pleural_Thickening", "Hernia"]
     style = {"xlabel": "difference of AUROC", "line": 0}
-    figure = judgement_plots.forest(table, "difference", filled=[True, False, False], **style)
+    figure = judgement_plots.forest(table, "difference", filled=table["low"] > 0, **style)
     text = words(figure)
     assert "Pleural Thickening" in text and "0.200, too small to speak" in text and not plt.get_fignums()
     assert text.count("too small") == 2 and figure.axes[0].get_xlabel() == "difference of AUROC"
+    filled, open_ = figure.axes[0].lines[1:3]
+    assert filled.get_ydata() == [0] and len(open_.get_ydata()) == 0
     assert figure.axes[0].get_ylim()[0] > figure.axes[0].get_ylim()[1]  # the first row is on top
+    findings = judgement_plots.forest(judged(), "auroc", **style).axes[0].get_yticklabels()
+    assert findings[0].get_text() == "mean"
+    assert findings[1].get_text() == judged()["auroc"].iloc[:14].idxmax().replace("_", " ")
 
 
 def test_reliability_shows_every_curve_also_where_nothing_was_positive():

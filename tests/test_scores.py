@@ -15,7 +15,7 @@ from chexlib.data.splits import audit, read_list
 from chexlib.errors import DataError
 from chexlib.evaluation.auroc import bootstrap_auroc, judge
 from chexlib.evaluation.leakage import leakage_gain, leaking_configs, leaking_lists
-from chexlib.evaluation.scores import evaluate, read_scores, where_from
+from chexlib.evaluation.scores import evaluate, judged_in, read_scores, where_from
 from chexlib.evaluation.subgroups import subgroup_auroc, traits_of
 from chexlib.findings import FINDINGS
 from chexlib.training.fit import fit
@@ -146,6 +146,25 @@ def test_files_that_cannot_be_read_are_refused(name, content, folder, tmp_path):
     assert answer.exit_code == 2 and name in answer.stderr and "Traceback" not in answer.output
 
 
+def test_trained_notebooks_of_a_run_are_found_if_data_and_split_are_the_same(tmp_path):
+    def leave(name, *, data="here", digest="aa", whole=True):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"data": data, "split": {"digest": digest}}))
+        if whole:
+            (tmp_path / name / "config.json").write_text(json.dumps({"seed": 3}))
+            pd.DataFrame({"image": [name]}).to_parquet(tmp_path / name / "predictions.parquet")
+
+    leave("02_no_training", whole=False)
+    leave("03_first")
+    leave("04_other_data", data="there")
+    leave("05_other_split", digest="bb")
+    leave("06_second")
+    found = judged_in(tmp_path, "here")
+    assert list(found) == ["03_first", "06_second"] and judged_in(None, "here") == {}
+    assert found["06_second"]["predictions"]["image"].tolist() == ["06_second"]
+    assert found["03_first"]["config"] == {"seed": 3} and found["03_first"]["split"] == {"digest": "aa"}
+
+
 # --- subgroups
 
 
@@ -175,7 +194,7 @@ def test_subgroups_are_judged_on_their_own_images_and_cover_all(table, folder, r
 
 def test_the_means_of_a_traits_groups_are_over_the_same_findings(radiographs):
     rows = radiographs.listed
-    labels = rows[list(FINDINGS)].to_numpy(float)
+    labels = rows[list(FINDINGS)].to_numpy(float, copy=True)
     labels[(rows["sex"] == "F").to_numpy(), 3] = 0  # no woman has it: the men's mean must do without it too
     scores = np.random.default_rng(0).normal(size=labels.shape) + labels
     scores[:, 3] = labels[:, 3]

@@ -10,10 +10,10 @@ import pandas as pd
 from scipy.sparse import csr_array
 
 from chexlib.errors import DataError
+from chexlib.evaluation.resampling import FEWEST_PATIENTS, draw_patients, interval_of, mean_of, patients_behind
 from chexlib.findings import FINDINGS
 from chexlib.machine import cores
 
-FEWEST_PATIENTS = 5  # of each class, below which resampling says nothing about how uncertain an AUROC is
 CHUNK = 250  # resamples at a time: their patients' weights stay in the processor's cache
 COLUMNS = ["auroc", "low", "high", "ap", "ap_low", "ap_high", "positives", "negatives"]
 log = logging.getLogger(__name__)
@@ -45,16 +45,16 @@ class Ranking:
         if len(strange := np.unique(labels[~np.isin(labels, (0, 1)) & ~np.isnan(labels)])):
             raise DataError(f"labels are {', '.join(map(str, strange[:5]))}. Accepted: 1, 0, and NaN for unknown.")
         owners = np.arange(len(labels)) if owners is None else np.asarray(owners)
-        order = np.argsort(scores, kind="stable")
+        order = np.argsort(-scores, kind="stable")  # the highest first
         up, down = order[labels[order] == 1], order[labels[order] == 0]
-        below, upto = (np.searchsorted(scores[down], scores[up], side) for side in ("left", "right"))
-        edges, place = np.unique(np.r_[below, upto], return_inverse=True)
-        segment = np.searchsorted(edges, np.arange(len(down)), side="right")  # the last is above every positive
+        above, through = (np.searchsorted(-scores[down], -scores[up], side) for side in ("left", "right"))
+        edges, place = np.unique(np.r_[above, through], return_inverse=True)
+        segment = np.searchsorted(edges, np.arange(len(down)), side="right")  # the last is below every positive
         shape = (len(edges) + 1, owners.max(initial=-1) + 1)
-        self.up = owners[up]
-        self.first = np.searchsorted(scores[up], scores[up], "left")  # of the positives with the same score
-        self.below, self.upto = place[: len(up)], place[len(up) :]
+        self.up, self.last = owners[up], np.searchsorted(-scores[up], -scores[up], "right") - 1  # of equal positives
+        self.above, self.through = place[: len(up)], place[len(up) :]
         self.between = csr_array((np.ones(len(down)), (segment, owners[down])), shape=shape)
+        self.tied = bool((above != through).any()), bool((self.last != np.arange(len(up))).any())
 
     def measure(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """AUROC and average precision for each column of `weights` (owners, resamples); NaN where a class has none.
@@ -64,15 +64,14 @@ class Ranking:
         """
         up = weights[self.up]
         down = np.cumsum(self.between @ weights, axis=0)
-        ups = np.cumsum(up, axis=0)
-        all_up, all_down = up.sum(0), down[-1]
-        lower = down[self.below]
-        hits = all_up - (ups - up)[self.first]
-        predicted = hits + all_down - lower
-        precision = np.divide(hits, predicted, out=np.zeros_like(hits), where=up > 0)
+        hits, false = np.cumsum(up, axis=0), down[self.through]
+        all_up, all_down = up.sum(axis=0), down[-1]
+        lost = np.einsum("ij,ij->j", up, (false + down[self.above]) / 2 if self.tied[0] else false)
+        hits = hits[self.last] if self.tied[1] else hits
+        predicted = hits + false
+        precision = np.divide(hits, predicted, out=hits, where=predicted > 0)
         with np.errstate(invalid="ignore", divide="ignore"):
-            area = np.einsum("ij,ij->j", up, lower + down[self.upto]) / (2 * all_up * all_down)
-            average = np.einsum("ij,ij->j", up, precision) / all_up
+            area, average = 1 - lost / (all_up * all_down), np.einsum("ij,ij->j", up, precision) / all_up
         defined = (all_up > 0) & (all_down > 0)
         return np.where(defined, area, np.nan), np.where(defined, average, np.nan)
 
@@ -105,17 +104,6 @@ def _measure(labels, scores, weights) -> list:
     return [float(values[0]) if weights.ndim == 1 else values for values in found]
 
 
-def draw_patients(patients: np.ndarray, *, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each patient is drawn in each resample, (patients, resamples), and the row of each image's patient.
-
-    Patients, not images, are drawn with replacement (Field and Welsh 2007).
-    """
-    codes, names = pd.factorize(np.asarray(patients))
-    n = len(names)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
-    return np.ascontiguousarray(drawn.T, np.float64), codes
-
-
 def resample(labels, scores, drawn: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """AUROC and average precision of all findings: (2, findings), and of each resample: (2, findings, resamples).
 
@@ -142,7 +130,7 @@ def bootstrap_auroc(
     level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """AUROC and average precision of each finding and their means, with percentile intervals from resampling patients.
+    """AUROC and average precision of each finding and their means, with intervals from resampling patients.
 
     Parameters
     ----------
@@ -151,7 +139,7 @@ def bootstrap_auroc(
         Whose image each row is; patients, not images, are drawn with replacement.
     resamples : int
     level : float
-        Coverage of the interval; benchmarks/coverage.py measures what is kept of it.
+        Coverage of the interval (`interval_of`, on the scale of log-odds).
 
     Returns
     -------
@@ -161,45 +149,26 @@ def bootstrap_auroc(
         `FEWEST_PATIENTS` patients with, or without, a finding its interval is NaN: resampling one positive again and
         again looks certain, and is not. The mean has an interval if a finding has one. The log names these findings.
     """
+    table = auroc_table(labels, scores, patients, resamples=resamples, level=level, seed=seed)
+    findings = table.drop(index="mean")
+    undefined = findings["auroc"].isna()
+    if undefined.any():
+        log.info("AUROC is undefined, one class only, for: %s", ", ".join(findings.index[undefined]))
+    if (alone := ~undefined & findings["low"].isna()).any():
+        log.info("no interval, under %d patients a class, for: %s", FEWEST_PATIENTS, ", ".join(findings.index[alone]))
+    return table
+
+
+def auroc_table(labels, scores, patients, *, resamples: int, level: float = 0.95, seed: int) -> pd.DataFrame:
+    """`bootstrap_auroc` without a word in the log."""
     labels = np.asarray(labels)
     drawn, codes = draw_patients(patients, resamples=resamples, seed=seed)
     points, samples = resample(labels, scores, drawn, codes)
-    enough = enough_patients(labels, codes)
-    low, high = interval_of(samples, enough, level)
-    columns = (points[0], low[0], high[0], points[1], low[1], high[1], (labels == 1).sum(0), (labels == 0).sum(0))
-    table = pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)), index=pd.Index(FINDINGS, name="finding"))
-    low, high = interval_of(mean_of(samples)[:, None], enough.any(keepdims=True), level)
-    means, counts = mean_of(points), table[["positives", "negatives"]].sum()
-    table.loc["mean"] = [means[0], low[0, 0], high[0, 0], means[1], low[1, 0], high[1, 0], *counts]
-    defined = ~np.isnan(points[0])
-    for which, fault in (
-        (~defined, "one class only"),
-        (defined & ~enough, f"under {FEWEST_PATIENTS} patients a class"),
-    ):
-        if which.any():
-            what = "no interval" if fault.startswith("under") else "AUROC is undefined"
-            log.info("%s, %s, for: %s", what, fault, ", ".join(np.array(FINDINGS)[which]))
-    return table.astype({"positives": int, "negatives": int})
-
-
-def enough_patients(labels: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Which findings have `FEWEST_PATIENTS` patients with, and as many without: (findings,) bool."""
-    seen = [[len(np.unique(codes[y == value])) for value in (0, 1)] for y in np.asarray(labels).T]
-    return np.min(seen, axis=1) >= FEWEST_PATIENTS
-
-
-def interval_of(samples: np.ndarray, enough: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """Percentiles over the last axis of (..., findings, resamples), NaN where there are not enough patients."""
-    edges = [(1 - level) / 2, (1 + level) / 2]
-    kept = np.where(enough[:, None], samples, 0.0)  # no warning of values that are all NaN
-    return tuple(np.where(enough, edge, np.nan) for edge in np.nanquantile(kept, edges, axis=-1))
-
-
-def mean_of(values: np.ndarray) -> np.ndarray:
-    """The mean over the findings, axis 1, that are defined: NaN if none is."""
-    known = ~np.isnan(values)
-    with np.errstate(invalid="ignore"):
-        return np.where(known, values, 0.0).sum(axis=1) / known.sum(axis=1)
+    points, samples = np.c_[points, mean_of(points)], np.concatenate([samples, mean_of(samples)[:, None]], axis=1)
+    low, high = interval_of(points, samples, patients_behind(labels, codes), level, log_odds=True)
+    counts = [np.append(n, n.sum()) for n in ((labels == 1).sum(0), (labels == 0).sum(0))]
+    columns = (points[0], low[0], high[0], points[1], low[1], high[1], *counts)
+    return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)), index=pd.Index([*FINDINGS, "mean"], name="finding"))
 
 
 def in_words(row) -> str:

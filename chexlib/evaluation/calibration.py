@@ -16,7 +16,7 @@ from scipy.special import expit, logit
 from sklearn.isotonic import IsotonicRegression
 
 from chexlib.errors import ConfigError
-from chexlib.evaluation.auroc import draw_patients, enough_patients, interval_of, mean_of
+from chexlib.evaluation.resampling import FEWEST_PATIENTS, draw_patients, interval_of, mean_of, patients_behind
 from chexlib.findings import FINDINGS
 
 METHODS = ("temperature", "isotonic")
@@ -66,24 +66,25 @@ def calibration_error(
     Returns
     -------
     DataFrame
-        Index the findings and "mean"; columns ece, ece_low, ece_high, brier, brier_low, brier_high, positives, images.
-        ECE is the mean distance of predicted and observed over the bins of `reliability_curve`. Even a perfect
-        forecast has an ECE above 0 in a finite sample, and a resample has more: so its interval is the reflected one
-        (basic bootstrap; Davison and Hinkley 1997, section 5.2), which takes that excess off and may lie below the
-        point. Findings without `FEWEST_PATIENTS` patients of each class have no interval.
+        Index the findings and "mean"; columns ece, ece_low, ece_high, ece_chance, brier, brier_low, brier_high,
+        positives, images. ECE is the mean distance of predicted and observed over the bins of `reliability_curve`.
+        Even perfect probabilities have one above 0 in a finite sample: `ece_chance` is what is to be expected of them,
+        from the standard error of each bin. Findings without `FEWEST_PATIENTS` patients of each class have no interval.
     """
     labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
     drawn, codes = draw_patients(patients, resamples=resamples, seed=seed)
     weights = np.hstack([np.ones((len(drawn), 1)), drawn])
-    values = np.stack([_errors(y, s, codes, weights, bins) for y, s in zip(labels.T, scores.T, strict=True)], axis=1)
+    found = [_errors(y, s, codes, weights, bins) for y, s in zip(labels.T, scores.T, strict=True)]
+    values = np.stack([errors for errors, _ in found], axis=1)
+    chance = np.array([chance for _, chance in found])
     values = np.concatenate([values, mean_of(values)[:, None]], axis=1)
     points, samples = values[..., 0], values[..., 1:]
-    enough = enough_patients(labels, codes)
-    low, high = interval_of(samples, np.append(enough, enough.any()), level)
-    low[0], high[0] = np.maximum(2 * points[0] - high[0], 0), np.maximum(2 * points[0] - low[0], 0)
+    low, high = interval_of(points, samples, patients_behind(labels, codes), level)
+    chance = np.append(chance, mean_of(chance[None])[0])
     counts = [np.append(n, n.sum()).astype(int) for n in ((labels == 1).sum(0), (~np.isnan(labels)).sum(0))]
-    columns = [points[0], low[0], high[0], points[1], low[1], high[1], *counts]
-    names = ["ece", "ece_low", "ece_high", "brier", "brier_low", "brier_high", "positives", "images"]
+    low = np.maximum(low, 0)
+    columns = [points[0], low[0], high[0], chance, points[1], low[1], high[1], *counts]
+    names = ["ece", "ece_low", "ece_high", "ece_chance", "brier", "brier_low", "brier_high", "positives", "images"]
     return pd.DataFrame(dict(zip(names, columns, strict=True)), index=pd.Index([*FINDINGS, "mean"], name="finding"))
 
 
@@ -153,7 +154,7 @@ def fit_calibration(
         "isotonic": the rising step curve that fits best (Zadrozny and Elkan 2002): many, so it wants many positives.
     """
     labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
-    enough = enough_patients(labels, pd.factorize(np.asarray(patients))[0])
+    enough = patients_behind(labels, pd.factorize(np.asarray(patients))[0])[:-1] >= FEWEST_PATIENTS
     fit = {"temperature": _temperature, "isotonic": _isotonic}.get(method)
     curves = {}
     for finding, y, s in zip(np.array(FINDINGS)[enough], labels.T[enough], scores.T[enough], strict=True):
@@ -188,13 +189,15 @@ def _bin(scores: np.ndarray, bins: int) -> np.ndarray:
     return place
 
 
-def _errors(labels, scores, codes, weights, bins) -> np.ndarray:
-    """ECE and Brier score of one finding for each column of weights of patients: (2, resamples)."""
+def _errors(labels, scores, codes, weights, bins) -> tuple[np.ndarray, float]:
+    """ECE and Brier score of one finding for each column of weights, (2, columns), and the ECE of perfect scores."""
     known = ~np.isnan(labels)
     labels, scores, codes = labels[known], scores[known], codes[known]
     gaps, squares = np.zeros((len(weights), bins)), np.zeros((len(weights), 2))
     np.add.at(gaps, (codes, _bin(scores, bins)), labels - scores)
     np.add.at(squares, codes, np.column_stack([(labels - scores) ** 2, np.ones(len(labels))]))
-    total, images = (squares.T @ weights)[:, :]
+    total, images = squares.T @ weights
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.stack([np.abs(gaps.T @ weights).sum(0), total]) / images
+        gaps = gaps.T @ weights / images
+        chance = np.sqrt(2 / np.pi) * gaps[:, 1:].std(axis=1).sum()  # the mean of |x| of a normal x around 0
+        return np.stack([np.abs(gaps).sum(axis=0), total / images]), float(chance)

@@ -11,7 +11,7 @@ from scipy.stats import norm
 from sklearn.metrics import roc_curve
 
 from chexlib.errors import ConfigError
-from chexlib.evaluation.auroc import enough_patients
+from chexlib.evaluation.resampling import FEWEST_PATIENTS, patients_behind
 from chexlib.findings import FINDINGS
 
 RULES = ("youden", "sensitivity", "specificity")
@@ -83,7 +83,7 @@ def choose_points(
         with at least this specificity; "youden" the one with the largest sum of both (Youden 1950).
     """
     labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
-    enough = enough_patients(labels, pd.factorize(np.asarray(patients))[0])
+    enough = patients_behind(labels, pd.factorize(np.asarray(patients))[0])[:-1] >= FEWEST_PATIENTS
     thresholds = {}
     for finding, y, s in zip(np.array(FINDINGS)[enough], labels.T[enough], scores.T[enough], strict=True):
         known = ~np.isnan(y)

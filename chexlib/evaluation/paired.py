@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
+from scipy.stats import t
 
 from chexlib.errors import DataError
-from chexlib.evaluation.auroc import draw_patients, enough_patients, interval_of, mean_of, part_of, resample
+from chexlib.evaluation.auroc import part_of, resample
+from chexlib.evaluation.resampling import draw_patients, interval_of, mean_of, patients_behind, standard_error
 from chexlib.findings import FINDINGS
 
 
@@ -34,22 +35,20 @@ def paired_difference(
     -------
     DataFrame
         Index the findings and "mean"; columns auroc, other, difference, low, high (of the difference), p and p_holm.
-        p is of the difference over its bootstrap standard error, two-sided; p_holm is corrected over all rows that
-        have a p (Holm 1979), so that among models that differ by chance only 5 % show any p_holm below 0.05. NaN as in
-        `bootstrap_auroc`.
+        p is of the difference over its bootstrap standard error, two-sided, by Student's t: below 0.05 where the 95 %
+        interval leaves 0 out. p_holm is corrected over all rows that have a p (Holm 1979), so that of models that
+        differ by chance only 5 % show any p_holm below 0.05. NaN as in `bootstrap_auroc`.
     """
     drawn, codes = draw_patients(patients, resamples=resamples, seed=seed)
     (points, samples), (other_points, other_samples) = (resample(labels, s, drawn, codes) for s in (scores, others))
     points, other_points = (np.append(p[0], mean_of(p)[0]) for p in (points, other_points))
     samples, other_samples = (np.vstack([s[0], mean_of(s)[:1]]) for s in (samples, other_samples))
-    enough = enough_patients(labels, codes)
-    enough = np.append(enough, enough.any())
+    behind = patients_behind(labels, codes)
     apart, difference = samples - other_samples, points - other_points
-    low, high = interval_of(apart, enough, level)
-    error = np.where(enough, np.nanstd(np.where(enough[:, None], apart, 0.0), axis=1, ddof=1), np.nan)
+    low, high = interval_of(difference, apart, behind, level)
     with np.errstate(invalid="ignore", divide="ignore"):
-        p = 2 * norm.sf(np.abs(np.where(difference == 0, 0.0, difference / error)))
-    p[~enough] = np.nan
+        ratio = np.where(difference == 0, 0.0, np.abs(difference) / standard_error(apart, behind))
+    p = np.where(np.isnan(low), np.nan, 2 * t.sf(ratio, np.maximum(behind, 2) - 1))
     columns = {"auroc": points, "other": other_points, "difference": difference, "low": low, "high": high, "p": p}
     return pd.DataFrame(columns | {"p_holm": holm(p)}, index=pd.Index([*FINDINGS, "mean"], name="finding"))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from chexlib.evaluation.auroc import bootstrap_auroc, enough_patients, part_of
+from chexlib.evaluation.auroc import auroc_table, part_of
+from chexlib.evaluation.resampling import FEWEST_PATIENTS, patients_behind
 from chexlib.findings import FINDINGS
 
 AGES = {"under 40": 40, "40 to 59": 60, "60 and over": np.inf}  # years: band, and where it ends
@@ -54,13 +55,14 @@ def subgroup_auroc(
     found = {}
     for trait, values in traits_of(listed).items():
         groups = {group: (values == group).to_numpy() for group in sorted(values.unique())}
-        enough = {g: enough_patients(labels[of], pd.factorize(patients[of])[0]) for g, of in groups.items()}
+        behind = {g: patients_behind(labels[of], pd.factorize(patients[of])[0])[:-1] for g, of in groups.items()}
+        enough = {g: counts >= FEWEST_PATIENTS for g, counts in behind.items()}
         speaking = [e for e in enough.values() if e.any()]
         common = np.all(speaking, axis=0) if speaking else np.zeros(len(FINDINGS), bool)
         for group, of in groups.items():
-            table = bootstrap_auroc(labels[of], scores[of], patients[of], resamples=resamples, seed=seed)
+            table = auroc_table(labels[of], scores[of], patients[of], resamples=resamples, seed=seed)
             shared = np.where(common & enough[group], labels[of], np.nan)
-            mean = bootstrap_auroc(shared, scores[of], patients[of], resamples=resamples, seed=seed).loc["mean"]
+            mean = auroc_table(shared, scores[of], patients[of], resamples=resamples, seed=seed).loc["mean"]
             table.loc["mean", ["auroc", "low", "high"]] = mean[["auroc", "low", "high"]]
             counts = {"images": of.sum(), "patients": len(np.unique(patients[of]))}
             findings = int((common & enough[group]).sum())

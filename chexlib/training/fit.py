@@ -112,6 +112,9 @@ def _fit_here(config: TrainConfig, report: Callable[[dict], None] | None, verbos
     train = parts["train"]
     if world.ranks > len(train):
         raise ConfigError(f"{world.ranks} ranks cannot share {len(train)} images. Use at most {len(train)} engines.")
+    if world.first:  # above the lines of the epochs, which have an AUROC
+        counts = ", ".join(f"{len(part):,} {name}" for name, part in parts.items())
+        log.info("%s split %s: %s images", split.name, split.digest, counts)
     world.share(lambda: _prepare(config))
 
     model = create_model(
