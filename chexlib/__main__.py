@@ -171,6 +171,33 @@ def predict(images, weights, as_json):
 
 
 @main.command()
+@click.argument("predictions", type=click.Path())
+@click.option("--data", "data_dir", required=True, help="Folder in the NIH layout; the labels are enough.")
+@click.option("--against", type=click.Path(), help="Other scores of the same images: a paired comparison.")
+@click.option("--part", default="test", show_default=True, help="Rows to judge, if the file has a column `part`.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def evaluate(predictions, data_dir, against, part, as_json):
+    """Judge PREDICTIONS, a CSV or Parquet file of scores: AUROC and average precision, intervals over patients.
+
+    A row an image (column `image`), a column a finding, with or without a common prefix.
+    """
+    from chexlib.evaluation.scores import evaluate as judge_file
+    from chexlib.runs import plain
+
+    found = judge_file(predictions, data_dir, against=against or "", part=part)
+    if as_json:
+        click.echo(json.dumps({"predictions": predictions, "against": against, **plain(found)}, indent=1))
+        return
+    split = found["split"]
+    click.echo(
+        f"{split['name']} (digest {split['digest']}): {split['images']:,} images, {split['patients']:,} patients"
+    )
+    for name in ("auroc", "difference"):
+        if name in found:
+            click.echo(found[name].to_string(float_format=lambda x: f"{x:.3f}", na_rep="-"))
+
+
+@main.command()
 @click.option("--config", "config_file", required=True, type=click.Path(), help="JSON of a TrainConfig.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in its run_dir.")
 def train(config_file, resume):

@@ -146,18 +146,19 @@ def point_latest(run: Path) -> None:
 def write_json(path: Path, values) -> None:
     """Write JSON atomically; NaN and infinity become null, NumPy and pandas values plain ones."""
     with replacing(path) as file:
-        file.write(json.dumps(_plain(values), indent=1, allow_nan=False).encode())
+        file.write(json.dumps(plain(values), indent=1, allow_nan=False).encode())
 
 
-def _plain(value):
+def plain(value):
+    """Values for JSON: NaN and infinity become null, NumPy and pandas values plain ones, a table a row a key."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if hasattr(value, "to_dict"):  # a data frame, or a result of ours
-        return _plain(value.to_dict("index") if hasattr(value, "columns") else value.to_dict())
+        return plain(value.to_dict("index") if hasattr(value, "columns") else value.to_dict())
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, str | int | bool | type(None)) else str(value)

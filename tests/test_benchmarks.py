@@ -53,6 +53,16 @@ def test_the_bootstrap_is_measured_against_scikit_learn():
     assert line["ratio"] > 1 and line["seconds"] > 0
 
 
+def test_coverage_and_chance_are_counted_over_trials():
+    *held, together, chance = lines_of("coverage", "--trials", 6, "--pairs", 4, "--patients", 60, "--resamples", 30)
+    assert len(held) == 15 and held[-1]["finding"] == "mean"
+    for line in held[:5]:  # the frequent ones
+        assert line["patients_resampled"] * 6 == pytest.approx(round(line["patients_resampled"] * 6), abs=0.01)
+        assert 0.4 < line["patients_resampled"] <= 1 and line["images_resampled"] in (0, 0.5, 1)
+    assert 0.6 < together["patients_resampled"] <= 1
+    assert chance["trials"] == 4 and chance["called_different"] <= chance["without_correction"]
+
+
 @pytest.mark.parametrize(("topology", "gflop"), [("densenet121", 17.0), ("resnet50", 23.2), ("vgg16", 91.9)])
 def test_operations_of_a_step_are_three_forward_passes_less_one_input_gradient(topology, gflop):
     """Forward at 224 px, in 10^9 multiply-adds: 2.83, 3.86 (convolutions; He et al. 2016 say 3.8) and 15.35."""

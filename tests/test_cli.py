@@ -19,7 +19,7 @@ from chexlib.data.nih import load_radiographs, read_image
 from chexlib.findings import FINDINGS
 from chexlib.models.predict import predict
 
-COMMANDS = ("run", "phantom", "audit", "predict", "train", "clean")
+COMMANDS = ("run", "phantom", "audit", "predict", "evaluate", "train", "clean")
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,10 @@
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from chexlib.errors import DataError
-from chexlib.evaluation.auroc import auroc, bootstrap_auroc, judge
+from chexlib.evaluation.auroc import auroc, average_precision, bootstrap_auroc, judge
 from chexlib.findings import FINDINGS
 
 
@@ -25,8 +25,8 @@ def width(table):
     return float((table["high"] - table["low"]).mean())
 
 
-@pytest.mark.parametrize("seed", range(100))
-def test_auroc_is_scikit_learns_with_ties_and_weights(seed):
+@pytest.mark.parametrize("seed", range(200))
+def test_auroc_and_average_precision_are_scikit_learns_with_ties_weights_and_missing_labels(seed):
     rng = np.random.default_rng(seed)
     n = int(rng.integers(2, 200))
     labels = rng.integers(0, 2, n)
@@ -36,10 +36,15 @@ def test_auroc_is_scikit_learns_with_ties_and_weights(seed):
         scores = rng.normal(size=n).astype(np.float32)
     weights = rng.integers(0, 4, (3, n)).astype(float) if seed % 2 else rng.random((3, n))
     weights[:, :2] += 0.5  # both classes weigh something
-    assert auroc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
-    expected = [roc_auc_score(labels, scores, sample_weight=w) for w in weights]
-    np.testing.assert_allclose(auroc(labels, scores, weights=weights), expected, rtol=0, atol=1e-12)
-    assert auroc(labels, scores, weights=weights[1]) == pytest.approx(expected[1], abs=1e-12)
+    known = rng.random(n) < 0.8
+    known[:2] = True
+    given = np.where(known, labels, np.nan) if seed % 4 else labels  # NaN: nobody knows
+    y, s, w = (labels, scores, weights) if seed % 4 == 0 else (labels[known], scores[known], weights[:, known])
+    for ours, theirs in ((auroc, roc_auc_score), (average_precision, average_precision_score)):
+        assert ours(given, scores) == pytest.approx(theirs(y, s), abs=1e-12)
+        expected = [theirs(y, s, sample_weight=one) for one in w]
+        np.testing.assert_allclose(ours(given, scores, weights=weights), expected, rtol=0, atol=1e-12)
+        assert ours(given, scores, weights=weights[1]) == pytest.approx(expected[1], abs=1e-12)
 
 
 def test_auroc_of_a_hand_worked_case():
@@ -66,6 +71,11 @@ def test_a_class_without_weight_is_undefined_in_that_resample_alone():
     np.testing.assert_array_equal(values, [1, np.nan, np.nan])
 
 
+def test_a_label_that_is_neither_known_nor_unknown_is_an_error_that_names_it():
+    with pytest.raises(DataError, match=r"-1\.0.*Accepted: 1, 0, and NaN"):
+        auroc([0, 1, -1], [0.1, 0.2, 0.3])
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_scores_that_are_not_finite_are_an_error_with_their_number(bad):
     with pytest.raises(DataError, match=r"\b2 scores"):
@@ -76,7 +86,7 @@ def test_table_has_every_finding_and_their_mean_with_positives_and_negatives():
     labels, scores, patients = case(60)
     table = bootstrap_auroc(labels, scores, patients, resamples=50)
     assert table.index.tolist() == [*FINDINGS, "mean"]
-    assert table.columns.tolist() == ["auroc", "low", "high", "positives", "negatives"]
+    assert table.columns.tolist() == ["auroc", "low", "high", "ap", "ap_low", "ap_high", "positives", "negatives"]
     expected = [roc_auc_score(y, s) for y, s in zip(labels.T, scores.T, strict=True)]
     np.testing.assert_allclose(table["auroc"], [*expected, np.mean(expected)], atol=1e-12)
     assert table["positives"].tolist()[:-1] == labels.sum(0).tolist()
@@ -114,7 +124,7 @@ def test_interval_widens_with_the_level():
     pd.testing.assert_series_equal(narrow["auroc"], wide["auroc"])
 
 
-def test_interval_is_the_percentiles_of_auroc_over_resampled_patients():
+def test_interval_is_near_the_percentiles_of_auroc_over_resampled_patients():
     labels, scores, patients = case(40, images_each=3)
     table = bootstrap_auroc(labels, scores, patients, resamples=2000, seed=1)
     rng, values = np.random.default_rng(7), []
@@ -138,6 +148,29 @@ def test_patients_are_drawn_not_images():
     columns = ["auroc", "low", "high"]
     pd.testing.assert_frame_equal(same[columns], once[columns], atol=1e-12, rtol=0)
     assert width(other) < 0.85 * width(once)
+
+
+def test_images_without_a_label_count_in_neither_class_nor_in_any_resample():
+    labels, scores, patients = case(60, images_each=2)
+    known = np.random.default_rng(3).random(len(labels)) < 0.7
+    given = np.where(known[:, None], labels, np.nan)
+    table = bootstrap_auroc(given, scores, patients, resamples=50)
+    fewer = bootstrap_auroc(labels[known], scores[known], patients[known], resamples=50)
+    points = ["auroc", "ap", "positives", "negatives"]
+    pd.testing.assert_frame_equal(table[points], fewer[points], atol=1e-12, rtol=0)
+    everything = bootstrap_auroc(np.where(known[:, None], labels, 1 - labels), scores, patients, resamples=50)
+    assert not np.allclose(table["low"], everything["low"])
+
+
+def test_the_log_names_findings_without_auroc_and_without_interval(caplog):
+    labels, scores, patients = case(60, defined=13)
+    labels[:, 12] = 0
+    labels[:3, 12] = 1
+    with caplog.at_level("INFO", logger="chexlib"):
+        bootstrap_auroc(labels, scores, patients, resamples=5)
+    undefined, rare = caplog.messages
+    assert "one class only" in undefined and FINDINGS[13] in undefined and FINDINGS[12] not in undefined
+    assert "no interval" in rare and FINDINGS[12] in rare
 
 
 def test_names_of_patients_do_not_matter():

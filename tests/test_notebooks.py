@@ -9,8 +9,11 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from PIL import Image
 
 from chexlib.data.phantom import write_phantom
+from chexlib.evaluation.calibration import Calibration
+from chexlib.evaluation.operating import OperatingPoints
 from chexlib.execute import execute, find_notebooks
 
 NOTEBOOKS = find_notebooks()
@@ -95,6 +98,29 @@ def test_the_training_notebooks_leave_what_the_contract_names(whole_run):
         assert metrics["ranks"] == ranks and len(metrics["auroc"]) == 15
     assert set(metrics["resumed"]) == {"last epoch on 1 rank", "last epoch on 3 ranks"}
     assert metrics["weights_equal"] is True and metrics["each_image_once"] is True
+
+
+def test_every_auroc_that_is_printed_has_the_name_and_hash_of_its_split(whole_run):
+    """Figures say it in their caption, and texts and tables with an AUROC in themselves."""
+    for path in whole_run[1].parent.glob("*/notebook.ipynb"):
+        for figure in (path.parent / "figures").glob("*.png"):
+            with Image.open(figure) as image:
+                caption = image.info["Description"]
+            assert "AUROC" not in caption or re.search(r"split [0-9a-f]{12}", caption), f"{figure}: {caption}"
+        for cell in nbformat.read(path, as_version=4).cells:
+            for output in cell.get("outputs", []):
+                text = output.get("text", "") or output.get("data", {}).get("text/markdown", "")
+                if re.search(r"AUROC[^.\n]*\d\.\d{3}", text):
+                    assert re.search(r"split [0-9a-f]{12}", text), f"{path.parent.name}: {text}"
+
+
+def test_the_judgement_is_carried_as_plain_values(whole_run):
+    found = json.loads((whole_run[1].parent / "09_evaluate_and_explain" / "metrics.json").read_text())
+    assert found["models"] == ["03_train_baseline", "04_train_distributed"]
+    assert len(found["difference"]) == len(found["leakage"]["gain"]) == 15
+    assert Calibration.from_dict(found["calibration"]["isotonic"]).method == "isotonic"
+    assert OperatingPoints.from_dict(found["operating_points"]).sensitivity == 0.9
+    assert found["published"]["Mass"]["Dell DenseNet (LEAKS)"] == 0.8231
 
 
 def test_the_report_shows_every_notebook_and_needs_no_network(whole_run):

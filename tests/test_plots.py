@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from chexlib import plots
+from chexlib import judgement_plots, plots
 from chexlib.data.nih import load_radiographs
 from chexlib.data.splits import audit, patient_split
 from chexlib.evaluation.auroc import bootstrap_auroc
 from chexlib.findings import FINDINGS
-from chexlib.scaling.published import SPLITS, published_auroc
+from chexlib.scaling.published import SPLITS, beside_published, published_auroc
 
 
 @pytest.fixture
@@ -68,6 +68,42 @@ def test_auroc_bars_name_every_finding_with_its_positives_and_the_undefined_one(
     for finding in FINDINGS:
         assert f"{finding.replace('_', ' ')} ({table.loc[finding, 'positives']})" in text
     assert "undefined (0 positives)" in text and "CheXNet" in text and "chance" in text
+
+
+def test_a_forest_says_where_there_is_no_interval_and_fills_what_is_claimed():
+    table = pd.DataFrame(
+        {"difference": [0.1, 0.2, np.nan], "low": [0.05, np.nan, np.nan], "high": [0.15, np.nan, np.nan]}
+    )
+    table.index = ["Mass", "Pleural_Thickening", "Hernia"]
+    style = {"xlabel": "difference of AUROC", "line": 0}
+    figure = judgement_plots.forest(table, "difference", filled=table["low"] > 0, **style)
+    text = words(figure)
+    assert "Pleural Thickening" in text and "0.200, too small to speak" in text and not plt.get_fignums()
+    assert text.count("too small") == 2 and figure.axes[0].get_xlabel() == "difference of AUROC"
+    filled, open_ = figure.axes[0].lines[1:3]
+    assert filled.get_ydata() == [0] and len(open_.get_ydata()) == 0
+    assert figure.axes[0].get_ylim()[0] > figure.axes[0].get_ylim()[1]  # the first row is on top
+    findings = judgement_plots.forest(judged(), "auroc", **style).axes[0].get_yticklabels()
+    assert findings[0].get_text() == "mean"
+    assert findings[1].get_text() == judged()["auroc"].iloc[:14].idxmax().replace("_", " ")
+
+
+def test_reliability_shows_every_curve_also_where_nothing_was_positive():
+    curve = pd.DataFrame({"predicted": [0.01, 0.2], "observed": [0.0, 0.3]})
+    figure = judgement_plots.reliability({"as trained": curve, "isotonic": curve / 2})
+    assert {"as", "trained", "isotonic"} <= set(words(figure).split())
+    drawn = [y for line in figure.axes[0].lines for y in line.get_ydata()]
+    assert min(drawn) > 0 and "log" in figure.axes[0].get_xlabel()
+
+
+def test_ours_stand_beside_published_numbers_with_their_splits_and_the_leaking_one_is_marked():
+    split = {"name": "patient", "digest": "0123456789ab", "images": {"test": 60}}
+    table = beside_published({"03": {"auroc": judged().to_dict("index"), "split": split}})
+    assert table.columns[0] == ("03", "patient split 0123456789ab, 60 test images")
+    assert [source for source, _ in table.columns if "LEAKS" in source] == ["Dell DenseNet (LEAKS)"]
+    assert dict(table.columns[1:]) == {f"{s} (LEAKS)" if s == "Dell DenseNet" else s: how for s, how in SPLITS.items()}
+    assert table.loc["Hernia", ("CheXNet", SPLITS["CheXNet"])] == 0.9164
+    assert table.iloc[14, 0] == pytest.approx(judged()["auroc"].iloc[:14].mean())
 
 
 def test_published_numbers_are_those_of_their_sources():

@@ -1,28 +1,87 @@
-"""AUROC per finding, with intervals that respect that a patient's images are not independent."""
+"""AUROC and average precision per finding, with intervals that respect that a patient's images are not independent."""
 
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_array
 
 from chexlib.errors import DataError
+from chexlib.evaluation.resampling import FEWEST_PATIENTS, draw_patients, interval_of, mean_of, patients_behind
 from chexlib.findings import FINDINGS
+from chexlib.machine import cores
 
-FEWEST_PATIENTS = 5  # of each class, below which resampling says nothing about how uncertain an AUROC is
+CHUNK = 250  # resamples at a time: their patients' weights stay in the processor's cache
+COLUMNS = ["auroc", "low", "high", "ap", "ap_low", "ap_high", "positives", "negatives"]
 log = logging.getLogger(__name__)
+
+
+class Ranking:
+    """How the images of one finding are ordered by their scores: all that AUROC and average precision need of it.
+
+    Of the negatives it matters only how many lie between two positives. These counts are sums over patients, so that
+    any weights of patients take one sparse product.
+
+    Parameters
+    ----------
+    labels : (n,) 1, 0, or NaN where it is not known: such an image counts in neither class
+    scores : (n,) float, higher means more likely
+    owners : (n,) int, optional
+        Whose weight each image has; its own if not given.
+
+    Raises
+    ------
+    DataError
+        Scores that are not finite, or other labels.
+    """
+
+    def __init__(self, labels: np.ndarray, scores: np.ndarray, owners: np.ndarray | None = None):
+        labels, scores = np.asarray(labels, np.float64), np.asarray(scores)
+        if not np.isfinite(scores).all():
+            raise DataError(f"{(~np.isfinite(scores)).sum()} scores are not finite. Did the training diverge?")
+        if len(strange := np.unique(labels[~np.isin(labels, (0, 1)) & ~np.isnan(labels)])):
+            raise DataError(f"labels are {', '.join(map(str, strange[:5]))}. Accepted: 1, 0, and NaN for unknown.")
+        owners = np.arange(len(labels)) if owners is None else np.asarray(owners)
+        order = np.argsort(-scores, kind="stable")  # the highest first
+        up, down = order[labels[order] == 1], order[labels[order] == 0]
+        above, through = (np.searchsorted(-scores[down], -scores[up], side) for side in ("left", "right"))
+        edges, place = np.unique(np.r_[above, through], return_inverse=True)
+        segment = np.searchsorted(edges, np.arange(len(down)), side="right")  # the last is below every positive
+        shape = (len(edges) + 1, owners.max(initial=-1) + 1)
+        self.up, self.last = owners[up], np.searchsorted(-scores[up], -scores[up], "right") - 1  # of equal positives
+        self.above, self.through = place[: len(up)], place[len(up) :]
+        self.between = csr_array((np.ones(len(down)), (segment, owners[down])), shape=shape)
+        self.tied = bool((above != through).any()), bool((self.last != np.arange(len(up))).any())
+
+    def measure(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """AUROC and average precision for each column of `weights` (owners, resamples); NaN where a class has none.
+
+        AUROC in the Mann-Whitney form, ties counted half (Hanley and McNeil 1982). Average precision is the
+        precision at each positive's score, averaged over positives, without interpolation.
+        """
+        up = weights[self.up]
+        down = np.cumsum(self.between @ weights, axis=0)
+        hits, false = np.cumsum(up, axis=0), down[self.through]
+        all_up, all_down = up.sum(axis=0), down[-1]
+        lost = np.einsum("ij,ij->j", up, (false + down[self.above]) / 2 if self.tied[0] else false)
+        hits = hits[self.last] if self.tied[1] else hits
+        predicted = hits + false
+        precision = np.divide(hits, predicted, out=hits, where=predicted > 0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            area, average = 1 - lost / (all_up * all_down), np.einsum("ij,ij->j", up, precision) / all_up
+        defined = (all_up > 0) & (all_down > 0)
+        return np.where(defined, area, np.nan), np.where(defined, average, np.nan)
 
 
 def auroc(labels: np.ndarray, scores: np.ndarray, *, weights: np.ndarray | None = None) -> np.ndarray:
     """Area under the ROC curve of one finding, for one or many sets of image weights.
 
-    The Mann-Whitney form, ties counted half (Hanley and McNeil 1982).
-
     Parameters
     ----------
-    labels : (n,) 0 or 1
-    scores : (n,) float, higher means more likely
+    labels, scores : (n,), as for `Ranking`
     weights : (n,) or (resamples, n) float, optional
         How often each image counts; 1 if not given.
 
@@ -31,21 +90,35 @@ def auroc(labels: np.ndarray, scores: np.ndarray, *, weights: np.ndarray | None 
     float or (resamples,) float64
         NaN where one class has no weight: AUROC is not defined there.
     """
-    scores = np.asarray(scores)
-    if not np.isfinite(scores).all():
-        raise DataError(f"{(~np.isfinite(scores)).sum()} scores are not finite. Did the training diverge?")
-    order = np.argsort(scores, kind="stable")
-    positive = np.asarray(labels)[order] == 1
-    weights = np.ones(len(order)) if weights is None else np.asarray(weights, np.float64)
-    one, weights = weights.ndim == 1, np.atleast_2d(weights)[:, order]
-    ties = np.flatnonzero(np.r_[True, np.diff(scores[order]) != 0])
-    up = np.add.reduceat(weights * positive, ties, axis=1)
-    down = np.add.reduceat(weights * ~positive, ties, axis=1)
-    below = np.cumsum(down, axis=1) - down / 2
-    pairs = up.sum(1) * down.sum(1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        area = np.where(pairs > 0, (up * below).sum(1) / pairs, np.nan)
-    return float(area[0]) if one else area
+    return _measure(labels, scores, weights)[0]
+
+
+def average_precision(labels: np.ndarray, scores: np.ndarray, *, weights: np.ndarray | None = None) -> np.ndarray:
+    """Average precision of one finding; as `auroc`. Chance is the share of positives, not 0.5."""
+    return _measure(labels, scores, weights)[1]
+
+
+def _measure(labels, scores, weights) -> list:
+    weights = np.ones(len(labels)) if weights is None else np.asarray(weights, np.float64)
+    found = Ranking(labels, scores).measure(np.atleast_2d(weights).T)
+    return [float(values[0]) if weights.ndim == 1 else values for values in found]
+
+
+def resample(labels, scores, drawn: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """AUROC and average precision of all findings: (2, findings), and of each resample: (2, findings, resamples).
+
+    `drawn` and `codes` are those of `draw_patients`; two sets of scores with the same ones can be subtracted.
+    """
+    everybody = np.ones((len(drawn), 1))
+    chunks = [everybody, *(drawn[:, i : i + CHUNK] for i in range(0, drawn.shape[1], CHUNK))]
+
+    def one(finding):
+        ranking = Ranking(*finding, codes)
+        return np.hstack([ranking.measure(chunk) for chunk in chunks])
+
+    with ThreadPoolExecutor(cores()) as pool:  # NumPy and SciPy let go of the interpreter
+        found = np.stack(list(pool.map(one, zip(np.asarray(labels).T, np.asarray(scores).T, strict=True))), axis=1)
+    return found[..., 0], found[..., 1:]
 
 
 def bootstrap_auroc(
@@ -57,56 +130,45 @@ def bootstrap_auroc(
     level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """AUROC of each finding and their mean, with percentile intervals from resampling patients.
+    """AUROC and average precision of each finding and their means, with intervals from resampling patients.
 
     Parameters
     ----------
-    labels, scores : (n, 14), in the order of `FINDINGS`
+    labels, scores : (n, 14), in the order of `FINDINGS`; a label may be NaN
     patients : (n,)
-        Whose image each row is; patients, not images, are drawn with replacement (Field and Welsh 2007).
+        Whose image each row is; patients, not images, are drawn with replacement.
     resamples : int
     level : float
-        Coverage of the interval.
+        Coverage of the interval (`interval_of`, on the scale of log-odds).
 
     Returns
     -------
     DataFrame
-        Index the findings and "mean"; columns auroc, low, high, positives, negatives. A finding with one class
-        only has NaN and stays in the table; the mean is over the others. Below `FEWEST_PATIENTS` patients with, or
-        without, a finding its interval is NaN: resampling one positive again and again looks certain, and is not.
-        The mean has an interval if a finding has one.
+        Index the findings and "mean"; columns auroc, low, high, ap (average precision), ap_low, ap_high, positives,
+        negatives. A finding with one class only has NaN and stays in the table; the mean is over the others. Below
+        `FEWEST_PATIENTS` patients with, or without, a finding its interval is NaN: resampling one positive again and
+        again looks certain, and is not. The mean has an interval if a finding has one. The log names these findings.
     """
-    labels, scores = np.asarray(labels), np.asarray(scores)
-    codes, names = pd.factorize(np.asarray(patients))
-    generator = np.random.default_rng(seed)
-    rows, chunk = [], 100
-    drawn = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
-    points = np.array([auroc(y, s) for y, s in zip(labels.T, scores.T, strict=True)])
-    samples = np.stack(
-        [
-            np.concatenate([auroc(y, s, weights=drawn[i : i + chunk][:, codes]) for i in range(0, resamples, chunk)])
-            for y, s in zip(labels.T, scores.T, strict=True)
-        ]
-    )
-    defined = ~np.isnan(points)
-    edges = [(1 - level) / 2, (1 + level) / 2]
-    for name, point, sample, y in zip(FINDINGS, points, samples, labels.T, strict=True):
-        patients_of = [len(np.unique(codes[y == value])) for value in (0, 1)]
-        low, high = np.nanquantile(sample, edges) if min(patients_of) >= FEWEST_PATIENTS else (np.nan, np.nan)
-        rows.append((name, point, low, high, int((y == 1).sum()), int((y == 0).sum())))
-    means = np.array([_mean(column) for column in samples[defined].T]) if defined.any() else np.array([np.nan])
-    low, high = np.nanquantile(means, edges) if any(np.isfinite(row[2]) for row in rows) else (np.nan, np.nan)
-    rows.append(("mean", _mean(points), low, high, int((labels == 1).sum()), int((labels == 0).sum())))
-    table = pd.DataFrame(rows, columns=["finding", "auroc", "low", "high", "positives", "negatives"])
-    if not defined.all():
-        missing = ", ".join(np.array(FINDINGS)[~defined])
-        log.info("AUROC is undefined, one class only, for: %s", missing)
-    return table.set_index("finding")
+    table = auroc_table(labels, scores, patients, resamples=resamples, level=level, seed=seed)
+    findings = table.drop(index="mean")
+    undefined = findings["auroc"].isna()
+    if undefined.any():
+        log.info("AUROC is undefined, one class only, for: %s", ", ".join(findings.index[undefined]))
+    if (alone := ~undefined & findings["low"].isna()).any():
+        log.info("no interval, under %d patients a class, for: %s", FEWEST_PATIENTS, ", ".join(findings.index[alone]))
+    return table
 
 
-def _mean(values: np.ndarray) -> float:
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else float("nan")
+def auroc_table(labels, scores, patients, *, resamples: int, level: float = 0.95, seed: int) -> pd.DataFrame:
+    """`bootstrap_auroc` without a word in the log."""
+    labels = np.asarray(labels)
+    drawn, codes = draw_patients(patients, resamples=resamples, seed=seed)
+    points, samples = resample(labels, scores, drawn, codes)
+    points, samples = np.c_[points, mean_of(points)], np.concatenate([samples, mean_of(samples)[:, None]], axis=1)
+    low, high = interval_of(points, samples, patients_behind(labels, codes), level, log_odds=True)
+    counts = [np.append(n, n.sum()) for n in ((labels == 1).sum(0), (labels == 0).sum(0))]
+    columns = (points[0], low[0], high[0], points[1], low[1], high[1], *counts)
+    return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)), index=pd.Index([*FINDINGS, "mean"], name="finding"))
 
 
 def in_words(row) -> str:
@@ -117,10 +179,20 @@ def in_words(row) -> str:
     return f"{area:.3f} " + ("(too few patients for an interval)" if np.isnan(low) else f"({low:.3f} to {high:.3f})")
 
 
-def judge(predictions: pd.DataFrame, *, part: str = "test", resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """`bootstrap_auroc` of one part of a `predictions.parquet` table (columns patient, part, label_*, score_*)."""
+def split_in_words(split) -> str:
+    """ "official split 70e7a9376113, 2,280 test images": the split of a training, beside any AUROC of it."""
+    return f"{split['name']} split {split['digest']}, {split['images']['test']:,} test images"
+
+
+def part_of(predictions: pd.DataFrame, part: str) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
+    """Rows, labels and scores of one part of a `predictions.parquet` table (image, patient, part, label_*, score_*)."""
     rows = predictions[predictions["part"] == part]
     if rows.empty:
         raise DataError(f"the predictions have no part {part!r} (parts: {', '.join(predictions['part'].unique())}).")
-    labels, scores = (rows[[f"{kind}_{f}" for f in FINDINGS]].to_numpy() for kind in ("label", "score"))
+    return rows, *(rows[[f"{kind}_{f}" for f in FINDINGS]].to_numpy(np.float64) for kind in ("label", "score"))
+
+
+def judge(predictions: pd.DataFrame, *, part: str = "test", resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """`bootstrap_auroc` of one part of a `predictions.parquet` table."""
+    rows, labels, scores = part_of(predictions, part)
     return bootstrap_auroc(labels, scores, rows["patient"].to_numpy(), resamples=resamples, seed=seed)

@@ -6,8 +6,11 @@ reproduce-chexnet's `aucs.csv`; Dell from the README of ai-radiologist-GPU (Dens
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pandas as pd
 
+from chexlib.evaluation.auroc import split_in_words
 from chexlib.findings import FINDINGS
 
 SPLITS = {
@@ -70,3 +73,23 @@ def published_collapses() -> pd.DataFrame:
 def published_batches() -> pd.DataFrame:
     """Top-1 in % by images an update, a row a source."""
     return pd.DataFrame(LARGE_BATCHES, index=["8K", "16K", "32K", "64K"]).T
+
+
+def beside_published(judged: Mapping[str, Mapping]) -> pd.DataFrame:
+    """AUROCs of ours beside the published ones, each column with its source and its split; a leaking one is marked.
+
+    Parameters
+    ----------
+    judged : dict of name to metrics
+        Each with auroc (finding to row) and split, as in a `metrics.json`.
+    """
+    ours = {
+        (name, split_in_words(found["split"])): {finding: row["auroc"] for finding, row in found["auroc"].items()}
+        for name, found in judged.items()
+    }
+    theirs = {
+        (f"{source} (LEAKS)" if split.startswith("leaks") else source, split): published_auroc()[source]
+        for source, split in SPLITS.items()
+    }
+    table = pd.DataFrame({**ours, **theirs}, index=pd.Index([*FINDINGS, "mean"], name="finding"), dtype=float)
+    return table.rename_axis(columns=["source", "split"])

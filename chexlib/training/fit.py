@@ -119,6 +119,9 @@ def _fit_here(config: TrainConfig, report, verbose: int | str, reuse: Reuse, mea
     train = parts["train"]
     if (ranks := world.ranks * config.accumulation) > len(train):
         raise ConfigError(f"{ranks} ranks cannot share {len(train)} images. Use at most {len(train)} engines.")
+    if world.first:  # above the lines of the epochs, which have an AUROC
+        counts = ", ".join(f"{len(part):,} {name}" for name, part in parts.items())
+        log.info("%s split %s: %s images", split.name, split.digest, counts)
     world.share(lambda: _prepare(config))
 
     trainer = reuse.trainer(config, world)

@@ -1,0 +1,158 @@
+"""Operating points: from which score on a finding is called, chosen on validation; what that means on the test part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.stats import norm
+from sklearn.metrics import roc_curve
+
+from chexlib.errors import ConfigError
+from chexlib.evaluation.resampling import FEWEST_PATIENTS, patients_behind
+from chexlib.findings import FINDINGS
+
+RULES = ("youden", "sensitivity", "specificity")
+RATES = {  # which cell of the confusion counts as a success, and among which
+    "sensitivity": ("tp", ("tp", "fn")),
+    "specificity": ("tn", ("tn", "fp")),
+    "ppv": ("tp", ("tp", "fp")),
+    "npv": ("tn", ("tn", "fn")),
+}
+
+
+@dataclass(frozen=True)
+class OperatingPoints:
+    """Thresholds on the network's own scores, before any calibration: positive is a score of at least so much.
+
+    Attributes
+    ----------
+    sensitivity, specificity : float
+        What the rules of these names ask for.
+    thresholds : dict
+        Finding to {"youden": t, "sensitivity": t, "specificity": t}. A finding that is not in it has none: the
+        validation part had too few patients of it.
+    """
+
+    sensitivity: float
+    specificity: float
+    thresholds: dict[str, dict[str, float]]
+
+    def __post_init__(self):
+        for name in ("sensitivity", "specificity"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not accepted. Use a number between 0 and 1.")
+        for finding, points in self.thresholds.items():
+            if finding not in FINDINGS or set(points) != set(RULES) or not np.isfinite(list(points.values())).all():
+                raise ConfigError(f"{finding}: {points} are no operating points. Needed: {', '.join(RULES)}.")
+
+    def to_dict(self) -> dict:
+        """Plain values, for JSON and the weights' card."""
+        return {"sensitivity": self.sensitivity, "specificity": self.specificity, "thresholds": self.thresholds}
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> OperatingPoints:
+        """What `to_dict` gave; anything else is a ConfigError."""
+        try:
+            return cls(values["sensitivity"], values["specificity"], dict(values["thresholds"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{values!r} are no operating points ({error}). Use what `OperatingPoints.to_dict` gave."
+            ) from error
+
+
+def choose_points(
+    labels: np.ndarray,
+    scores: np.ndarray,
+    patients: np.ndarray,
+    *,
+    sensitivity: float = 0.9,
+    specificity: float = 0.9,
+) -> OperatingPoints:
+    """Choose the thresholds of each finding on the validation part.
+
+    Parameters
+    ----------
+    labels, scores : (n, 14) of the validation part, never of the test part; a label may be NaN
+    patients : (n,)
+        Findings without `FEWEST_PATIENTS` patients of each class get no threshold.
+    sensitivity, specificity : float
+        The rule "sensitivity" takes the highest threshold with at least this sensitivity, "specificity" the lowest
+        with at least this specificity; "youden" the one with the largest sum of both (Youden 1950).
+    """
+    labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
+    enough = patients_behind(labels, pd.factorize(np.asarray(patients))[0])[:-1] >= FEWEST_PATIENTS
+    thresholds = {}
+    for finding, y, s in zip(np.array(FINDINGS)[enough], labels.T[enough], scores.T[enough], strict=True):
+        known = ~np.isnan(y)
+        false, true, at = roc_curve(y[known], s[known], drop_intermediate=False)
+        at[0] = np.nextafter(at[1], np.inf)  # above every score; scikit-learn has infinity, which is no JSON
+        places = [
+            np.argmax(true - false),
+            np.argmax(true >= sensitivity - 1e-12),  # the first, and so the highest threshold
+            len(at) - 1 - np.argmax((1 - false >= specificity - 1e-12)[::-1]),
+        ]
+        thresholds[str(finding)] = {rule: float(at[place]) for rule, place in zip(RULES, places, strict=True)}
+    return OperatingPoints(sensitivity, specificity, thresholds)
+
+
+def rates_at(
+    labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, points: OperatingPoints, *, level: float = 0.95
+) -> pd.DataFrame:
+    """Sensitivity, specificity, PPV and NPV of chosen points on other images, with intervals and counts.
+
+    Parameters
+    ----------
+    labels, scores : (n, 14), of the test part; a label may be NaN
+    patients : (n,)
+
+    Returns
+    -------
+    DataFrame
+        A row a finding and rule (those of `points`): threshold, tp, fp, fn, tn (images), and for each rate its value,
+        _low and _high. NaN where nothing is counted. The PPV and NPV hold for this part's share of positives alone.
+    """
+    labels, scores = np.asarray(labels, np.float64), np.asarray(scores)
+    codes, rows = pd.factorize(np.asarray(patients))[0], []
+    for finding, chosen in points.thresholds.items():
+        y, s = (array[:, FINDINGS.index(finding)] for array in (labels, scores))
+        for rule, threshold in chosen.items():
+            called = s >= threshold
+            which = (("tp", (y == 1) & called), ("fp", (y == 0) & called), ("fn", (y == 1) & ~called))
+            which += (("tn", (y == 0) & ~called),)
+            cells = {cell: np.bincount(codes[of], minlength=codes.max(initial=-1) + 1) for cell, of in which}
+            row = [finding, rule, threshold, *(counts.sum() for counts in cells.values())]
+            for success, of in RATES.values():
+                row += share(cells[success], sum(cells[cell] for cell in of), level=level)
+            rows.append(row)
+    names = [f"{rate}{edge}" for rate in RATES for edge in ("", "_low", "_high")]
+    columns = ["finding", "rule", "threshold", "tp", "fp", "fn", "tn", *names]
+    return pd.DataFrame(rows, columns=columns).set_index(["finding", "rule"])
+
+
+def share(successes: np.ndarray, images: np.ndarray, *, level: float = 0.95) -> tuple[float, float, float]:
+    """A share of images, and Wilson's interval with as many independent images as the patients are worth.
+
+    Parameters
+    ----------
+    successes, images : (patients,) int
+
+    Returns
+    -------
+    share, low, high : float
+        NaN without images. The effective number of images is share (1 - share) / variance, where the variance is
+        that of a ratio over patients (Korn and Graubard 1998), and never more than there are; at a share of 0 or 1,
+        where it says nothing, it is the number of patients.
+    """
+    patients, n = int((images > 0).sum()), images.sum()
+    if not n:
+        return np.nan, np.nan, np.nan
+    p = successes.sum() / n
+    variance = ((successes - p * images) ** 2).sum() / n**2 * patients / max(patients - 1, 1)
+    effective = min(n, p * (1 - p) / variance) if variance > 0 else patients
+    z = norm.ppf((1 + level) / 2)
+    centre = (p + z**2 / (2 * effective)) / (1 + z**2 / effective)
+    half = z / (1 + z**2 / effective) * np.sqrt(p * (1 - p) / effective + z**2 / (4 * effective**2))
+    return float(p), float(max(centre - half, 0)), float(min(centre + half, 1))

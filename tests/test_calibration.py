@@ -1,0 +1,215 @@
+"""Calibration error, what mends it, and operating points: against other people's code and hand-worked cases."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import expit, logit
+from scipy.stats import binomtest
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import brier_score_loss, confusion_matrix
+
+from chexlib.errors import ConfigError
+from chexlib.evaluation.calibration import Calibration, calibration_error, fit_calibration, reliability_curve
+from chexlib.evaluation.operating import OperatingPoints, choose_points, rates_at, share
+from chexlib.findings import FINDINGS
+
+
+def forecast(n=3000, *, temperature=1.0, seed=0):
+    """Labels drawn from probabilities; scores whose logits are too large by `temperature`; a patient an image."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(-1.5, 1.5, (n, 14))
+    labels = (rng.random((n, 14)) < expit(logits)).astype(float)
+    return labels, expit(logits * temperature), np.arange(n)
+
+
+def test_reliability_curve_is_scikit_learns_over_quantiles():
+    labels, scores, _ = forecast()
+    ours = reliability_curve(labels[:, 0], scores[:, 0], bins=10)
+    observed, predicted = calibration_curve(labels[:, 0], scores[:, 0], n_bins=10, strategy="quantile")
+    np.testing.assert_allclose(ours["observed"], observed, atol=1e-12)
+    np.testing.assert_allclose(ours["predicted"], predicted, atol=1e-12)
+    assert ours["images"].tolist() == [300] * 10 and ours["positives"].sum() == labels[:, 0].sum()
+
+
+def test_calibration_error_is_the_mean_distance_over_bins_and_brier_is_scikit_learns():
+    labels, scores, patients = forecast(500, temperature=2)
+    labels[:50, 3] = np.nan
+    table = calibration_error(labels, scores, patients, resamples=20)
+    for i, finding in enumerate(FINDINGS):
+        known = ~np.isnan(labels[:, i])
+        curve = reliability_curve(labels[:, i], scores[:, i])
+        gap = (curve["observed"] - curve["predicted"]).abs()
+        assert table.loc[finding, "ece"] == pytest.approx((gap * curve["images"]).sum() / known.sum(), abs=1e-12)
+        expected = brier_score_loss(labels[known, i], scores[known, i])
+        assert table.loc[finding, "brier"] == pytest.approx(expected, abs=1e-12)
+    assert table.loc["mean", "ece"] == pytest.approx(table["ece"].iloc[:14].mean())
+    assert table.loc[FINDINGS[3], "images"] == 450
+
+
+def test_interval_of_the_brier_score_is_that_of_its_mean_over_patients():
+    labels, scores, patients = forecast(2000)
+    table = calibration_error(labels, scores, patients, resamples=1000)
+    squares = (labels[:, 0] - scores[:, 0]) ** 2
+    half = 1.96 * squares.std() / np.sqrt(len(squares))
+    assert table["brier_high"].iloc[0] - table["brier_low"].iloc[0] == pytest.approx(2 * half, rel=0.1)
+    assert table["brier_low"].iloc[0] == pytest.approx(squares.mean() - half, rel=0.02)
+
+
+def test_the_calibration_error_of_perfect_probabilities_is_the_one_that_chance_is_said_to_give():
+    tables = [calibration_error(*forecast(1000, seed=seed), resamples=200) for seed in range(4)]
+    found, expected = (np.mean([table.loc["mean", column] for table in tables]) for column in ("ece", "ece_chance"))
+    assert found == pytest.approx(expected, rel=0.12)
+    bad = calibration_error(*forecast(1000, temperature=3), resamples=200)
+    assert (bad["ece_low"] > 2 * bad["ece_chance"]).all()
+    assert (bad["ece_low"] < bad["ece"]).all() and (bad["ece"] < bad["ece_high"]).all()
+
+
+def test_patients_are_resampled_not_images():
+    labels, scores, patients = forecast(400, temperature=2)
+    once = calibration_error(labels, scores, patients, resamples=200)
+    twice = [np.tile(labels, (2, 1)), np.tile(scores, (2, 1))]
+    same = calibration_error(*twice, np.tile(patients, 2), resamples=200)
+    columns = ["brier", "brier_low", "brier_high"]
+    pd.testing.assert_frame_equal(same[columns], once[columns], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("true", [0.5, 1.0, 2.5])
+def test_temperature_that_spoiled_the_scores_is_found(true):
+    labels, scores, patients = forecast(20000, temperature=true)
+    found = fit_calibration(labels, scores, patients, method="temperature")
+    temperatures = [found.curves[finding]["temperature"] for finding in FINDINGS]
+    np.testing.assert_allclose(temperatures, true, rtol=0.08)
+    middle = np.abs(scores[:, 5] - 0.5) < 0.4  # far from where logits are cut off
+    expected = expit(logit(scores[middle, 5]) / temperatures[5])
+    np.testing.assert_allclose(found(scores)[middle, 5], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["temperature", "isotonic"])
+def test_calibration_fitted_on_one_half_betters_the_other_in_four_of_five_seeds(method):
+    better = 0
+    for seed in range(5):
+        labels, scores, patients = forecast(temperature=2.5, seed=seed)
+        half = len(labels) // 2
+        fitted = fit_calibration(labels[:half], scores[:half], patients[:half], method=method)
+        before, after = (
+            calibration_error(labels[half:], s, patients[half:], resamples=2).loc["mean", "ece"]
+            for s in (scores[half:], fitted(scores[half:]))
+        )
+        better += after < before
+    assert better >= 4
+
+
+@pytest.mark.parametrize("method", ["temperature", "isotonic"])
+def test_a_calibration_goes_through_json_and_keeps_its_order_of_images(method):
+    labels, scores, patients = forecast(600, temperature=2)
+    fitted = fit_calibration(labels, scores, patients, method=method)
+    again = Calibration.from_dict(json.loads(json.dumps(fitted.to_dict(), allow_nan=False)))
+    np.testing.assert_array_equal(again(scores), fitted(scores))
+    order = np.argsort(scores[:, 0])
+    assert (np.diff(fitted(scores)[order, 0]) >= 0).all()
+    assert np.isfinite(fitted(np.array([np.zeros(14), np.ones(14)]))).all()
+
+
+def test_findings_with_too_few_patients_are_left_as_they_are():
+    labels, scores, patients = forecast(300, temperature=2)
+    labels[:, 13] = 0
+    labels[:4, 13] = 1
+    fitted, points = (make(labels, scores, patients) for make in (fit_calibration, choose_points))
+    assert set(fitted.curves) == set(points.thresholds) == set(FINDINGS[:13])
+    np.testing.assert_array_equal(fitted(scores)[:, 13], scores[:, 13])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        None,
+        {"method": "magic", "curves": {}},
+        {"method": "temperature", "curves": {"Cold": {"temperature": 1}}},
+        {"method": "temperature", "curves": {"Mass": {"scores": [0, 1]}}},
+        {"method": "temperature", "curves": {"Mass": {"temperature": "nan"}}},
+    ],
+)
+def test_what_is_no_calibration_is_refused(values):
+    with pytest.raises(ConfigError):
+        Calibration.from_dict(values)
+
+
+def by_hand():
+    """One finding with scores 1 to 10 tenths, positives at 3, 7, 8, 9, 10; the other 13 alike."""
+    scores = np.tile(np.arange(1, 11)[:, None] / 10, (1, 14))
+    labels = np.isin(np.arange(1, 11), [3, 7, 8, 9, 10]).astype(float)[:, None].repeat(14, axis=1)
+    return labels, scores, np.arange(10)
+
+
+def test_operating_points_of_a_hand_worked_case():
+    """From 0.7 on 4 of 5 positives and no negative; from 0.6 on one negative of 5; from 0.3 on all positives."""
+    chosen = choose_points(*by_hand(), sensitivity=0.9, specificity=0.9).thresholds["Mass"]
+    assert chosen == {"youden": 0.7, "sensitivity": 0.3, "specificity": 0.7}
+    chosen = choose_points(*by_hand(), sensitivity=0.8, specificity=0.8).thresholds["Mass"]
+    assert chosen == {"youden": 0.7, "sensitivity": 0.7, "specificity": 0.6}
+
+
+def test_operating_points_hold_on_validation_what_they_ask_for():
+    labels, scores, patients = forecast(1000)
+    table = rates_at(
+        labels, scores, patients, choose_points(labels, scores, patients, sensitivity=0.85, specificity=0.95)
+    )
+    assert (table.xs("sensitivity", level="rule")["sensitivity"] >= 0.85).all()
+    assert (table.xs("specificity", level="rule")["specificity"] >= 0.95).all()
+    youden = table["sensitivity"] + table["specificity"]
+    assert (youden.xs("youden", level="rule") >= youden.xs("sensitivity", level="rule")).all()
+
+
+def test_a_specificity_that_no_score_reaches_calls_nobody_and_is_plain_json():
+    labels, scores, patients = by_hand()
+    points = choose_points(1 - labels, scores, patients)  # the highest scores are all negative
+    table = rates_at(1 - labels, scores, patients, points).loc[("Mass", "specificity")]
+    assert table["tp"] == table["fp"] == 0 and np.isnan(table["ppv"])
+    assert OperatingPoints.from_dict(json.loads(json.dumps(points.to_dict(), allow_nan=False))) == points
+
+
+def test_rates_are_scikit_learns_confusion():
+    labels, scores, patients = forecast(400)
+    labels[:40, 0] = np.nan
+    points = choose_points(labels, scores, patients)
+    row = rates_at(labels, scores, patients, points).loc[(FINDINGS[0], "youden")]
+    known = ~np.isnan(labels[:, 0])
+    called = scores[known, 0] >= row["threshold"]
+    tn, fp, fn, tp = confusion_matrix(labels[known, 0], called).ravel()
+    assert row[["tn", "fp", "fn", "tp"]].tolist() == [tn, fp, fn, tp]
+    expected = [tp / (tp + fn), tn / (tn + fp), tp / (tp + fp), tn / (tn + fn)]
+    np.testing.assert_allclose(row[["sensitivity", "specificity", "ppv", "npv"]].astype(float), expected)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 12), (12, 12), (5, 40), (90, 300)])
+def test_interval_of_a_share_is_wilsons_when_each_patient_has_one_image(k, n):
+    successes = np.r_[np.ones(k, int), np.zeros(n - k, int)]
+    p, low, high = share(successes, np.ones(n, int))
+    expected = binomtest(k, n).proportion_ci(method="wilson")
+    assert p == k / n
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.006)
+
+
+def test_interval_of_a_share_counts_patients_not_images():
+    """30 patients with 10 images each that all agree are worth 30 images."""
+    successes = np.r_[np.full(12, 10), np.zeros(18, int)]
+    many, one = share(successes, np.full(30, 10)), share(successes // 10, np.ones(30, int))
+    assert many == pytest.approx(one, abs=1e-12)
+    assert np.isnan(share(np.zeros(3, int), np.zeros(3, int))).all()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"sensitivity": 2, "specificity": 0.9, "thresholds": {}},
+        {"sensitivity": 0.9, "specificity": 0.9, "thresholds": {"Cold": {}}},
+        {"sensitivity": 0.9, "specificity": 0.9, "thresholds": {"Mass": {"youden": 0.1}}},
+        {"thresholds": {}},
+    ],
+)
+def test_what_are_no_operating_points_is_refused(values):
+    with pytest.raises(ConfigError):
+        OperatingPoints.from_dict(values)

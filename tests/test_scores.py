@@ -1,0 +1,246 @@
+"""Other people's scores: any CSV or Parquet, matched by name, refused with a reason; subgroups; what a leak buys."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from small_training import config_for
+
+from chexlib.__main__ import main
+from chexlib.data.nih import load_radiographs
+from chexlib.data.phantom import write_phantom
+from chexlib.data.splits import audit, read_list
+from chexlib.errors import DataError
+from chexlib.evaluation.auroc import bootstrap_auroc, judge
+from chexlib.evaluation.leakage import leakage_gain, leaking_configs, leaking_lists
+from chexlib.evaluation.scores import evaluate, judged_in, read_scores, where_from
+from chexlib.evaluation.subgroups import subgroup_auroc, traits_of
+from chexlib.findings import FINDINGS
+from chexlib.training.fit import fit
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Labels of 400 phantom images, and no image: what somebody has who judges scores."""
+    root = write_phantom(tmp_path_factory.mktemp("data") / "made", n_images=400, size=32, min_prevalence=0.1, workers=1)
+    labels = tmp_path_factory.mktemp("labels")
+    for path in root.glob("*.*"):
+        (labels / path.name).write_bytes(path.read_bytes())
+    assert not list(labels.rglob("*.png"))
+    return labels
+
+
+@pytest.fixture(scope="module")
+def radiographs(folder):
+    return load_radiographs(folder, require_images=False)
+
+
+@pytest.fixture
+def table(radiographs):
+    """Scores of all images of the official test list, in an order of its own, a column a finding."""
+    listed = radiographs.listed
+    rows = listed[listed["image"].isin(read_list(radiographs.root / "test_list.txt"))].sample(frac=1, random_state=0)
+    rng = np.random.default_rng(0)
+    scores = pd.DataFrame(rng.normal(size=(len(rows), 14)) + rows[list(FINDINGS)].to_numpy(), columns=list(FINDINGS))
+    return pd.concat([rows["image"].reset_index(drop=True), scores], axis=1)
+
+
+def call(*words):
+    return CliRunner().invoke(main, ["evaluate", *map(str, words)])
+
+
+def expected_of(table, radiographs):
+    rows = radiographs.listed.set_index("image").loc[table["image"]]
+    return bootstrap_auroc(
+        rows[list(FINDINGS)].to_numpy(), table[list(FINDINGS)].to_numpy(), rows["patient"].to_numpy()
+    )
+
+
+@pytest.mark.parametrize(
+    "form", ["csv", "parquet", "prefix", "columns in another order", "paths", "our own predictions"]
+)
+def test_scores_are_judged_whatever_their_form(form, table, radiographs, folder, tmp_path):
+    expected, file = expected_of(table, radiographs), tmp_path / "scores.csv"
+    if form == "prefix":
+        table = table.rename(columns={f: f"Prob_{f.replace('_', ' ')}" for f in FINDINGS})
+    elif form == "columns in another order":
+        table = table[["image", *sorted(FINDINGS, reverse=True)]].assign(model="theirs")
+    elif form == "paths":
+        table = table.assign(image="images_001/images/" + table["image"]).rename(columns={"image": "Image Index"})
+    elif form == "our own predictions":
+        table = table.rename(columns={f: f"score_{f}" for f in FINDINGS}).assign(part="test", patient=1)
+        table[[f"label_{f}" for f in FINDINGS]] = 1  # the folder's labels count, not the file's
+        table = pd.concat([table, table.assign(part="validation")])
+    if form in ("parquet", "our own predictions"):
+        file = tmp_path / "scores.parquet"
+        table.to_parquet(file, index=False)
+    else:
+        table.to_csv(file, index=False)
+    pd.testing.assert_frame_equal(evaluate(file, folder)["auroc"], expected)
+
+
+def test_the_command_prints_the_list_its_digest_and_every_finding(table, folder, radiographs, tmp_path):
+    table.to_csv(tmp_path / "scores.csv", index=False)
+    answer = call(tmp_path / "scores.csv", "--data", folder)
+    assert answer.exit_code == 0, answer.output
+    digest = where_from(read_scores(tmp_path / "scores.csv", radiographs), radiographs)["digest"]
+    first = answer.stdout.splitlines()[0]
+    assert digest in first and f"{len(table)} of the {len(table)} images of the official test list" in first
+    assert "TRAINING" not in first
+    for finding, row in expected_of(table, radiographs).iterrows():
+        assert finding in answer.stdout and f"{row['auroc']:.3f}" in answer.stdout
+
+
+def test_the_command_as_json_compares_two_files(table, folder, tmp_path):
+    other = table.copy()
+    other[list(FINDINGS)] += np.random.default_rng(1).normal(size=(len(table), 14))
+    table.to_csv(tmp_path / "one.csv", index=False)
+    other.sample(frac=1, random_state=2).to_parquet(tmp_path / "other.parquet", index=False)
+    answer = call(tmp_path / "one.csv", "--data", folder, "--against", tmp_path / "other.parquet", "--json")
+    found = json.loads(answer.stdout)
+    mean = found["difference"]["mean"]
+    assert mean["auroc"] == found["auroc"]["mean"]["auroc"] > mean["other"] and 0 <= mean["p_holm"] <= 1
+    assert len(found["auroc"]) == len(found["difference"]) == 15 and found["split"]["images"] == len(table)
+
+
+def test_images_of_the_training_list_are_told(table, radiographs, folder, tmp_path):
+    seen = read_list(folder / "train_val_list.txt")[:7]
+    table.loc[:6, "image"] = seen
+    table.to_csv(tmp_path / "scores.csv", index=False)
+    assert "7 of the official TRAINING list" in call(tmp_path / "scores.csv", "--data", folder).stdout
+
+
+@pytest.mark.parametrize(
+    ("fault", "naming"),
+    [
+        (lambda t: t.assign(image=["x.png", *t["image"][1:]]), ["1 of", "'x.png'", "'image'"]),
+        (lambda t: t.assign(image=[t["image"][1], *t["image"][1:]]), ["1 images occur twice"]),
+        (lambda t: t.drop(columns="Hernia"), ["'Hernia'", "one a finding"]),
+        (lambda t: t.rename(columns={"Mass": "score_Mass"}), ["'Mass'"]),
+        (lambda t: t.rename(columns={"Pleural_Thickening": "Mass "}), ["'Pleural_Thickening'"]),
+        (lambda t: t.assign(**{"Pleural Thickening": 0}), ["two columns for one finding"]),
+        (lambda t: t.assign(**{f"b_{f}": 0 for f in FINDINGS}), ["several columns a finding", "'b_'"]),
+        (lambda t: t.set_axis(["image", *map(str, range(14))], axis=1), ["no column of a finding", "Atelectasis"]),
+        (lambda t: t.assign(Mass=["high", *t["Mass"][1:]]), ["1 scores are missing or no numbers"]),
+        (lambda t: t.assign(part="validation"), ["'test'", "'validation'"]),
+        (lambda t: t[:0], ["no rows"]),
+    ],
+)
+def test_scores_that_cannot_be_judged_are_refused_by_name(fault, naming, table, folder, tmp_path):
+    fault(table).to_csv(tmp_path / "scores.csv", index=False)
+    answer = call(tmp_path / "scores.csv", "--data", folder)
+    assert answer.exit_code == 2 and answer.stdout == ""
+    for word in ["scores.csv", *naming]:
+        assert word in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("none.csv", None), ("bad.parquet", b"PAR1?"), ("bad.csv", b"\xff\x00\n\xfe")]
+)
+def test_files_that_cannot_be_read_are_refused(name, content, folder, tmp_path):
+    if content:
+        (tmp_path / name).write_bytes(content)
+    answer = call(tmp_path / name, "--data", folder)
+    assert answer.exit_code == 2 and name in answer.stderr and "Traceback" not in answer.output
+
+
+def test_trained_notebooks_of_a_run_are_found_if_data_and_split_are_the_same(tmp_path):
+    def leave(name, *, data="here", digest="aa", whole=True):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"data": data, "split": {"digest": digest}}))
+        if whole:
+            (tmp_path / name / "config.json").write_text(json.dumps({"seed": 3}))
+            pd.DataFrame({"image": [name]}).to_parquet(tmp_path / name / "predictions.parquet")
+
+    leave("02_no_training", whole=False)
+    leave("03_first")
+    leave("04_other_data", data="there")
+    leave("05_other_split", digest="bb")
+    leave("06_second")
+    found = judged_in(tmp_path, "here")
+    assert list(found) == ["03_first", "06_second"] and judged_in(None, "here") == {}
+    assert found["06_second"]["predictions"]["image"].tolist() == ["06_second"]
+    assert found["03_first"]["config"] == {"seed": 3} and found["03_first"]["split"] == {"digest": "aa"}
+
+
+# --- subgroups
+
+
+def test_ages_fall_into_bands_and_blanks_are_unknown():
+    table = pd.DataFrame({"age": [0, 39.9, 40, 59, 60, np.nan], "sex": ["M", "F", "", "M", "M", "F"]})
+    found = traits_of(table.assign(view=["PA", "AP", "", "PA", "PA", "PA"], follow_up=[0, 1, 0, 2, 0, 0]))
+    assert found["age"].tolist() == ["under 40", "under 40", "40 to 59", "40 to 59", "60 and over", "unknown"]
+    assert found["sex"].tolist()[2] == found["view"].tolist()[2] == "unknown"
+    assert found["visit"].tolist() == ["first", "follow-up", "first", "follow-up", "first", "first"]
+
+
+def test_subgroups_are_judged_on_their_own_images_and_cover_all(table, folder, radiographs, tmp_path):
+    everything = radiographs.listed[["image"]].copy()
+    rng = np.random.default_rng(0)
+    everything[list(FINDINGS)] = rng.normal(size=(len(everything), 14)) + radiographs.listed[list(FINDINGS)].to_numpy()
+    everything.to_csv(tmp_path / "all.csv", index=False)
+    predictions = read_scores(tmp_path / "all.csv", radiographs)
+    found = subgroup_auroc(predictions, radiographs, resamples=50)
+    assert found.groupby("trait")["images"].agg(lambda n: n.sum() / 15).eq(len(everything)).all()
+    women = predictions[radiographs.listed["sex"] == "F"]
+    expected = judge(women, resamples=50)
+    row, other = found.loc[("sex", "F", "Effusion")], found.loc[("sex", "M", "mean")]
+    assert row[["auroc", "low", "high"]].tolist() == expected.loc["Effusion", ["auroc", "low", "high"]].tolist()
+    assert found.loc[("sex", "F", "mean"), "findings"] == other["findings"] > 0
+    assert row["images"] == len(women) and row["patients"] == women["patient"].nunique()
+
+
+def test_the_means_of_a_traits_groups_are_over_the_same_findings(radiographs):
+    rows = radiographs.listed
+    labels = rows[list(FINDINGS)].to_numpy(float, copy=True)
+    labels[(rows["sex"] == "F").to_numpy(), 3] = 0  # no woman has it: the men's mean must do without it too
+    scores = np.random.default_rng(0).normal(size=labels.shape) + labels
+    scores[:, 3] = labels[:, 3]
+    frame = rows[["image", "patient"]].assign(part="test")
+    frame[[f"label_{f}" for f in FINDINGS]], frame[[f"score_{f}" for f in FINDINGS]] = labels, scores
+    men = subgroup_auroc(frame, radiographs, resamples=20).loc[("sex", "M")]
+    assert men.loc[FINDINGS[3], "auroc"] == 1 and men.loc["mean", "findings"] <= 13
+    assert men.loc["mean", "auroc"] < men["auroc"].iloc[:14].mean()
+
+
+def test_a_group_that_is_too_small_does_not_speak(radiographs):
+    rows = radiographs.listed[radiographs.listed["patient"] < 4]
+    frame = rows[["image", "patient"]].assign(part="test")
+    frame[[f"label_{f}" for f in FINDINGS]] = rows[list(FINDINGS)].to_numpy()
+    frame[[f"score_{f}" for f in FINDINGS]] = 0.5
+    found = subgroup_auroc(frame, radiographs, resamples=5)
+    assert found[["low", "high"]].isna().all(axis=None) and found.xs("mean", level="finding")["auroc"].isna().all()
+
+
+# --- leakage
+
+
+def test_leaking_lists_share_test_images_and_size_but_not_patients(phantom):
+    data = load_radiographs(phantom)
+    lists = leaking_lists(data, seed=1)
+    leaking, honest = ({"train": v["train_val_list.txt"], "test": v["test_list.txt"]} for v in lists.values())
+    assert list(lists) == ["by image", "by patient"]
+    assert leaking["test"] == honest["test"] and len(leaking["train"]) == len(honest["train"])
+    assert not audit(honest, data).leaks
+    found = audit(leaking, data, allow_leak=True)
+    assert found.shared["patients"].item() == found.patients["test"] and not found.duplicates
+
+
+def test_too_few_repeated_patients_are_refused(phantom):
+    data = load_radiographs(phantom)
+    with pytest.raises(DataError, match="too few"):
+        leaking_lists(data.select(data.table.drop_duplicates("patient")["image"]))
+
+
+def test_the_gain_is_measured_on_the_same_images_by_two_trainings_of_one_config(phantom, tmp_path):
+    configs = leaking_configs(config_for(phantom, tmp_path, epochs=1, max_steps=1), seed=1)
+    different = {k for k in configs["by image"].to_dict() if len({c.to_dict()[k] for c in configs.values()}) > 1}
+    assert different == {"data_dir", "run_dir"}
+    results = {name: fit(config) for name, config in configs.items()}
+    assert results["by image"].split["digest"] != results["by patient"].split["digest"]
+    gain = leakage_gain(results, resamples=20)
+    for column, name in (("auroc", "by image"), ("other", "by patient")):
+        own = judge(pd.read_parquet(results[name].predictions), resamples=2)
+        np.testing.assert_allclose(gain[column], own["auroc"], atol=1e-12)
