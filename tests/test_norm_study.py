@@ -51,9 +51,11 @@ def test_each_part_varies_what_it_says_and_nothing_else():
         assert [p for p in shared if p["topology"] == "densenet121"] == [p for p in grid[part] if p in shared][:3]
 
 
-@pytest.mark.parametrize("changes", [{"batches": [16, 1024]}, {"batches": [24, 256]}, {"local_batches": [16, 48]}])
-def test_batches_that_do_not_divide_are_refused(changes):
-    with pytest.raises(ConfigError, match="global batch of"):
+@pytest.mark.parametrize(
+    "changes", [{"topologies": ["vgg16"]}, {"batches": [16, 1024]}, {"batches": [24, 256]}, {"local_batches": [16, 48]}]
+)
+def test_a_study_that_cannot_be_made_is_refused(changes):
+    with pytest.raises(ConfigError, match=r"global batch of|no batch norm"):
         norm_grid(**{**ASKED, **changes})
 
 

@@ -61,6 +61,10 @@ def norm_grid(
     ConfigError
         A global batch that is no multiple of a local one, or has more images than there are.
     """
+    if set(topologies) <= {"vgg16"}:
+        raise ConfigError(
+            f"topologies={list(topologies)!r} have no batch norm to study. Name densenet121 or resnet50 too."
+        )
     for batch in batches:
         if batch > images or any(max(batches) % n or batch % local_batches[0] for n in local_batches):
             raise ConfigError(
@@ -100,7 +104,7 @@ def norm_grid(
 
 
 def training_order(grid: dict[str, list[dict]]) -> list[dict]:
-    """All points of `norm_grid` once; those of one graph follow each other, and those of the first topology come last."""
+    """All points of `norm_grid` once; those of one graph follow each other, the first topology's come last."""
     points = list({tuple(point.values()): point for part in grid.values() for point in part}.values())
     topologies = list(dict.fromkeys(point["topology"] for point in points))
     first = points[0]["norm_momentum"]
