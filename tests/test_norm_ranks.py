@@ -47,7 +47,7 @@ def test_sync_norm_over_ranks_is_batch_norm_of_all_their_images(parts, tmp_path)
 def test_synchronized_of_keras_synchronises_nothing_under_mpi(tmp_path):
     alone, ranks = norm_job.outcomes(*norm_job.data()), on_ranks((8, 8), tmp_path)
     for name in NAMES:
-        np.testing.assert_array_equal(ranks[f"synchronized/{name}"], ranks[f"plain/{name}"])
+        np.testing.assert_allclose(ranks[f"synchronized/{name}"], ranks[f"plain/{name}"], rtol=1e-3, atol=1e-3)
     assert np.abs(ranks["synchronized/outputs"] - alone["synchronized/outputs"]).max() > 0.05
 
 

@@ -7,7 +7,7 @@ from scipy import stats
 from small_training import config_for
 
 from chexlib.errors import ConfigError
-from chexlib.evaluation.norm_study import TERMS, decompose, norm_grid, over_seeds, verdict
+from chexlib.evaluation.norm_study import TERMS, decompose, norm_grid, over_seeds, training_order, verdict
 from chexlib.models.weights import load_model
 from chexlib.training.fit import fit
 from chexlib.training.reuse import Reuse
@@ -51,9 +51,11 @@ def test_each_part_varies_what_it_says_and_nothing_else():
         assert [p for p in shared if p["topology"] == "densenet121"] == [p for p in grid[part] if p in shared][:3]
 
 
-@pytest.mark.parametrize("changes", [{"batches": [16, 1024]}, {"batches": [24, 256]}, {"local_batches": [16, 48]}])
-def test_batches_that_do_not_divide_are_refused(changes):
-    with pytest.raises(ConfigError, match="global batch of"):
+@pytest.mark.parametrize(
+    "changes", [{"topologies": ["vgg16"]}, {"batches": [16, 1024]}, {"batches": [24, 256]}, {"local_batches": [16, 48]}]
+)
+def test_a_study_that_cannot_be_made_is_refused(changes):
+    with pytest.raises(ConfigError, match=r"global batch of|no batch norm"):
         norm_grid(**{**ASKED, **changes})
 
 
@@ -117,3 +119,12 @@ def test_a_trainer_used_again_gives_what_a_new_one_would(phantom, tmp_path):
     for a, b in zip(load_model(used.model)[0].get_weights(), load_model(new.model)[0].get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
     assert used.history[0]["loss"] == new.history[0]["loss"]
+
+
+def test_the_order_of_training_has_each_point_once_and_each_graph_in_one_go():
+    grid = norm_grid(**ASKED)
+    order = training_order(grid)
+    assert len(order) == len({tuple(p.values()) for points in grid.values() for p in points})
+    graphs = [(p["topology"], p["norm"], p["norm_momentum"]) for p in order]
+    changes = [a for a, b in zip(graphs, [*graphs[1:], None], strict=True) if a != b]
+    assert len(changes) == len(set(graphs)) and changes[-1] == ("densenet121", "batch", 0.99)

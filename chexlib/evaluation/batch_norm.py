@@ -52,6 +52,8 @@ def bn_report(
     population: np.ndarray | None = None,
     batch: int = 32,
     world=None,
+    infer: Callable | None = None,
+    forward: Callable | None = None,
 ) -> NormReport:
     """Judge a model by its moving statistics, by those of each batch, and by those of the population.
 
@@ -66,6 +68,8 @@ def bn_report(
     batch : int
         Images normalised together, where it is by their own statistics.
     world : chexlib.training.collectives.World, optional
+    infer, forward : callable, optional
+        `model(images, training=False)` and `training=True`, where they are compiled already.
 
     Returns
     -------
@@ -76,14 +80,18 @@ def bn_report(
         the population: by how much ranks with so many images each normalise differently; `ranks`, the same of the
         ranks' moving means, 0 for one rank.
     """
+    import tensorflow as tf
+
+    infer = infer or tf.function(lambda part: model(part, training=False), reduce_retracing=True)
+    forward = forward or tf.function(lambda part: model(part, training=True), reduce_retracing=True)
     images, population = np.asarray(images), np.asarray(images if population is None else population)
-    found = {"moving": _score(lambda part: model(part, training=False), images, batch)}
+    found = {"moving": _score(infer, images, batch)}
     layers = moving_layers(model)
     with kept_statistics(model):
-        found["batch"] = _score(lambda part: model(part, training=True), images, batch)
+        found["batch"] = _score(forward, images, batch)
     moving = [np.stack([n.moving_mean.numpy(), n.moving_variance.numpy()]) for n in layers]
     everywhere = world.gather(moving) if world else [moving]
-    truth = population_statistics(model, _cut(population, batch), world)
+    truth = population_statistics(model, _cut(population, batch), world, forward=forward)
     rows = []
     for i, (layer, true) in enumerate(zip(layers, truth, strict=True)):
         variance, epsilon = true.variance + layer.epsilon, layer.epsilon
@@ -93,8 +101,8 @@ def bn_report(
         drift = float(np.mean(np.abs(np.log((moving[i][1] + epsilon) / variance))))
         rows.append((layer.name, drift_mean, drift, disagreement, ranks))
     with kept_statistics(model):
-        recalibrate(model, _cut(population, batch), world)
-        found["recalibrated"] = _score(lambda part: model(part, training=False), images, batch)
+        recalibrate(model, _cut(population, batch), world, forward=forward)
+        found["recalibrated"] = _score(infer, images, batch)
     scores = pd.DataFrame({name: judge_scores(labels, values) for name, values in found.items()}).T
     columns = ["layer", "drift_mean", "drift_variance", "disagreement", "ranks"]
     return NormReport(len(norm_layers(model)), scores, pd.DataFrame(rows, columns=columns))

@@ -54,13 +54,17 @@ def norm_grid(
     -------
     dict
         Of "equal epochs", "equal updates" (as few as the largest batch has), "local batch", "momentum" and "norm", the
-        last three without VGG-16. Trainings with one graph follow each other.
+        last three without VGG-16.
 
     Raises
     ------
     ConfigError
         A global batch that is no multiple of a local one, or has more images than there are.
     """
+    if set(topologies) <= {"vgg16"}:
+        raise ConfigError(
+            f"topologies={list(topologies)!r} have no batch norm to study. Name densenet121 or resnet50 too."
+        )
     for batch in batches:
         if batch > images or any(max(batches) % n or batch % local_batches[0] for n in local_batches):
             raise ConfigError(
@@ -97,6 +101,19 @@ def norm_grid(
         part: [point(topology, seed, **case) for topology in names for case in chosen for seed in seeds]
         for part, (names, chosen) in cases.items()
     }
+
+
+def training_order(grid: dict[str, list[dict]]) -> list[dict]:
+    """All points of `norm_grid` once; those of one graph follow each other, the first topology's come last."""
+    points = list({tuple(point.values()): point for part in grid.values() for point in part}.values())
+    topologies = list(dict.fromkeys(point["topology"] for point in points))
+    first = points[0]["norm_momentum"]
+
+    def graph(point):
+        plain = point["norm"] == "batch" and point["norm_momentum"] == first
+        return -topologies.index(point["topology"]), plain, point["norm"], point["norm_momentum"]
+
+    return sorted(points, key=graph)
 
 
 def measure_norms(config: TrainConfig, *, reuse: Reuse, population: int = 1024) -> dict | None:
@@ -154,6 +171,7 @@ def report_after(config: TrainConfig, *, reuse: Reuse, population: int = 1024) -
         stores = {part: ImageStore(paths, size=config.size, gather=world.gather) for part, paths in chosen.items()}
         pixels = {part: store.take(range(len(store)))[..., None].astype(np.float32) for part, store in stores.items()}
         given = {"population": pixels["train"], "batch": config.batch_size, "world": world}
+        given |= {"infer": trainer.infer, "forward": trainer.infer_by_batch}
         reports.append(bn_report(trainer.model, pixels["test"], parts["test"].labels, **given))
         return {}
 

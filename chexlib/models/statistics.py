@@ -18,11 +18,11 @@ class Population(NamedTuple):
 
 
 def norm_layers(model) -> list:
-    """The batch-norm layers of a model and of the models inside it, in their order."""
+    """The batch-norm layers of a model and of the models inside it, from input to output."""
     import keras
 
-    layers = model._flatten_layers(include_self=False)
-    return [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
+    nested = [norm_layers(layer) if hasattr(layer, "layers") else [layer] for layer in model.layers]
+    return [layer for inside in nested for layer in inside if isinstance(layer, keras.layers.BatchNormalization)]
 
 
 def moving_layers(model) -> list:

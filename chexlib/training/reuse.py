@@ -20,28 +20,31 @@ class Reuse:
     Building DenseNet-121 and tracing its step takes some 20 s, as long as a short training itself: a grid of many is
     best taken in an order in which those of one topology and `norm` follow each other. Only the last trainer is kept.
 
+    Parameters
+    ----------
+    virtual : bool
+        One graph for any number of virtual ranks, also for none, where each number would else be told apart from none.
+
     Examples
     --------
     >>> reuse = Reuse()
     >>> results = [fit(config.replace(seed=seed), reuse=reuse) for seed in range(3)]
     """
 
-    def __init__(self):
+    def __init__(self, *, virtual: bool = False):
+        self.virtual = virtual
         self._key, self._trainer, self._start = None, None, ()
 
     def trainer(self, config: TrainConfig, world: World) -> DataParallelTrainer:
         """What `make_trainer` gives, or the last one that it gave, in the state in which it would give it now."""
         settings = config.to_dict()
         key = {name: value for name, value in settings.items() if name not in _SAME_GRAPH}
-        key |= {
-            "table": has_table(config),
-            "virtual": config.accumulation > 1,
-            "seed": config.seed if config.weights else None,
-            "world": world,
-        }
+        virtual = self.virtual or config.accumulation > 1
+        seed = config.seed if config.weights else None
+        key |= {"table": has_table(config), "virtual": virtual, "seed": seed, "world": world}
         if key != self._key:
             self._trainer = self._start = None  # room for the new one
-            self._trainer = make_trainer(config, world)
+            self._trainer = make_trainer(config, world, virtual=virtual)
             self._key, self._start = key, [v.numpy() for v in self._variables()]
             return self._trainer
         for variable, value in zip(self._variables(), self._start, strict=True):
@@ -58,7 +61,7 @@ class Reuse:
         return [*self._trainer.model.variables, *self._trainer.optimizer.variables]
 
 
-def make_trainer(config: TrainConfig, world: World) -> DataParallelTrainer:
+def make_trainer(config: TrainConfig, world: World, *, virtual: bool) -> DataParallelTrainer:
     """The trainer of a config, compiled, with the starting weights of this process' own."""
     model = create_model(
         config.topology,
@@ -70,7 +73,7 @@ def make_trainer(config: TrainConfig, world: World) -> DataParallelTrainer:
         momentum=config.norm_momentum,
         seed=config.seed,
     )
-    trainer = DataParallelTrainer(model, world, accumulation=config.accumulation)
+    trainer = DataParallelTrainer(model, world, accumulation=config.accumulation, virtual=virtual)
     trainer.compile(optimizer=make_optimizer(config), jit_compile=False)
     trainer.optimizer.build(model.trainable_variables)
     return trainer

@@ -13,6 +13,7 @@ class DataParallelTrainer(keras.Model):
 
     With `accumulation` above 1 a rank stands for as many *virtual ranks*: it takes their parts of the global batch one
     after the other, in one graph, each normalised by itself, adds up gradients, and averages moving statistics.
+    `virtual` asks for that graph also with 1, where it may become another number.
 
     The loss is binary cross-entropy, averaged over findings and over all images of the global batch; a rank with
     fewer images, or with a stand-in of weight 0, counts for what it holds.
@@ -22,13 +23,13 @@ class DataParallelTrainer(keras.Model):
     computed before it was ready for the others.
     """
 
-    def __init__(self, model: keras.Model, world: World, *, accumulation: int = 1):
+    def __init__(self, model: keras.Model, world: World, *, accumulation: int = 1, virtual: bool = False):
         super().__init__()
         # Grappler's rewriting takes seconds of every start and makes no step of these graphs faster (measured).
         tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
         self.model, self.world = model, world
         self.accumulation = tf.Variable(accumulation, trainable=False)  # another number needs no new graph
-        self.virtual = accumulation > 1
+        self.virtual = virtual or accumulation > 1
         self.loss_tracker = keras.metrics.Mean("loss")
         spec = [tf.TensorSpec(model.input_shape, tf.float32)]
         self.infer = tf.function(lambda pixels: model(pixels, training=False), input_signature=spec)
