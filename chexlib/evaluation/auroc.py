@@ -14,7 +14,7 @@ from chexlib.evaluation.resampling import FEWEST_PATIENTS, draw_patients, interv
 from chexlib.findings import FINDINGS
 from chexlib.machine import cores
 
-CHUNK = 250  # resamples at a time: their patients' weights stay in the processor's cache
+CHUNK = 125  # resamples at a time: their patients' weights stay in the processor's cache
 COLUMNS = ["auroc", "low", "high", "ap", "ap_low", "ap_high", "positives", "negatives"]
 log = logging.getLogger(__name__)
 

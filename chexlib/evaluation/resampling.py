@@ -17,8 +17,10 @@ def draw_patients(patients: np.ndarray, *, resamples: int, seed: int) -> tuple[n
     """
     codes, names = pd.factorize(np.asarray(patients))
     n = len(names)
-    drawn = np.random.default_rng(seed).integers(0, n, (resamples, n))
-    return np.stack([np.bincount(row, minlength=n) for row in drawn], axis=1).astype(np.float64), codes
+    drawn = np.random.default_rng(seed).integers(0, n, (n, resamples))
+    cells = drawn * resamples + np.arange(resamples)
+    times = np.bincount(cells.ravel(), minlength=n * resamples).reshape(n, resamples)
+    return times.astype(np.float64), codes
 
 
 def patients_behind(labels: np.ndarray, codes: np.ndarray) -> np.ndarray:
