@@ -1,4 +1,4 @@
-"""Heat maps drawn over radiographs so that both can be read."""
+"""Heat maps drawn over radiographs so that both can be read, and how often they point into a box."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -47,5 +48,30 @@ def heat_figure(
         ax.set_title(title, **SMALL)
         for box in boxes[i].itertuples() if boxes is not None else ():
             _box(ax, box, width, height)
+    plt.close(fig)
+    return fig
+
+
+def pointing_bars(judged: pd.DataFrame) -> Figure:
+    """Share of cases whose hottest place lies in the box, with intervals, and what a blind guess would hit.
+
+    Parameters
+    ----------
+    judged : DataFrame
+        As `chexlib.evaluation.explain.judge_boxes` returns it.
+    """
+    rows = judged[judged["measure"] == "pointing"].set_index("finding")
+    rows = pd.concat([rows.drop(index="all").sort_values("share", kind="stable"), rows.loc[["all"]]])
+    y = np.arange(len(rows))
+    whiskers = np.abs(rows[["low", "high"]].to_numpy().T - rows["share"].to_numpy())
+    fig, ax = plt.subplots(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
+    ax.errorbar(rows["share"], y, xerr=whiskers, fmt="o", capsize=3, markersize=7, label="heat map, 95 % interval")
+    ax.plot(
+        rows["chance"], y, "|", color="C1", markersize=12, markeredgewidth=2, label="blind guess: area of the boxes"
+    )
+    names = [f"{name.replace('_', ' ')} ({n})" for name, n in rows["cases"].items()]
+    ax.set(yticks=y, yticklabels=names, ylabel="finding (cases)", xlim=(-0.02, 1.02))
+    ax.set(xlabel="hottest place lies in the box (share of cases)")
+    ax.legend(loc="lower right", **SMALL)
     plt.close(fig)
     return fig

@@ -150,8 +150,27 @@ def load_model(path):
     if precision not in ("float32", "mixed_bfloat16"):
         raise WeightsError(f"{path} is of precision {precision!r:.80}. Accepted: float32, mixed_bfloat16.")
     model = build_model(topology, size=card["size"], precision=precision)
+    if strange := _classes(_config(path)) - _classes(json.loads(model.to_json())):
+        raise _misfit(path, topology, f"they are of a network with {', '.join(sorted(strange))}")
     _fill(model, path, topology)
     return model, card
+
+
+def _config(path: Path) -> dict:
+    """Keras' description of the network in the file, as plain JSON."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return json.loads(archive.read("config.json"))
+    except (zipfile.BadZipFile, KeyError, ValueError, OSError, RecursionError) as error:
+        raise WeightsError(f"{path} has no readable config.json ({_first_line(error)}). Copy it again.") from error
+
+
+def _classes(config) -> set[str]:
+    """Names of all classes in a description."""
+    if isinstance(config, dict):
+        own = {str(config["class_name"])} if "class_name" in config else set()
+        return own.union(*map(_classes, config.values()))
+    return set().union(*map(_classes, config)) if isinstance(config, list) else set()
 
 
 def _fill(model, path: Path, topology: str) -> None:
