@@ -229,7 +229,7 @@ def test_the_pointing_figure_shows_every_share_beside_its_chance_level():
     rows = judged[judged["measure"] == "pointing"].set_index("finding")
     names = [label.get_text().split(" ")[0] for label in axis.get_yticklabels()]
     assert names[-1] == "all" and set(names) == set(rows.index)
-    shares, *_, chances = (line.get_xdata() for line in axis.lines)
+    shares, *_, chances = (line.get_xdata().astype(float) for line in axis.lines)
     np.testing.assert_allclose(shares, rows.loc[names, "share"])
     np.testing.assert_allclose(chances, rows.loc[names, "chance"])
 

@@ -71,10 +71,7 @@ def predict(images: Sequence[str | Path], *, weights: str | Path, batch: int = 3
     paths = [str(path) for path in images]
     if missing := [path for path in paths if not os.path.exists(path)]:
         raise DataError(f"there is no image {missing[0]}. Name PNG, JPEG or DICOM files.")
-    found = _score(paths, weights, batch, None)
-    if found.errors:
-        raise DataError(next(iter(found.errors.values())))
-    return found.probabilities
+    return _score(paths, weights, batch, strict=True).probabilities
 
 
 def predict_all(
@@ -94,10 +91,10 @@ def predict_all(
     WeightsError
         The weights cannot be used.
     """
-    return _score(find_pictures(images), weights, batch, each)
+    return _score(find_pictures(images), weights, batch, each=each)
 
 
-def _score(paths: list[str], weights: str | Path, batch: int, each: Callable | None) -> Predictions:
+def _score(paths: list[str], weights: str | Path, batch: int, *, each=None, strict: bool = False) -> Predictions:
     from chexlib.models.weights import load_model, read_card
 
     size, model = read_card(weights)["size"], None
@@ -108,6 +105,8 @@ def _score(paths: list[str], weights: str | Path, batch: int, each: Callable | N
             chunk = paths[start : start + batch]
             for path, found in zip(chunk, pool.map(lambda path: _read(path, size), chunk), strict=True):
                 if isinstance(found, DataError):
+                    if strict:
+                        raise found
                     errors[path] = str(found)
                     continue
                 image, doubt = found
