@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -176,7 +177,11 @@ def _classes(config) -> set[str]:
 def _fill(model, path: Path, topology: str) -> None:
     """Read every weight of `model` from a `.keras` or `.weights.h5` file: arrays only."""
     try:
-        model.load_weights(path)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            model.load_weights(path)
+        if left := [str(note.message) for note in told if "freshly-initialized" in str(note.message)]:
+            raise ValueError(left[0])  # Keras only warns that weights stay as they were drawn
     except Exception as error:  # h5py and Keras raise nearly anything
         raise _misfit(path, topology, _first_line(error)) from error
 
