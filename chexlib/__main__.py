@@ -150,24 +150,55 @@ def audit(data_dir, parts):
 @main.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path())
 @click.option("--weights", help="A model.keras file.  [default: of the newest run]")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: {image: {finding: probability}}.")
-def predict(images, weights, as_json):
-    """Print the probability of each of the 14 findings for every image. Not for clinical use."""
+@click.option("--json", "form", flag_value="json", help="Print JSON: probabilities, doubts and errors by image.")
+@click.option("--csv", "form", flag_value="csv", help="Print CSV: a row an image, a column a finding.")
+@click.option("--heatmaps", metavar="DIR", help="Write where the network looked to DIR, a PNG an image.")
+def predict(images, weights, form, heatmaps):
+    """Print the probability of each of the 14 findings for every image. Not for clinical use.
+
+    IMAGES are PNG, JPEG or DICOM files, folders of them, or quoted patterns such as 'films/**/*.dcm'. Exits with 1 if
+    some could not be read, 2 if none could.
+    """
     import os
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    from chexlib.models.predict import newest_weights
-    from chexlib.models.predict import predict as score
+    from chexlib.models.predict import newest_weights, predict_all
     from chexlib.runs import ROOT
 
+    each = None
+    if heatmaps:
+        from chexlib.evaluation.explain import HeatMapFiles
+
+        each = HeatMapFiles(heatmaps)
     weights = weights or newest_weights(ROOT / "runs")
-    scores = score(images, weights=weights)
-    if as_json:
+    found = predict_all(images, weights=weights, each=each)
+    scores = found.probabilities
+    for error in found.errors.values():
+        click.echo(f"Error: {error}", err=True)
+    if scores.empty:
+        sys.exit(2)
+    if form == "json":
         rows = {image: {f: round(float(p), 6) for f, p in row.items()} for image, row in scores.iterrows()}
-        click.echo(json.dumps({"weights": str(weights), "probabilities": rows}, indent=1))
+        notes = {"doubts": found.doubts, "errors": found.errors}
+        click.echo(json.dumps({"weights": str(weights), "probabilities": rows, **notes}, indent=1))
+    elif form == "csv":
+        click.echo(found.to_table().to_csv(index=False, float_format="%.6f"), nl=False)
     else:
         click.echo(f"Weights: {weights}")
         click.echo(scores.T.to_string(float_format=lambda p: f"{p:.3f}"))
+    if form != "csv":  # which has a column for it
+        for image, doubt in found.doubts.items():
+            click.echo(f"Doubtful: {image}: {doubt}.", err=True)
+    sys.exit(1 if found.errors else 0)
+
+
+@main.command()
+@click.argument("run", type=click.Path())
+def card(run):
+    """Write MODEL_CARD.md into RUN, a folder with a model.keras, from what the run's files say."""
+    from chexlib.card import write_card
+
+    click.echo(write_card(run))
 
 
 @main.command()

@@ -63,6 +63,15 @@ def test_coverage_and_chance_are_counted_over_trials():
     assert chance["trials"] == 4 and chance["called_different"] <= chance["without_correction"]
 
 
+def test_localization_prints_counts_beside_the_chance_level(phantom, vgg_file):
+    *findings, everything, focal = lines_of(
+        "localization", "--weights", vgg_file, "--data", phantom, "--all", "--cells", 4
+    )
+    assert everything["finding"] == "all" and focal["finding"] == "focal"
+    assert everything["cases"] == sum(line["cases"] for line in findings)
+    assert focal["cases"] == sum(line["cases"] for line in findings if line["chance"] < 0.1)
+
+
 @pytest.mark.parametrize(("topology", "gflop"), [("densenet121", 17.0), ("resnet50", 23.2), ("vgg16", 91.9)])
 def test_operations_of_a_step_are_three_forward_passes_less_one_input_gradient(topology, gflop):
     """Forward at 224 px, in 10^9 multiply-adds: 2.83, 3.86 (convolutions; He et al. 2016 say 3.8) and 15.35."""

@@ -1,8 +1,10 @@
 """The command line: one clear line for what is wrong, exit code 2, nothing half-made; numbers where they are asked."""
 
+import io
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,16 +12,19 @@ from pathlib import Path
 
 import click
 import numpy as np
+import pandas as pd
 import pytest
 from click.testing import CliRunner
+from sklearn.metrics import roc_auc_score
 
 import chexlib.cluster.leftovers
 from chexlib.__main__ import main
 from chexlib.data.nih import load_radiographs, read_image
 from chexlib.findings import FINDINGS
 from chexlib.models.predict import predict
+from chexlib.models.weights import extend_card
 
-COMMANDS = ("run", "phantom", "audit", "predict", "evaluate", "train", "clean")
+COMMANDS = ("run", "phantom", "audit", "predict", "evaluate", "card", "train", "clean")
 
 
 @pytest.fixture(autouse=True)
@@ -322,6 +327,89 @@ def test_predict_refuses_missing_images_missing_weights_and_no_run(images, vgg_f
     refused("predict", images[0], "--weights", images[0], naming=[images[0]])
     monkeypatch.setattr("chexlib.runs.ROOT", tmp_path)
     refused("predict", images[0], naming=["make run", "--weights"])
+
+
+def test_predict_goes_on_after_a_bad_image_and_says_so(images, vgg_file, tmp_path):
+    (tmp_path / "bad.png").write_text("no image")
+    answer = call("predict", images[0], tmp_path / "bad.png", tmp_path / "none.png", "--weights", vgg_file, "--json")
+    assert answer.exit_code == 1
+    found = json.loads(answer.stdout)
+    assert list(found["probabilities"]) == images[:1]
+    assert list(found["errors"]) == [str(tmp_path / "bad.png"), str(tmp_path / "none.png")]
+    assert list(found["doubts"]) == images[:1]  # noise
+    lines = answer.stderr.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["Error", "Error", "Doubtful"]
+    assert "unlike a frontal chest radiograph" in lines[2]
+
+
+def test_predict_writes_csv_and_heat_maps_of_a_folder(images, vgg_file, tmp_path):
+    folder, maps = os.path.dirname(images[0]), tmp_path / "maps"
+    answer = call(
+        "predict", os.path.join(folder, "0000000[14]*.png"), "--csv", "--heatmaps", maps, "--weights", vgg_file
+    )
+    assert answer.exit_code == 0, answer.output
+    rows = pd.read_csv(io.StringIO(answer.stdout))
+    assert rows.columns.tolist() == ["image", "doubt", "error", *FINDINGS]
+    assert [os.path.basename(image)[:8] for image in rows["image"]] == ["00000001"] * 3 + ["00000004"] * 2
+    expected = predict(rows["image"], weights=vgg_file)
+    np.testing.assert_allclose(rows[list(FINDINGS)], expected, atol=1e-5)
+    assert sorted(os.listdir(maps)) == [os.path.basename(image) for image in rows["image"]]
+
+
+# --- card
+
+
+def test_card_is_written_from_the_runs_files(vgg_file, tmp_path, phantom):
+    """The AUROCs are those of the run's own predictions; calibration is told where the weights carry it."""
+    run = tmp_path / "one" / "03_train_baseline"
+    shutil.copytree(vgg_file.parent, run)
+    rng = np.random.default_rng(0)
+    labels, scores = rng.integers(0, 2, (200, 14)), rng.random((200, 14))
+    labels[:, FINDINGS.index("Hernia")] = 0
+    columns = {f"label_{f}": labels[:, i] for i, f in enumerate(FINDINGS)}
+    columns |= {f"score_{f}": scores[:, i] for i, f in enumerate(FINDINGS)}
+    parts = {"image": [f"{i}.png" for i in range(200)], "patient": np.arange(200) // 2, "part": ["test"] * 200}
+    pd.DataFrame({**parts, **columns}).to_parquet(run / "predictions.parquet")
+    split = {"name": "image", "digest": "abc123", "images": {"train": 1234, "test": 200}}
+    config = {
+        "data_dir": str(phantom),
+        "run_dir": str(run),
+        "seed": 5,
+        "epochs": 7,
+        "weights": str(tmp_path / "w.keras"),
+    }
+    extend_card(run / "model.keras", split=split, config=config, best_epoch=2, ranks=1)
+    answer = call("card", tmp_path / "one")
+    assert answer.exit_code == 0, answer.output
+    assert answer.stdout.strip() == str(run / "MODEL_CARD.md")
+    text = (run / "MODEL_CARD.md").read_text()
+    for finding, y, s in zip(FINDINGS, labels.T, scores.T, strict=True):
+        row = next(line for line in text.splitlines() if line.startswith(f"| {finding.replace('_', ' ')} |"))
+        wanted = "undefined" if finding == "Hernia" else f"{roc_auc_score(y, s):.3f} ("
+        assert wanted in row and row.endswith(f"| {y.sum()} |")
+    for words in ("Not for clinical use", "vgg16", "abc123", "train 1,234", "3 of 7", "may leak", "not calibrated"):
+        assert words in text, words
+    assert "synthetic" in text and str(tmp_path) not in text and str(phantom) not in text
+    extend_card(run / "model.keras", calibration={"method": "temperature", "Mass": {"temperature": 1.25}},
+                operating_points={"Mass": {"youden": {"threshold": 0.125}}})  # fmt: skip
+    call("card", run)
+    text = (run / "MODEL_CARD.md").read_text()
+    assert "not calibrated" not in text
+    for line in (
+        "## Calibration",
+        "- Mass, temperature: 1.25",
+        "## Operating points",
+        "- Mass, youden, threshold: 0.125",
+    ):
+        assert line in text.splitlines()
+
+
+def test_card_refuses_a_folder_without_one_model(vgg_file, tmp_path):
+    refused("card", tmp_path, naming=[tmp_path, "model.keras"])
+    for name in ("03_a", "04_b"):
+        shutil.copytree(vgg_file.parent, tmp_path / name)
+    refused("card", tmp_path, naming=["03_a", "04_b"])
+    refused("card", tmp_path / "03_a", naming=["predictions.parquet"])
 
 
 # --- train

@@ -1,6 +1,5 @@
 """Ensembles: combined as said, chosen on validation, judged with paired intervals, and one file that predicts."""
 
-import keras
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,8 +10,8 @@ from chexlib.errors import ConfigError, DataError
 from chexlib.evaluation.ensembles import choose, diversity, gain, mean_auroc, save_ensemble, stack
 from chexlib.findings import FINDINGS
 from chexlib.models.combine import combine
-from chexlib.models.normalization import FusedBatchNormalization
 from chexlib.models.predict import predict
+from chexlib.models.topologies import build_model
 from chexlib.models.weights import load_model, save_model
 
 
@@ -98,19 +97,11 @@ def test_predictions_of_other_images_are_refused(scored):
         stack({"a": same}, part="validation")
 
 
-def small_model(seed):
-    """With batch norm, and another answer for each seed."""
-    grey = keras.Input((32, 32, 1))
-    start = keras.initializers.GlorotUniform(seed)
-    x = keras.layers.Rescaling(1 / 255)(grey)
-    x = FusedBatchNormalization()(keras.layers.Conv2D(4, 5, strides=4, kernel_initializer=start)(x))
-    return keras.Model(grey, keras.layers.Dense(14, "sigmoid", kernel_initializer=start)(keras.layers.Flatten()(x)))
-
-
 @pytest.mark.parametrize("how", ["probability", "logit", "rank"])
 def test_one_file_predicts_what_its_members_say_together(how, files, tmp_path):
-    card = {"topology": "small", "size": 32, "split": {"name": "patient"}}
-    members = [save_model(small_model(seed), tmp_path / f"{seed}.keras", card=card) for seed in (0, 1)]
+    card = {"topology": "resnet50", "size": 32, "split": {"name": "patient"}, "config": {"norm": "group"}}
+    models = [build_model("resnet50", size=32, norm="group", seed=seed) for seed in (0, 1)]
+    members = [save_model(model, tmp_path / f"{seed}.keras", card=card) for seed, model in enumerate(models)]
     alone = np.stack([predict(files[0], weights=member).to_numpy() for member in members])
     assert np.abs(alone[0] - alone[1]).max() > 0.05
     reference = np.random.default_rng(0).random((2, 50, 14)) if how == "rank" else None

@@ -140,8 +140,8 @@ def save_ensemble(
         Validation scores, among which ranks are counted.
     """
     from chexlib.models.combine import combine_models
-    from chexlib.models.weights import load_model, save_model
+    from chexlib.models.weights import ENSEMBLE, load_model, save_model
 
     models, cards = zip(*(load_model(member) for member in members), strict=True)
-    card = {"topology": "ensemble", "size": cards[0]["size"], "split": cards[0].get("split"), "how": how}
+    card = {"topology": ENSEMBLE, "size": cards[0]["size"], "split": cards[0].get("split"), "how": how}
     return save_model(combine_models(list(models), how=how, reference=reference), path, card={**card, "members": cards})

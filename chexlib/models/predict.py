@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from chexlib.errors import WeightsError
+from chexlib.data.cache import resize_area
+from chexlib.data.frontal import frontal_doubt
+from chexlib.data.pictures import find_pictures, read_picture
+from chexlib.errors import DataError, WeightsError
 from chexlib.findings import FINDINGS
+
+
+@dataclass
+class Predictions:
+    """What `predict_all` found.
+
+    Attributes
+    ----------
+    probabilities : DataFrame
+        (images, 14) float32, indexed by path, one column a finding.
+    doubts : dict
+        Path to the reason why an image does not look like an upright frontal chest radiograph.
+    errors : dict
+        Path to the reason why an image has no probabilities.
+    """
+
+    probabilities: pd.DataFrame
+    doubts: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+    def to_table(self) -> pd.DataFrame:
+        """A row an image, read or not: image, doubt, error, then a probability a finding; empty where there is none."""
+        rows = self.probabilities.reindex([*self.probabilities.index, *self.errors])
+        rows.insert(0, "doubt", [self.doubts.get(image, "") for image in rows.index])
+        rows.insert(1, "error", [self.errors.get(image, "") for image in rows.index])
+        return rows.rename_axis("image").reset_index()
 
 
 def predict(images: Sequence[str | Path], *, weights: str | Path, batch: int = 32) -> pd.DataFrame:
@@ -17,7 +49,7 @@ def predict(images: Sequence[str | Path], *, weights: str | Path, batch: int = 3
 
     Parameters
     ----------
-    images : paths of PNG or JPEG files, grey or RGB, of any size
+    images : paths of PNG, JPEG or DICOM files, grey or RGB, of any size
     weights : path of a `model.keras` that chexlib wrote
 
     Returns
@@ -36,16 +68,71 @@ def predict(images: Sequence[str | Path], *, weights: str | Path, batch: int = 3
     --------
     >>> predict(["radiograph.png"], weights="runs/latest/03_train_baseline/model.keras").loc["radiograph.png"].to_dict()
     """
-    from chexlib.data.cache import resize_area
-    from chexlib.data.nih import read_image
-    from chexlib.models.weights import load_model
+    paths = [str(path) for path in images]
+    if missing := [path for path in paths if not os.path.exists(path)]:
+        raise DataError(f"there is no image {missing[0]}. Name PNG, JPEG or DICOM files.")
+    return _score(paths, weights, batch, strict=True).probabilities
 
-    # Images first: a wrong path is told before the slow import of TensorFlow.
-    decoded = [read_image(path) for path in images]
-    model, card = load_model(weights)
-    pixels = np.stack([resize_area(image, card["size"]) for image in decoded])[..., None].astype(np.float32)
-    scores = [model(pixels[i : i + batch], training=False) for i in range(0, len(pixels), batch)]
-    return pd.DataFrame(np.concatenate(scores), index=[str(path) for path in images], columns=list(FINDINGS))
+
+def predict_all(
+    images: Sequence[str | Path], *, weights: str | Path, batch: int = 32, each: Callable | None = None
+) -> Predictions:
+    """Score files, folders and patterns; an image that cannot be read is told, and the others are scored.
+
+    Parameters
+    ----------
+    images : paths of PNG, JPEG or DICOM files, of folders of them, or patterns such as `films/*.dcm`
+    weights : path of a `model.keras` that chexlib wrote
+    each : callable, optional
+        Called after every batch with the model, paths, pixels (k, size, size, 1) and probabilities (k, 14).
+
+    Raises
+    ------
+    WeightsError
+        The weights cannot be used.
+    """
+    return _score(find_pictures(images), weights, batch, each=each)
+
+
+def _score(paths: list[str], weights: str | Path, batch: int, *, each=None, strict: bool = False) -> Predictions:
+    from chexlib.models.weights import load_model, read_card
+
+    size, model = read_card(weights)["size"], None
+    scores, names, doubts, errors = [], [], {}, {}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for start in range(0, len(paths), batch):
+            pixels = []
+            chunk = paths[start : start + batch]
+            for path, found in zip(chunk, pool.map(lambda path: _read(path, size), chunk), strict=True):
+                if isinstance(found, DataError):
+                    if strict:
+                        raise found
+                    errors[path] = str(found)
+                    continue
+                image, doubt = found
+                pixels.append(image)
+                names.append(path)
+                if doubt:
+                    doubts[path] = doubt
+            if not pixels:
+                continue
+            if model is None:  # images first: a wrong path is told before the slow import of TensorFlow
+                model, _ = load_model(weights)
+            pixels = np.stack(pixels)[..., None].astype(np.float32)
+            scores.append(model(pixels, training=False).numpy())
+            if each is not None:
+                each(model, names[-len(pixels) :], pixels, scores[-1])
+    values = np.concatenate(scores) if scores else np.empty((0, len(FINDINGS)), np.float32)
+    return Predictions(pd.DataFrame(values, index=names, columns=list(FINDINGS)), doubts, errors)
+
+
+def _read(path: str, size: int) -> tuple[np.ndarray, str] | DataError:
+    """An image of (size, size) and the doubt about it; or the error."""
+    try:
+        image, colour = read_picture(path)
+        return resize_area(image, size), frontal_doubt(image, colour=colour)
+    except DataError as error:
+        return error
 
 
 def newest_weights(runs_dir: str | Path) -> Path:

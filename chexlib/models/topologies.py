@@ -78,7 +78,7 @@ def build_model(
         raise ConfigError(f"size {size} is too small for {topology}. Use at least 32 pixels.")
     import keras
 
-    from chexlib.models.convolution import MatmulGradientConv2D
+    from chexlib.models.convolution import Conv2D
     from chexlib.models.normalization import FusedBatchNormalization
 
     if norm not in NORMS or (norm == "ghost") != (ghost_size > 0):
@@ -113,7 +113,7 @@ def build_model(
             kind = FusedBatchNormalization
             config |= {"momentum": momentum, "statistics": norm, "ghost_size": ghost_size}
         elif kind is keras.layers.Conv2D:
-            kind = MatmulGradientConv2D
+            kind = Conv2D
             config["use_bias"] |= norm == "none"
         if "kernel_initializer" in config:
             config["kernel_initializer"]["config"]["seed"] = _seed(seed, layer.name)

@@ -1,19 +1,30 @@
-"""Weights in and out: one `.keras` file that carries its own card, loaded strictly and without running code."""
+"""Weights in and out: one `.keras` file that carries its own card, loaded strictly and without running code.
+
+The network is built by `build_model` from the card; of the rest of the file only the arrays are read. Keras' own
+`config.json` in it, which can name functions and classes, is for other people's programs and is never looked at here.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
+
+import numpy as np
 
 from chexlib.errors import ChexlibError, WeightsError
 from chexlib.files import replacing
 from chexlib.findings import FINDINGS
-from chexlib.models.topologies import build_model
+from chexlib.models.topologies import NORMALIZATION, TOPOLOGIES, build_model
 
+ENSEMBLE = "ensemble"  # the topology of several models in one
 CARD = "chexlib.json"  # the member of the .keras archive that says what the weights are
+LARGEST_CARD = 16 * 2**20  # bytes
+LARGEST_SIZE = 1024  # px a side: that of the NIH release
 
 
 def create_model(
@@ -52,25 +63,12 @@ def create_model(
                 "internet once (Keras keeps them in ~/.keras/models), use weights=None, or name a file."
             ) from error
     path = Path(weights)
-    model = build_model(topology, **settings)
     if path.name.endswith(".weights.h5"):
         _require(path)
-        try:
-            model.load_weights(path)
-            found = _arrays_in(path)
-        except Exception as error:
-            raise _misfit(path, topology, _first_line(error)) from error
-        if found != len(model.weights):  # Keras passes over the weights of a layer that here has none
-            raise _misfit(path, topology, f"there are {found} arrays, and {len(model.weights)} are needed")
-        return model
-    source, card = load_model(path)
-    name = card.get("topology", source.name)
-    if name != topology:
-        raise _misfit(path, topology, f"they are of {name}")
-    try:
-        model.set_weights(source.get_weights())
-    except ValueError as error:
-        raise _misfit(path, topology, _first_line(error)) from error
+    elif (name := read_card(path).get("topology")) != topology:
+        raise _misfit(path, topology, f"they are of {name}" if name else "their card names no topology")
+    model = build_model(topology, **settings)
+    _fill(model, path, topology)
     return model
 
 
@@ -87,6 +85,53 @@ def save_model(model, path, *, card: dict) -> Path:
     return path
 
 
+def read_card(path) -> dict:
+    """What a `.keras` file that `save_model` wrote says of itself; no TensorFlow is needed.
+
+    Raises
+    ------
+    WeightsError
+        No such file, not a model of this project, or other findings; a size outside 32 to 1024 px.
+    """
+    path = Path(path)
+    _require(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # Keras and save_model store members as they are, so that a small file cannot hold a large one.
+            if packed := [item.filename for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED]:
+                raise ValueError(f"{packed[0]!r} in it is compressed")
+            if (length := archive.getinfo(CARD).file_size) > LARGEST_CARD:
+                raise ValueError(f"its card has {length:,} bytes")
+            card = json.loads(archive.read(CARD))
+        findings = card["findings"]
+    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, OSError, RuntimeError, RecursionError) as error:
+        raise WeightsError(
+            f"{path} is not a model written by chexlib ({_first_line(error)}). Name the model.keras of a run, "
+            "for instance runs/latest/03_train_baseline/model.keras."
+        ) from error
+    if findings != list(FINDINGS):
+        raise WeightsError(f"{path} predicts {findings!s:.300}; expected the 14 findings {list(FINDINGS)}.")
+    if not isinstance(size := card.get("size"), int) or not 32 <= size <= LARGEST_SIZE:
+        raise WeightsError(f"{path} is for images of {size!r:.80} px. Accepted: 32 to {LARGEST_SIZE}.")
+    return card
+
+
+def extend_card(path, **facts) -> dict:
+    """Add facts to the card of a `.keras` file, or replace them, atomically; gives the new card.
+
+    "calibration" and "operating_points" are where `python -m chexlib card` looks for those.
+    """
+    path = Path(path).resolve()
+    card = {**read_card(path), **facts}
+    with zipfile.ZipFile(path) as old, replacing(path) as file, zipfile.ZipFile(file, "w") as new:
+        for item in old.infolist():
+            if item.filename != CARD:
+                with old.open(item) as source, new.open(item, "w") as copy:
+                    shutil.copyfileobj(source, copy)
+        new.writestr(CARD, json.dumps(card, indent=1))
+    return card
+
+
 def load_model(path):
     """Load a `.keras` file that `save_model` wrote.
 
@@ -99,36 +144,76 @@ def load_model(path):
     Raises
     ------
     WeightsError
-        No such file, not a model of this project, other findings, or a file that would run code.
+        No such file, not a model of this project, other findings or another normalisation, or weights that do not fit
+        every layer of the topology that the card names.
     """
-    path = Path(path)
-    _require(path)
-    import keras
+    path, card = Path(path), read_card(path)
+    model, topology = _build(path, card), card["topology"]
+    if strange := _classes(_config(path)) - _classes(json.loads(model.to_json())):
+        raise _misfit(path, topology, f"they are of a network with {', '.join(sorted(strange))}")
+    _fill(model, path, topology)
+    return model, card
 
-    import chexlib.models.combine  # register the layers that the file names
-    import chexlib.models.convolution
-    import chexlib.models.normalization  # noqa: F401
 
+def _build(path: Path, card: dict):
+    """The network that a card describes, with the weights that it is drawn with."""
+    topology, config = card.get("topology"), card.get("config") or {}
+    if topology == ENSEMBLE:
+        from chexlib.models.combine import combine_models
+
+        members = [_build(path, {"size": card["size"], **member}) for member in card["members"]]
+        return combine_models(members, how=card["how"], reference=np.zeros((len(members), 1, len(FINDINGS))))
+    if topology not in TOPOLOGIES:
+        raise WeightsError(f"{path} is of topology {topology!r:.80}. Accepted: {', '.join(TOPOLOGIES)}.")
+    if card.get("normalization", NORMALIZATION[topology]) != NORMALIZATION[topology]:
+        raise WeightsError(f"{path} is for another normalisation than {topology} has here. Use chexlib as it was then.")
+    precision = config.get("precision", "float32")
+    if precision not in ("float32", "mixed_bfloat16"):
+        raise WeightsError(f"{path} is of precision {precision!r:.80}. Accepted: float32, mixed_bfloat16.")
+    norm = {name: config[name] for name in ("norm", "ghost_size") if name in config}
+    return build_model(topology, size=card["size"], precision=precision, **norm)
+
+
+def _config(path: Path) -> dict:
+    """Keras' description of the network in the file, as plain JSON."""
     try:
         with zipfile.ZipFile(path) as archive:
-            card = json.loads(archive.read(CARD))
-        findings = card["findings"]
-        model = keras.saving.load_model(path, compile=False, safe_mode=True)
-    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, OSError) as error:
-        raise WeightsError(
-            f"{path} is not a model written by chexlib ({_first_line(error)}). Name the model.keras of a run, "
-            "for instance runs/latest/03_train_baseline/model.keras."
-        ) from error
-    if findings != list(FINDINGS):
-        raise WeightsError(f"{path} predicts {findings}; expected the 14 findings {list(FINDINGS)}.")
-    return model, card
+            return json.loads(archive.read("config.json"))
+    except (zipfile.BadZipFile, KeyError, ValueError, OSError, RecursionError) as error:
+        raise WeightsError(f"{path} has no readable config.json ({_first_line(error)}). Copy it again.") from error
+
+
+def _classes(config) -> set[str]:
+    """Names of all classes in a description."""
+    if isinstance(config, dict):
+        own = {str(config["class_name"])} if "class_name" in config else set()
+        return own.union(*map(_classes, config.values()))
+    return set().union(*map(_classes, config)) if isinstance(config, list) else set()
+
+
+def _fill(model, path: Path, topology: str) -> None:
+    """Read every weight of `model` from a `.keras` or `.weights.h5` file: arrays only."""
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            model.load_weights(path)
+        if left := [str(note.message) for note in told if "freshly-initialized" in str(note.message)]:
+            raise ValueError(left[0])  # Keras only warns that weights stay as they were drawn
+        if (found := _arrays_in(path)) != len(model.weights):  # and passes over those of a layer that here has none
+            raise ValueError(f"there are {found} arrays, and {len(model.weights)} are needed")
+    except Exception as error:  # h5py and Keras raise nearly anything
+        raise _misfit(path, topology, _first_line(error)) from error
 
 
 def _arrays_in(path: Path) -> int:
     import h5py
 
     found = []
-    with h5py.File(path) as file:
+    with contextlib.ExitStack() as stack:
+        source = path
+        if path.suffix == ".keras":
+            source = stack.enter_context(stack.enter_context(zipfile.ZipFile(path)).open("model.weights.h5"))
+        file = stack.enter_context(h5py.File(source))
         file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
     return len(found)
 

@@ -21,7 +21,9 @@ from chexlib.data.cache import ImageStore
 from chexlib.data.pipeline import training_batches
 from chexlib.errors import ClusterError, ConfigError, WeightsError
 from chexlib.files import replacing
+from chexlib.models.topologies import NORMALIZATION
 from chexlib.models.weights import save_model
+from chexlib.runs import data_name
 from chexlib.training import stopping
 from chexlib.training.checkpoints import checkpoint_files
 from chexlib.training.collectives import join_world
@@ -219,7 +221,9 @@ def _prepare(config: TrainConfig) -> None:
 def _write(result: TrainResult, model, predictions: pd.DataFrame, steps: list) -> None:
     card = {"topology": result.config["topology"], "size": result.config["size"], "split": result.split}
     facts = {"ranks": result.ranks, "config": result.config, "best_epoch": result.best_epoch}
+    facts |= {"normalization": NORMALIZATION[card["topology"]], "data": data_name(Path(result.config["data_dir"]))}
     run_dir = Path(result.config["run_dir"])
+    facts |= {"run": "/".join(run_dir.absolute().parts[-2:]), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     tables = {
         "history": pd.DataFrame(result.history),
         "steps": pd.DataFrame(steps, columns=Progress.STEP_COLUMNS).astype({"epoch": int, "step": int}),

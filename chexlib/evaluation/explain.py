@@ -1,0 +1,240 @@
+"""Where the network looks: heat maps of one finding, and how well they agree with boxes that radiologists drew.
+
+A map answers "which places raised this finding's score", not "where is the disease". The pointing game (Zhang et al.
+2016) asks whether its hottest place lies in the finding's box; beside it stands the share of the image that the box
+covers, which a blind guess would hit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from chexlib.data.cache import ImageStore
+from chexlib.data.nih import Radiographs
+from chexlib.data.pictures import read_picture
+from chexlib.errors import ConfigError, DataError
+from chexlib.evaluation.auroc import FEWEST_PATIENTS
+from chexlib.files import replacing
+from chexlib.findings import FINDINGS
+
+METHODS = ("layer_cam", "grad_cam", "cam")
+CELLS = {"layer_cam": 14, "grad_cam": 7, "cam": 0}  # least cells a side of the layer that is looked at
+LEVELS = (60 / 255, 180 / 255)  # at which Wang et al. 2017, section 4.2, cut maps of 0..255 to get boxes
+IOU = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)  # their thresholds of intersection over union
+IOBB = (0.1, 0.25, 0.5, 0.75, 0.9)  # and of intersection over the detected box
+
+
+def heat_maps(
+    model, pixels: np.ndarray, findings: Sequence[str], *, method: str = "layer_cam", cells: int | None = None
+) -> np.ndarray:
+    """A map for each image, of what raised the score of one finding in it.
+
+    Of a layer's activations A and the gradient G of the finding's logit: "grad_cam" is the positive part of
+    the channels' sum of A times the mean of G (Selvaraju et al. 2017), "layer_cam" of A times the positive part of
+    G, place by place (Jiang et al. 2021), which earlier, finer layers need. "cam" is the positive part of the last
+    features times the weights of the finding's output (Zhou et al. 2016).
+
+    Parameters
+    ----------
+    model : keras.Model of `build_model`, or the path of a `model.keras`
+    pixels : (n, size, size, 1) float32 in 0..255
+    findings : n of FINDINGS
+    method : {"layer_cam", "grad_cam", "cam"}
+    cells : int, optional
+        The deepest layer with at least so many cells a side is looked at: of a 224-px network the last one has 7, of
+        a 64-px one it has 2, which is too coarse to point anywhere. Default: 14 for "layer_cam", 7 for "grad_cam".
+
+    Returns
+    -------
+    (n, size, size) float32
+        0 to 1, the hottest place 1; all 0 where nothing raised the score.
+
+    Raises
+    ------
+    ConfigError
+        Another method or finding, or more cells than the first layers have.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method={method!r} is not known. Use one of {', '.join(METHODS)}.")
+    if unknown := sorted(set(findings).difference(FINDINGS)):
+        raise ConfigError(f"findings={unknown} are not known. Use {', '.join(FINDINGS)}.")
+    import keras
+    import tensorflow as tf
+
+    if not isinstance(model, keras.Model):
+        from chexlib.models.weights import load_model
+
+        model, _ = load_model(model)
+    size, backbone = model.input_shape[1], next(part for part in model.layers if isinstance(part, keras.Model))
+    layer = _layer(backbone, CELLS[method] if cells is None or method == "cam" else cells)
+    parts = keras.Model(backbone.inputs, [layer.output, backbone.output])
+    kernel, bias = (tf.convert_to_tensor(weight) for weight in model.get_layer("findings").get_weights())
+    wanted = np.array([FINDINGS.index(finding) for finding in findings])
+    maps = [np.empty((0, size, size), np.float32)]
+    for start in range(0, len(pixels), 32):
+        grey = tf.convert_to_tensor(pixels[start : start + 32])
+        channels = tf.gather(kernel, wanted[start : start + 32], axis=1)  # (features, k)
+        with tf.GradientTape() as tape:
+            rgb = model.get_layer("imagenet_normalization")(model.get_layer("grey_to_rgb")([grey, grey, grey]))
+            tape.watch(rgb)
+            active, features = parts(rgb, training=False)
+            pooled = model.get_layer("pool")(tf.cast(features, "float32"))
+            logits = tf.reduce_sum(pooled * tf.transpose(channels), 1) + tf.gather(bias, wanted[start : start + 32])
+        if method == "cam":
+            found = tf.einsum("khwc,ck->khw", tf.cast(features, "float32"), channels)
+        else:
+            gradient = tf.cast(tape.gradient(logits, active), "float32")
+            weight = tf.reduce_mean(gradient, (1, 2), keepdims=True) if method == "grad_cam" else tf.nn.relu(gradient)
+            found = tf.reduce_sum(tf.cast(active, "float32") * weight, -1)
+        found = tf.image.resize(tf.nn.relu(found)[..., None], (size, size))[..., 0].numpy()
+        maps.append(found / np.maximum(found.max((1, 2), keepdims=True), np.finfo(np.float32).tiny))
+    return np.concatenate(maps)
+
+
+def _layer(backbone, cells: int):
+    """The last layer of the backbone that gives a map of at least so many cells a side."""
+    if not cells:
+        return backbone.layers[-1]
+    fine = [layer for layer in backbone.layers[1:] if len(layer.output.shape) == 4 and layer.output.shape[1] >= cells]
+    if not fine:
+        raise ConfigError(f"cells={cells} is more than {backbone.name} has at {backbone.input_shape[1]} px. Use fewer.")
+    return fine[-1]
+
+
+def score_boxes(maps: np.ndarray, boxes: Sequence[np.ndarray]) -> pd.DataFrame:
+    """Hold each map against the boxes of its finding.
+
+    Parameters
+    ----------
+    maps : (n, size, size) in 0..1
+    boxes : n arrays of (k, 4): x, y (upper left), width, height in fractions of the side
+
+    Returns
+    -------
+    DataFrame
+        n rows: hit (the hottest place lies in a box), chance (the share of the image that the boxes cover), and of
+        the boxes around what is hotter than `LEVELS`: the best iou and iobb, and stray, how many touch no box.
+    """
+    from scipy import ndimage
+
+    rows = []
+    for heat, given in zip(maps, boxes, strict=True):
+        size = len(heat)
+        edges = np.asarray(given, float).reshape(-1, 4) * size
+        frames = np.c_[edges[:, 1], edges[:, 0], edges[:, 1] + edges[:, 3], edges[:, 0] + edges[:, 2]].clip(0, size)
+        centers = np.arange(size) + 0.5
+        inside = np.zeros((size, size), bool)
+        for top, left, bottom, right in frames:
+            inside |= ((centers >= top) & (centers < bottom))[:, None] & ((centers >= left) & (centers < right))
+        spots = [spot for level in LEVELS for spot in ndimage.find_objects(ndimage.label(heat > level)[0])]
+        found = np.array([(y.start, x.start, y.stop, x.stop) for y, x in spots], float).reshape(-1, 4)
+        low, high = (
+            pick(found[:, None, k], frames[None, :, k]) for pick, k in ((np.maximum, [0, 1]), (np.minimum, [2, 3]))
+        )
+        shared = (high - low).clip(0).prod(-1)  # (spots, boxes), square pixels
+        area = (found[:, 2:] - found[:, :2]).prod(-1)[:, None]
+        union = area + (frames[:, 2:] - frames[:, :2]).prod(-1) - shared
+        hit = bool(heat.max() > 0 and inside.flat[heat.argmax()])
+        best = [float((shared / over).max(initial=0)) for over in (union, area)]
+        rows.append((hit, inside.mean(), *best, int((shared.sum(1) == 0).sum())))
+    return pd.DataFrame(rows, columns=["hit", "chance", "iou", "iobb", "stray"])
+
+
+def localize(model, radiographs: Radiographs, *, method: str = "layer_cam", cells: int | None = None) -> pd.DataFrame:
+    """`score_boxes` of every image and finding that has boxes; columns image, patient, finding come first.
+
+    Raises
+    ------
+    DataError
+        None of the images has a box.
+    """
+    import keras
+
+    if radiographs.boxes.empty:
+        raise DataError(f"no image in {radiographs.root} has a box. Use images that BBox_List_2017.csv names.")
+    if not isinstance(model, keras.Model):
+        from chexlib.models.weights import load_model
+
+        model, _ = load_model(model)
+    table, scored = radiographs.table.set_index("image"), []
+    groups = list(radiographs.boxes.groupby(["image", "finding"], sort=False))
+    pairs = pd.DataFrame([key for key, _ in groups], columns=["image", "finding"])
+    boxes = [rows[["x", "y", "width", "height"]].to_numpy() for _, rows in groups]
+    store = ImageStore(table.loc[pairs["image"], "path"].tolist(), size=model.input_shape[1])
+    for start in range(0, len(pairs), 256):
+        rows = range(start, min(start + 256, len(pairs)))
+        pixels = store.take(rows)[..., None].astype(np.float32)
+        maps = heat_maps(model, pixels, pairs["finding"].iloc[rows].tolist(), method=method, cells=cells)
+        scored.append(score_boxes(maps, boxes[start : start + 256]))
+    pairs.insert(1, "patient", table.loc[pairs["image"], "patient"].to_numpy())
+    return pd.concat([pairs, pd.concat(scored, ignore_index=True)], axis=1)
+
+
+def judge_boxes(scored: pd.DataFrame, *, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+    """What share of boxes is found, per finding and over all, with percentile intervals from resampling patients.
+
+    Parameters
+    ----------
+    scored : DataFrame of `localize`
+
+    Returns
+    -------
+    DataFrame
+        Columns finding ("all" last), measure ("pointing", "iou", "iobb"), threshold (NaN for pointing), share, low,
+        high, chance (mean share of the image in boxes, for pointing), cases (image and finding) and patients. Below
+        `FEWEST_PATIENTS` patients there is no interval.
+    """
+    kinds = [("pointing", np.nan), *(("iou", t) for t in IOU), *(("iobb", t) for t in IOBB)]
+    right = np.column_stack([scored["hit"] if kind == "pointing" else scored[kind] > t for kind, t in kinds]).astype(
+        float
+    )
+    codes, names = pd.factorize(scored["patient"])
+    drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
+    rows = []
+    for finding in (*(f for f in FINDINGS if f in set(scored["finding"])), "all"):
+        mine = np.ones(len(scored), bool) if finding == "all" else (scored["finding"] == finding).to_numpy()
+        sums = np.zeros((len(names), len(kinds) + 1))
+        np.add.at(sums, codes[mine], np.c_[right[mine], np.ones(mine.sum())])
+        totals = drawn @ sums
+        totals = totals[totals[:, -1] > 0]
+        patients = len(np.unique(codes[mine]))
+        low, high = np.quantile(totals[:, :-1] / totals[:, -1:], [(1 - level) / 2, (1 + level) / 2], axis=0)
+        if patients < FEWEST_PATIENTS:
+            low = high = np.full(len(kinds), np.nan)
+        for i, (kind, threshold) in enumerate(kinds):
+            chance = scored["chance"][mine].mean() if kind == "pointing" else np.nan
+            rows.append(
+                (finding, kind, threshold, right[mine, i].mean(), low[i], high[i], chance, mine.sum(), patients)
+            )
+    columns = ["finding", "measure", "threshold", "share", "low", "high", "chance", "cases", "patients"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+class HeatMapFiles:
+    """Writes `<image>.png` to a folder, the findings with the highest probabilities; for `predict_all(each=...)`."""
+
+    def __init__(self, folder: str | Path, *, count: int = 3):
+        self.folder, self.count, self.written = Path(folder), count, []
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot hold heat maps ({error.strerror}). Name another folder.") from error
+
+    def __call__(self, model, paths: Sequence[str], pixels: np.ndarray, scores: np.ndarray) -> None:
+        from chexlib.overlays import heat_figure
+
+        for path, grey, row in zip(paths, pixels, scores, strict=True):
+            top = [FINDINGS[i] for i in np.argsort(-row, kind="stable")[: self.count]]
+            maps = heat_maps(model, np.repeat(grey[None], len(top), axis=0), top)
+            titles = [f"{name.replace('_', ' ')} {row[FINDINGS.index(name)]:.2f}" for name in top]
+            image = read_picture(path)[0]
+            name, number = f"{Path(path).stem}.png", 2
+            while name in self.written:  # of another folder
+                name, number = f"{Path(path).stem}-{number}.png", number + 1
+            with replacing(self.folder / name) as file:
+                heat_figure([image] * len(top), maps, titles).savefig(file, format="png", dpi=100)
+            self.written.append(name)

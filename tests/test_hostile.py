@@ -1,0 +1,223 @@
+"""Broken and hostile files: each gets an error of its own, nothing in them runs, and the rest of a batch is done."""
+
+import io
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+import h5py
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGLSLossless
+from test_pictures import dicom
+
+from chexlib.errors import WeightsError
+from chexlib.findings import FINDINGS
+from chexlib.models.predict import predict_all
+from chexlib.models.topologies import build_model
+from chexlib.models.weights import CARD, extend_card, load_model, read_card, save_model
+
+FLAT = np.zeros((16, 16), np.uint16)
+
+
+class Boom:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width, height, *more):
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + b"".join(more)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + chunk(b"IEND", b"")
+    )
+
+
+def break_images(folder, good):
+    """Write 24 files of which none is an image that can be used."""
+    whole = Path(good).read_bytes()
+    jpeg = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)).save(jpeg, "JPEG")
+    for name, content in {
+        "empty.png": b"",
+        "cut.png": whole[: len(whole) // 2],
+        "cut.jpg": jpeg.getvalue()[:300],
+        "text.png": b"this is text\n" * 50,
+        "square.png": png(100_000, 100_000),
+        "wide.png": png(2**31 - 1, 1),
+        "large.png": png(9000, 9000),
+        "comment.png": png(8, 8, chunk(b"zTXt", b"a\0\0" + zlib.compress(b"\0" * 2**26))),
+        "flipped.png": whole[:50] + bytes([whole[50] ^ 255]) + whole[51:],
+        "pickle.png": pickle.dumps(Boom(folder / "executed")),
+        "script.jpg": b"#!/bin/sh\ntouch executed\n",
+        "postscript.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(executed) (w) file\n",
+        "page.png": b"<svg xmlns='http://www.w3.org/2000/svg'><script>1</script></svg>",
+        "mark.dcm": b"\0" * 128 + b"DICM",
+    }.items():
+        (folder / name).write_bytes(content)
+    Image.new("L", (16, 16)).save(folder / "gif.png", "GIF")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "nowhere.png").symlink_to("none-such")
+    (folder / "endless.png").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe.png")
+    dicom(folder / "empty.dcm", FLAT, PixelData=None)
+    dicom(folder / "square.dcm", FLAT, Rows=65535, Columns=65535)
+    dicom(folder / "colour.dcm", FLAT, PhotometricInterpretation="RGB", SamplesPerPixel=3, PlanarConfiguration=0)
+    dicom(folder / "bomb.dcm", np.zeros((1, 2**26), np.uint8), Rows=16, Columns=16, BitsAllocated=8, BitsStored=8,
+          HighBit=7, syntax=DeflatedExplicitVRLittleEndian)  # fmt: skip
+    path = dicom(folder / "jpegls.dcm", FLAT)
+    path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", JPEGLSLossless.encode()[:19] + b"\0"))
+    (folder / "round").symlink_to(folder)
+    return sorted(path.name for path in folder.iterdir() if path.name != "round")
+
+
+def test_broken_images_get_an_error_each_and_the_rest_of_the_batch_is_done(tmp_path, files, vgg_file):
+    broken = break_images(tmp_path, files[0][0])
+    assert len(broken) == 24
+    photo = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.jpg")
+    code = "import resource, sys; from chexlib.__main__ import main\ntry: main(sys.argv[1:])\nfinally: "
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    command = [sys.executable, "-c", code, "predict", str(tmp_path), *files[0][:2], "--csv", "--weights", str(vgg_file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    *errors, peak = (line for line in done.stderr.splitlines() if line.startswith("Error: ") or line.isdigit())
+    assert len(errors) == 24
+    for name in broken:
+        (line,) = (line for line in errors if str(tmp_path / name) in line)
+        assert len(line) < 500
+    rows = pd.read_csv(io.StringIO(done.stdout)).set_index("image")
+    scored = rows.index[rows[list(FINDINGS)].notna().all(axis=1)]
+    assert set(scored) == {*files[0][:2], str(tmp_path / "photo.jpg")}
+    assert "colour" in rows.loc[str(tmp_path / "photo.jpg"), "doubt"]
+    assert rows["error"].notna().sum() == 24
+    assert not (tmp_path / "executed").exists()
+    assert int(peak) < 4 * 2**20  # KiB
+
+
+def test_a_batch_gives_the_same_as_its_images_alone(files, vgg_file, tmp_path):
+    (tmp_path / "bad.png").write_text("no image")
+    seen = []
+
+    def each(model, paths, pixels, scores):
+        assert (pixels.shape, scores.shape) == ((len(paths), 32, 32, 1), (len(paths), 14))
+        seen.extend(paths)
+
+    found = predict_all([files[0][0], tmp_path / "bad.png", *files[0][1:5]], weights=vgg_file, batch=2, each=each)
+    assert found.probabilities.index.tolist() == files[0][:5]
+    assert seen == files[0][:5]
+    alone = predict_all(files[0][4:5], weights=vgg_file).probabilities
+    np.testing.assert_allclose(alone, found.probabilities[4:], atol=1e-5)
+    assert list(found.errors) == [str(tmp_path / "bad.png")]
+
+
+# --- weights
+
+
+def change(source, target, *, pack=None, **members):
+    """Copy a .keras file, with other members in place of its own."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for item in old.infolist():
+            if item.filename not in members:
+                new.writestr(
+                    item, old.read(item), compress_type=zipfile.ZIP_DEFLATED if item.filename == pack else None
+                )
+        for name, content in members.items():
+            new.writestr(name, content)
+    return target
+
+
+def h5(change_one):
+    """Bytes of a weights file of one array, made by a function of the open file."""
+    file = io.BytesIO()
+    with h5py.File(file, "w") as weights:
+        change_one(weights)
+    return file.getvalue()
+
+
+def hostile(kind, path, source):
+    if kind == "pickled":
+        path.write_bytes(pickle.dumps(Boom(path.parent / "executed")))
+    elif kind == "pickled members":
+        change(source, path, **{CARD: pickle.dumps(Boom(path.parent / "executed"))})
+    elif kind == "lambda":
+        model = build_model("vgg16", size=32)
+        code = f"__import__('os').mkdir({str(path.parent / 'executed')!r})"
+        shout = keras.layers.Lambda(eval(f"lambda x: ({code}, x)[1]"), output_shape=(14,))
+        outputs = keras.Model(model.input, model.output)
+        doctored = keras.Sequential([outputs, shout])
+        save_model(doctored, path, card={"topology": "vgg16", "size": 32})
+        # The weights fit; only the description has the layer.
+        change(source, path.with_name("b"), **{"config.json": zipfile.ZipFile(path).read("config.json")})
+        path.with_name("b").replace(path)
+        if (path.parent / "executed").exists():  # by Keras, when the file was made
+            os.rmdir(path.parent / "executed")
+    elif kind == "deflated":
+        change(source, path, pack="model.weights.h5")
+    elif kind == "huge card":
+        change(source, path, **{CARD: b" " * (17 * 2**20)})
+    elif kind == "deep card":
+        change(source, path, **{CARD: b"[" * 100_000})
+    elif kind == "size":
+        extend_card(change(source, path), size=32)
+        change(source, path, **{CARD: json.dumps({**read_card(source), "size": 100_000})})
+    elif kind == "topology":
+        change(source, path, **{CARD: json.dumps({**read_card(source), "topology": "os.system"})})
+    elif kind == "normalisation":
+        change(
+            source, path, **{CARD: json.dumps({**read_card(source), "normalization": {"scale": [1], "offset": [0]}})}
+        )
+    elif kind == "shape":
+        path_of_one = "layers/dense/vars/0"
+        content = h5(lambda f: f.create_dataset(path_of_one, shape=(2**20, 2**20), chunks=(2**10, 2**10), dtype="f4"))
+        change(source, path, **{"model.weights.h5": content})
+    elif kind == "link":
+        content = h5(lambda f: f.__setitem__("layers", h5py.ExternalLink("/etc/passwd", "/")))
+        change(source, path, **{"model.weights.h5": content})
+    return path
+
+
+KINDS = ("pickled", "pickled members", "lambda", "deflated", "huge card", "deep card", "size", "topology")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "normalisation", "shape", "link"])
+def test_hostile_weights_are_refused_and_nothing_in_them_runs(kind, tmp_path, vgg_file):
+    path = hostile(kind, tmp_path / "model.keras", vgg_file)
+    with pytest.raises(WeightsError) as error:
+        load_model(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_card_takes_more_facts_and_the_weights_stay(tmp_path, vgg_file):
+    path = change(vgg_file, tmp_path / "model.keras")
+    facts = {"calibration": {"temperature": 1.5}, "operating_points": {"Mass": {"threshold": 0.2}}}
+    assert extend_card(path, **facts) == {**read_card(vgg_file), **facts}
+    model, card = load_model(path)
+    assert card == {**read_card(vgg_file), **facts}
+    before, _ = load_model(vgg_file)
+    assert all(np.array_equal(a, b) for a, b in zip(before.get_weights(), model.get_weights(), strict=True))
+    assert os.listdir(tmp_path) == ["model.keras"]
+    keras.saving.load_model(path)  # still a file for other programs

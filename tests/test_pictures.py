@@ -1,0 +1,185 @@
+"""One's own images: DICOM to the grey levels of the standard, files found, and what is no frontal film noticed."""
+
+import math
+import os
+import shutil
+
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ComputedRadiographyImageStorage, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
+
+from chexlib.data.dicom import read_dicom
+from chexlib.data.frontal import frontal_doubt
+from chexlib.data.nih import read_image
+from chexlib.data.phantom import phantom_images
+from chexlib.data.pictures import find_pictures, read_picture
+from chexlib.errors import DataError
+
+
+def dicom(path, pixels, *, bits=12, kind="MONOCHROME2", syntax=ExplicitVRLittleEndian, **elements):
+    """Write an image with pydicom."""
+    data = Dataset()
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = syntax
+    data.SOPClassUID, data.SOPInstanceUID = ComputedRadiographyImageStorage, pydicom.uid.generate_uid()
+    data.Rows, data.Columns = pixels.shape[-2:]
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, kind
+    data.BitsAllocated, data.BitsStored, data.HighBit = 16, bits, bits - 1
+    data.PixelRepresentation = int(np.issubdtype(pixels.dtype, np.signedinteger))
+    data.PixelData = pixels.tobytes()
+    for name, value in elements.items():
+        if value is None:
+            delattr(data, name)
+        else:
+            setattr(data, name, value)
+    data.save_as(path, enforce_file_format=True)
+    return path
+
+
+def by_the_standard(stored, *, kind, window=None, slope=1.0, intercept=0.0, function="LINEAR"):
+    """Grey levels value by value, after the pseudo-code of PS3.3 C.11.2.1.2.1; least to greatest without a window."""
+    grey = np.empty(stored.shape, np.uint8)
+    values = [int(value) * slope + intercept for value in stored.ravel()]
+    least, greatest = min(values), max(values)
+    for place, x in enumerate(values):
+        if window is None:
+            y = (x - least) / (greatest - least) * 255
+        elif function == "SIGMOID":
+            y = 255 / (1 + math.exp(-4 * (x - window[0]) / window[1]))
+        else:
+            c, w = (window[0] - 0.5, window[1] - 1) if function == "LINEAR" else window
+            y = 0 if x <= c - w / 2 else 255 if x > c + w / 2 else ((x - c) / w + 0.5) * 255
+        grey.flat[place] = round(y)
+    return 255 - grey if kind == "MONOCHROME1" else grey
+
+
+@pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("bits", [12, 16])
+@pytest.mark.parametrize("window", [None, (1800, 1500), (1000.5, 1)])
+@pytest.mark.parametrize(("slope", "intercept"), [(1, 0), (0.5, -200)])
+def test_dicom_grey_levels_are_those_of_the_standard(tmp_path, kind, bits, window, slope, intercept):
+    stored = np.random.default_rng(bits).integers(0, 2**bits, (40, 30), np.uint16)
+    more = {} if window is None else {"WindowCenter": window[0], "WindowWidth": window[1]}
+    if (slope, intercept) != (1, 0):
+        more |= {"RescaleSlope": slope, "RescaleIntercept": intercept}
+    found = read_dicom(dicom(tmp_path / "a.dcm", stored, bits=bits, kind=kind, **more))
+    assert found.dtype == np.uint8
+    expected = by_the_standard(stored, kind=kind, window=window, slope=slope, intercept=intercept)
+    assert np.array_equal(found, expected)
+    assert np.unique(found).size > 1
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+def test_each_window_function_and_the_first_of_several_windows_is_used(tmp_path, function):
+    stored = np.random.default_rng(0).integers(-2000, 2000, (20, 20), np.int16)
+    more = {"WindowCenter": [40, 0], "WindowWidth": [400, 9], "VOILUTFunction": function}
+    found = read_dicom(dicom(tmp_path / "a.dcm", stored, bits=16, **more))
+    assert np.array_equal(found, by_the_standard(stored, kind="MONOCHROME2", window=(40, 400), function=function))
+
+
+def test_a_lookup_table_goes_before_the_window(tmp_path):
+    table = Dataset()
+    table.LUTDescriptor = [4, 100, 16]
+    table.add_new("LUTData", "OW", np.array([0, 13107, 40000, 65535], "<u2").tobytes())
+    stored = np.array([[99, 100, 101], [102, 103, 900]], np.uint16)
+    more = {"VOILUTSequence": [table], "WindowCenter": 5, "WindowWidth": 5}
+    found = read_dicom(dicom(tmp_path / "a.dcm", stored, **more))
+    assert found.tolist() == [[0, 0, 51], [156, 255, 255]]  # 65,535 / 257 = 255
+
+
+def test_pydicoms_own_example_is_read_as_pydicom_shows_it():
+    path = pydicom.examples.get_path("ct")
+    values = pydicom.dcmread(path).pixel_array.astype(float)
+    expected = np.rint(255 * (values - values.min()) / np.ptp(values))
+    assert np.array_equal(read_dicom(path), expected)
+
+
+FLAT = np.zeros((8, 8), np.uint16)
+BAD = {
+    "no pixels": {"PixelData": None},
+    "RGB": {"PhotometricInterpretation": "RGB"},
+    "3 frames": {"NumberOfFrames": 3},
+    "50000 x 50000 px": {"Columns": 50000, "Rows": 50000},
+    "32 bits": {"BitsAllocated": 32},
+    "width 0": {"WindowCenter": 5, "WindowWidth": 0},
+}
+
+
+@pytest.mark.parametrize("reason", [*BAD, "deflated", "truncated", "bytes"])
+def test_a_dicom_file_that_cannot_be_shown_is_refused_with_the_reason(tmp_path, reason):
+    path = tmp_path / "a.dcm"
+    dicom(path, FLAT, syntax=DeflatedExplicitVRLittleEndian if reason == "deflated" else ExplicitVRLittleEndian,
+          **BAD.get(reason, {}))  # fmt: skip
+    if reason == "truncated":
+        path.write_bytes(path.read_bytes()[:-50])
+        reason = "cannot be read as DICOM"
+    elif reason == "bytes":  # more than any image that is accepted; a hole on disk
+        os.truncate(path, 2**29)
+    with pytest.raises(DataError, match=reason) as error:
+        read_dicom(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_formats_are_told_apart_by_content(tmp_path, files):
+    stored = np.arange(64, dtype=np.uint16).reshape(8, 8)
+    path = dicom(tmp_path / "film.png", stored)
+    assert np.array_equal(read_picture(path)[0], read_dicom(path))
+    shutil.copy(files[0][0], tmp_path / "png.dcm")
+    assert np.array_equal(read_picture(tmp_path / "png.dcm")[0], files[1][0])
+
+
+def test_files_are_found_by_name_folder_and_pattern_each_once(tmp_path, files):
+    for name in ("b.png", "a/c.JPG", "a/notes.txt", "a/._c.png", "a/deep/d.dicom"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    dicom(tmp_path / "a" / "IM0001", FLAT)
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    found = find_pictures([tmp_path / "b.png", tmp_path, str(tmp_path / "a" / "*.txt"), "none.png"])
+    named = [os.path.relpath(path, tmp_path) for path in found[:-1]]
+    assert named == ["b.png", "a/IM0001", "a/c.JPG", "a/deep/d.dicom", "a/notes.txt"]
+    assert found[-1] == "none.png"
+
+
+# --- is it a frontal radiograph?
+
+
+@pytest.fixture(scope="module")
+def films():
+    pairs = zip(phantom_images(5, size=96), range(40), strict=False)
+    return [image for (image, _), _ in pairs]
+
+
+def test_upright_films_are_not_doubted(films):
+    assert sum(bool(frontal_doubt(film)) for film in films) <= 1
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_turned_films_are_noticed(films, turns):
+    turned = [frontal_doubt(np.rot90(film, -turns)) for film in films]
+    assert sum(f"turned by {90 * turns} degrees clockwise" in doubt for doubt in turned) >= 0.95 * len(films)
+
+
+def test_inverted_films_are_noticed(films):
+    assert sum("inverted" in frontal_doubt(255 - film) for film in films) >= 0.95 * len(films)
+
+
+def test_noise_flat_images_and_strips_are_noticed(films):
+    rng = np.random.default_rng(0)
+    assert all(frontal_doubt(rng.integers(0, 256, (64, 64), np.uint8)) for _ in range(20))
+    for level in (0, 128, 255):
+        assert "contrast" in frontal_doubt(np.full((64, 64), level, np.uint8))
+    assert "long" in frontal_doubt(np.tile(films[0], (1, 3)))
+
+
+def test_colour_is_noticed_and_grey_stored_as_colour_is_not(tmp_path, films):
+    grey = np.stack([films[0]] * 3, -1)
+    tinted = np.clip(grey * [1.0, 0.7, 0.4], 0, 255).astype(np.uint8)
+    for name, pixels in (("grey.png", grey), ("grey.jpg", grey), ("tinted.png", tinted), ("tinted.jpg", tinted)):
+        Image.fromarray(pixels).save(tmp_path / name)
+        image, colour = read_picture(tmp_path / name)
+        assert np.array_equal(image, read_image(tmp_path / name))
+        assert ("in colour" in frontal_doubt(image, colour=colour)) == ("tinted" in name), name
