@@ -1,4 +1,4 @@
-"""What the batch-norm study's trainings say: means with intervals, and the loss of a large batch split into its causes."""
+"""What the study of batch norm says: means with intervals, and the loss of a large batch split into its causes."""
 
 from __future__ import annotations
 
