@@ -7,7 +7,8 @@ from scipy import stats
 from small_training import config_for
 
 from chexlib.errors import ConfigError
-from chexlib.evaluation.norm_study import TERMS, decompose, norm_grid, over_seeds, training_order, verdict
+from chexlib.evaluation.norm_study import norm_grid, training_order
+from chexlib.evaluation.norm_verdict import TERMS, decompose, over_seeds, verdict
 from chexlib.models.weights import load_model
 from chexlib.training.fit import fit
 from chexlib.training.reuse import Reuse
