@@ -16,13 +16,14 @@ from scipy.special import expit, logit
 from sklearn.isotonic import IsotonicRegression
 
 from chexlib.errors import ConfigError
-from chexlib.evaluation.resampling import FEWEST_PATIENTS, draw_patients, interval_of, mean_of, patients_behind
+from chexlib.evaluation.resampling import draw_patients, interval_of, mean_of, patients_behind
 from chexlib.findings import FINDINGS
 
 METHODS = ("temperature", "isotonic")
 BINS = 10
 SMALLEST = 1e-7  # probabilities are kept this far from 0 and 1, where logits are infinite
 RANGE = (0.05, 20.0)  # of temperatures
+ISOTONIC_PATIENTS = 20  # of each class, below which a curve of one finding fits noise
 
 
 def reliability_curve(labels: np.ndarray, scores: np.ndarray, *, bins: int = BINS) -> pd.DataFrame:
@@ -97,15 +98,14 @@ class Calibration:
     method : {"temperature", "isotonic"}
     curves : dict
         Finding to {"temperature": T}, or to {"scores": [...], "probabilities": [...]}, a broken line. A finding that
-        is not in it is left as it is: its validation part had too few patients.
+        is not in it is left as it is: the validation part had too few patients.
     """
 
     method: str
     curves: dict[str, dict]
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ConfigError(f"there is no calibration {self.method!r}. Use one of {', '.join(METHODS)}.")
+        _require(self.method)
         if unknown := sorted(set(self.curves) - set(FINDINGS)):
             raise ConfigError(f"the calibration has unknown findings {', '.join(unknown)}. Fit it anew.")
         needed = {"temperature"} if self.method == "temperature" else {"scores", "probabilities"}
@@ -142,25 +142,32 @@ class Calibration:
 def fit_calibration(
     labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, *, method: str = "temperature"
 ) -> Calibration:
-    """Fit a calibration to the validation part, finding by finding.
+    """Fit a calibration to the validation part.
 
     Parameters
     ----------
     labels, scores : (n, 14) of the validation part, never of the test part; a label may be NaN
     patients : (n,)
-        Findings without `FEWEST_PATIENTS` patients of each class are left as they are.
     method : {"temperature", "isotonic"}
-        "temperature": the logit divided by T, by maximum likelihood (Guo et al. 2017, section 4.2): one number.
-        "isotonic": the rising step curve that fits best (Zadrozny and Elkan 2002): many, so it wants many positives.
+        "temperature": the logits of all findings divided by one T, of maximum likelihood (Guo et al. 2017, 4.2).
+        "isotonic": for each finding the rising step curve that fits best (Zadrozny and Elkan 2002). That is many
+        numbers, so findings with fewer than `ISOTONIC_PATIENTS` patients of a class are left as they are.
     """
+    _require(method)
     labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
-    enough = patients_behind(labels, pd.factorize(np.asarray(patients))[0])[:-1] >= FEWEST_PATIENTS
-    fit = {"temperature": _temperature, "isotonic": _isotonic}.get(method)
-    curves = {}
-    for finding, y, s in zip(np.array(FINDINGS)[enough], labels.T[enough], scores.T[enough], strict=True):
-        known = ~np.isnan(y)
-        curves[str(finding)] = fit(y[known], s[known]) if fit else {}
+    known = ~np.isnan(labels)
+    if method == "temperature":
+        fitted = _temperature(labels[known], scores[known])
+        return Calibration(method, {finding: fitted for finding in FINDINGS})
+    enough = patients_behind(labels, pd.factorize(np.asarray(patients))[0])[:-1] >= ISOTONIC_PATIENTS
+    chosen = np.flatnonzero(enough)
+    curves = {FINDINGS[i]: _isotonic(labels[known[:, i], i], scores[known[:, i], i]) for i in chosen}
     return Calibration(method, curves)
+
+
+def _require(method: str) -> None:
+    if method not in METHODS:
+        raise ConfigError(f"there is no calibration {method!r}. Use one of {', '.join(METHODS)}.")
 
 
 def _temperature(labels: np.ndarray, scores: np.ndarray) -> dict:
