@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 
 from chexlib.data.nih import load_radiographs
 from chexlib.data.splits import LISTS, read_list
@@ -46,6 +47,7 @@ def main() -> None:
                 "patients": row.patients,
             }
             line |= {key: round(getattr(row, key), 3) for key in ("share", "low", "high", "chance")}
+            line |= {key: None for key in ("low", "high") if math.isnan(line[key])}
             mine = judged[(judged["finding"] == row.finding) & (judged["measure"] != "pointing")]
             line |= {
                 f"{m}>{t:g}": round(s, 3) for m, t, s in mine[["measure", "threshold", "share"]].itertuples(index=False)

@@ -84,7 +84,7 @@ def break_images(folder, good):
     dicom(folder / "empty.dcm", FLAT, PixelData=None)
     dicom(folder / "square.dcm", FLAT, Rows=65535, Columns=65535)
     dicom(folder / "colour.dcm", FLAT, PhotometricInterpretation="RGB", SamplesPerPixel=3, PlanarConfiguration=0)
-    dicom(folder / "bomb.dcm", np.zeros((1, 2**26), np.uint8), Rows=16, Columns=16, BitsAllocated=8, BitsStored=8,
+    dicom(folder / "bomb.dcm", np.zeros((2**13, 2**13), np.uint8), Rows=16, Columns=16, BitsAllocated=8, BitsStored=8,
           HighBit=7, syntax=DeflatedExplicitVRLittleEndian)  # fmt: skip
     path = dicom(folder / "jpegls.dcm", FLAT)
     path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", JPEGLSLossless.encode()[:19] + b"\0"))

@@ -186,7 +186,7 @@ def judge_boxes(scored: pd.DataFrame, *, resamples: int = 1000, level: float = 0
     DataFrame
         Columns finding ("all" last), measure ("pointing", "iou", "iobb"), threshold (NaN for pointing), share, low,
         high, chance (mean share of the image in boxes, for pointing), cases (image and finding) and patients. Below
-        `FEWEST_PATIENTS` patients there is no interval.
+        `FEWEST_PATIENTS` patients there is no interval, nor where all are hit or none.
     """
     kinds = [("pointing", np.nan), *(("iou", t) for t in IOU), *(("iobb", t) for t in IOBB)]
     right = np.column_stack([scored["hit"] if kind == "pointing" else scored[kind] > t for kind, t in kinds]).astype(
@@ -203,8 +203,8 @@ def judge_boxes(scored: pd.DataFrame, *, resamples: int = 1000, level: float = 0
         totals = totals[totals[:, -1] > 0]
         patients = len(np.unique(codes[mine]))
         low, high = np.quantile(totals[:, :-1] / totals[:, -1:], [(1 - level) / 2, (1 + level) / 2], axis=0)
-        if patients < FEWEST_PATIENTS:
-            low = high = np.full(len(kinds), np.nan)
+        silent = (low == high) | (patients < FEWEST_PATIENTS)  # all hit, or none: nothing varies in resampling
+        low, high = np.where(silent, np.nan, [low, high])
         for i, (kind, threshold) in enumerate(kinds):
             chance = scored["chance"][mine].mean() if kind == "pointing" else np.nan
             rows.append(
