@@ -6,7 +6,6 @@ The network is built by `build_model` from the card; of the rest of the file onl
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import tempfile
@@ -193,29 +192,25 @@ def _classes(config) -> set[str]:
 
 def _fill(model, path: Path, topology: str) -> None:
     """Read every weight of `model` from a `.keras` or `.weights.h5` file: arrays only."""
-    try:
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            model.load_weights(path)
-        if left := [str(note.message) for note in told if "freshly-initialized" in str(note.message)]:
-            raise ValueError(left[0])  # Keras only warns that weights stay as they were drawn
-        if (found := _arrays_in(path)) != len(model.weights):  # and passes over those of a layer that here has none
-            raise ValueError(f"there are {found} arrays, and {len(model.weights)} are needed")
-    except Exception as error:  # h5py and Keras raise nearly anything
-        raise _misfit(path, topology, _first_line(error)) from error
-
-
-def _arrays_in(path: Path) -> int:
     import h5py
 
-    found = []
-    with contextlib.ExitStack() as stack:
-        source = path
-        if path.suffix == ".keras":
-            source = stack.enter_context(stack.enter_context(zipfile.ZipFile(path)).open("model.weights.h5"))
-        file = stack.enter_context(h5py.File(source))
-        file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
-    return len(found)
+    try:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            arrays = path
+            if path.suffix == ".keras":  # inside the archive every step back would be read anew from its beginning
+                with zipfile.ZipFile(path) as archive:
+                    arrays = archive.extract("model.weights.h5", folder)
+            model.load_weights(arrays)
+            if left := [str(note.message) for note in told if "freshly-initialized" in str(note.message)]:
+                raise ValueError(left[0])  # Keras only warns that weights stay as they were drawn
+            found = []
+            with h5py.File(arrays) as file:
+                file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
+        if len(found) != len(model.weights):  # and passes over those of a layer that here has none
+            raise ValueError(f"there are {len(found)} arrays, and {len(model.weights)} are needed")
+    except Exception as error:  # h5py and Keras raise nearly anything
+        raise _misfit(path, topology, _first_line(error)) from error
 
 
 def _require(path: Path) -> None:
