@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t as student
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from chexlib.errors import DataError
@@ -124,19 +125,36 @@ def test_interval_widens_with_the_level():
     pd.testing.assert_series_equal(narrow["auroc"], wide["auroc"])
 
 
-def test_interval_is_near_the_percentiles_of_auroc_over_resampled_patients():
+def test_interval_is_wilsons_with_the_error_of_auroc_over_resampled_patients():
     labels, scores, patients = case(40, images_each=3)
-    table = bootstrap_auroc(labels, scores, patients, resamples=2000, seed=1)
+    table = bootstrap_auroc(labels, scores, patients, resamples=10000, seed=1)
     rng, values = np.random.default_rng(7), []
     rows = [np.flatnonzero(patients == patient) for patient in range(40)]
-    for _ in range(2000):
+    for _ in range(10000):
         drawn = np.concatenate([rows[i] for i in rng.integers(0, 40, 40)])
         y, s = labels[drawn, 0], scores[drawn, 0]
         values.append((s[y == 1][:, None] > s[y == 0]).mean())  # no ties
-    low, high = np.quantile(values, [0.025, 0.975])
-    # Two independent bootstraps of 2000: their 2.5 % points differ by about 0.003.
-    assert table.loc[FINDINGS[0], "low"] == pytest.approx(low, abs=0.015)
-    assert table.loc[FINDINGS[0], "high"] == pytest.approx(high, abs=0.015)
+    area, n = table["auroc"].iloc[0], min(len(np.unique(patients[labels[:, 0] == value])) for value in (0, 1))
+    edges = np.linspace(0.01, 0.99, 9801)
+    worth = area * (1 - area) / (np.var(values) * n / (n - 1))  # images of which the variance is that of the resamples
+    inside = edges[(area - edges) ** 2 <= student.ppf(0.975, n - 1) ** 2 * edges * (1 - edges) / worth]
+    # Two independent bootstraps of 10,000: their standard errors differ by about 1 %.
+    assert table.loc[FINDINGS[0], "low"] == pytest.approx(inside.min(), abs=0.004)
+    assert table.loc[FINDINGS[0], "high"] == pytest.approx(inside.max(), abs=0.004)
+    assert np.abs(np.quantile(values, [0.025, 0.975]) - inside[[0, -1]]).max() < 0.03
+
+
+def test_an_auroc_at_its_end_or_near_it_has_an_interval_that_few_patients_deserve():
+    labels, scores, patients = case(60)
+    scores[:, 0] = labels[:, 0]  # perfect
+    scores[:, 1] = np.arange(60) + 100 * labels[:, 1]
+    scores[np.flatnonzero(labels[:, 1] == 0)[0], 1] = 130.5  # one negative is above some positives
+    table = bootstrap_auroc(labels, scores, patients, resamples=200)
+    perfect, near = table.iloc[0], table.iloc[1]
+    n = min(labels[:, 0].sum(), 60 - labels[:, 0].sum())
+    assert perfect["auroc"] == perfect["high"] == 1
+    assert perfect["low"] == pytest.approx(n / (n + student.ppf(0.975, n - 1) ** 2))
+    assert 0.8 < near["low"] < near["auroc"] < near["high"] < 1
 
 
 def test_patients_are_drawn_not_images():

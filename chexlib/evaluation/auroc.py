@@ -139,7 +139,7 @@ def bootstrap_auroc(
         Whose image each row is; patients, not images, are drawn with replacement.
     resamples : int
     level : float
-        Coverage of the interval (`interval_of`, on the scale of log-odds).
+        Coverage of the interval (`interval_of`).
 
     Returns
     -------
@@ -165,7 +165,7 @@ def auroc_table(labels, scores, patients, *, resamples: int, level: float = 0.95
     drawn, codes = draw_patients(patients, resamples=resamples, seed=seed)
     points, samples = resample(labels, scores, drawn, codes)
     points, samples = np.c_[points, mean_of(points)], np.concatenate([samples, mean_of(samples)[:, None]], axis=1)
-    low, high = interval_of(points, samples, patients_behind(labels, codes), level, log_odds=True)
+    low, high = interval_of(points, samples, patients_behind(labels, codes), level, share=True)
     counts = [np.append(n, n.sum()) for n in ((labels == 1).sum(0), (labels == 0).sum(0))]
     columns = (points[0], low[0], high[0], points[1], low[1], high[1], *counts)
     return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)), index=pd.Index([*FINDINGS, "mean"], name="finding"))

@@ -11,7 +11,7 @@ from scipy.stats import norm
 from sklearn.metrics import roc_curve
 
 from chexlib.errors import ConfigError
-from chexlib.evaluation.resampling import FEWEST_PATIENTS, patients_behind
+from chexlib.evaluation.resampling import FEWEST_PATIENTS, patients_behind, wilson
 from chexlib.findings import FINDINGS
 
 RULES = ("youden", "sensitivity", "specificity")
@@ -152,7 +152,5 @@ def share(successes: np.ndarray, images: np.ndarray, *, level: float = 0.95) -> 
     p = successes.sum() / n
     variance = ((successes - p * images) ** 2).sum() / n**2 * patients / max(patients - 1, 1)
     effective = min(n, p * (1 - p) / variance) if variance > 0 else patients
-    z = norm.ppf((1 + level) / 2)
-    centre = (p + z**2 / (2 * effective)) / (1 + z**2 / effective)
-    half = z / (1 + z**2 / effective) * np.sqrt(p * (1 - p) / effective + z**2 / (4 * effective**2))
-    return float(p), float(max(centre - half, 0)), float(min(centre + half, 1))
+    low, high = wilson(p, effective, norm.ppf((1 + level) / 2))
+    return float(p), float(low), float(high)
