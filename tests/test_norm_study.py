@@ -16,7 +16,7 @@ from chexlib.training.reuse import Reuse
 ASKED = dict(
     topologies=["densenet121", "vgg16"],
     batches=[16, 64, 256],
-    local_batches=[16, 8],
+    local_batches=[16, 64],
     momenta=[0.99, 0.9],
     norms=["ghost", "group"],
     seeds=[0, 1, 2],
@@ -38,7 +38,7 @@ def test_each_part_varies_what_it_says_and_nothing_else():
     assert [updates(p) for p in grid["equal epochs"][::3]] == [111, 27, 6] * 2
     assert {updates(p) for p in grid["equal updates"]} == {6}
     assert {p["batch_size"] for p in grid["equal updates"]} == {16}
-    assert {(p["batch_size"], p["accumulation"]) for p in grid["local batch"]} == {(16, 16), (8, 32), (256, 1)}
+    assert {(p["batch_size"], p["accumulation"]) for p in grid["local batch"]} == {(16, 16), (64, 4)}
     assert {p["norm_momentum"] for p in grid["momentum"]} == {0.99, 0.9}
     assert {(p["norm"], p["batch_size"], p["ghost_size"]) for p in grid["norm"]} == {
         ("batch", 16, 0),
@@ -76,7 +76,7 @@ def study(topology, few, whole, large, seeds=3):
             row("equal updates", topology, seed, 256, 16, *large),
         ]
         if whole:
-            rows += [row("local batch", topology, seed, 256, n, 0.5, r) for n, r in ((16, large[1]), (256, whole))]
+            rows += [row("local batch", topology, seed, 256, n, 0.5, r) for n, r in ((16, large[1]), (64, whole))]
     return rows
 
 

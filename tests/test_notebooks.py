@@ -74,7 +74,7 @@ def whole_run(tmp_path_factory):
     parameters |= {
         "norm_topologies": "resnet50,vgg16",
         "global_batches": "4,16",
-        "local_batches": "4",
+        "local_batches": "4,16",
         "norm_epochs": 1,
     }
     return execute(parameters=parameters, runs_dir=str(tmp_path_factory.mktemp("runs")))

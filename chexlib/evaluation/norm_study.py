@@ -42,7 +42,7 @@ def norm_grid(
     Parameters
     ----------
     batches : global batches, the smallest first
-    local_batches : images normalised together; the first in all parts, the others, and the whole batch, in their own
+    local_batches : images normalised together; the first in all parts, the others at the largest global batch
     momenta : of moving statistics; the first in all parts, the others in their own
     norms : to compare with "batch" at the largest global batch
     images : of the training part; what is left over after whole global batches is not used in an epoch
@@ -90,7 +90,7 @@ def norm_grid(
     cases = {
         "equal epochs": (topologies, [dict(batch=batch) for batch in batches]),
         "equal updates": (topologies, [dict(batch=batch, updates=fewest) for batch in batches]),
-        "local batch": (normed, [dict(batch=largest, local=local) for local in (*local_batches, largest)]),
+        "local batch": (normed, [dict(batch=largest, local=local) for local in local_batches]),
         "momentum": (normed, [dict(batch=batch, momentum=momentum) for momentum in momenta for batch in batches]),
         "norm": (normed, [dict(batch=largest, norm=norm) for norm in ("batch", *norms)]),
     }

@@ -35,9 +35,9 @@ def decompose(rows: pd.DataFrame) -> pd.DataFrame:
     - total: A(smallest batch) - A(largest), at equal epochs;
     - updates: A(smallest) - A(smallest with as few updates as the largest had);
     - lag: what moving statistics cost against the population's at the largest batch, less the same at the smallest;
-    - local batch: A(largest, normalised as one batch) - A(largest, normalised by local batches);
-    - rest: A(smallest with few updates) - A(largest, normalised as one batch): below 0 where averaging more images an
-      update gives back some of what their small number costs.
+    - local batch: A(largest, normalised by the largest of the local batches) - A(largest, by those used throughout);
+    - rest: A(smallest with few updates) - A(largest, by the largest local batches): below 0 where averaging more images
+      an update gives back some of what their small number costs.
 
     Parameters
     ----------
