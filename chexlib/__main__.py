@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 
 import click
@@ -35,9 +36,7 @@ def main():
 @click.option("--engines", type=int, help="MPI engines of the distributed notebooks.")
 @click.option("-p", "parameters", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a notebook parameter.")
 @click.option("--runs-dir", default="", help="Where runs go.  [default: runs/ of the project]")
-@click.option(
-    "--reference", is_flag=True, help="Keep what is found in data/reference, for the README and for comparisons."
-)
+@click.option("--reference", is_flag=True, help="Keep what is found in data/reference, for comparisons.")
 def run(notebooks, profile, data_dir, engines, parameters, runs_dir, reference):
     """Execute notebooks headless and write the run's report. NOTEBOOKS: names or numbers; all without."""
     from chexlib.execute import end_when_told, execute
@@ -57,9 +56,7 @@ def run(notebooks, profile, data_dir, engines, parameters, runs_dir, reference):
 @main.command()
 @click.option("--topology", default="densenet121", show_default=True, help="densenet121, resnet50 or vgg16.")
 @click.option("--size", default=224, show_default=True, help="Side of the input in pixels.")
-@click.option(
-    "--batch", "batches", multiple=True, type=int, help="Images a rank; give several to compare.  [default: 16]"
-)
+@click.option("--batch", "batches", multiple=True, type=int, help="Images a rank; several to compare.  [default: 16]")
 @click.option("--precision", "precisions", multiple=True, help="float32 or mixed_bfloat16; both are compared.")
 @click.option("--steps", default=6, show_default=True, help="Steps of each measurement.")
 def tune(topology, size, batches, precisions, steps):
@@ -77,26 +74,17 @@ def tune(topology, size, batches, precisions, steps):
 
 @main.command()
 @click.argument("directory")
-@click.option("--images", default=2000, show_default=True, help="Number of radiographs.")
+@click.option("--images", "n_images", default=2000, show_default=True, help="Number of radiographs.")
 @click.option("--size", default=128, show_default=True, help="Side in pixels.")
 @click.option("--seed", default=0, show_default=True, help="Another seed, other patients.")
 @click.option("--difficulty", default="standard", show_default=True, help="easy, standard or hard.")
 @click.option("--min-prevalence", default=0.0, show_default=True, help="Least share of images with each finding.")
 @click.option("--workers", type=int, help="Processes.  [default: the cores]")
-def phantom(directory, images, size, seed, difficulty, min_prevalence, workers):
+def phantom(directory, **settings):
     """Make synthetic radiographs with all 14 findings in DIRECTORY, in the NIH layout."""
     from chexlib.data.phantom import write_phantom
 
-    made = write_phantom(
-        directory,
-        n_images=images,
-        size=size,
-        seed=seed,
-        difficulty=difficulty,
-        min_prevalence=min_prevalence,
-        workers=workers,
-    )
-    click.echo(made)
+    click.echo(write_phantom(directory, **settings))
 
 
 @main.command()
@@ -159,19 +147,14 @@ def predict(images, weights, form, heatmaps):
     IMAGES are PNG, JPEG or DICOM files, folders of them, or quoted patterns such as 'films/**/*.dcm'. Exits with 1 if
     some could not be read, 2 if none could.
     """
-    import os
-
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from chexlib.models.predict import newest_weights, predict_all
     from chexlib.runs import ROOT
 
-    each = None
     if heatmaps:
         from chexlib.evaluation.explain import HeatMapFiles
-
-        each = HeatMapFiles(heatmaps)
     weights = weights or newest_weights(ROOT / "runs")
-    found = predict_all(images, weights=weights, each=each)
+    found = predict_all(images, weights=weights, each=HeatMapFiles(heatmaps) if heatmaps else None)
     scores = found.probabilities
     for error in found.errors.values():
         click.echo(f"Error: {error}", err=True)
@@ -220,9 +203,8 @@ def evaluate(predictions, data_dir, against, part, as_json):
         click.echo(json.dumps({"predictions": predictions, "against": against, **plain(found)}, indent=1))
         return
     split = found["split"]
-    click.echo(
-        f"{split['name']} (digest {split['digest']}): {split['images']:,} images, {split['patients']:,} patients"
-    )
+    size = f"{split['images']:,} images, {split['patients']:,} patients"
+    click.echo(f"{split['name']} (digest {split['digest']}): {size}")
     for name in ("auroc", "difference"):
         if name in found:
             click.echo(found[name].to_string(float_format=lambda x: f"{x:.3f}", na_rep="-"))
