@@ -36,7 +36,8 @@ def interval_of(
 
     Percentiles of resamples hold the truth in 88 % instead of 95 % of trials where 16 patients have a finding. What
     helps is Student's t for the few patients, and for what lies between 0 and 1, a `share`, Wilson's interval with as
-    many images as its standard error is worth (benchmarks/coverage.py).
+    many images as its standard error is worth (benchmarks/coverage.py). At an AUROC of 0.95 with some 15 patients the
+    truth is still held in about 89 % only.
 
     Parameters
     ----------
