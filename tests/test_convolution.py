@@ -18,8 +18,7 @@ def test_convolutions_have_keras_outputs_and_gradients_without_avx512(
     images = rng.normal(size=(3, height, width, inputs)).astype("float32")
     upstream = rng.normal(size=(3, height, width, outputs)).astype("float32")
     ours, keras_own = [
-        kind(outputs, side, padding="same", activation="relu")
-        for kind in (convolution.MatmulGradientConv2D, keras.layers.Conv2D)
+        kind(outputs, side, padding="same", activation="relu") for kind in (convolution.Conv2D, keras.layers.Conv2D)
     ]
     for layer in (ours, keras_own):
         layer.build(images.shape)
@@ -39,7 +38,7 @@ def test_convolutions_have_keras_outputs_and_gradients_without_avx512(
 def test_products_take_the_place_of_onednns_kernel_where_it_is_slow_and_only_there(monkeypatch):
     def operations(flags, **settings):
         monkeypatch.setattr(convolution, "processor_flags", lambda: frozenset(flags))
-        layer = convolution.MatmulGradientConv2D(4, **{"kernel_size": 3, "padding": "same", **settings})
+        layer = convolution.Conv2D(4, **{"kernel_size": 3, "padding": "same", **settings})
         layer.build((2, 8, 8, 3))
 
         @tf.function

@@ -12,7 +12,7 @@ from chexlib.machine import processor_flags
 
 
 @keras.saving.register_keras_serializable("chexlib")
-class MatmulGradientConv2D(keras.layers.Conv2D):
+class Conv2D(keras.layers.Conv2D):
     """Drop-in for `keras.layers.Conv2D`: the same outputs, and the same gradients to rounding.
 
     Only convolutions of float32 images with stride 1 that keep their size differ, on CPUs without AVX-512.

@@ -65,7 +65,7 @@ def build_model(
         raise ConfigError(f"size {size} is too small for {topology}. Use at least 32 pixels.")
     import keras
 
-    from chexlib.models.convolution import MatmulGradientConv2D
+    from chexlib.models.convolution import Conv2D
     from chexlib.models.normalization import FusedBatchNormalization
 
     makers = {
@@ -84,7 +84,7 @@ def build_model(
         if kind is keras.layers.BatchNormalization:
             kind, config["momentum"] = FusedBatchNormalization, momentum
         if kind is keras.layers.Conv2D:
-            kind = MatmulGradientConv2D
+            kind = Conv2D
         if "kernel_initializer" in config:
             config["kernel_initializer"]["config"]["seed"] = _seed(seed, layer.name)
         return kind.from_config(config)
