@@ -6,6 +6,8 @@ python benchmarks/input_pipeline.py read --size 224
 build    decode and shrink PNGs of --source px into an empty cache, against one thread that does the same with Pillow
 read     training batches from the cache, without training, against tf.data that decodes and resizes the PNGs
 training steps with batches from the cache against the same steps with one batch in memory: the share that is lost
+draw     phantom images for pre-training that a core draws in a second, by views of each patient
+stream   training steps fed by that stream, its workers on the same cores, against one batch in memory: what is lost
 memory   peak of a build and of an epoch's reading for 1,000 and for 20,000 images, each in a process of its own
 
 Prints one JSON line a measurement; rounds alternate, figures are medians over rounds.
@@ -26,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from train_step import PRECISIONS, parser
 
-MEASUREMENTS = ("build", "read", "training", "memory")
+MEASUREMENTS = ("build", "read", "training", "draw", "stream", "memory")
 BUILD = """
 import sys
 from chexlib.data.cache import ImageStore
@@ -104,12 +106,11 @@ def read(paths: list[str], size: int, batch: int, rounds: int) -> dict:
     return compared(ours, peer, "tf.data decoding PNGs")
 
 
-def training(paths: list[str], asked, rounds: int) -> dict:
-    """Steps fed from the cache against steps fed from memory, one process, all cores."""
+def training(source, asked, *, skip: int, steps: int) -> dict:
+    """Steps fed from `source` against steps fed from memory, one process, all cores; each round skips its beginning."""
+    import keras
     import tensorflow as tf
 
-    from chexlib.data.cache import ImageStore
-    from chexlib.data.pipeline import training_batches
     from chexlib.models.weights import create_model
     from chexlib.training.collectives import World
     from chexlib.training.optimizers import FusedAdam
@@ -120,19 +121,42 @@ def training(paths: list[str], asked, rounds: int) -> dict:
         create_model(asked.topology, size=size, precision=PRECISIONS[asked.precision]), World()
     )
     trainer.compile(optimizer=FusedAdam(1e-4), jit_compile=False)
-    store, labels = ImageStore(paths, size=size), np.zeros((len(paths), 14), np.float32)
-    cached = training_batches(store, labels, global_batch=batch, seed=0)
-    memory = tf.data.Dataset.from_tensors(next(iter(cached.take(1)))).cache().repeat()
-    sources, speeds = {"cached": cached, "memory": memory}, {"cached": [], "memory": []}
-    steps = max(asked.steps, 3 * len(paths) // batch // 10)
-    for round_ in range(rounds + 1):
-        for name, source in sources.items():
-            began = time.perf_counter()
-            trainer.fit(source, steps_per_epoch=steps, verbose=0, shuffle=False)
+    memory = tf.data.Dataset.from_tensors(next(iter(source.take(1)))).cache().repeat()
+    sources, speeds = {"ours": source, "memory": memory}, {"ours": [], "memory": []}
+    for round_ in range(asked.rounds + 1):
+        for name, batches in sources.items():
+            ends = []
+            clock = keras.callbacks.LambdaCallback(
+                on_train_batch_end=lambda *_, ends=ends: ends.append(time.perf_counter())
+            )
+            trainer.fit(batches, steps_per_epoch=skip + steps, callbacks=[clock], verbose=0, shuffle=False)
             if round_:  # the first is for tracing
-                speeds[name].append(batch * steps / (time.perf_counter() - began))
-    line = compared(speeds["cached"], speeds["memory"], "one batch in memory")
+                speeds[name].append(batch * steps / (ends[-1] - ends[skip - 1]))
+    line = compared(speeds["ours"], speeds["memory"], "one batch in memory")
     return {**line, "topology": asked.topology, "lost": round(1 - line["ratio"], 4)}
+
+
+def cached(paths: list[str], asked):
+    """Batches from the cache, for `training`."""
+    from chexlib.data.cache import ImageStore
+    from chexlib.data.pipeline import training_batches
+
+    store, labels = ImageStore(paths, size=asked.size), np.zeros((len(paths), 14), np.float32)
+    return training_batches(store, labels, global_batch=asked.batch_per_rank, seed=0)
+
+
+def draw(size: int, rounds: int) -> dict:
+    """Phantom images that one core draws in a second, by views of each patient."""
+    from chexlib.data.stream import PATIENTS, stream_images
+
+    speeds = {1: [], 4: [], 8: []}
+    for round_ in range(rounds + 1):
+        for views, found in speeds.items():
+            began, first = time.process_time(), round_ * PATIENTS * views
+            stream_images(range(first, first + PATIENTS * views), seed=0, size=size, views=views)
+            if round_:
+                found.append(PATIENTS * views / (time.process_time() - began))
+    return {f"views_{views}_images_per_core_second": round(statistics.median(s), 1) for views, s in speeds.items()}
 
 
 def peak_memory(scratch: Path, n: int, size: int) -> dict:
@@ -170,7 +194,7 @@ def compared(ours: list[float], peer: list[float], who: str) -> dict:
 def main() -> None:
     options = parser(__doc__)
     options.set_defaults(size=64)
-    options.add_argument("what", nargs="*", help="of build, read, training, memory; all without")
+    options.add_argument("what", nargs="*", help="of build, read, training, draw, stream, memory; all without")
     options.add_argument("--source", type=int, default=1024, help="side of the PNGs, where they are decoded")
     options.add_argument("--images", type=int, default=0, help="how many images")
     asked = options.parse_args()
@@ -184,7 +208,17 @@ def main() -> None:
             found = read(phantom(scratch, asked.images or 4000, 256), asked.size, 64, asked.rounds)
         elif name == "training":
             os.environ["CHEXLIB_CACHE"] = str(scratch / "cache")
-            found = training(phantom(scratch, asked.images or 1000, 256), asked, asked.rounds)
+            source = cached(phantom(scratch, asked.images or 1000, 256), asked)
+            steps = max(asked.steps, 3 * (asked.images or 1000) // asked.batch_per_rank // 10)
+            found = training(source, asked, skip=1, steps=steps)
+        elif name == "draw":
+            found = draw(asked.size, asked.rounds)
+        elif name == "stream":
+            from chexlib.data.stream import stream_batches
+
+            source = stream_batches(size=asked.size, global_batch=asked.batch_per_rank, seed=0)
+            steps = max(asked.steps, (asked.images or 1536) // asked.batch_per_rank)  # of several tasks of its workers
+            found = training(source, asked, skip=16, steps=steps)
         elif name == "memory":
             few, many = (peak_memory(scratch, n, asked.size) for n in (1000, 20000))
             found = {f"{w}_megabytes": {"1000": few[w], "20000": many[w]} for w in WORK}

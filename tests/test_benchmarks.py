@@ -42,10 +42,13 @@ def test_end_to_end_reads_files_on_both_sides(phantom):
 
 def test_the_input_is_measured_against_its_peers():
     options = ("--size", 32, "--source", 64, "--images", 130, "--rounds", 1, "--batch-per-rank", 2, "--steps", 2)
-    found = lines_of("input_pipeline", "build", "read", "training", *options, "--topology", "vgg16")
-    assert [line["what"] for line in found] == ["build", "read", "training"]
+    what = ["build", "read", "training", "draw", "stream"]
+    found = lines_of("input_pipeline", *what, *options, "--topology", "vgg16")
+    assert [line["what"] for line in found] == what
+    drawn = found.pop(3)
+    assert all(drawn[f"views_{views}_images_per_core_second"] > 0 for views in (1, 4, 8))
     assert all(line["images_per_second"] > 0 and line["peer_images_per_second"] > 0 for line in found)
-    assert found[2]["lost"] == pytest.approx(1 - found[2]["ratio"], abs=1e-3)
+    assert all(line["lost"] == pytest.approx(1 - line["ratio"], abs=1e-3) for line in found[2:])
 
 
 def test_the_bootstrap_is_measured_against_scikit_learn():
