@@ -58,8 +58,19 @@ def distance(a, b, kind):
     return np.sqrt(off / sum((b[name].astype(float) ** 2).sum() for name in names))
 
 
-@pytest.mark.parametrize("topology", ["resnet50", "densenet121"])
-@pytest.mark.parametrize(("ranks", "steps"), [(2, 10), (4, 1)])
+# Whole networks on ranks take minutes each, most of them tracing.
+LONG = pytest.mark.skipif(not os.environ.get("CHEXLIB_LONG"), reason="CHEXLIB_LONG=1 runs it")
+
+
+@pytest.mark.parametrize(
+    ("topology", "ranks", "steps"),
+    [
+        ("resnet50", 2, 10),
+        pytest.param("resnet50", 4, 1, marks=LONG),
+        pytest.param("densenet121", 2, 10, marks=LONG),
+        pytest.param("densenet121", 4, 1, marks=LONG),
+    ],
+)
 def test_virtual_ranks_are_real_ones(phantom, tmp_path, topology, ranks, steps):
     """Weights, momenta, and the mean of the ranks' moving statistics.
 
@@ -74,7 +85,7 @@ def test_virtual_ranks_are_real_ones(phantom, tmp_path, topology, ranks, steps):
     np.testing.assert_allclose(virtual["losses"], real["losses"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("topology", ["resnet50", "densenet121"])
+@pytest.mark.parametrize("topology", [pytest.param("resnet50", marks=LONG), "densenet121"])
 def test_sync_on_2_ranks_of_8_and_ghost_of_8_are_what_they_stand_for(phantom, tmp_path, topology):
     """One step of whole networks: sync as one rank of 16, ghost as two ranks; and these two are far from each other."""
     base = {"topology": topology, "steps": 1, "rate": 1e-4, "size": 64}

@@ -128,7 +128,7 @@ def test_batch_norm_layers_are_121_53_and_0(topology):
 
 def test_batch_norm_weights_fill_the_norms_that_have_statistics_and_no_other(models, tmp_path):
     source = models("ghost")
-    card = {"topology": "resnet50", "size": 32}
+    card = {"topology": "resnet50", "size": 32, "config": {"norm": "ghost", "ghost_size": 4}}
     whole, bare = save_model(source, tmp_path / "m.keras", card=card), tmp_path / "m.weights.h5"
     source.save_weights(bare)
     for path in (whole, bare):

@@ -11,6 +11,7 @@ from scipy.stats import norm
 from sklearn.metrics import roc_curve
 
 from chexlib.errors import ConfigError
+from chexlib.evaluation.calibration import Calibration
 from chexlib.evaluation.resampling import FEWEST_PATIENTS, patients_behind, wilson
 from chexlib.findings import FINDINGS
 
@@ -154,3 +155,33 @@ def share(successes: np.ndarray, images: np.ndarray, *, level: float = 0.95) -> 
     effective = min(n, p * (1 - p) / variance) if variance > 0 else patients
     low, high = wilson(p, effective, norm.ppf((1 + level) / 2))
     return float(p), float(low), float(high)
+
+
+def read_by_card(scores: pd.DataFrame, card: Mapping) -> tuple[pd.DataFrame, dict[str, dict[str, list[str]]]]:
+    """What the card of the weights makes of the network's scores.
+
+    Parameters
+    ----------
+    scores : DataFrame
+        (images, 14), one column a finding, as the network gives them.
+    card : dict
+        With "calibration" and "operating_points", or without: `models.weights.extend_card` puts them there.
+
+    Returns
+    -------
+    probabilities : DataFrame
+        Calibrated if the card knows how, else the scores.
+    called : dict
+        Image to rule to the findings whose score reaches the rule's threshold; empty without operating points.
+    """
+    probabilities, called = scores, {}
+    if card.get("calibration"):
+        calibrated = Calibration.from_dict(card["calibration"])(scores[list(FINDINGS)].to_numpy())
+        probabilities = pd.DataFrame(calibrated, index=scores.index, columns=list(FINDINGS))
+    if card.get("operating_points"):
+        thresholds = OperatingPoints.from_dict(card["operating_points"]).thresholds
+        for image, row in scores.iterrows():
+            called[image] = {
+                rule: [finding for finding, at in thresholds.items() if row[finding] >= at[rule]] for rule in RULES
+            }
+    return probabilities, called
