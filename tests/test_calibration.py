@@ -12,7 +12,7 @@ from sklearn.metrics import brier_score_loss, confusion_matrix
 
 from chexlib.errors import ConfigError
 from chexlib.evaluation.calibration import Calibration, calibration_error, fit_calibration, reliability_curve
-from chexlib.evaluation.operating import OperatingPoints, choose_points, rates_at, share
+from chexlib.evaluation.operating import OperatingPoints, choose_points, rates_at, read_by_card, share
 from chexlib.findings import FINDINGS
 
 
@@ -224,3 +224,19 @@ def test_interval_of_a_share_counts_patients_not_images():
 def test_what_are_no_operating_points_is_refused(values):
     with pytest.raises(ConfigError):
         OperatingPoints.from_dict(values)
+
+
+def test_a_card_calibrates_scores_and_says_which_findings_are_called():
+    labels, scores, patients = forecast(temperature=2.0)
+    fitted, points = fit_calibration(labels, scores, patients), choose_points(labels, scores, patients)
+    sharp = fitted.curves["Mass"]["temperature"]
+    card = json.loads(json.dumps({"calibration": fitted.to_dict(), "operating_points": points.to_dict()}))
+    given = pd.DataFrame(scores[:5], index=list("abcde"), columns=list(FINDINGS))
+    probabilities, called = read_by_card(given, card)
+    np.testing.assert_allclose(
+        probabilities, expit(logit(scores[:5]) / sharp), atol=1e-9
+    )
+    for image, row in given.iterrows():
+        for rule, names in called[image].items():
+            assert names == [f for f in FINDINGS if f in points.thresholds and row[f] >= points.thresholds[f][rule]]
+    assert read_by_card(given, {})[0] is given and read_by_card(given, {})[1] == {}

@@ -97,5 +97,5 @@ def test_sync_on_2_ranks_of_8_and_ghost_of_8_are_what_they_stand_for(phantom, tm
     (whole,), (ghost,), (plain, _), (sync, _) = one["whole"], one["ghost"], two["batch"], two["sync"]
     for kind in "ws":
         assert distance(sync, whole, kind) <= 1e-5 and distance(ghost, plain, kind) <= 1e-5, kind
-        assert distance(plain, whole, kind) > 3e-5, kind
-    assert distance(sync, whole, "o") < 0.1 * distance(plain, whole, "o")
+    apart = distance(plain, whole, "o")  # momenta after one step: the gradients
+    assert apart > 0.01 and max(distance(sync, whole, "o"), distance(ghost, plain, "o")) < 0.1 * apart
