@@ -30,6 +30,11 @@ def fold_of(kind: str) -> tuple[int, int] | None:
     return fold, folds
 
 
+def fold_kind(fold: int, folds: int) -> str:
+    """ "fold-2-of-5": what `fold_of` reads."""
+    return f"fold-{fold}-of-{folds}"
+
+
 def fold_split(radiographs: Radiographs, *, kind: str, seed: int = 0) -> Split:
     """The split of one fold of a cross-validation by patient, stratified by finding.
 

@@ -37,7 +37,7 @@ class Split:
     @property
     def digest(self) -> str:
         """12 hexadecimal digits that change when an image changes its part; order does not matter."""
-        return _digest(self.parts)
+        return digest_of(self.parts)
 
     def images(self, part: str) -> tuple[str, ...]:
         """Image names of one part."""
@@ -189,7 +189,7 @@ def audit(parts: Split | Mapping[str, Iterable[str]], radiographs: Radiographs, 
         duplicates=tuple(sorted(every[every.duplicated()].unique())),
         prevalence=pd.DataFrame({name: part[list(FINDINGS)].mean() for name, part in rows.items()}),
         positives=pd.DataFrame({name: part[list(FINDINGS)].sum() for name, part in rows.items()}),
-        digest=_digest(parts),
+        digest=digest_of(parts),
     )
     if result.leaks and not allow_leak:
         step = "Split by patient (`patient_split(radiographs)`), or go on all the same with `allow_leak=True`"
@@ -241,6 +241,6 @@ def _check(radiographs: Radiographs, fractions: Sequence[float], n: int, unit: s
         raise DataError(f"A split needs at least 3 {unit}; {radiographs.root} has {n}. {NEXT_STEP}")
 
 
-def _digest(parts: Mapping[str, Iterable[str]]) -> str:
+def digest_of(parts: Mapping[str, Iterable[str]]) -> str:
     text = json.dumps({name: sorted(images) for name, images in parts.items()}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
