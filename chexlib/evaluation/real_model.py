@@ -28,9 +28,10 @@ from chexlib.models.topologies import NORMALIZATION
 from chexlib.models.weights import extend_card, save_model
 from chexlib.runs import environment, write_json
 from chexlib.training.config import TrainConfig
+from chexlib.training.fit import fit
 from chexlib.training.reuse import Reuse
 from chexlib.training.snapshots import snapshots_of
-from chexlib.training.transfer import fine_schedule, finetune, fit, pretrain
+from chexlib.training.transfer import fine_schedule, finetune, pretrain
 
 SCRATCH, PHANTOM = "scratch", "phantom"
 log = logging.getLogger(__name__)

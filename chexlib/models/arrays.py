@@ -35,7 +35,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def fill_model(
-    model, arrays: dict[str, np.ndarray], *, path, unused: Sequence[str] = (), missing: Sequence[str] = ()
+    places: dict[str, tuple], arrays: dict[str, np.ndarray], *, unused: Sequence[str] = (), missing: Sequence[str] = ()
 ) -> pd.DataFrame:
     """Give each weight of a model the array that Keras would; nothing is changed if one is left over or missing.
 
@@ -43,9 +43,8 @@ def fill_model(
 
     Parameters
     ----------
-    model : keras.Model
+    places : the model's `layout`
     arrays : as `read_arrays` gives them
-    path : for messages
     unused : patterns of arrays, by their names in the file or the layers they are for, that may be left out
     missing : patterns of layers that keep the weights they have
 
@@ -60,7 +59,6 @@ def fill_model(
         An array that is missing, left over, or of another shape.
     """
     rows, values, wrong = [], [], []
-    places = layout(model)
     for name, (layer, weight, variable) in places.items():
         array = arrays.get(name)
         shape = None if array is None else array.shape
@@ -110,9 +108,9 @@ def layout(model) -> dict[str, tuple[str, str, object]]:
     return {name: (*owners[variables[i].path], variables[i]) for name, i in numbers.items()}
 
 
-def head_differs(arrays: dict[str, np.ndarray], model) -> bool:
+def head_differs(places: dict[str, tuple], arrays: dict[str, np.ndarray]) -> bool:
     """Whether the file's head has another number of outputs, and takes the same features."""
-    for name, (layer, weight, variable) in layout(model).items():
+    for name, (layer, weight, variable) in places.items():
         if (layer, weight) == (HEAD, "kernel") and name in arrays:
             shape = arrays[name].shape
             return len(shape) == 2 and shape[0] == variable.shape[0] and shape[1] != variable.shape[1]

@@ -20,7 +20,7 @@ import pandas as pd
 from chexlib.errors import ChexlibError, WeightsError
 from chexlib.files import replacing
 from chexlib.findings import FINDINGS
-from chexlib.models.arrays import HEAD, fill_model, head_differs, read_arrays
+from chexlib.models.arrays import HEAD, fill_model, head_differs, layout, read_arrays
 from chexlib.models.cards import CARD, extend_card, first_line, read_card, require_file  # noqa: F401 (for importers)
 from chexlib.models.topologies import NORMALIZATION, TOPOLOGIES, build_model
 
@@ -133,11 +133,11 @@ def load_weights(
             card = read_card(path, any_findings=True)
             _require_topology(path, card, topology)
             fresh_head |= card["findings"] != list(FINDINGS)
-        arrays = _arrays(path, topology)
-        if fresh_head or head_differs(arrays, model):
+        arrays, places = _arrays(path, topology), layout(model)
+        if fresh_head or head_differs(places, arrays):
             missing = (*missing, HEAD)
         try:
-            report = fill_model(model, arrays, path=path, unused=unused, missing=missing)
+            report = fill_model(places, arrays, unused=unused, missing=missing)
         except WeightsError as error:
             raise _misfit(path, topology, str(error)) from error
     fates = ", ".join(f"{count} {fate}" for fate, count in report["fate"].value_counts().items())
@@ -220,7 +220,7 @@ def _classes(config) -> set[str]:
 def _fill(model, path: Path, topology: str) -> None:
     """Read every weight of `model` from a `.keras` file: arrays only."""
     try:
-        fill_model(model, _arrays(path, topology), path=path)
+        fill_model(layout(model), _arrays(path, topology))
     except WeightsError as error:
         raise error if str(path) in str(error) else _misfit(path, topology, str(error)) from error
 
