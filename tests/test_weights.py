@@ -145,11 +145,11 @@ def test_a_runs_folder_stands_for_its_model(vgg_file, tmp_path):
     for name in ("a", "b"):
         (tmp_path / "two" / name).mkdir(parents=True)
         shutil.copy(vgg_file, tmp_path / "two" / name / "model.keras")
-    with pytest.raises(WeightsError, match="a/model.keras, b/model.keras"):
+    with pytest.raises(WeightsError, match=r"a/model\.keras, b/model\.keras"):
         create_model("vgg16", size=32, weights=str(tmp_path / "two"))
     (tmp_path / "pre" / "snapshots").mkdir(parents=True)
     shutil.copy(vgg_file, tmp_path / "pre" / "snapshots" / "step-000000004.keras")
-    with pytest.raises(WeightsError, match="snapshots/step-000000004.keras"):
+    with pytest.raises(WeightsError, match=r"snapshots/step-000000004\.keras"):
         create_model("vgg16", size=32, weights=str(tmp_path / "pre"))
     with pytest.raises(WeightsError, match="has none"):
         create_model("vgg16", size=32, weights=str(tmp_path))
