@@ -16,10 +16,10 @@ PROFILE ?= quick
 DATA ?=
 ENGINES ?=
 
-.PHONY: help env run test faults peer lab lint clean
+.PHONY: help env run test faults peer lab lint clean real-model
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 	@echo "Settings: DATA=DIR (NIH layout)  PROFILE=quick|standard|cluster  ENGINES=N"
 
 env: $(STAMP)  ## make the environment in .venv
@@ -29,6 +29,10 @@ run: $(STAMP)  ## execute every notebook headless and write the report
 
 test: $(STAMP)  ## run the tests, with coverage of chexlib
 	$(BIN)/python -m pytest --cov=chexlib --cov-report=term --cov-fail-under=90
+
+real-model: $(STAMP)  ## train on the real radiographs in DATA=DIR or DIR:DIR, an hour
+	@[ -n '$(DATA)' ] || { echo "Error: name the radiographs: make real-model DATA=DIR (or DIR:DIR)" >&2; exit 2; }
+	@exec $(BIN)/python -m chexlib real-model --data '$(DATA)'
 
 faults: $(STAMP)  ## kill, stall and damage 20 trainings; each must end well
 	@exec $(BIN)/python tests/faults.py

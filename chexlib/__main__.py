@@ -9,6 +9,7 @@ import sys
 
 import click
 
+from chexlib.commands import clean, real_model
 from chexlib.errors import ChexlibError, ConfigError
 
 
@@ -243,13 +244,8 @@ def train(config_file, resume):
         click.echo(json.dumps(done))
 
 
-@main.command()
-def clean():
-    """End the engines and controllers of all notebooks of this project that are yours, running ones too."""
-    from chexlib.cluster.leftovers import PREFIX
-    from chexlib.cluster.watchdog import end_members
-
-    click.echo(f"{end_members(PREFIX)} processes ended")
+main.add_command(clean)
+main.add_command(real_model)
 
 
 if __name__ == "__main__":

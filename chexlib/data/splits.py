@@ -37,7 +37,7 @@ class Split:
     @property
     def digest(self) -> str:
         """12 hexadecimal digits that change when an image changes its part; order does not matter."""
-        return _digest(self.parts)
+        return digest_of(self.parts)
 
     def images(self, part: str) -> tuple[str, ...]:
         """Image names of one part."""
@@ -110,7 +110,7 @@ def official_split(radiographs: Radiographs, *, validation_fraction: float = 0.1
     test, rest = rows_of(testing, table)["image"], rows_of(training, table)
     if unlisted := len(table) - len(test) - len(rest):
         _log.warning("%d present images are in neither official list: left out", unlisted)
-    part = _by_patient(rest, (1 - validation_fraction, validation_fraction), seed)
+    part = stratify_patients(rest, (1 - validation_fraction, validation_fraction), seed)
     parts = dict(zip(PARTS, (*(tuple(rest["image"][part == i]) for i in range(2)), tuple(test)), strict=True))
     if empty := [name for name in PARTS if not parts[name]]:
         none = f"the {len(table):,} images present in {radiographs.root}, none is in {' and '.join(empty)}"
@@ -124,7 +124,7 @@ def patient_split(radiographs: Radiographs, *, fractions: Sequence = FRACTIONS, 
     `fractions` of train, validation, test: positive, summing to 1. DataError with fewer than 3 patients.
     """
     _check(radiographs, fractions, radiographs.table["patient"].nunique(), "patients")
-    part, names = _by_patient(radiographs.table, fractions, seed), radiographs.table["image"]
+    part, names = stratify_patients(radiographs.table, fractions, seed), radiographs.table["image"]
     return Split("patient", seed, {name: tuple(names[part == i]) for i, name in enumerate(PARTS)})
 
 
@@ -189,7 +189,7 @@ def audit(parts: Split | Mapping[str, Iterable[str]], radiographs: Radiographs, 
         duplicates=tuple(sorted(every[every.duplicated()].unique())),
         prevalence=pd.DataFrame({name: part[list(FINDINGS)].mean() for name, part in rows.items()}),
         positives=pd.DataFrame({name: part[list(FINDINGS)].sum() for name, part in rows.items()}),
-        digest=_digest(parts),
+        digest=digest_of(parts),
     )
     if result.leaks and not allow_leak:
         step = "Split by patient (`patient_split(radiographs)`), or go on all the same with `allow_leak=True`"
@@ -210,8 +210,8 @@ def read_list(path: str | Path) -> tuple[str, ...]:
     return tuple(line.strip() for line in lines if line.strip())
 
 
-def _by_patient(table: pd.DataFrame, fractions: Sequence[float], seed: int) -> np.ndarray:
-    """Part of every row, by iterative stratification (Sechidis et al. 2011, algorithm 1) of patients.
+def stratify_patients(table: pd.DataFrame, fractions: Sequence[float], seed: int) -> np.ndarray:
+    """Part, (rows,) int, of every row, by iterative stratification (Sechidis et al. 2011, algorithm 1) of patients.
 
     A patient counts with the images per finding and in all. The finding with the fewest images left goes
     first; each of its patients, in random order, goes to the part that lacks most of it, then most images.
@@ -241,6 +241,6 @@ def _check(radiographs: Radiographs, fractions: Sequence[float], n: int, unit: s
         raise DataError(f"A split needs at least 3 {unit}; {radiographs.root} has {n}. {NEXT_STEP}")
 
 
-def _digest(parts: Mapping[str, Iterable[str]]) -> str:
+def digest_of(parts: Mapping[str, Iterable[str]]) -> str:
     text = json.dumps({name: sorted(images) for name, images in parts.items()}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ import pandas as pd
 
 from chexlib.errors import WeightsError
 from chexlib.findings import ALIASES, FINDINGS
+from chexlib.models.arrays import COLUMNS, leaves, named
 
 # Outputs of torchxrayvision's DenseNets, its `default_pathologies`: give them as `findings`.
 TORCHXRAYVISION = (
@@ -73,10 +73,10 @@ def load_torch_weights(
     path = Path(path)
     tensors, metadata = _read(path)
     plan = {(layer, weight): tensor for layer, weight, tensor in _plan()}
-    weights = {(layer.name, weight.name): weight for layer in _leaves(model) for weight in layer.weights}
+    weights = {(layer.name, weight.name): weight for layer in leaves(model) for weight in layer.weights}
     if weights.keys() != plan.keys():
         raise WeightsError(f"{path}: {model.name} is not the DenseNet-121 that such weights are for. Use densenet121.")
-    kept = {key for key in plan if _named(key[0], missing)}
+    kept = {key for key in plan if named(key[0], missing)}
     wanted = {key: tensor for key, tensor in plan.items() if key not in kept}
     if lacking := sorted(set(wanted.values()) - tensors.keys()):
         layer = next(layer for (layer, _), tensor in wanted.items() if tensor == lacking[0])
@@ -86,7 +86,7 @@ def load_torch_weights(
         )
     outputs = [] if ("findings", "kernel") in kept else _outputs(tensors["classifier.weight"], findings, metadata, path)
     left = sorted(tensors.keys() - wanted.values()) + [name for name in outputs if name not in FINDINGS]
-    if refused := [name for name in left if not _named(name, (*unused, COUNTER))]:
+    if refused := [name for name in left if not named(name, (*unused, COUNTER))]:
         raise WeightsError(
             f"{path} has {len(refused)} tensors or outputs that this model does not, first {refused[0]!r}. If they may "
             f"be left out, name them: unused=[{refused[0]!r}, ...]."
@@ -103,7 +103,7 @@ def load_torch_weights(
     rows = [(tensor, *key, tensors[tensor].shape, "loaded") for key, tensor in wanted.items()]
     rows += [("", *key, (), "kept as it was") for key in plan if key in kept]
     rows += [(name, "", "", tensors[name].shape if name in tensors else (), "left out") for name in left]
-    return pd.DataFrame(rows, columns=["tensor", "layer", "weight", "shape", "fate"])
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _plan() -> Iterator[tuple[str, str, str]]:
@@ -123,15 +123,6 @@ def _plan() -> Iterator[tuple[str, str, str]]:
             yield from ((f"{ours}_bn".lstrip("_"), mine, f"{norm}.{their}") for mine, their in BATCH_NORM.items())
     yield "findings", "kernel", "classifier.weight"
     yield "findings", "bias", "classifier.bias"
-
-
-def _leaves(model):
-    for layer in model.layers:
-        yield from _leaves(layer) if hasattr(layer, "layers") else [layer]
-
-
-def _named(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -192,7 +183,7 @@ def _convert(key, name, tensors, model, outputs) -> np.ndarray:
         return value[order].T if len(value) == len(outputs) else value[:0]
     if weight == "gamma":  # so that a gain over the deviation is the same with Keras' epsilon
         variance = tensors[name.removesuffix("weight") + "running_var"].astype(np.float64)
-        ours = next(leaf.epsilon for leaf in _leaves(model) if leaf.name == layer)
+        ours = next(leaf.epsilon for leaf in leaves(model) if leaf.name == layer)
         return value * np.sqrt((variance + ours) / (variance + EPSILON)) if variance.shape == value.shape else variance
     if weight != "kernel":
         return value

@@ -7,6 +7,7 @@ that training, prediction and other people's code cannot disagree about it.
 from __future__ import annotations
 
 import random
+import re
 import zlib
 
 from chexlib.errors import ConfigError, WeightsError
@@ -147,6 +148,16 @@ def redraw(model, seed: int) -> None:
             maker = layer.kernel_initializer
             again = type(maker).from_config({**maker.get_config(), "seed": _seed(seed, layer.name)})
             layer.kernel.assign(again(layer.kernel.shape))
+
+
+def stages_above(model) -> list[int]:
+    """For each trainable variable of `build_model`, how many stages follow its own: 0 for the head, 5 for the stem.
+
+    A stage is what works at one resolution, as Keras numbers its layers: conv1_conv, conv2_block3_1_conv, pool2_conv.
+    """
+    places = [re.match(r"(?:conv|block|pool)(\d)", v.path) for v in model.trainable_variables]
+    heads = [v.path.startswith("findings/") for v in model.trainable_variables]
+    return [0 if head else 6 - int(found[1]) if found else 1 for head, found in zip(heads, places, strict=True)]
 
 
 def _seed(seed: int, name: str) -> int:

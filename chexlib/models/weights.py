@@ -7,23 +7,25 @@ The network is built by `build_model` from the card; of the rest of the file onl
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
-import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from chexlib.errors import ChexlibError, WeightsError
 from chexlib.files import replacing
 from chexlib.findings import FINDINGS
+from chexlib.models.arrays import HEAD, fill_model, head_differs, layout, read_arrays
+from chexlib.models.cards import CARD, extend_card, first_line, read_card, require_file  # noqa: F401 (for importers)
 from chexlib.models.topologies import NORMALIZATION, TOPOLOGIES, build_model
 
 ENSEMBLE = "ensemble"  # the topology of several models in one
-CARD = "chexlib.json"  # the member of the .keras archive that says what the weights are
-LARGEST_CARD = 16 * 2**20  # bytes
-LARGEST_SIZE = 1024  # px a side: that of the NIH release
+log = logging.getLogger(__name__)
 
 
 def create_model(
@@ -32,13 +34,16 @@ def create_model(
     size: int,
     weights: str | None = None,
     seed: int = 0,
+    fresh_head: bool = False,
     **settings,
 ):
     """Build a topology and fill it from `weights`.
 
     Parameters
     ----------
-    weights : None, "imagenet", or the path of a `.keras` or `.weights.h5` file
+    weights : None, "imagenet", or a path that `load_weights` takes
+    fresh_head : bool
+        Draw the head anew, whatever the weights hold.
     settings
         Others of `build_model`: precision, norm, ghost_size, momentum. Weights with batch norm fill every norm that has
         statistics (batch, sync, ghost, frozen), and no other.
@@ -58,17 +63,86 @@ def create_model(
             raise
         except Exception as error:  # Keras raises a bare Exception when its download fails
             raise WeightsError(
-                f"the ImageNet weights of {topology} could not be downloaded ({_first_line(error)}). Connect to the "
-                "internet once (Keras keeps them in ~/.keras/models), use weights=None, or name a file."
+                f"the ImageNet weights of {topology} could not be downloaded ({first_line(error)}). Connect to the "
+                "internet once, or copy that file from a machine that has it (Keras keeps it in ~/.keras/models, and "
+                "checks its checksum), use weights=None, or name a file."
             ) from error
-    path = Path(weights)
-    if path.name.endswith(".weights.h5"):
-        _require(path)
-    elif (name := read_card(path).get("topology")) != topology:
-        raise _misfit(path, topology, f"they are of {name}" if name else "their card names no topology")
+    path = find_weights(weights)
+    if path.suffix == ".keras":  # before the slow building
+        _require_topology(path, read_card(path, any_findings=True), topology)
     model = build_model(topology, **settings)
-    _fill(model, path, topology)
+    load_weights(model, path, fresh_head=fresh_head)
     return model
+
+
+def find_weights(weights: str | Path) -> Path:
+    """The weights file that a path means: the file itself, or the `model.keras` of a run's folder.
+
+    Raises
+    ------
+    WeightsError
+        There is none, or more than one.
+    """
+    path = Path(weights)
+    if not path.is_dir():
+        require_file(path)
+        return path
+    found = [f for f in (path / "model.keras", *sorted(path.glob("*/model.keras"))) if f.is_file()]
+    if len(found) == 1 or (found and found[0].parent == path):
+        return found[0]
+    kept = found or sorted(path.glob("snapshots/*.keras"))
+    several = f"holds several: {', '.join(str(f.relative_to(path)) for f in kept[:9])}" if kept else "has none"
+    raise WeightsError(f"{path} is no folder of one model.keras: it {several}. Name a weights file, or one run.")
+
+
+def load_weights(
+    model, weights: str | Path, *, fresh_head: bool = False, unused: Sequence[str] = (), missing: Sequence[str] = ()
+) -> pd.DataFrame:
+    """Fill a model of `build_model` from a file, and account for every array in it and every weight of the model.
+
+    The head stays as it was drawn if the file's findings are others. A first kernel for one grey channel fills that
+    for three. The size of the input is free: no weight depends on it.
+
+    Parameters
+    ----------
+    model : keras.Model
+    weights : a `.keras` file of ours, a `.weights.h5` of Keras, a `.safetensors` of PyTorch, or a run's folder
+    fresh_head : bool
+        Leave the head as it is, although the file has one for our findings.
+    unused : patterns of arrays in the file that may be left out
+    missing : patterns of layers that may keep the weights they have, such as `conv1_*`
+
+    Returns
+    -------
+    DataFrame
+        A row for each weight, and for each array left out: tensor, layer, weight, shape in the file, fate.
+
+    Raises
+    ------
+    WeightsError
+        There is no such file, or an array is left over, missing or of another shape, and was not named.
+    """
+    path, topology = find_weights(weights), model.name
+    if path.suffix == ".safetensors":
+        from chexlib.models.convert import load_torch_weights
+
+        head = {"missing": (*missing, HEAD), "unused": (*unused, "classifier.*")}
+        report = load_torch_weights(model, path, **(head if fresh_head else {"missing": missing, "unused": unused}))
+    else:
+        if path.suffix == ".keras":
+            card = read_card(path, any_findings=True)
+            _require_topology(path, card, topology)
+            fresh_head |= card["findings"] != list(FINDINGS)
+        arrays, places = _arrays(path, topology), layout(model)
+        if fresh_head or head_differs(places, arrays):
+            missing = (*missing, HEAD)
+        try:
+            report = fill_model(places, arrays, unused=unused, missing=missing)
+        except WeightsError as error:
+            raise _misfit(path, topology, str(error)) from error
+    fates = ", ".join(f"{count} {fate}" for fate, count in report["fate"].value_counts().items())
+    log.info("weights of %s from %s: %s", topology, path.name, fates)
+    return report
 
 
 def save_model(model, path, *, card: dict) -> Path:
@@ -82,53 +156,6 @@ def save_model(model, path, *, card: dict) -> Path:
         with open(draft, "rb") as whole:
             shutil.copyfileobj(whole, file)
     return path
-
-
-def read_card(path) -> dict:
-    """What a `.keras` file that `save_model` wrote says of itself; no TensorFlow is needed.
-
-    Raises
-    ------
-    WeightsError
-        No such file, not a model of this project, or other findings; a size outside 32 to 1024 px.
-    """
-    path = Path(path)
-    _require(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # Keras and save_model store members as they are, so that a small file cannot hold a large one.
-            if packed := [item.filename for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED]:
-                raise ValueError(f"{packed[0]!r} in it is compressed")
-            if (length := archive.getinfo(CARD).file_size) > LARGEST_CARD:
-                raise ValueError(f"its card has {length:,} bytes")
-            card = json.loads(archive.read(CARD))
-        findings = card["findings"]
-    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, OSError, RuntimeError, RecursionError) as error:
-        raise WeightsError(
-            f"{path} is not a model written by chexlib ({_first_line(error)}). Name the model.keras of a run, "
-            "for instance runs/latest/03_train_baseline/model.keras."
-        ) from error
-    if findings != list(FINDINGS):
-        raise WeightsError(f"{path} predicts {findings!s:.300}; expected the 14 findings {list(FINDINGS)}.")
-    if not isinstance(size := card.get("size"), int) or not 32 <= size <= LARGEST_SIZE:
-        raise WeightsError(f"{path} is for images of {size!r:.80} px. Accepted: 32 to {LARGEST_SIZE}.")
-    return card
-
-
-def extend_card(path, **facts) -> dict:
-    """Add facts to the card of a `.keras` file, or replace them, atomically; gives the new card.
-
-    "calibration" and "operating_points" are where `python -m chexlib card` looks for those.
-    """
-    path = Path(path).resolve()
-    card = {**read_card(path), **facts}
-    with zipfile.ZipFile(path) as old, replacing(path) as file, zipfile.ZipFile(file, "w") as new:
-        for item in old.infolist():
-            if item.filename != CARD:
-                with old.open(item) as source, new.open(item, "w") as copy:
-                    shutil.copyfileobj(source, copy)
-        new.writestr(CARD, json.dumps(card, indent=1))
-    return card
 
 
 def load_model(path):
@@ -179,7 +206,7 @@ def _config(path: Path) -> dict:
         with zipfile.ZipFile(path) as archive:
             return json.loads(archive.read("config.json"))
     except (zipfile.BadZipFile, KeyError, ValueError, OSError, RecursionError) as error:
-        raise WeightsError(f"{path} has no readable config.json ({_first_line(error)}). Copy it again.") from error
+        raise WeightsError(f"{path} has no readable config.json ({first_line(error)}). Copy it again.") from error
 
 
 def _classes(config) -> set[str]:
@@ -191,40 +218,26 @@ def _classes(config) -> set[str]:
 
 
 def _fill(model, path: Path, topology: str) -> None:
-    """Read every weight of `model` from a `.keras` or `.weights.h5` file: arrays only."""
-    import h5py
-
+    """Read every weight of `model` from a `.keras` file: arrays only."""
     try:
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            arrays = path
-            if path.suffix == ".keras":  # inside the archive every step back would be read anew from its beginning
-                with zipfile.ZipFile(path) as archive:
-                    arrays = archive.extract("model.weights.h5", folder)
-            model.load_weights(arrays)
-            if left := [str(note.message) for note in told if "freshly-initialized" in str(note.message)]:
-                raise ValueError(left[0])  # Keras only warns that weights stay as they were drawn
-            found = []
-            with h5py.File(arrays) as file:
-                file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
-        if len(found) != len(model.weights):  # and passes over those of a layer that here has none
-            raise ValueError(f"there are {len(found)} arrays, and {len(model.weights)} are needed")
-    except Exception as error:  # h5py and Keras raise nearly anything
-        raise _misfit(path, topology, _first_line(error)) from error
+        fill_model(layout(model), _arrays(path, topology))
+    except WeightsError as error:
+        raise error if str(path) in str(error) else _misfit(path, topology, str(error)) from error
 
 
-def _require(path: Path) -> None:
-    if not path.is_file():
-        raise WeightsError(
-            f"there is no weights file {path}. Accepted: a .keras or .weights.h5 file, 'imagenet', or none at all."
-        )
+def _arrays(path: Path, topology: str) -> dict[str, np.ndarray]:
+    try:
+        return read_arrays(path)
+    except Exception as error:  # h5py and zipfile raise nearly anything
+        raise _misfit(path, topology, first_line(error)) from error
+
+
+def _require_topology(path: Path, card: dict, topology: str) -> None:
+    if (name := card.get("topology")) != topology:
+        raise _misfit(path, topology, f"they are of {name}" if name else "their card names no topology")
 
 
 def _misfit(path: Path, topology: str, why: str) -> WeightsError:
     return WeightsError(
         f"the weights in {path} do not fit {topology}: {why}. Choose the topology they were trained with."
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -66,9 +66,9 @@ def collapse(
     --------
     >>> collapse("runs/latest/03_train_baseline", run_dir="runs/collapsed", epochs=2)
     """
-    path, arrays, facts = _read(Path(checkpoint))
+    path, arrays, facts = read_state(Path(checkpoint))
     config = TrainConfig.from_dict(facts["config"])
-    reached, decay = _reached(config, arrays, facts)
+    reached, decay = rate_reached(config, arrays, facts)
     rate = reached if rate is None else rate
     if not rate > 0:
         raise ConfigError(f"the rate of {path} has come to 0, from where nothing can collapse. Name one with rate=...")
@@ -80,7 +80,7 @@ def collapse(
     )
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     card = {"topology": config.topology, "size": config.size, "checkpoint": path.name, "position": facts["position"]}
-    save_model(_model(config, arrays), config.weights, card=card)
+    save_model(model_of(config, arrays), config.weights, card=card)
     return fit(config, engines=engines)
 
 
@@ -89,19 +89,20 @@ def score_checkpoints(checkpoints: Sequence[str | Path]) -> list[pd.DataFrame]:
 
     The settings are those of the first one; moving statistics are averaged over ranks, as at the end of an epoch.
     """
-    _, arrays, facts = _read(Path(checkpoints[0]))
+    _, arrays, facts = read_state(Path(checkpoints[0]))
     config = TrainConfig.from_dict(facts["config"])
-    parts, model = divide(config)[1], _model(config, arrays)
+    parts, model = divide(config)[1], model_of(config, arrays)
     predict = tf.function(lambda pixels: model(pixels, training=False))
     score = pooled_scorer(predict, parts, World(), size=config.size)
     tables = []
     for checkpoint in checkpoints:
-        _fill(model, _read(Path(checkpoint))[1])
+        _fill(model, read_state(Path(checkpoint))[1])
         tables.append(pd.concat([predictions_of(parts[part], score(part), part) for part in ("validation", "test")]))
     return tables
 
 
-def _read(path: Path):
+def read_state(path: Path) -> tuple[Path, dict, dict]:
+    """A checkpoint, or the newest of a run's folder: its file, arrays and facts."""
     if path.is_file():
         return path, *load_checkpoint(path)
     found = newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
@@ -110,7 +111,7 @@ def _read(path: Path):
     return found
 
 
-def _reached(config: TrainConfig, arrays: dict, facts: dict) -> tuple[float, float]:
+def rate_reached(config: TrainConfig, arrays: dict, facts: dict) -> tuple[float, float]:
     """Rate and weight decay of the step that would have come next."""
     if has_table(config):
         at = Position(**facts["position"])
@@ -120,7 +121,8 @@ def _reached(config: TrainConfig, arrays: dict, facts: dict) -> tuple[float, flo
     return float(arrays["optimizer/1"]), config.weight_decay  # a constant rate, or what a plateau has left of it
 
 
-def _model(config: TrainConfig, arrays: dict):
+def model_of(config: TrainConfig, arrays: dict):
+    """The network of a checkpoint, with its weights and statistics."""
     norm = {"norm": config.norm, "ghost_size": config.ghost_size, "momentum": config.norm_momentum}
     model = create_model(config.topology, size=config.size, precision=config.precision, **norm)
     _fill(model, arrays)

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from chexlib.data.folds import fold_of
 from chexlib.data.pipeline import AUGMENTATIONS
 from chexlib.errors import ConfigError
 from chexlib.machine import native_precision
@@ -49,7 +50,13 @@ class TrainConfig:
     norm: str = "batch"  # whose statistics normalise in training, see models/topologies.py
     ghost_size: int = 0  # images of a virtual batch, for norm="ghost"
     norm_momentum: float = 0.9  # of batch norm's moving statistics; PyTorch, and so CheXNet, calls this 0.1
-    split: str = "auto"
+    stage_rate: float = 1.0  # each stage's rate over that of the stage after it, the head being last; 0: the head alone
+    fresh_head: bool = False  # draw the head anew, whatever the weights hold
+    recalibrate: int = 0  # training images whose statistics take the place of the weights' own before the first step
+    early_stop: int = 0  # end after so many epochs without a better validation; 0: never
+    stream_images: int = 0  # an epoch is so many new images like data_dir's phantom, instead of its training part
+    snapshots: bool = False  # keep the model of each epoch's end in run_dir/snapshots
+    split: str = "auto"  # or "fold-1-of-5" and so on: a cross-validation's
     allow_leak: bool = False  # go on although patients are shared between parts
     shuffle_labels: bool = False  # control: training labels dealt anew, so that there is nothing to learn
     max_images: int = 0  # use about so many images, whole patients; 0 means all
@@ -65,7 +72,6 @@ class TrainConfig:
             object.__setattr__(self, "precision", native_precision())
         for name, accepted in (
             ("topology", TOPOLOGIES),
-            ("split", SPLITS),
             ("optimizer", OPTIMIZERS),
             ("precision", PRECISIONS),
             ("augment", AUGMENTATIONS),
@@ -74,6 +80,10 @@ class TrainConfig:
         ):
             if (value := getattr(self, name)) not in accepted:
                 raise ConfigError(f"{name}={value!r} is not known. Use one of {', '.join(accepted)}.")
+        if self.split not in SPLITS and not fold_of(str(self.split)):
+            raise ConfigError(
+                f"split={self.split!r} is not known. Use one of {', '.join(SPLITS)}, or a fold: fold-1-of-5."
+            )
         for name, least in (
             ("size", 32),
             ("batch_size", 1),
@@ -84,16 +94,19 @@ class TrainConfig:
             ("max_images", 0),
             ("plateau_patience", 0),
             ("seed", 0),
+            ("recalibrate", 0),
+            ("early_stop", 0),
+            ("stream_images", 0),
             ("checkpoint_steps", 0),
             ("keep_checkpoints", 0),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name}={value!r} is not accepted. Use a whole number of {least} or more.")
-        for name in ("mirror", "allow_leak", "shuffle_labels", "skip_broken", "resume"):
+        for name in ("mirror", "allow_leak", "shuffle_labels", "skip_broken", "resume", "fresh_head", "snapshots"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ConfigError(f"{name}={value!r} is not accepted. Use true or false.")
-        for name in ("learning_rate", "norm_momentum", "plateau_factor", "weight_decay"):
+        for name in ("learning_rate", "norm_momentum", "plateau_factor", "weight_decay", "stage_rate"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
                 raise ConfigError(f"{name}={value!r} is not accepted. Use a number.")
@@ -105,6 +118,13 @@ class TrainConfig:
             raise ConfigError(f"learning_rate={self.learning_rate!r} is not accepted. Use a number above 0.")
         if not self.weight_decay >= 0:
             raise ConfigError(f"weight_decay={self.weight_decay!r} is not accepted. Use a number of 0 or more.")
+        if not 0 <= self.stage_rate <= 1:
+            raise ConfigError(f"stage_rate={self.stage_rate!r} is not accepted. Use 0 <= rate <= 1.")
+        if self.stream_images and (self.augment != "none" or self.shuffle_labels or self.accumulation > 1):
+            raise ConfigError(
+                f"stream_images={self.stream_images} goes with augment='none', accumulation=1 and labels as they are: "
+                "the stream draws every image anew. Change these, or train on data_dir's own images."
+            )
         self._check_schedule()
         if not 0 <= self.norm_momentum < 1:
             raise ConfigError(f"norm_momentum={self.norm_momentum!r} is not accepted. Use 0 <= momentum < 1.")

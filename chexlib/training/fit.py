@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from chexlib.data.cache import ImageStore
-from chexlib.data.pipeline import training_batches
 from chexlib.errors import ClusterError, ConfigError, WeightsError
 from chexlib.files import replacing
+from chexlib.models.statistics import recalibrate
 from chexlib.models.topologies import NORMALIZATION
 from chexlib.models.weights import save_model
 from chexlib.runs import data_name
@@ -28,11 +27,13 @@ from chexlib.training import stopping
 from chexlib.training.checkpoints import checkpoint_files
 from chexlib.training.collectives import join_world
 from chexlib.training.config import TrainConfig
-from chexlib.training.monitor import Plateau, PooledValidation, Position, Progress, pooled_scorer
+from chexlib.training.feed import Feed, start_head_at_prevalence
+from chexlib.training.monitor import EarlyStop, Plateau, PooledValidation, Position, Progress, pooled_scorer
 from chexlib.training.optimizers import guide
 from chexlib.training.parts import divide, predictions_of
 from chexlib.training.resume import Saver
 from chexlib.training.reuse import Reuse
+from chexlib.training.snapshots import Snapshots
 
 log = logging.getLogger(__name__)
 
@@ -129,44 +130,36 @@ def _fit_here(config: TrainConfig, report, verbose: int | str, reuse: Reuse, mea
     trainer = reuse.trainer(config, world)
     model = trainer.model
     labels = train.labels
-    if config.weights is None:
-        _start_head_at_prevalence(model, labels)
+    start_head_at_prevalence(model, labels)
     if config.shuffle_labels:
         labels = np.random.default_rng(config.seed).permutation(labels)
     world.broadcast([*model.variables, *trainer.optimizer.variables])
 
     global_batch = config.batch_size * ranks
-    at = Position(global_batch, min(len(train), config.max_steps * global_batch or len(train)))
+    images = config.stream_images or len(train)
+    at = Position(global_batch, min(images, config.max_steps * global_batch or images))
     score = pooled_scorer(trainer.infer, parts, world, size=config.size)
     validation = PooledValidation(score, parts["validation"].labels)
     plateau = Plateau(1 if trainer.optimizer.tables else config.plateau_factor, config.plateau_patience)
     progress = Progress(report if world.first else None, at, epochs=config.epochs)
+    early = EarlyStop(validation, at, patience=config.early_stop)
     saver = Saver(config, world, at, (validation, plateau, progress), facts={"split": split.digest})
     resumed = saver.restore(trainer) if config.resume else None
     values = guide(trainer.optimizer, config, at, anew=resumed is None)
-    store = ImageStore(train.table["path"], size=config.size, gather=world.gather)
-    while at.epoch < config.epochs and not saver.stopped:  # once, or twice when resumed within an epoch
-        batches = training_batches(
-            store,
-            labels,
-            global_batch=at.global_batch,
-            seed=config.seed,
-            first_epoch=at.epoch,
-            first_image=at.image,
-            rank=world.rank,
-            ranks=world.ranks,
-            accumulation=config.accumulation,
-            mirror=config.mirror,
-            augment=config.augment,
-            when=values and values.augment[at.step :],
-            images=at.images,
-        )
+    feed = Feed(config, world, train, labels)
+    if config.recalibrate and resumed is None:
+        recalibrate(model, feed.first(config.recalibrate), world, forward=trainer.infer_by_batch)
+    callbacks = [validation, plateau, progress, saver, early]
+    if config.snapshots and world.first:
+        callbacks.append(Snapshots(config, at))
+    while at.epoch < config.epochs and not (saver.stopped or early.due):  # once, or twice if resumed within an epoch
+        batches = feed.batches(at, when=values and values.augment[at.step :])
         trainer.fit(
             batches,
             initial_epoch=at.epoch,
             epochs=at.epoch + 1 if at.image else config.epochs,
             steps_per_epoch=at.steps_left,
-            callbacks=[validation, plateau, progress, saver],
+            callbacks=callbacks,
             verbose=verbose if world.first else 0,
             shuffle=False,
         )
@@ -239,10 +232,3 @@ def _write(result: TrainResult, model, predictions: pd.DataFrame, steps: list) -
             f"the results could not be written to {run_dir} ({error.strerror or error}). Make room, and run again "
             "with resume=true: what was trained is in its checkpoints."
         ) from error
-
-
-def _start_head_at_prevalence(model, labels: np.ndarray) -> None:
-    """Bias of the 14 sigmoids at the log-odds of each finding (Lin et al. 2017, section 4.1), one pseudo-count each."""
-    positives = labels.sum(0) + 1
-    kernel, _ = model.get_layer("findings").get_weights()
-    model.get_layer("findings").set_weights([kernel, np.log(positives / (len(labels) + 2 - positives))])

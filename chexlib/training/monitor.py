@@ -82,6 +82,22 @@ class Plateau(keras.callbacks.ReduceLROnPlateau):
             super().on_epoch_end(epoch, logs)
 
 
+class EarlyStop(keras.callbacks.Callback):
+    """Ends a training after `patience` epochs without a better validation; 0: never."""
+
+    def __init__(self, validation: PooledValidation, at: Position, *, patience: int):
+        super().__init__()
+        self.validation, self.at, self.patience = validation, at, patience
+
+    @property
+    def due(self) -> bool:
+        """Known from where the training stands, so that one taken up after its end does not go on."""
+        return 0 < self.patience < self.at.epoch - self.validation.best_epoch
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.stop_training |= self.due
+
+
 class Progress(keras.callbacks.Callback):
     """Keeps a row an epoch and a row a step, and tells `report` where training stands, at most twice a second.
 

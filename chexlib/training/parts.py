@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from chexlib.data.folds import fold_of, fold_split
 from chexlib.data.nih import Radiographs, check_images, load_radiographs
 from chexlib.data.splits import Split, audit, make_split
 from chexlib.findings import FINDINGS
@@ -16,7 +17,8 @@ def divide(config: TrainConfig) -> tuple[Split, dict[str, Radiographs]]:
     radiographs = load_radiographs(config.data_dir, max_images=config.max_images, seed=config.seed)
     if config.skip_broken:
         radiographs = check_images(radiographs, skip_broken=True)
-    split = make_split(radiographs, kind=config.split, seed=config.seed)
+    make = fold_split if fold_of(config.split) else make_split
+    split = make(radiographs, kind=config.split, seed=config.seed)
     audit(split, radiographs, allow_leak=config.allow_leak)
     return split, {part: radiographs.select(split.images(part)) for part in split.parts}
 

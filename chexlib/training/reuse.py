@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from chexlib.models.topologies import redraw
-from chexlib.models.weights import create_model
+import numpy as np
+
+from chexlib.models.arrays import HEAD
+from chexlib.models.topologies import redraw, stages_above
+from chexlib.models.weights import create_model, load_weights
 from chexlib.training.collectives import World
 from chexlib.training.config import FREE, TrainConfig
 from chexlib.training.optimizers import has_table, make_optimizer
@@ -11,7 +14,8 @@ from chexlib.training.trainer import DataParallelTrainer
 
 # Settings that no graph depends on; any other, also one that is new, means another trainer.
 _SAME_GRAPH = {*FREE, "max_steps", "max_images", "learning_rate", "plateau_factor", "plateau_patience", "mirror"}
-_SAME_GRAPH |= {"split", "shuffle_labels", "seed", "schedule", "augment"}
+_SAME_GRAPH |= {"split", "shuffle_labels", "seed", "schedule", "augment", "fresh_head", "recalibrate", "early_stop"}
+_SAME_GRAPH |= {"stream_images", "snapshots", "weights"}
 
 
 class Reuse:
@@ -40,8 +44,9 @@ class Reuse:
         settings = config.to_dict()
         key = {name: value for name, value in settings.items() if name not in _SAME_GRAPH}
         virtual = self.virtual or config.accumulation > 1
-        seed = config.seed if config.weights else None
-        key |= {"table": has_table(config), "virtual": virtual, "seed": seed, "world": world}
+        imagenet = config.seed if config.weights == "imagenet" else None  # which only a new model can be filled with
+        key |= {"table": has_table(config), "virtual": virtual, "imagenet": imagenet, "world": world}
+        key |= {"filled": bool(config.weights)}  # what a file leaves in batch norm is not drawn anew
         if key != self._key:
             self._trainer = self._start = None  # room for the new one
             self._trainer = make_trainer(config, world, virtual=virtual)
@@ -49,8 +54,12 @@ class Reuse:
             return self._trainer
         for variable, value in zip(self._variables(), self._start, strict=True):
             variable.assign(value)
-        if not config.weights:
+        if imagenet is None:
             redraw(self._trainer.model, config.seed)
+            if config.weights:
+                head = self._trainer.model.get_layer(HEAD)
+                head.bias.assign(np.zeros(head.bias.shape, np.float32))
+                load_weights(self._trainer.model, config.weights, fresh_head=config.fresh_head)
         if not has_table(config):
             self._trainer.optimizer.learning_rate = config.learning_rate
         self._trainer.accumulation.assign(config.accumulation)
@@ -72,8 +81,10 @@ def make_trainer(config: TrainConfig, world: World, *, virtual: bool) -> DataPar
         ghost_size=config.ghost_size,
         momentum=config.norm_momentum,
         seed=config.seed,
+        fresh_head=config.fresh_head,
     )
-    trainer = DataParallelTrainer(model, world, accumulation=config.accumulation, virtual=virtual)
+    shares = [config.stage_rate**above for above in stages_above(model)]
+    trainer = DataParallelTrainer(model, world, accumulation=config.accumulation, virtual=virtual, shares=shares)
     trainer.compile(optimizer=make_optimizer(config), jit_compile=False)
     trainer.optimizer.build(model.trainable_variables)
     return trainer

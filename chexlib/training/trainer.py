@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import keras
 import tensorflow as tf
 
@@ -15,6 +17,9 @@ class DataParallelTrainer(keras.Model):
     after the other, in one graph, each normalised by itself, adds up gradients, and averages moving statistics.
     `virtual` asks for that graph also with 1, where it may become another number.
 
+    Of each update of trainable variable i only the share `shares[i]` is made, all of it without `shares`: as if its
+    rate were so much lower, whatever the optimizer. With a share of 0 no gradient is taken.
+
     The loss is binary cross-entropy, averaged over findings and over all images of the global batch; a rank with
     fewer images, or with a stand-in of weight 0, counts for what it holds.
 
@@ -23,11 +28,20 @@ class DataParallelTrainer(keras.Model):
     computed before it was ready for the others.
     """
 
-    def __init__(self, model: keras.Model, world: World, *, accumulation: int = 1, virtual: bool = False):
+    def __init__(
+        self,
+        model: keras.Model,
+        world: World,
+        *,
+        accumulation: int = 1,
+        virtual: bool = False,
+        shares: Sequence[float] = (),
+    ):
         super().__init__()
         # Grappler's rewriting takes seconds of every start and makes no step of these graphs faster (measured).
         tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
         self.model, self.world = model, world
+        self.shares = tuple(shares) or (1.0,) * len(model.trainable_variables)
         self.accumulation = tf.Variable(accumulation, trainable=False)  # another number needs no new graph
         self.virtual = virtual or accumulation > 1
         self.loss_tracker = keras.metrics.Mean("loss")
@@ -64,7 +78,10 @@ class DataParallelTrainer(keras.Model):
         )
         *gradients, numbers = self.world.sum([*gradients, numbers])
         loss, images = numbers[0], numbers[1]
+        slow = [(v, tf.identity(v.value), share) for v, share in zip(variables, self.shares, strict=True) if share != 1]
         self.optimizer.apply([g / images for g in gradients], variables)
+        for variable, before, share in slow:
+            variable.assign(before + share * (variable - before))
         self.loss_tracker.update_state(loss / images, sample_weight=images)
         self._told.assign(numbers)
         return {"loss": self.loss_tracker.result()}
@@ -73,7 +90,11 @@ class DataParallelTrainer(keras.Model):
         with tf.GradientTape() as tape:
             scores = self.model(pixels, training=True)
             loss = tf.reduce_sum(weights * keras.losses.binary_crossentropy(labels, scores))
-        return loss, tape.gradient(loss, self.model.trainable_variables)
+        variables = self.model.trainable_variables
+        found = iter(tape.gradient(loss, [v for v, share in zip(variables, self.shares, strict=True) if share]))
+        return loss, [
+            next(found) if share else tf.zeros(v.shape) for v, share in zip(variables, self.shares, strict=True)
+        ]
 
     def _virtual_ranks(self, pixels, labels, weights):
         """Sums over this rank's parts of a batch. Each begins with the same moving statistics; their mean is left."""

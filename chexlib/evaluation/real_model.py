@@ -1,0 +1,190 @@
+"""The best model that a few real radiographs allow: phantom pre-training, cross-validation by patient, an ensemble.
+
+`python -m chexlib real-model --data DIR` runs it, and goes on where it was stopped. The ensemble is of the networks of
+the cross-validation's first seed: each has seen four fifths of the images, together they have seen all, and what their
+out-of-fold scores say is not too good for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from chexlib.card import write_card
+from chexlib.data.collection import collect
+from chexlib.data.nih import Radiographs, load_radiographs
+from chexlib.data.phantom import write_phantom
+from chexlib.data.splits import digest_of
+from chexlib.evaluation.cross_validation import FEWEST, arm_gains, cross_validate, pooled
+from chexlib.evaluation.ensembles import save_ensemble
+from chexlib.files import replacing
+from chexlib.models.topologies import NORMALIZATION
+from chexlib.models.weights import extend_card, save_model
+from chexlib.runs import environment, write_json
+from chexlib.training.config import TrainConfig
+from chexlib.training.fit import fit
+from chexlib.training.reuse import Reuse
+from chexlib.training.snapshots import snapshots_of
+from chexlib.training.transfer import fine_schedule, finetune, pretrain
+
+SCRATCH, PHANTOM = "scratch", "phantom"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealModel:
+    """What decides the model. The defaults take about an hour on 2 cores for some 1,400 images."""
+
+    topology: str = "densenet121"
+    size: int = 64  # px
+    pretrain_images: int = 120_000  # of the phantom stream
+    pretrain_rate: float = 1e-3  # Adam's highest
+    pretrain_batch: int = 32
+    snapshots: int = 8
+    snapshot: int = 8  # which of them is fine-tuned, counted from 1
+    phantom_images: int = 600  # that validate the pre-training
+    folds: int = 5
+    seeds: int = 3
+    epochs: int = 12
+    batch_size: int = 32
+    rate: float = 3e-4  # highest, from the phantom
+    scratch_rate: float = 1e-3  # highest, from random weights
+    warmup: float = 8.0  # epochs for each 256 images of the global batch: one, with 32
+    stage_rate: float = 1.0
+    fresh_head: bool = True  # the phantom's findings are drawings
+    recalibrate: int = 512  # training images
+    augment: str = "radiograph"
+
+
+QUICK = RealModel(
+    topology="vgg16", size=32, pretrain_images=128, snapshots=2, snapshot=2, phantom_images=60, folds=2, seeds=1,
+    epochs=1, batch_size=16, pretrain_rate=1e-4, rate=1e-4, scratch_rate=1e-4,
+)  # fmt: skip
+
+
+def train_real_model(folders: Sequence[str | Path], out: str | Path, *, settings: RealModel = RealModel()) -> dict:
+    """Pre-train, cross-validate from the phantom and from random weights, and write the ensemble with its card.
+
+    Parameters
+    ----------
+    folders : folders in the NIH layout, of one release
+    out : path
+        Of all that is made: model.keras, MODEL_CARD.md, metrics.json, predictions.parquet (out of fold), and what it
+        needs to go on. Use another one for other data or settings.
+
+    Returns
+    -------
+    dict
+        What metrics.json holds: settings, data, gains (of `arm_gains`), by_seed, model, minutes.
+    """
+    out, s = Path(out).absolute(), settings
+    began = time.monotonic()
+    data = collect(folders, out / "data")
+    radiographs = load_radiographs(data)
+    common = {"topology": s.topology, "size": s.size, "resume": True}
+    phantom = write_phantom(out / "phantom", n_images=s.phantom_images, size=s.size, min_prevalence=0.06, seed=1)
+    rise = {"kind": "warmup", "length": 0.25, "start": s.pretrain_rate / 10, "rate": s.pretrain_rate}
+    fall = {"kind": "cosine", "length": s.snapshots - 0.25, "rate": s.pretrain_rate, "end": s.pretrain_rate / 100}
+    first = TrainConfig(
+        data_dir=str(phantom), run_dir=str(out / "pretraining"), batch_size=s.pretrain_batch, keep_checkpoints=1,
+        schedule={"unit": "epochs", "phases": [rise, fall]}, split="patient", **common,
+    )  # fmt: skip
+    if not _finished(out / "pretraining", s.snapshots):
+        log.info("pre-training on %d phantoms ...", s.pretrain_images)
+        if pretrain(first, images=s.pretrain_images, snapshots=s.snapshots).stopped:
+            return {"stopped": True}
+    kept = snapshots_of(out / "pretraining")
+    start = kept["path"].iloc[s.snapshot - 1]
+
+    config = TrainConfig(
+        data_dir=str(data), run_dir=str(out), batch_size=s.batch_size, epochs=s.epochs, augment=s.augment,
+        keep_checkpoints=0, **common,
+    )  # fmt: skip
+    reuse = {SCRATCH: Reuse(), PHANTOM: Reuse()}
+    warmup = s.warmup * s.batch_size / 256
+    alone = config.replace(schedule=fine_schedule(s.scratch_rate, epochs=s.epochs, warmup=warmup)).schedule
+
+    def from_scratch(config, *, measure):
+        return fit(config.replace(schedule=alone), measure=measure, reuse=reuse[SCRATCH])
+
+    def from_phantom(config, *, measure):
+        config = config.replace(stage_rate=s.stage_rate, fresh_head=s.fresh_head, recalibrate=s.recalibrate)
+        settings = {"rate": s.rate, "warmup": s.warmup, "measure": measure, "reuse": reuse[PHANTOM]}
+        return finetune(start, config, **settings)
+
+    digest = digest_of({"all": radiographs.table["image"]})
+    told = {"data": digest, **asdict(s)}
+    keep = functools.partial(_keep_member, out / "members", config, digest)
+    arms, work = {SCRATCH: from_scratch, PHANTOM: from_phantom}, out / "cross-validation"
+    rows = cross_validate(arms, config, work, told=told, folds=s.folds, seeds=range(s.seeds), keep=keep)
+    if len(rows) < len(arms) * s.folds * s.seeds:
+        return {"stopped": True}
+    found = _judge(rows, work) | {"settings": asdict(s), "data": {"digest": digest, **describe(radiographs)}}
+    members = [out / "members" / f"fold-{fold}.keras" for fold in range(1, s.folds + 1)]
+    _write(out, members, found, pooled(rows, work, PHANTOM)[0], config)
+    found |= {"model": str(out / "model.keras"), "minutes": (time.monotonic() - began) / 60}
+    write_json(out / "metrics.json", found)
+    return found
+
+
+def describe(radiographs: Radiographs) -> dict:
+    """How large a data set is: images, patients, positives of each finding."""
+    labels = radiographs.labels.sum(axis=0).astype(int).tolist()
+    names = radiographs.table.columns[-len(labels) :]
+    counts = dict(zip(names, labels, strict=True))
+    return {"images": len(radiographs), "patients": int(radiographs.table["patient"].nunique()), "positives": counts}
+
+
+def _finished(run: Path, snapshots: int) -> bool:
+    return len(list(run.glob("snapshots/step-*.keras"))) == snapshots and (run / "model.keras").is_file()
+
+
+def _keep_member(folder: Path, config: TrainConfig, digest: str, point, model) -> None:
+    """Keep the network of a fold of the first seed for the ensemble."""
+    if point["arm"] == PHANTOM and point["seed"] == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        card = {"topology": config.topology, "size": config.size, "normalization": NORMALIZATION[config.topology]}
+        card |= {"config": {"precision": config.precision, "seed": 0}, "split": {"name": f"fold {point['fold']}"}}
+        save_model(model, folder / f"fold-{point['fold']}.keras", card=card | {"data": digest})
+
+
+def _judge(rows: pd.DataFrame, work: Path) -> dict:
+    arms = {arm: pooled(rows, work, arm) for arm in (SCRATCH, PHANTOM)}
+    seeds = sorted(rows["seed"].unique())
+    by_seed = {
+        int(seed): arm_gains([ours], [theirs], resamples=200).loc["mean", ["auroc", "other", "difference"]].to_dict()
+        for seed, ours, theirs in zip(seeds, arms[PHANTOM], arms[SCRATCH], strict=True)
+    }
+    return {"gains": arm_gains(arms[PHANTOM], arms[SCRATCH]), "by_seed": by_seed}
+
+
+def _write(out: Path, members: list[Path], found: dict, predictions: pd.DataFrame, config: TrainConfig) -> None:
+    """model.keras, predictions.parquet and MODEL_CARD.md."""
+    path, mean, data = save_ensemble(members, out / "model.keras"), found["gains"].loc["mean"], found["data"]
+    rare = [name for name, count in data["positives"].items() if count < FEWEST]
+    s, interval = found["settings"], f"{mean['low']:+.3f} to {mean['high']:+.3f}"
+    about = [
+        f"It was trained on {data['images']:,} radiographs of {data['patients']:,} patients, which is very little: the "
+        "NIH release has 112,120. Positives: " + ", ".join(f"{n} {c}" for n, c in data["positives"].items()) + ".",
+        f"It is the mean of {len(members)} networks, one a fold of a cross-validation by patient. The AUROCs below are "
+        "out of fold: each image was scored by the one network that had seen none of its patient.",
+        f"Each began with {s['pretrain_images']:,} synthetic radiographs. Against random weights that changed the mean "
+        f"AUROC over findings with {FEWEST} or more positives by {mean['difference']:+.3f} ({interval}, resampled "
+        f"patients), from {mean['other']:.3f} to {mean['auroc']:.3f}; means of {s['seeds']} seeds."
+        + (f" Too rare for that mean: {', '.join(rare)}." if rare else ""),
+    ]
+    split = {"name": f"{len(members)}-fold by patient", "digest": data["digest"], "images": {"all": data["images"]}}
+    own = {**config.to_dict(), "weights": "phantom pre-training", "learning_rate": s["rate"]}
+    facts = {"split": split, "config": own, "ranks": 1, "best_epoch": s["epochs"] - 1, "about": about}
+    extend_card(path, **facts, data=f"{data['images']:,} real radiographs of the NIH release")
+    with replacing(out / "predictions.parquet") as file:
+        predictions.to_parquet(file, index=False)
+    write_json(out / "environment.json", environment())
+    write_json(out / "metrics.json", {"gains": found["gains"]})
+    write_card(out)

@@ -1,0 +1,82 @@
+"""The card of a `.keras` file: a JSON member of the archive that says what the weights are. No TensorFlow is needed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+from chexlib.errors import WeightsError
+from chexlib.files import replacing
+from chexlib.findings import FINDINGS
+
+CARD = "chexlib.json"  # the member of the archive
+LARGEST_CARD = 16 * 2**20  # bytes
+LARGEST_SIZE = 1024  # px a side: that of the NIH release
+
+
+def read_card(path, *, any_findings: bool = False) -> dict:
+    """What a `.keras` file that `save_model` wrote says of itself; no TensorFlow is needed.
+
+    Parameters
+    ----------
+    any_findings : bool
+        Accept a model of other findings than ours, of which the head is of no use here.
+
+    Raises
+    ------
+    WeightsError
+        No such file, not a model of this project, or other findings; a size outside 32 to 1024 px.
+    """
+    path = Path(path)
+    require_file(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # Keras and save_model store members as they are, so that a small file cannot hold a large one.
+            if packed := [item.filename for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED]:
+                raise ValueError(f"{packed[0]!r} in it is compressed")
+            if (length := archive.getinfo(CARD).file_size) > LARGEST_CARD:
+                raise ValueError(f"its card has {length:,} bytes")
+            card = json.loads(archive.read(CARD))
+        findings = card["findings"]
+    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, OSError, RuntimeError, RecursionError) as error:
+        raise WeightsError(
+            f"{path} is not a model written by chexlib ({first_line(error)}). Name the model.keras of a run, "
+            "for instance runs/latest/03_train_baseline/model.keras."
+        ) from error
+    if findings != list(FINDINGS) and not any_findings:
+        raise WeightsError(f"{path} predicts {findings!s:.300}; expected the 14 findings {list(FINDINGS)}.")
+    if not isinstance(size := card.get("size"), int) or not 32 <= size <= LARGEST_SIZE:
+        raise WeightsError(f"{path} is for images of {size!r:.80} px. Accepted: 32 to {LARGEST_SIZE}.")
+    return card
+
+
+def extend_card(path, **facts) -> dict:
+    """Add facts to the card of a `.keras` file, or replace them, atomically; gives the new card.
+
+    "calibration" and "operating_points" are where `python -m chexlib card` looks for those.
+    """
+    path = Path(path).resolve()
+    card = {**read_card(path), **facts}
+    with zipfile.ZipFile(path) as old, replacing(path) as file, zipfile.ZipFile(file, "w") as new:
+        for item in old.infolist():
+            if item.filename != CARD:
+                with old.open(item) as source, new.open(item, "w") as copy:
+                    shutil.copyfileobj(source, copy)
+        new.writestr(CARD, json.dumps(card, indent=1))
+    return card
+
+
+def require_file(path: Path) -> None:
+    """WeightsError where there is no file."""
+    if not path.is_file():
+        raise WeightsError(
+            f"there is no weights file {path}. Accepted: a .keras, .weights.h5 or .safetensors file, a run's folder, "
+            "'imagenet', or none at all."
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's text, at most 200 characters: for a message of one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -1,0 +1,86 @@
+"""What a training eats: the images of its training part, or the phantom stream; and where its head starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from chexlib.data.cache import ImageStore
+from chexlib.data.nih import Radiographs
+from chexlib.data.pipeline import training_batches
+from chexlib.data.stream import stream_batches
+from chexlib.errors import DataError
+from chexlib.models.arrays import HEAD
+from chexlib.training.collectives import World
+from chexlib.training.config import TrainConfig
+from chexlib.training.monitor import Position
+
+
+class Feed:
+    """This rank's batches of a training, from wherever it stands.
+
+    Parameters
+    ----------
+    train : Radiographs
+        Its training part; under `stream_images` a phantom's, like which the stream draws.
+    labels : (n, 14) float32
+    """
+
+    def __init__(self, config: TrainConfig, world: World, train: Radiographs, labels: np.ndarray):
+        self.config, self.labels = config, labels
+        self.world = {"rank": world.rank, "ranks": world.ranks}
+        self.drawing = drawing_of(train.root) if config.stream_images else {}
+        self.store = None
+        if not config.stream_images or config.recalibrate:
+            self.store = ImageStore(train.table["path"], size=config.size, gather=world.gather)
+
+    def batches(self, at: Position, *, when: np.ndarray | None):
+        """Endless tf.data from a position on; `when` as for `training_batches`."""
+        config = self.config
+        common = {"global_batch": at.global_batch, "seed": config.seed, **self.world}
+        if config.stream_images:
+            first = at.epoch * at.images + at.image
+            return stream_batches(size=config.size, first_image=first, mirror=config.mirror, **common, **self.drawing)
+        place = {"first_epoch": at.epoch, "first_image": at.image, "images": at.images, "when": when}
+        how = {"accumulation": config.accumulation, "mirror": config.mirror, "augment": config.augment}
+        return training_batches(self.store, self.labels, **common, **place, **how)
+
+    def first(self, images: int) -> Iterator[np.ndarray]:
+        """So many images of the training part, or all there are, as (batch, size, size, 1) float32 of this rank."""
+        batch = self.config.batch_size
+        chosen = np.random.default_rng(self.config.seed).permutation(len(self.store))[:images]
+        mine = np.array_split(chosen, self.world["ranks"])[self.world["rank"]]
+        for start in range(0, len(mine), batch):
+            yield self.store.take(mine[start : start + batch])[..., None].astype(np.float32)
+
+
+def drawing_of(folder: Path) -> dict:
+    """How a phantom in `folder` was drawn, as `stream_batches` takes it.
+
+    Raises
+    ------
+    DataError
+        It is no phantom, or one with a difficulty of its own.
+    """
+    try:
+        drawn = json.loads((folder / "phantom.json").read_text())["parameters"]
+        chosen = {name: drawn[name] for name in ("difficulty", "min_prevalence")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder} is no phantom, like which a stream could be drawn. Make one: `python -m chexlib phantom DIR`."
+        ) from error
+    return chosen
+
+
+def start_head_at_prevalence(model, labels: np.ndarray) -> None:
+    """Bias of 14 fresh sigmoids at the log-odds of each finding (Lin et al. 2017, section 4.1), one pseudo-count each.
+
+    A head whose biases are all 0 is fresh; one that was loaded stays as it is.
+    """
+    positives = labels.sum(0) + 1
+    kernel, bias = model.get_layer(HEAD).get_weights()
+    if not bias.any():
+        model.get_layer(HEAD).set_weights([kernel, np.log(positives / (len(labels) + 2 - positives))])

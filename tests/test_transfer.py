@@ -1,0 +1,179 @@
+"""Pre-training on the stream and fine-tuning from it: what is kept, where it goes on, and what each setting does."""
+
+import shutil
+
+import numpy as np
+import pytest
+from small_training import config_for
+
+from chexlib.data.stream import stream_images
+from chexlib.errors import ConfigError, DataError, WeightsError
+from chexlib.models.weights import load_model
+from chexlib.training.collectives import World
+from chexlib.training.config import TrainConfig
+from chexlib.training.feed import Feed, drawing_of
+from chexlib.training.fit import fit
+from chexlib.training.monitor import Position
+from chexlib.training.parts import divide
+from chexlib.training.schedules import Schedule
+from chexlib.training.snapshots import snapshots_of
+from chexlib.training.transfer import fine_schedule, finetune, pretrain
+
+FALL = {"unit": "epochs", "phases": [{"kind": "polynomial", "length": 3, "rate": 1e-4}]}
+
+
+def weights_of(path):
+    model, _ = load_model(path)
+    return {v.path.split("vgg16/")[-1]: v.numpy() for v in model.variables}
+
+
+def differ(one, other):
+    return [name for name in one if not np.array_equal(one[name], other[name])]
+
+
+def asked(phantom, run_dir, **changes):
+    return config_for(phantom, run_dir, schedule=FALL, keep_checkpoints=2, **changes)
+
+
+@pytest.fixture(scope="module")
+def pretrained(phantom, tmp_path_factory):
+    """48 images of the stream in batches of 8, three snapshots."""
+    run = tmp_path_factory.mktemp("pre")
+    pretrain(asked(phantom, run), images=48, snapshots=3)
+    return run
+
+
+def test_snapshots_record_where_they_were_taken(pretrained):
+    table = snapshots_of(pretrained)
+    assert table["step"].tolist() == [2, 4, 6] and table["images"].tolist() == [16, 32, 48]
+    rates = Schedule.from_dict(FALL).compile(steps_per_epoch=2).rate
+    assert table["learning_rate"].tolist() == pytest.approx([rates[2], rates[4], rates[5]])
+    assert set(table["global_batch"]) == {8} and set(table["optimizer"]) == {"adam"}
+    assert len(differ(weights_of(table["path"][0]), weights_of(table["path"][2]))) == 28
+    with pytest.raises(WeightsError, match="has no snapshots"):
+        snapshots_of(pretrained / "snapshots")
+
+
+def test_a_pretraining_that_was_ended_goes_on_to_the_same_weights(pretrained, phantom, tmp_path):
+    run = tmp_path / "again"
+    shutil.copytree(pretrained, run)
+    for path in (run / "checkpoints" / "step-000000006.npz", run / "snapshots" / "step-000000006.keras"):
+        path.unlink()
+    result = pretrain(asked(phantom, run, resume=True), images=48, snapshots=3)
+    assert result.resumed_from == "step-000000004.npz"
+    last = snapshots_of(run)["path"].iloc[-1]
+    assert differ(weights_of(last), weights_of(snapshots_of(pretrained)["path"].iloc[-1])) == []
+
+
+def test_a_pretraining_eats_the_stream_from_where_it_stands(phantom, tmp_path):
+    config = config_for(phantom, tmp_path, stream_images=16, seed=3)
+    train = divide(config)[1]["train"]
+    at = Position(global_batch=8, images=16, epoch=1, image=8)
+    pixels, labels, _ = next(iter(Feed(config, World(), train, train.labels).batches(at, when=None)))
+    expected = stream_images(range(24, 32), seed=3, size=32, **drawing_of(phantom))
+    np.testing.assert_array_equal(pixels.numpy()[..., 0], expected[0])
+    np.testing.assert_array_equal(labels.numpy(), expected[1])
+
+
+def test_a_stream_needs_a_phantom_to_be_like(tiny_nih, tmp_path):
+    with pytest.raises(DataError, match="is no phantom"):
+        pretrain(config_for(tiny_nih(), tmp_path), images=16, snapshots=1)
+    with pytest.raises(ConfigError, match="cannot give 3 snapshots"):
+        pretrain(config_for(tmp_path, tmp_path), images=2, snapshots=3)
+    with pytest.raises(ConfigError, match="stream_images=8"):
+        TrainConfig(data_dir="d", run_dir="r", stream_images=8, augment="radiograph")
+
+
+def test_finetuning_starts_at_the_checkpoints_rate_or_the_given_one(pretrained, phantom, tmp_path):
+    second = snapshots_of(pretrained).iloc[1]
+    config = config_for(phantom, tmp_path / "fine", epochs=1, max_steps=1)
+    result = finetune(second["path"], config, warmup=0)
+    assert result.config["schedule"]["phases"][0]["rate"] == pytest.approx(second["learning_rate"])
+    assert result.config["weights"] == second["path"]
+    given = finetune(second["path"], config, warmup=0, rate=7e-5)
+    assert given.config["schedule"]["phases"][0]["rate"] == 7e-5
+    state = finetune(pretrained, config, warmup=0)  # its newest checkpoint, whose rate is that of the last step
+    assert state.config["schedule"]["phases"][0]["rate"] == pytest.approx(1e-4 / 6)
+    assert differ(weights_of(tmp_path / "fine" / "start.keras"), weights_of(snapshots_of(pretrained)["path"][2])) == []
+
+
+def test_a_rate_that_means_something_else_is_not_taken_over(pretrained, vgg_file, phantom, tmp_path):
+    config = config_for(phantom, tmp_path)
+    with pytest.raises(ConfigError, match="Name one with rate="):
+        finetune(vgg_file, config)
+    with pytest.raises(ConfigError, match="sgd cannot go on"):
+        finetune(snapshots_of(pretrained)["path"][0], config.replace(optimizer="sgd"))
+    with pytest.raises(ConfigError, match="beside finetune"):
+        finetune(vgg_file, config.replace(schedule=FALL), rate=1e-4)
+
+
+def test_warmup_is_in_proportion_to_the_global_batch(vgg_file, phantom, tmp_path):
+    lengths = {}
+    for batch, accumulation in ((8, 1), (8, 2)):
+        config = config_for(phantom, tmp_path, epochs=2, max_steps=1, batch_size=batch, accumulation=accumulation)
+        phases = finetune(vgg_file, config, rate=1e-4, warmup=8.0).config["schedule"]["phases"]
+        lengths[accumulation] = phases[0]["length"]
+        assert [p["kind"] for p in phases] == ["warmup", "cosine"]
+        assert sum(p["length"] for p in phases) == 2
+    assert lengths == {1: 8.0 * 8 / 256, 2: 8.0 * 16 / 256}
+    values = Schedule.from_dict(fine_schedule(0.1, epochs=4, warmup=99)).compile(steps_per_epoch=10)
+    assert values.rate.argmax() == 20 and values.rate.max() == 0.1 and values.rate[0] == pytest.approx(0.001)
+
+
+def test_each_stage_moves_by_its_share(vgg_file, phantom, tmp_path):
+    start = weights_of(vgg_file)
+    common = {"weights": str(vgg_file), "epochs": 1, "max_steps": 1, "optimizer": "sgd", "learning_rate": 0.1}
+
+    def moved(stage_rate):
+        result = fit(config_for(phantom, tmp_path, stage_rate=stage_rate, **common))
+        return {name: value - start[name] for name, value in weights_of(result.model).items()}
+
+    whole, half, head = moved(1.0), moved(0.5), moved(0.0)
+    for name, above in (("findings/kernel", 0), ("block5_conv1/kernel", 1), ("block1_conv1/kernel", 5)):
+        largest = np.abs(whole[name]).max()
+        assert largest > 0
+        np.testing.assert_allclose(half[name], 0.5**above * whole[name], atol=1e-3 * largest + 1e-7)
+    assert [name for name in head if head[name].any()] == ["findings/kernel", "findings/bias"]
+    np.testing.assert_allclose(head["findings/kernel"], whole["findings/kernel"], atol=1e-6)
+
+
+def test_frozen_epochs_train_the_head_alone_and_then_everything(vgg_file, phantom, tmp_path):
+    config = config_for(phantom, tmp_path, epochs=1, max_steps=2, fresh_head=True)
+    finetune(vgg_file, config, rate=1e-4, frozen_epochs=1)
+    start, head = weights_of(vgg_file), weights_of(tmp_path / "head" / "model.keras")
+    assert differ(start, head) == ["findings/kernel", "findings/bias"]
+    assert len(differ(head, weights_of(tmp_path / "model.keras"))) == 28
+
+
+def test_recalibration_gives_the_statistics_of_the_new_images_before_the_first_step(phantom, tmp_path):
+    """With one batch of all images after it, which moves statistics towards themselves."""
+    import keras
+
+    config = config_for(phantom, tmp_path, topology="resnet50", epochs=1, batch_size=128, learning_rate=1e-12)
+    train = divide(config)[1]["train"]
+    seen = {}
+
+    def look(trainer, parts, world):
+        norm = next(n for n in trainer.model._flatten_layers() if n.name == "conv1_bn")
+        seen[bool(seen)] = norm.moving_mean.numpy()
+        if len(seen) == 2:
+            backbone = trainer.model.get_layer("resnet50")
+            stem = keras.Model(backbone.inputs, backbone.get_layer("conv1_conv").output)
+            pixels = Feed(config, World(), train, train.labels).store.take(range(len(train)))
+            rgb = np.repeat(pixels[..., None], 3, axis=-1).astype(np.float32)
+            seen["mean"] = np.mean(stem(trainer.model.get_layer("imagenet_normalization")(rgb)), axis=(0, 1, 2))
+        return {}
+
+    for images in (0, 10**6):
+        fit(config.replace(mirror=False, recalibrate=images), measure=look)
+    np.testing.assert_allclose(seen[False], 0.1 * seen["mean"], rtol=1e-3, atol=1e-3)
+    # Batches of 128 are more images than there are: the population is the one batch.
+    np.testing.assert_allclose(seen[True], seen["mean"], rtol=1e-3, atol=1e-3)
+
+
+def test_training_ends_early_when_validation_stays_as_it_is(phantom, tmp_path):
+    config = config_for(phantom, tmp_path, epochs=6, max_steps=1, learning_rate=1e-12, early_stop=2)
+    result = fit(config)
+    assert len(result.history) == 3 and result.best_epoch == 0 and not result.stopped
+    again = fit(config.replace(resume=True))
+    assert again.resumed_from and len(again.history) == 3
