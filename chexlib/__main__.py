@@ -11,6 +11,7 @@ import click
 
 from chexlib.commands import clean, real_model
 from chexlib.errors import ChexlibError, ConfigError
+from chexlib.reference import compare
 
 
 class _Family(click.Group):
@@ -38,18 +39,15 @@ def main():
 @click.option("-p", "parameters", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a notebook parameter.")
 @click.option("--runs-dir", default="", help="Where runs go.  [default: runs/ of the project]")
 @click.option("--reference", is_flag=True, help="Keep what is found in data/reference, for comparisons.")
-def run(notebooks, profile, data_dir, engines, parameters, runs_dir, reference):
+@click.option("--resume", is_flag=True, help="Go on with the newest run of the same settings, if it is not finished.")
+def run(notebooks, profile, data_dir, engines, parameters, **settings):
     """Execute notebooks headless and write the run's report. NOTEBOOKS: names or numbers; all without."""
     from chexlib.execute import end_when_told, execute
 
     end_when_told()
-    chosen = dict(parameters)
-    if engines is not None:
-        chosen["engines"] = engines
-    if data_dir:
-        chosen["data_dir"] = data_dir
-    settings = {"profile": profile, "parameters": chosen, "runs_dir": runs_dir, "reference": reference}
-    failed, report = execute(notebooks, **settings)
+    named = {"engines": engines, "data_dir": data_dir or None}
+    chosen = {**dict(parameters), **{name: value for name, value in named.items() if value is not None}}
+    failed, report = execute(notebooks, profile=profile, parameters=chosen, **settings)
     click.echo(f"Report: {report}")
     sys.exit(1 if failed else 0)
 
@@ -247,6 +245,8 @@ def train(config_file, resume):
 main.add_command(clean)
 main.add_command(real_model)
 
+
+main.add_command(compare)
 
 if __name__ == "__main__":
     main(prog_name="chexlib")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import faulthandler
-import json
 import logging
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,8 +15,10 @@ from pathlib import Path
 import psutil
 
 from chexlib.errors import ConfigError
+from chexlib.reference import keep_reference
 from chexlib.report import build_report
-from chexlib.runs import BATCH, ROOT, command, new_run, point_latest, show_log, write_json
+from chexlib.resuming import finished, run_folder
+from chexlib.runs import BATCH, ROOT, point_latest, show_log
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ def execute(
     parameters: dict | None = None,
     runs_dir: str = "",
     reference: bool = False,
+    resume: bool = False,
 ) -> tuple[list[str], Path]:
     """Run notebooks with a profile's parameters, and write the report.
 
@@ -43,6 +44,9 @@ def execute(
         Where the run folder is made; empty for `runs/` of the project.
     reference : bool
         Keep what each notebook found as the project's reference, `data/reference/<notebook>.json`.
+    resume : bool
+        Go on in the folder of the newest run that was asked for the same, with the notebooks that are not finished;
+        what they had trained is taken up. Without such a run, begin a new one.
 
     Returns
     -------
@@ -54,7 +58,8 @@ def execute(
     Raises
     ------
     ConfigError
-        An unknown notebook, profile or parameter; engines below 1; a run folder that cannot be written.
+        An unknown notebook, profile or parameter; engines below 1; a run folder that cannot be written, or that another
+        process works in.
     DataError
         The data folder cannot be used. All of these before anything is made.
     """
@@ -65,40 +70,49 @@ def execute(
     _refuse_what_cannot_work(settings)
     show_log()
 
+    asked = {"notebooks": [path.stem for path in paths], "profile": profile, "settings": settings}
+    failed = []
+    with run_folder(asked, runs_dir=runs_dir, resume=resume) as run:
+        log.info("Run folder: %s", run)
+        for path in paths:
+            own = {name: value for name, value in settings.items() if name in accepted[path]}
+            if finished(run / path.stem):
+                log.info("%s: done before", path.stem)
+            elif not _execute_one(path, run / path.stem, own):
+                failed.append(path.stem)
+            if reference and path.stem not in failed and finished(run / path.stem):
+                keep_reference(run / path.stem, profile, root=ROOT)
+        point_latest(run)
+        return failed, build_report(run)
+
+
+def _execute_one(path: Path, folder: Path, parameters: dict) -> bool:
+    """Whether the notebook came to its end; if not, the log and the notebook itself say why."""
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    run = new_run(runs_dir)
-    failed = []
-    log.info("Run folder: %s", run)
-    for path in paths:
-        folder = run / path.stem
-        folder.mkdir()
-        own = {name: value for name, value in settings.items() if name in accepted[path]}
-        log.info("%s ...", path.stem)
-        try:
-            with _headless():
-                papermill.execute_notebook(
-                    path,
-                    folder / "notebook.ipynb",
-                    parameters={**own, "run_dir": str(folder)},
-                    kernel_name="python3",
-                    cwd=ROOT,
-                    progress_bar=False,
-                    extra_arguments=["--log-level=CRITICAL"],  # the kernel's chatter; papermill raises errors
-                )
-        except PapermillExecutionError as error:
-            failed.append(path.stem)
-            log.error("%s failed with %s: %s", path.stem, error.ename, error.evalue)
-        except (DeadKernelError, CellTimeoutError) as error:  # killed, for want of memory perhaps: no cell says so
-            failed.append(path.stem)
-            log.error("%s failed: %s", path.stem, error)
-            _note_death(folder / "notebook.ipynb", path, error)
-        if reference and path.stem not in failed and (folder / "metrics.json").exists():
-            _keep_reference(folder, profile)
-    point_latest(run)
-    return failed, build_report(run)
+    folder.mkdir(exist_ok=True)
+    log.info("%s ...", path.stem)
+    try:
+        with _headless():
+            papermill.execute_notebook(
+                path,
+                folder / "notebook.ipynb",
+                parameters={**parameters, "run_dir": str(folder)},
+                kernel_name="python3",
+                cwd=ROOT,
+                progress_bar=False,
+                extra_arguments=["--log-level=CRITICAL"],  # the kernel's chatter; papermill raises errors
+            )
+    except PapermillExecutionError as error:
+        log.error("%s failed with %s: %s", path.stem, error.ename, error.evalue)
+        return False
+    except (DeadKernelError, CellTimeoutError) as error:  # killed, for want of memory perhaps: no cell says so
+        log.error("%s failed: %s", path.stem, error)
+        _note_death(folder / "notebook.ipynb", path, error)
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -182,17 +196,6 @@ def _note_death(made: Path, source: Path, error: Exception) -> None:
     cell.outputs = [nbformat.v4.new_output("error", ename=type(error).__name__, evalue=str(error), traceback=[])]
     notebook.cells.append(cell)
     nbformat.write(notebook, made)
-
-
-def _keep_reference(folder: Path, profile: str) -> None:
-    """One file with what a notebook found and how (metrics, parameters, environment, profile), and its main figure."""
-    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("metrics", "params", "environment")}
-    found["environment"]["command"] = command()  # not the kernel's, which says nothing
-    target = ROOT / "data" / "reference" / f"{folder.name}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_json(target, {"notebook": folder.name, "profile": profile, **found})
-    if (figure := folder / "figures" / "auroc.png").exists():
-        shutil.copyfile(figure, target.with_suffix(".png"))
 
 
 def _typed(name: str, value, kind: str):

@@ -63,6 +63,7 @@ class Run:
     parameters: dict
     began: float
     named: bool = False  # the folder was given: what lies around it is not ours
+    interrupted: bool = False  # it began here before, with the same parameters, and did not finish: trainings go on
 
     def save_figure(self, figure, name: str, *, caption: str) -> None:
         """Write a matplotlib figure to `figures/<name>.png`, with the caption inside for the report."""
@@ -104,11 +105,19 @@ def start(notebook: str, *, run_dir: str = "", parameters: dict | None = None) -
     path = Path(run_dir).absolute() if run_dir else new_run() / notebook
     try:
         path.mkdir(parents=True, exist_ok=True)
+        interrupted = _began_before(path, parameters or {})
         write_json(path / "params.json", parameters or {})
         write_json(path / "environment.json", environment())
     except OSError as error:
         raise _unwritable(path, error) from error
-    return Run(notebook, path, dict(parameters or {}), time.time(), bool(run_dir))
+    return Run(notebook, path, dict(parameters or {}), time.time(), bool(run_dir), interrupted)
+
+
+def _began_before(path: Path, parameters: dict) -> bool:
+    file = path / "params.json"
+    if (path / "metrics.json").exists() or not file.exists():
+        return False
+    return json.loads(file.read_text()) == json.loads(json.dumps(plain(parameters)))
 
 
 def data_folder(data_dir: str = "", *, images: int, difficulty: str, seed: int) -> Path:

@@ -49,15 +49,19 @@ FIND = """((selector, text) => {
 })"""
 
 
-class Lab(contextlib.ExitStack):
-    """`with Lab("demo.ipynb", root_dir="notebooks") as lab:` has the notebook open, with an idle kernel."""
-
-    def __init__(self, notebook: str, root_dir: str | Path = ".", settings: dict[str, dict] | None = None) -> None:
-        super().__init__()
-        self.notebook, self.root_dir, self.settings = notebook, Path(root_dir).resolve(), SETTINGS | (settings or {})
+class Browser(contextlib.ExitStack):
+    """`with Browser() as browser:` has an empty page open."""
 
     def __enter__(self) -> Self:
         try:
+            self.home = Path(self.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+            self._runner, self._numbers = self.enter_context(asyncio.Runner()), itertools.count()
+            profile = self.home / "profile"
+            self._start(["chromium", *CHROMIUM.split(), f"--user-data-dir={profile}"], TMPDIR=str(self.home))
+            debug = self._poll(lambda: (profile / "DevToolsActivePort").read_text().split()[0], "chromium", 60)
+            pages = json.load(urlopen(f"http://127.0.0.1:{debug}/json/list", timeout=10))
+            address = next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
+            self._socket = self._wait(lambda: websocket_connect(address, max_message_size=2**28))
             self._open()
         except BaseException:
             self.close()
@@ -65,25 +69,15 @@ class Lab(contextlib.ExitStack):
         return self
 
     def _open(self) -> None:
-        self.home = Path(self.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
-        self._runner, self._numbers = self.enter_context(asyncio.Runner()), itertools.count()
-        for plugin, values in self.settings.items():
-            path = self.home / "config/lab/user-settings" / f"{plugin.replace(':', '/')}.jupyterlab-settings"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(values))
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port, token = free.getsockname()[1], secrets.token_hex(16)
-        profile, site = self.home / "profile", f"http://127.0.0.1:{port}"
-        options = [*LAB.split(), f"--port={port}", f"--ServerApp.root_dir={self.root_dir}"]
-        self._start([sys.executable, "-m", "jupyterlab", *options], JUPYTER_TOKEN=token)
-        self._start(["chromium", *CHROMIUM.split(), f"--user-data-dir={profile}"], TMPDIR=str(self.home))
-        self._poll(lambda: urlopen(f"{site}/api?token={token}", timeout=5).status == 200, "the server", 60)
-        debug = self._poll(lambda: (profile / "DevToolsActivePort").read_text().split()[0], "chromium", 60)
-        pages = json.load(urlopen(f"http://127.0.0.1:{debug}/json/list", timeout=10))
-        address = next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
-        self._socket = self._wait(lambda: websocket_connect(address, max_message_size=2**28))
-        self.call("Page.navigate", url=f"{site}/lab/tree/{quote(self.notebook)}?token={token}&reset")
-        self.wait_for(READY, 120)
+        pass
+
+    def show(self, path: str | Path, *, width: int, height: int = 900) -> None:
+        """Open a file in a window of this size in CSS pixels."""
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.call("Emulation.setDeviceMetricsOverride", **screen)
+        address = Path(path).resolve().as_uri()
+        self.call("Page.navigate", url=address)
+        self.wait_for(f"location.href === {json.dumps(address)} && document.readyState === 'complete'", 60)
 
     def _start(self, command: list[str], **variables: str) -> None:
         """Start a process, in a group of its own, that reads none of the user's settings."""
@@ -143,11 +137,6 @@ class Lab(contextlib.ExitStack):
         """Wait until a JavaScript expression is true."""
         self._poll(lambda: self.evaluate(f"!!({condition})"), condition, timeout)
 
-    def run_all(self) -> None:
-        """Run > Run All Cells; returns at once, and `wait_for(RAN)` sees them through."""
-        run = "jupyterapp.commands.execute('notebook:run-all-cells')"
-        self.evaluate(f"{RAN} = false; {run}.finally(() => {{ {RAN} = true }}); 0")
-
     def scroll_to(self, selector: str = "body *", text: str = "") -> tuple[float, float]:
         """Scroll an element to the middle; returns its centre in the window."""
         search = f"{FIND}({json.dumps(selector)}, {json.dumps(text)})"
@@ -163,3 +152,30 @@ class Lab(contextlib.ExitStack):
     def screenshot(self, path: str | Path) -> None:
         """Write what the window shows as a PNG file."""
         Path(path).write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+
+
+class Lab(Browser):
+    """`with Lab("demo.ipynb", root_dir="notebooks") as lab:` has the notebook open, with an idle kernel."""
+
+    def __init__(self, notebook: str, root_dir: str | Path = ".", settings: dict[str, dict] | None = None) -> None:
+        super().__init__()
+        self.notebook, self.root_dir, self.settings = notebook, Path(root_dir).resolve(), SETTINGS | (settings or {})
+
+    def _open(self) -> None:
+        for plugin, values in self.settings.items():
+            path = self.home / "config/lab/user-settings" / f"{plugin.replace(':', '/')}.jupyterlab-settings"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(values))
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port, token = free.getsockname()[1], secrets.token_hex(16)
+        site = f"http://127.0.0.1:{port}"
+        options = [*LAB.split(), f"--port={port}", f"--ServerApp.root_dir={self.root_dir}"]
+        self._start([sys.executable, "-m", "jupyterlab", *options], JUPYTER_TOKEN=token)
+        self._poll(lambda: urlopen(f"{site}/api?token={token}", timeout=5).status == 200, "the server", 60)
+        self.call("Page.navigate", url=f"{site}/lab/tree/{quote(self.notebook)}?token={token}&reset")
+        self.wait_for(READY, 120)
+
+    def run_all(self) -> None:
+        """Run > Run All Cells; returns at once, and `wait_for(RAN)` sees them through."""
+        run = "jupyterapp.commands.execute('notebook:run-all-cells')"
+        self.evaluate(f"{RAN} = false; {run}.finally(() => {{ {RAN} = true }}); 0")

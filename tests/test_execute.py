@@ -107,7 +107,7 @@ def test_a_failing_notebook_is_told_and_the_others_are_executed(executed):
 def test_every_notebook_has_its_folder_in_the_newest_run(executed):
     assert latest_run(executed.root / "runs") == executed.run
     made = {path.name for path in executed.run.iterdir()}
-    assert made == {"00_good", "01_bad", "02_last", "index.html"}
+    assert made == {"00_good", "01_bad", "02_last", "index.html", "run.json"}
     good = {path.name for path in (executed.run / "00_good").iterdir()}
     needed = {"notebook.ipynb", "notebook.html", "params.json", "metrics.json", "environment.json", "figures"}
     assert needed <= good

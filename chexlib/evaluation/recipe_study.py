@@ -13,6 +13,7 @@ from scipy import stats
 from chexlib.errors import ConfigError, DivergedError
 from chexlib.evaluation.batch_norm import judge_scores
 from chexlib.evaluation.ensembles import choose, diversity, gain, mean_auroc, save_ensemble, stack
+from chexlib.evaluation.norm_verdict import over_seeds
 from chexlib.findings import FINDINGS
 from chexlib.models.combine import combine
 from chexlib.training.checkpoints import checkpoint_files
@@ -164,6 +165,27 @@ def ladder_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
         half = stats.t.ppf((1 + level) / 2, np.maximum(n - 1, 1)) * gains.std() / np.sqrt(n)
     columns = {"auroc": table.mean(), "gain": gains.mean(), "low": gains.mean() - half, "high": gains.mean() + half}
     return pd.DataFrame({**columns, "seeds": table.notna().sum()})
+
+
+def batch_losses(rows: pd.DataFrame, *, images: int) -> pd.DataFrame:
+    """What each global batch loses against the smallest, in % of its mean test AUROC, paired by seed.
+
+    Parameters
+    ----------
+    rows : of `measure_recipe`
+    images : training images, for the updates an epoch
+
+    Returns
+    -------
+    DataFrame
+        A row a rung and batch above the smallest: rung, batch, updates (an epoch), loss, low, high, seeds.
+    """
+    table = rows.pivot_table(index=["rung", "seed"], columns="batch", values="auroc")
+    losses = 100 * (1 - table.drop(columns=table.columns[0]).div(table.iloc[:, 0], axis=0))
+    long = losses.melt(ignore_index=False, var_name="batch", value_name="loss").reset_index()
+    found = over_seeds(long, ["rung", "batch"], ["loss"]).drop(columns="value").rename(columns={"mean": "loss"})
+    found.insert(2, "updates", -(-images // found["batch"].astype(int)))
+    return found
 
 
 def collapse_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:

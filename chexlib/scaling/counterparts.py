@@ -1,0 +1,214 @@
+"""What of a run answers a published figure: from a notebook's `metrics.json`, converted to the figure's unit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from chexlib.evaluation.norm_verdict import over_seeds
+from chexlib.scaling.published import BATCHES, COLLAPSES, IMAGENET, LADDER, LARGE_BATCHES, Claim
+
+RELEASE = 112_120  # images of the NIH release
+TOP_1 = "top-1 of 1,000 classes of photographs there, mean AUROC of 14 findings here"
+SHOWN = ("topology", "topologies", "size", "epochs", "seeds", "engines")  # of a notebook's parameters
+RUNGS = {"the study": "+ collapse", "Facebook": "+ warm-up"}  # whose batches are answered by which rung of our ladder
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one notebook found, and how."""
+
+    notebook: str
+    metrics: Mapping
+    params: Mapping = field(default_factory=dict)
+    environment: Mapping = field(default_factory=dict)
+    origin: str = "this run"
+
+    @property
+    def scale(self) -> str:
+        """At which scale: the data, and those of `SHOWN` that the notebook has."""
+        words = [str(self.metrics["data"])] if "data" in self.metrics else []
+        own = {name: self.params[name] for name in SHOWN if name in self.params}
+        lists = {name: " ".join(map(str, value)) for name, value in own.items() if isinstance(value, list)}
+        return ", ".join(words + [f"{name} {value}" for name, value in {**own, **lists}.items()])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure of ours, to be set beside a published one that comes to `published` in the same unit."""
+
+    value: float
+    unit: str
+    published: float | None = None
+    low: float | None = None  # of the 95 % interval
+    high: float | None = None
+    rule: str = "equal"  # or "side of 0", "<", ">": see `ledger`
+    tolerance: float | None = None  # of a figure without chance in it: half a unit of the last digit printed
+    differs: str = ""  # why the two cannot be compared
+
+
+def _between(row: Mapping, name: str, times: float = 1.0) -> dict:
+    """Value and interval of an estimate in `metrics.json`."""
+    ends = {end: None if row[end] is None else times * row[end] for end in ("low", "high")}
+    return {"value": math.nan if row[name] is None else times * row[name], **ends}
+
+
+def _auroc(claim: Claim, found: Found, times: float = 1.0) -> Measured | str:
+    finding = claim.key.split("/")[-1].capitalize() if times > 1 else claim.key.split("/")[-1]
+    row = found.metrics["auroc"][finding]
+    if row["auroc"] is None:
+        return "the test part has images of one class only"
+    own = _between(row, "auroc", times)
+    return Measured(**own, unit=claim.unit, published=claim.value, differs=_other_images(claim, found.metrics))
+
+
+def _other_images(claim: Claim, metrics: Mapping) -> str:
+    images, ours = sum(metrics["split"]["images"].values()), metrics["split"]["name"]
+    if "synthetic" in metrics["data"]:
+        return "our images are synthetic"
+    if claim.setting.startswith("leaks") or "not printed" in claim.setting:
+        return "its split leaks patients" if claim.setting.startswith("leaks") else "its split is not printed"
+    if images < 0.99 * RELEASE:
+        return f"{images:,} of the release's {RELEASE:,} images"
+    if claim.setting.startswith("official") != (ours == "official"):
+        return f"another split: ours is {ours}"
+    return ""
+
+
+def _percent_auroc(claim: Claim, found: Found) -> Measured | str:
+    return _auroc(claim, found, 100.0)
+
+
+def _speed(claim: Claim, found: Found) -> Measured:
+    machine = found.environment.get("processor") or "another processor"
+    differs = f"{found.params['size']} px on {machine}, {found.environment.get('cores')} cores"
+    return Measured(found.metrics["images_per_second"], claim.unit, claim.value, differs=differs)
+
+
+def _epoch(claim: Claim, found: Found) -> Measured:
+    """Hours for the release's training part (70 %) at the speed of `_speed`."""
+    speed = _speed(claim, found)
+    return Measured(0.7 * RELEASE / speed.value / 3600, claim.unit, claim.value, differs=speed.differs)
+
+
+def _leak(claim: Claim, found: Found) -> Measured:
+    share = found.metrics["test_images_seen_in_training"]["image"]
+    return Measured(100 * share, claim.unit, claim.value, differs="our split by image, of our images")
+
+
+def _layers(claim: Claim, found: Found) -> Measured:
+    count = found.metrics["counts"][claim.key.split("/")[-1]]
+    return Measured(count, claim.unit, claim.value, tolerance=0)
+
+
+def _rung(claim: Claim, found: Found) -> Measured | str:
+    rungs, name = found.metrics["ladder"], claim.key.split("/")[-1]
+    climbed = rungs[max(rungs, key=int)]
+    trained = [rung for rung in LADDER if rung in climbed]
+    if name not in trained:
+        return "this rung was not trained"
+    place = trained.index(name)
+    if not place:
+        return Measured(100 * climbed[name]["auroc"], "% AUROC", claim.value, differs=TOP_1)
+    gained = LADDER[name] - LADDER[trained[place - 1]]
+    return Measured(**_between(climbed[name], "gain", 100), unit="% AUROC", published=gained, rule="side of 0")
+
+
+def _ensemble(claim: Claim, found: Found) -> Measured:
+    """The gain over the best member, its interval over seeds; of one seed that over patients."""
+    seeds = pd.DataFrame(found.metrics["ensemble"].values())
+    row = {"gain": seeds["gain"][0], "low": seeds["gain_low"][0], "high": seeds["gain_high"][0]}
+    if len(seeds) > 1:
+        row = over_seeds(seeds.assign(all=0), ["all"], ["gain"]).rename(columns={"mean": "gain"}).iloc[0]
+    gained = claim.value - LADDER["+ collapse"]
+    return Measured(**_between(row, "gain", 100), unit="% AUROC", published=gained, rule="side of 0")
+
+
+def _collapse(claim: Claim, found: Found) -> Measured:
+    """From the epoch that is as far into our training as the point is into theirs."""
+    point, when = int(claim.key.split("/")[2]), claim.key.split("/")[3]
+    epochs = sorted(found.metrics["collapse"], key=int)
+    row = found.metrics["collapse"][epochs[math.ceil(point / len(COLLAPSES) * len(epochs)) - 1]]
+    if when == "before":
+        return Measured(100 * row["before"], "% AUROC", claim.value, differs=TOP_1)
+    before, after = COLLAPSES[point - 1]
+    return Measured(**_between(row, "gain", 100), unit="% AUROC", published=after - before, rule="side of 0")
+
+
+def _losses(found: Found, rung: str) -> list[dict]:
+    """What each batch above the smallest loses, in % of the smallest's AUROC, the smallest batch first."""
+    return [row for row in found.metrics["losses"] if row["rung"] == rung]
+
+
+def _at_updates(rows: list[dict], updates: float) -> dict | str:
+    """The row with about as many updates an epoch: at most twice or half as many."""
+    near = [row for row in rows if 0.5 <= row["updates"] / updates <= 2]
+    if not near:
+        return f"no batch of ours has about {updates:.0f} updates an epoch"
+    return min(near, key=lambda row: abs(math.log(row["updates"] / updates)))
+
+
+def _large_batch(claim: Claim, found: Found) -> Measured | str:
+    _, source, size = claim.key.split("/")
+    if size == "8K":
+        best = found.metrics["auroc_by_batch"]
+        smallest = best[min(best, key=int)].get(RUNGS[source])
+        if smallest is None:
+            return "this rung was not trained"
+        return Measured(100 * smallest, "% AUROC", claim.value, differs=TOP_1)
+    row = _at_updates(_losses(found, RUNGS[source]), IMAGENET / BATCHES[size])
+    if isinstance(row, str):
+        return row
+    lost = 100 * (1 - claim.value / LARGE_BATCHES[source][0])
+    return Measured(**_between(row, "loss"), unit="% lost", published=lost, rule="side of 0")
+
+
+def _rule_loss(claim: Claim, found: Found) -> Measured | str:
+    row = _at_updates(_losses(found, RUNGS["the study"]), 40)
+    if isinstance(row, str):
+        return row
+    return Measured(**_between(row, "loss"), unit="% lost", published=claim.value, rule="<")
+
+
+def _rule_reach(claim: Claim, found: Found) -> Measured | str:
+    """The largest batch, or the fewest updates an epoch, that loses less than 2 % with its whole interval."""
+    kept = [row for row in _losses(found, RUNGS["the study"]) if row["high"] is not None and row["high"] < 2]
+    if not kept:
+        return "no batch of ours is known to lose less than 2 %"
+    if claim.key.endswith("updates"):
+        return Measured(min(row["updates"] for row in kept), claim.unit, claim.value, rule="<", tolerance=0)
+    differs = "fewer images: what makes a batch large is how few updates are left"
+    return Measured(max(row["batch"] for row in kept), claim.unit, claim.value, differs=differs)
+
+
+COUNTERPARTS: dict[str, tuple[str, Callable[[Claim, Found], Measured | str]]] = {
+    "auroc/": ("03", _auroc),
+    "leaking split/": ("02", _leak),
+    "large batches/the study/": ("06", _large_batch),
+    "large batches/Facebook/": ("06", _large_batch),
+    "ladder/+ collapsed ensembles": ("06", _ensemble),
+    "ladder/": ("06", _rung),
+    "collapse/top-1/": ("06", _collapse),
+    "baseline/speed": ("03", _speed),
+    "baseline/epoch": ("03", _epoch),
+    "baseline/": ("03", _percent_auroc),
+    "rules/scratch/loss": ("06", _rule_loss),
+    "rules/scratch/": ("06", _rule_reach),
+    "batch norm/": ("05", _layers),
+}
+NO_COUNTERPART = {  # looked at first
+    "collapse/top-1/7": "what it was before is not printed",
+    "collapse/top-5/": "an image has any number of 14 findings: there is no top-5",
+    "large batches/IBM": "their recipe is not published with the figure",
+    "large batches/You et al.": "their recipe, LARS without collapse, is no rung of our ladder",
+    "large batches/iterations": "until convergence on ImageNet, which is not trained here",
+    "scale/": "wait",
+    "hardware/": "wait",
+    "densenet/": "wait",
+    "fine-tuning/": "wait",
+    "rules/fine-tuning/": "wait",
+    "settings/": "a setting, not a result",
+}

@@ -1,0 +1,118 @@
+"""The ledger: every published figure beside what a run found, with a verdict by one rule. No figure of ours is typed.
+
+Published figures are in `published`, what of a run answers them in `counterparts`. A verdict is the first that applies:
+
+- *not measured*: the notebook that measures it has no results, neither in this run nor among the reference results;
+- *not comparable*: it cannot be measured here, or it was measured under other conditions. The reason is given;
+- *reproduced* or *not reproduced*, for a figure: the published one lies in our 95 % interval (a count or a formula: it
+  is equal, as far as digits are printed), or does not; for a bound ("less than 2 %"): our whole interval keeps it;
+  for a gain that was published in another measure, such as top-1 on ImageNet: our whole interval is on its side of 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from chexlib.runs import ROOT
+from chexlib.scaling.counterparts import COUNTERPARTS, NO_COUNTERPART, Found, Measured
+from chexlib.scaling.published import Claim, claims
+
+REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
+NOT_COMPARABLE, NOT_MEASURED = "not comparable", "not measured"
+VERDICTS = (REPRODUCED, NOT_REPRODUCED, NOT_COMPARABLE, NOT_MEASURED)
+COLUMNS = ["topic", "claim", "bound", "published", "unit", "setting", "source", "notebook", "origin", "scale",
+           "ours", "low", "high", "our unit", "compared with", "verdict", "why"]  # fmt: skip
+
+
+def build_ledger(run: str | Path, *, reference: str | Path = "") -> pd.DataFrame:
+    """Set every published figure beside what a run found; where it found nothing, beside the reference results.
+
+    Parameters
+    ----------
+    run : folder of a run, with one folder a notebook
+    reference : folder of the reference results; empty for `data/reference` of the project
+
+    Returns
+    -------
+    DataFrame
+        A row a figure, index its key. Columns `COLUMNS`: published in `unit`; ours with its 95 % interval (NaN where
+        there is none) in `our unit`, in which the published figure comes to `compared with`; origin: "this run",
+        "reference results" or ""; verdict: one of `VERDICTS`; why.
+    """
+    return ledger(find_results(run, reference=reference))
+
+
+def find_results(run: str | Path, *, reference: str | Path = "") -> dict[str, Found]:
+    """What each notebook found, by its number: in this run, or else when the reference results were made."""
+    found = {}
+    for file in sorted(Path(reference or ROOT / "data" / "reference").glob("[0-9]*.json")):
+        kept = json.loads(file.read_text())
+        parts = (kept["metrics"], kept["params"], kept["environment"])
+        found[file.stem[:2]] = Found(file.stem, *parts, origin="reference results")
+    for file in sorted(Path(run).glob("[0-9]*/metrics.json")):
+        parts = (json.loads((file.parent / f"{name}.json").read_text()) for name in ("metrics", "params"))
+        environment = file.parent / "environment.json"
+        about = json.loads(environment.read_text()) if environment.exists() else {}
+        found[file.parent.name[:2]] = Found(file.parent.name, *parts, about, origin="this run")
+    return found
+
+
+def ledger(found: Mapping[str, Found]) -> pd.DataFrame:
+    """`build_ledger` of results in hand, by the number of the notebook."""
+    rows = {claim.key: _row(claim, found) for claim in claims()}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=COLUMNS)
+
+
+def count_verdicts(table: pd.DataFrame) -> pd.DataFrame:
+    """How many figures of each topic have which verdict, and how many of them are measured here at all."""
+    counts = pd.crosstab(table["topic"], table["verdict"]).reindex(columns=list(VERDICTS), fill_value=0)
+    counts = counts.loc[list(dict.fromkeys(table["topic"]))]
+    counts["measured here"] = table["ours"].notna().groupby(table["topic"]).sum()
+    counts.loc["all"] = counts.sum()
+    return counts.rename_axis(columns=None)
+
+
+def verdict(ours: Measured) -> tuple[str, str]:
+    """The verdict on a figure that was measured, and why, by the rule at the head of this file."""
+    if ours.differs:
+        return NOT_COMPARABLE, ours.differs
+    if ours.tolerance is None and ours.low is None:
+        return NOT_COMPARABLE, "one training, so that there is no interval"
+    low, high = (ours.value, ours.value) if ours.low is None else (ours.low, ours.high)
+    if ours.rule == "equal":
+        slack = ours.tolerance or 0
+        holds, rule = low - slack <= ours.published <= high + slack, "is it within our interval"
+        rule = "is it equal, to the digits printed" if ours.low is None else rule
+    elif ours.rule == "side of 0":
+        holds, rule = (low > 0) if ours.published > 0 else (high < 0), "is our interval on its side of 0"
+    else:
+        holds = high < ours.published if ours.rule == "<" else low > ours.published
+        rule = f"is our interval {'below' if ours.rule == '<' else 'above'} it"
+    return (REPRODUCED, f"{rule}: yes") if holds else (NOT_REPRODUCED, f"{rule}: no")
+
+
+def _row(claim: Claim, found: Mapping[str, Found]) -> list:
+    head = [claim.topic, claim.what, claim.bound, claim.value, claim.unit, claim.setting, claim.source]
+    reason = next((why for prefix, why in NO_COUNTERPART.items() if claim.key.startswith(prefix)), None)
+    if reason:
+        return [*head, "", "", "", None, None, None, "", None, NOT_COMPARABLE, reason]
+    number, find = next((own for prefix, own in COUNTERPARTS.items() if claim.key.startswith(prefix)))
+    if number not in found:
+        why = f"notebook {number} has no results in this run or among the reference results"
+        return [*head, number, "", "", None, None, None, "", None, NOT_MEASURED, why]
+    own = found[number]
+    try:
+        ours = find(claim, own)
+    except (KeyError, TypeError) as error:  # written by another version of the notebook
+        ours = f"its metrics.json lacks what is needed ({error!r})"
+    where = [own.notebook, own.origin, own.scale]
+    if isinstance(ours, str) or not math.isfinite(ours.value):
+        why = ours if isinstance(ours, str) else "undefined"
+        return [*head, *where, None, None, None, "", None, NOT_MEASURED, why]
+    numbers = [ours.value, ours.low, ours.high, ours.unit, ours.published]
+    return [*head, *where, *numbers, *verdict(ours)]

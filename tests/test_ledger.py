@@ -1,0 +1,247 @@
+"""The ledger has every published figure once, and beside it what a run found: never a figure of ours that was typed."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from chexlib.findings import FINDINGS
+from chexlib.runs import ROOT, write_json
+from chexlib.scaling.counterparts import COUNTERPARTS, NO_COUNTERPART, Found, Measured
+from chexlib.scaling.ledger import VERDICTS, build_ledger, count_verdicts, ledger, verdict
+from chexlib.scaling.published import COLLAPSES, LADDER, claims, published_auroc
+
+PUBLISHED = next(
+    (d / "shared" / "published.md" for d in ROOT.parents if (d / "shared" / "published.md").exists()), None
+)
+RUNGS = [rung for rung in LADDER if rung != "+ collapsed ensembles"]
+
+
+def estimate(rng, name, **more):
+    value = rng.uniform(0.3, 0.9)
+    return {name: value, "low": value - rng.uniform(0.01, 0.2), "high": value + rng.uniform(0.01, 0.2), **more}
+
+
+def results(seed, **changes):
+    """Results of all notebooks in the form of their `metrics.json`, every figure in them drawn at random."""
+    rng = np.random.default_rng(seed)
+    images = {"train": 78468, "validation": 11219, "test": 22433}
+    baseline = {
+        "data": "nih",
+        "split": {"name": "official", "images": images},
+        "auroc": {name: estimate(rng, "auroc", positives=40) for name in (*FINDINGS, "mean")},
+        "images_per_second": rng.uniform(5, 50),
+        **changes,
+    }
+    batches = ("16", "128", "1024")
+    recipes = {
+        "ladder": {b: {rung: {**estimate(rng, "gain"), "auroc": rng.uniform()} for rung in RUNGS} for b in batches},
+        "auroc_by_batch": {b: dict(zip(RUNGS, rng.uniform(size=len(RUNGS)), strict=True)) for b in batches},
+        "losses": [
+            estimate(rng, "loss", rung=rung, batch=batch, updates=updates)
+            for rung in RUNGS
+            for batch, updates in (
+                (int(rng.integers(50, 60)), 80 - 2 * seed),
+                (128 + seed, 38 + seed),
+                (1024 + seed, 19 + seed),
+            )
+        ],
+        "collapse": {str(e): {**estimate(rng, "gain"), "before": rng.uniform()} for e in range(1, 7)},
+        "ensemble": {
+            str(s): {"gain": rng.normal(), "gain_low": rng.normal(-4), "gain_high": rng.normal(4)} for s in range(3)
+        },
+    }
+    found = {
+        "02": {"test_images_seen_in_training": {"image": rng.uniform()}},
+        "03": baseline,
+        "05": {"counts": {n: int(rng.integers(2, 10**6)) for n in ("densenet121", "resnet50", "vgg16")}},
+        "06": recipes,
+    }
+    return {number: Found(number, metrics, {"size": 64}) for number, metrics in found.items()}
+
+
+def test_no_figure_of_ours_is_typed():
+    """Without results there is none; and when all that the notebooks saved is another number, so is every figure."""
+    assert ledger({})[["ours", "low", "high"]].isna().all(axis=None)
+    one, other = ledger(results(1)), ledger(results(2))
+    measured = one["ours"].notna()
+    assert measured.sum() >= 25 and set(one.index[measured]) == set(other.index[other["ours"].notna()])
+    for column in ("ours", "low", "high"):
+        given = one[column].notna()
+        assert (one.loc[given, column] != other.loc[given, column]).all(), column
+    fixed = ["published", "unit", "setting", "source", "compared with", "our unit"]
+    pd.testing.assert_frame_equal(one[fixed], other[fixed])
+
+
+def test_every_figure_with_a_counterpart_is_measured_when_its_notebook_has_results():
+    table = ledger(results(1))
+    assert table.index[(table["verdict"] == "not measured")].tolist() == []
+    assert set(table.loc[table["notebook"] != "", "notebook"]) == {number for number, _ in COUNTERPARTS.values()}
+
+
+def test_figures_are_those_of_the_metrics_in_the_unit_of_the_ledger():
+    found = results(3)
+    table, recipes = ledger(found), found["06"].metrics
+    row = found["03"].metrics["auroc"]["Mass"]
+    assert tuple(table.loc["auroc/jrzech/Mass", ["ours", "low", "high"]]) == (row["auroc"], row["low"], row["high"])
+    row = found["03"].metrics["auroc"]["Emphysema"]
+    assert table.loc["baseline/emphysema", "low"] == pytest.approx(100 * row["low"])
+    row = recipes["ladder"]["1024"]["+ collapse"]  # the largest batch is that of the study's question
+    assert tuple(table.loc["ladder/+ collapse", ["ours", "high"]]) == pytest.approx(
+        (100 * row["gain"], 100 * row["high"])
+    )
+    assert table.loc["ladder/+ collapse", "compared with"] == pytest.approx(76.6 - 76.2)
+    gains = 100 * np.array([row["gain"] for row in recipes["ensemble"].values()])
+    interval = stats.ttest_1samp(gains, 0).confidence_interval()
+    told = table.loc["ladder/+ collapsed ensembles", ["ours", "low", "high"]]
+    assert tuple(told) == pytest.approx((gains.mean(), *interval))
+    assert table.loc["collapse/top-1/2/after", "ours"] == 100 * recipes["collapse"]["2"]["gain"]
+    at_64k = next(r for r in recipes["losses"] if r["rung"] == "+ warm-up" and r["updates"] == 22)
+    assert table.loc["large batches/Facebook/64K", "ours"] == at_64k["loss"]  # 1,281,167 / 65,536 is 20 updates
+    assert table.loc["large batches/Facebook/64K", "compared with"] == pytest.approx(100 * (76.2 - 66) / 76.2)
+
+
+def test_points_of_a_shorter_training_answer_those_as_far_into_the_studys():
+    found = results(1)
+    two = {"1": found["06"].metrics["collapse"]["1"], "2": found["06"].metrics["collapse"]["2"]}
+    table = ledger({"06": Found("06", {**found["06"].metrics, "collapse": two})})
+    told = [table.loc[f"collapse/top-1/{point}/before", "ours"] for point in range(1, len(COLLAPSES) + 1)]
+    assert told == [100 * two["1"]["before"]] * 3 + [100 * two["2"]["before"]] * 3
+
+
+@pytest.mark.parametrize(
+    ("ours", "says"),
+    [
+        (Measured(0.8, "", 0.81, 0.75, 0.82), "reproduced"),
+        (Measured(0.8, "", 0.83, 0.75, 0.82), "not reproduced"),
+        (Measured(0.8, "", 0.81), "not comparable"),  # no interval
+        (Measured(0.8, "", 0.81, 0.75, 0.82, differs="other images"), "not comparable"),
+        (Measured(121, "", 121, tolerance=0), "reproduced"),
+        (Measured(120, "", 121, tolerance=0), "not reproduced"),
+        (Measured(12.364, "", 12.36, tolerance=0.005), "reproduced"),
+        (Measured(12.366, "", 12.36, tolerance=0.005), "not reproduced"),
+        (Measured(1.0, "", 2.3, 0.1, 1.9, rule="side of 0"), "reproduced"),
+        (Measured(1.0, "", 2.3, -0.1, 2.1, rule="side of 0"), "not reproduced"),
+        (Measured(1.0, "", -2.3, 0.1, 1.9, rule="side of 0"), "not reproduced"),
+        (Measured(-1.0, "", -2.3, -1.5, -0.5, rule="side of 0"), "reproduced"),
+        (Measured(1.0, "", 2, 0.1, 1.9, rule="<"), "reproduced"),
+        (Measured(1.0, "", 2, 0.1, 2.1, rule="<"), "not reproduced"),
+        (Measured(88.0, "", 85, 86, 90, rule=">"), "reproduced"),
+        (Measured(88.0, "", 85, 84, 90, rule=">"), "not reproduced"),
+    ],
+)
+def test_the_verdict_follows_the_rule(ours, says):
+    word, why = verdict(ours)
+    assert word == says and word in VERDICTS and why
+
+
+@pytest.mark.parametrize(
+    ("changes", "source", "why"),
+    [
+        ({"data": "phantom of 100 (synthetic)"}, "Wang 2017", "synthetic"),
+        ({"split": {"name": "patient", "images": {"train": 112120}}}, "Wang 2017", "another split"),
+        ({"split": {"name": "patient", "images": {"train": 112120}}}, "CheXNet", "interval"),
+        ({"split": {"name": "official", "images": {"train": 999, "test": 100}}}, "Wang 2017", "1,099 of the release"),
+        ({}, "Wang 2017", "interval"),
+        ({}, "Dell DenseNet", "leaks"),
+    ],
+)
+def test_an_auroc_is_compared_on_the_release_and_a_split_of_its_kind_alone(changes, source, why):
+    table = ledger(results(1, **changes))
+    own = table.loc[f"auroc/{source}/Mass"]
+    assert why in own["why"]
+    assert (own["verdict"] == "not comparable") == (why != "interval")
+
+
+def test_what_this_run_has_comes_before_reference_results_which_are_named(tmp_path):
+    kept = {name: results(seed)["03"] for name, seed in (("run", 1), ("reference", 2))}
+    names = ("metrics", "params", "environment")
+    for file in (tmp_path / "reference" / "03_train.json", tmp_path / "reference" / "06_recipes.json"):
+        file.parent.mkdir(exist_ok=True)
+        own = kept["reference"] if file.stem == "03_train" else results(2)["06"]
+        write_json(file, {name: getattr(own, name) for name in names})
+    run = tmp_path / "run" / "03_train"
+    run.mkdir(parents=True)
+    alone = build_ledger(tmp_path / "run", reference=tmp_path / "reference")
+    assert set(alone.loc[alone["ours"].notna(), "origin"]) == {"reference results"}
+    for name in names:
+        write_json(run / f"{name}.json", getattr(kept["run"], name))
+    both = build_ledger(tmp_path / "run", reference=tmp_path / "reference")
+    assert both.loc["auroc/CheXNet/Mass", "ours"] == kept["run"].metrics["auroc"]["Mass"]["auroc"]
+    assert both.loc["auroc/CheXNet/Mass", "origin"] == "this run"
+    assert both.loc["ladder/+ warm-up", "origin"] == "reference results"
+    assert both.loc["batch norm/vgg16", "verdict"] == "not measured" and np.isnan(both.loc["batch norm/vgg16", "ours"])
+
+
+def test_results_of_another_version_of_a_notebook_are_not_measured_and_say_what_they_lack():
+    table = ledger({"06": Found("06", {"collapse": results(1)["06"].metrics["collapse"]})})
+    assert "'ladder'" in table.loc["ladder/+ warm-up", "why"]
+    assert table.loc["ladder/+ warm-up", "verdict"] == "not measured"
+    assert table.loc["collapse/top-1/1/before", "ours"] > 0
+
+
+class Asked(dict):
+    """Metrics that are empty, and keep what they were asked for."""
+
+    def __missing__(self, name):
+        self[name] = None
+        raise KeyError(name)
+
+
+@pytest.mark.parametrize("claim", claims(), ids=lambda claim: claim.key)
+def test_what_a_row_reads_is_what_its_notebook_saves(claim):
+    if any(claim.key.startswith(prefix) for prefix in NO_COUNTERPART):
+        return
+    number, find = next(own for prefix, own in COUNTERPARTS.items() if claim.key.startswith(prefix))
+    (path,) = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
+    cells = [cell.source for cell in nbformat.read(path, 4).cells if "run.finish(" in cell.source]
+    call = next(node for node in ast.walk(ast.parse(cells[-1])) if isinstance(node, ast.Call))
+    asked = Asked()
+    with pytest.raises(KeyError):
+        find(claim, Found(number, asked, {"size": 64}))
+    assert set(asked) <= {keyword.arg for keyword in call.keywords}
+
+
+def test_counts_add_up_to_the_figures():
+    counts = count_verdicts(ledger(results(1)))
+    assert counts.loc["all", list(VERDICTS)].sum() == len(claims())
+    assert counts.loc["all", "measured here"] == ledger(results(1))["ours"].notna().sum()
+
+
+# --- the published figures
+
+
+def numbers(text):
+    return {float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\d(?:\.\d+)?|\d(?:\.\d+)?|\.\d+", text)}
+
+
+def test_each_figure_is_there_once_with_source_and_setting():
+    keys = [claim.key for claim in claims()]
+    assert len(keys) == len(set(keys))
+    assert all(claim.source and claim.setting and claim.unit and claim.what for claim in claims())
+
+
+@pytest.mark.skipif(PUBLISHED is None, reason="the list of published figures is not beside this project")
+def test_the_figures_are_all_those_of_the_list():
+    text = Path(PUBLISHED).read_text()
+    have = set().union(*(numbers(f"{c.what} {c.setting} {c.source}") | {float(c.value)} for c in claims()))
+    assert numbers(text) - have == set()
+    table = published_auroc()
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] in FINDINGS:
+            assert list(table.loc[cells[0]]) == [float(cell) for cell in cells[1:]]
+    tops = {round(c.value * 100) for c in claims() if c.topic == "collapse"}
+    points = text.split("Ensemble points")[1].split("64K converges")[0]
+    assert tops == {round(100 * n) for n in numbers(points) if n > 60}
+
+
+def test_the_ledger_is_plain_values_for_json():
+    rows = ledger(results(1)).reset_index().to_dict("records")
+    assert len(json.loads(json.dumps(rows))) == len(claims())

@@ -1,0 +1,187 @@
+"""A run that was killed goes on in its folder, where nothing is done twice; runs are compared with the reference."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import psutil
+import pytest
+from click.testing import CliRunner
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from chexlib.__main__ import main
+from chexlib.errors import ConfigError
+from chexlib.reference import AGREES, APART, DIFFERS, compare_run
+from chexlib.resuming import finished, run_folder
+from chexlib.runs import ROOT, start, write_json
+
+BODY = """\
+from pathlib import Path
+from chexlib import runs
+run = runs.start("NAME", run_dir=run_dir, parameters=dict(seed=seed))
+log = Path(run_dir).parents[2] / "log"
+with log.open("a") as file: file.write("NAME began, interrupted %s\\n" % run.interrupted)
+"""
+SLEEP = "import os, time\n(log.parent / 'kernel').write_text(str(os.getpid()))\nif not run.interrupted: time.sleep(600)"
+EXECUTE = """\
+import sys, pathlib, chexlib.execute
+chexlib.execute.ROOT = pathlib.Path(sys.argv[1])
+failed, report = chexlib.execute.execute(runs_dir=sys.argv[1] + "/runs", resume=True)
+print("failed:", failed)
+"""
+
+
+def project(root):
+    for name, last in (("00_done", "pass"), ("01_killed", SLEEP)):
+        cells = [BODY.replace("NAME", name), last, "run.finish(answer=1)"]
+        first = new_code_cell("seed: int = 0  # seed\nrun_dir: str = ''  # folder", metadata={"tags": ["parameters"]})
+        book = new_notebook(cells=[new_markdown_cell(f"# {name}"), first, *map(new_code_cell, cells)])
+        book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        book.metadata["language_info"] = {"name": "python"}
+        (root / "notebooks" / "profiles").mkdir(parents=True, exist_ok=True)
+        nbformat.write(book, root / "notebooks" / f"{name}.ipynb")
+    (root / "notebooks" / "profiles" / "quick.yaml").write_text("seed: 1\n")
+
+
+def test_a_run_that_is_killed_goes_on_in_its_folder_with_what_is_not_finished(tmp_path):
+    project(tmp_path)
+    command = [sys.executable, "-c", EXECUTE, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not (tmp_path / "kernel").exists():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.1)
+    told = subprocess.run(command, capture_output=True, text=True)
+    assert "is being executed" in told.stderr and told.returncode
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kernel = int((tmp_path / "kernel").read_text())
+    while psutil.pid_exists(kernel):  # it ends with its parent
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "failed: []" in again.stdout and "00_done: done before" in again.stdout, again.stderr
+    (run,) = (path for path in (tmp_path / "runs").iterdir() if path.name != "latest")
+    assert {path.name for path in run.iterdir() if finished(path)} == {"00_done", "01_killed"}
+    assert (run / "index.html").exists()
+    began = (tmp_path / "log").read_text().splitlines()
+    assert began == [
+        "00_done began, interrupted False",
+        "01_killed began, interrupted False",
+        "01_killed began, interrupted True",
+    ]
+
+
+ASKED = {"notebooks": ["03_train", "05_compare"], "profile": "standard", "settings": {"seed": 1, "rate": 0.5}}
+
+
+def finish(run, *names):
+    for name in names:
+        (run / name).mkdir()
+        write_json(run / name / "metrics.json", {})
+        (run / name / "notebook.ipynb").touch()
+
+
+def test_a_run_goes_on_only_if_it_was_asked_for_the_same_and_is_not_finished(tmp_path):
+    def folder(asked=ASKED, resume=True):
+        with run_folder(asked, runs_dir=tmp_path, resume=resume) as run:
+            return run
+
+    first = folder()
+    finish(first, "03_train")
+    assert folder() == first
+    assert folder({**ASKED, "settings": {"rate": 0.5, "seed": 1}}) == first
+    others = [folder({**ASKED, "profile": "quick"}), folder({**ASKED, "settings": {"seed": 2, "rate": 0.5}})]
+    assert len({first, *others, folder({**ASKED, "notebooks": ["03_train"]})}) == 4
+    assert folder() == first  # and not the newest, which is another's
+    finish(first, "05_compare")
+    newer = folder()
+    assert newer != first and folder() == newer
+    assert folder(resume=False) not in (first, newer)
+
+
+def test_two_processes_do_not_work_in_one_run(tmp_path):
+    with run_folder(ASKED, runs_dir=tmp_path) as run, pytest.raises(ConfigError, match="is being executed"):
+        run_folder(ASKED, runs_dir=tmp_path, resume=True).__enter__()
+    with run_folder(ASKED, runs_dir=tmp_path, resume=True) as again:
+        assert again == run
+
+
+def test_a_notebook_knows_whether_it_was_interrupted_here(tmp_path):
+    def begin(**parameters):
+        return start("03_train", run_dir=str(tmp_path / "03"), parameters=parameters)
+
+    assert not begin(seed=0).interrupted
+    assert begin(seed=0).interrupted
+    other = begin(seed=1)
+    assert not other.interrupted  # checkpoints of other settings are of no use
+    other.finish()
+    assert not begin(seed=1).interrupted
+
+
+@pytest.mark.parametrize("name", ["03_train_baseline", "04_train_distributed", "09_evaluate_and_explain"])
+def test_an_interrupted_notebook_takes_its_trainings_up(name):
+    cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells
+    assert sum("resume=run.interrupted" in cell.source for cell in cells) == 1
+
+
+# --- comparison with reference results
+
+
+def results(mean, *, epochs=3, low=0.1, high=0.1):
+    row = {"auroc": mean, "low": mean - low, "high": mean + high, "positives": 9}
+    gains = [{"topology": t, "batch": 16, "mean": mean, "low": None, "high": None, "seeds": 1} for t in "ab"]
+    metrics = {"auroc": {"Mass": row}, "gains": gains, "e": {"0": {"gain": 0.1, "gain_low": 0, "gain_high": 0.2}}}
+    return {"metrics": metrics, "params": {"epochs": epochs, "seed": 0}, "environment": {}, "profile": "standard"}
+
+
+def kept(root, **notebooks):
+    for name, (before, now) in notebooks.items():
+        (root / "reference").mkdir(exist_ok=True)
+        write_json(root / "reference" / f"{name}.json", before)
+        (root / "run" / name).mkdir(parents=True)
+        for part in ("metrics", "params", "environment"):
+            write_json(root / "run" / name / f"{part}.json", now[part])
+    return root / "run"
+
+
+def test_each_figure_with_an_interval_is_compared_and_other_parameters_are_told(tmp_path):
+    run = kept(tmp_path, **{"03_train": (results(0.5), results(0.8, epochs=1)), "05_x": (results(0.5), results(0.6))})
+    found = compare_run(run, reference=tmp_path / "reference")
+    assert found["03_train"]["parameters"] == {"epochs": (3, 1)} and found["05_x"]["parameters"] == {}
+    table = found["03_train"]["estimates"]
+    assert table.loc["auroc / Mass / auroc"].tolist() == [0.5, 0.4, 0.6, 0.8, pytest.approx(0.7), 0.9, APART]
+    assert found["05_x"]["estimates"]["verdict"].to_dict() == {
+        "auroc / Mass / auroc": AGREES,
+        "gains / topology a, batch 16 / mean": DIFFERS,
+        "gains / topology b, batch 16 / mean": DIFFERS,
+        "e / 0 / gain": AGREES,
+    }
+
+
+def test_compare_on_the_command_line_shows_what_is_apart_and_exits_with_1(tmp_path, monkeypatch):
+    run = kept(tmp_path, **{"03_train": (results(0.5), results(0.8)), "05_x": (results(0.5), results(0.6))})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "reference").rename(tmp_path / "data" / "reference")
+    monkeypatch.setattr("chexlib.reference.ROOT", tmp_path)
+    answer = CliRunner().invoke(main, ["compare", str(run)])
+    assert answer.exit_code == 1 and answer.output.count("auroc / Mass / auroc") == 1
+    assert (
+        "03_train, reference of profile standard: 1 intervals overlap, 1 INTERVALS APART, 2 no intervals"
+        in answer.output
+    )
+    (run / "03_train" / "metrics.json").unlink()
+    answer = CliRunner().invoke(main, ["compare", str(run), "--all"])
+    assert answer.exit_code == 0 and answer.output.count("auroc / Mass / auroc") == 1
+
+
+def test_a_run_without_anything_to_compare_is_told(tmp_path):
+    with pytest.raises(ConfigError, match="no notebook"):
+        compare_run(tmp_path, reference=tmp_path)
+    (tmp_path / "03_train.json").write_text(json.dumps({}))
+    with pytest.raises(ConfigError, match="03_train"):
+        compare_run(tmp_path, reference=tmp_path)
