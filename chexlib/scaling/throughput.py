@@ -32,16 +32,20 @@ def training_gflop(model) -> float:
     model : keras.Model
         Built for images of a fixed size.
     """
+    counted = [layer_flops(layer) for layer in model._flatten_layers()]
+    first = next(forward for forward, _ in counted if forward)
+    return (sum(map(sum, counted)) - first) / 1e9
+
+
+def layer_flops(layer) -> tuple[float, float]:
+    """Operations of one Keras layer for one image, forward and backward; 0 of what is no convolution and not dense."""
     import keras
 
-    total, first = 0.0, True
-    for layer in model._flatten_layers():
-        if isinstance(layer, keras.layers.Conv2D | keras.layers.Dense):
-            *places, _ = layer.output.shape[1:]
-            forward = 2.0 * math.prod(layer.kernel.shape) * math.prod(places)
-            total += forward * (2 if first else 3)
-            first = False
-    return total / 1e9
+    if not isinstance(layer, keras.layers.Conv2D | keras.layers.Dense):
+        return 0.0, 0.0
+    *places, _ = layer.output.shape[1:]
+    forward = 2.0 * math.prod(layer.kernel.shape) * math.prod(places)
+    return forward, 2 * forward
 
 
 def command(settings: dict, *, ranks: int, threads: int) -> tuple[list[str], dict[str, str]]:
