@@ -176,5 +176,3 @@ def _row(job: Job, cluster: Cluster, horovod: Horovod, nodes: int, global_batch:
         "core_hours": nodes * cluster.cores * seconds / 3600,
         "kwh": nodes * cluster.watts * seconds / 3.6e6,
     }
-
-

@@ -42,7 +42,7 @@ def workload_of(model, name: str = "", *, biases: bool = True) -> Workload:
     first = next(flops for _, flops, _ in counted if flops)  # the gradient of the pixels is not made
     total, done = sum(f + b for _, f, b in counted) - first, forward
     sizes, ready = [], []
-    for layer, flops, backward in reversed(counted):
+    for layer, _, backward in reversed(counted):
         done = min(total, done + backward)
         for variable in layer.trainable_variables:
             if biases or not isinstance(layer, keras.layers.Conv2D) or len(variable.shape) > 1:
