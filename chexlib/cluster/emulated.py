@@ -148,9 +148,18 @@ class EmulatedHosts:
         """What runs on any of them, see `Host.processes`."""
         return {pid: line for host in self._open.values() for pid, line in host.processes().items()}
 
-    def __exit__(self, *_) -> None:
+    @property
+    def agent_flags(self) -> list[str]:
+        """Open MPI's flags that make it reach the hosts."""
+        return ["--prtemca", "plm_ssh_agent", self.agent]
+
+    def close(self) -> None:
+        """End all hosts, and whatever runs on them."""
         for host in self._open.values():
             host.close()
+
+    def __exit__(self, *_) -> None:
+        self.close()
         for process in self._logged_in:  # nsenter stops when what it started is stopped, and then sees no end
             process.kill()
             process.wait()
