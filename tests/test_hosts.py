@@ -13,8 +13,9 @@ import pytest
 from hosts_job import MARKER, notebook, write_slurm
 from test_distributed import nothing_left
 from test_engines_unit import HYDRA, INTEL, OPEN_MPI_4, OPEN_MPI_5
-from two_hosts import INTERFACE, Recording, TwoHosts, why_not
+from two_hosts import Recording, TwoHosts
 
+from chexlib.cluster.emulated import INTERFACE, why_not
 from chexlib.cluster.engines import mpi_engines
 from chexlib.cluster.profiles import recognise_mpi
 from chexlib.cluster.sites import Site, find_site

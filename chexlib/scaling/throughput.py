@@ -3,7 +3,9 @@
 python -m chexlib.scaling.throughput '{"topology": "densenet121", "size": 224, "batch_per_rank": 16}'
 
 is a rank (under mpiexec: ranks) that reads numbers of steps from its input, 0 being the end, takes them with
-`DataParallelTrainer.fit` on random radiographs or on `paths`, and answers with the seconds of each.
+`DataParallelTrainer.fit` on random radiographs or on `paths`, and answers with the seconds of each. Of a number below
+0 the steps are taken by every rank for itself, at the same time and with nothing communicated, and the seconds are the
+slowest rank's.
 """
 
 from __future__ import annotations
@@ -14,10 +16,15 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
+
+import numpy as np
 
 from chexlib.cluster.profiles import find_mpi, thread_environment
 from chexlib.errors import ClusterError
+from chexlib.scaling.timeline import read_timeline
 
 
 def training_gflop(model) -> float:
@@ -32,16 +39,20 @@ def training_gflop(model) -> float:
     model : keras.Model
         Built for images of a fixed size.
     """
+    counted = [layer_flops(layer) for layer in model._flatten_layers()]
+    first = next(forward for forward, _ in counted if forward)
+    return (sum(map(sum, counted)) - first) / 1e9
+
+
+def layer_flops(layer) -> tuple[float, float]:
+    """Operations of one Keras layer for one image, forward and backward; 0 of what is no convolution and not dense."""
     import keras
 
-    total, first = 0.0, True
-    for layer in model._flatten_layers():
-        if isinstance(layer, keras.layers.Conv2D | keras.layers.Dense):
-            *places, _ = layer.output.shape[1:]
-            forward = 2.0 * math.prod(layer.kernel.shape) * math.prod(places)
-            total += forward * (2 if first else 3)
-            first = False
-    return total / 1e9
+    if not isinstance(layer, keras.layers.Conv2D | keras.layers.Dense):
+        return 0.0, 0.0
+    *places, _ = layer.output.shape[1:]
+    forward = 2.0 * math.prod(layer.kernel.shape) * math.prod(places)
+    return forward, 2 * forward
 
 
 def command(settings: dict, *, ranks: int, threads: int) -> tuple[list[str], dict[str, str]]:
@@ -58,8 +69,12 @@ def command(settings: dict, *, ranks: int, threads: int) -> tuple[list[str], dic
     return [*launch, *serve], thread_environment(threads)
 
 
-def measure(settings: dict, *, ranks: int, threads: int, steps: int = 6, timeout: float = 900) -> dict:
+def measure(
+    settings: dict, *, ranks: int, threads: int, steps: int = 6, timeout: float = 900, **environment: str
+) -> dict:
     """Images per second of a layout on this host, the median over `steps` after two that do not count.
+
+    Further names are environment variables of the ranks.
 
     Returns
     -------
@@ -73,7 +88,7 @@ def measure(settings: dict, *, ranks: int, threads: int, steps: int = 6, timeout
     """
     words, own = command(settings, ranks=ranks, threads=threads)
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    process = subprocess.Popen(words, env={**os.environ, **own}, text=True, **pipes)
+    process = subprocess.Popen(words, env={**os.environ, **own, **environment}, text=True, **pipes)
     layout = f"{ranks} ranks x {threads} threads, {settings}"
     try:
         said, errors = process.communicate(f"2\n{steps}\n0\n", timeout=timeout)
@@ -86,26 +101,78 @@ def measure(settings: dict, *, ranks: int, threads: int, steps: int = 6, timeout
     if process.returncode or len(answers) != 3:
         raise ClusterError(f"{layout}: the ranks ended with status {process.returncode}. {errors[-1500:]}")
     facts, _, seconds = answers
+    if isinstance(seconds, dict):  # asked for in detail
+        facts, seconds = {**facts, **seconds}, seconds["seconds"]
     speed = ranks * settings["batch_per_rank"] / statistics.median(seconds)
     return {**facts, "images_per_second": speed, "seconds": seconds}
+
+
+def observe(settings: dict, *, ranks: int, threads: int, steps: int = 6, timeout: float = 900) -> dict:
+    """Where the time of a step goes on this host, the median over `steps`.
+
+    Returns
+    -------
+    dict
+        In seconds: step; compute, of the mean rank; skew, from the mean to the slowest rank; input_wait, for the batch
+        on rank 0; allreduce, with copy (to and from the fusion buffer), both from Horovod's timeline; rest. Besides
+        allreduces and allreduce_bytes of a step, request (see `read_timeline`), images_per_second, gflop_per_image.
+
+    Raises
+    ------
+    ClusterError
+        As `measure`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "timeline.json"
+        own = {"HOROVOD_TIMELINE": str(file)} if ranks > 1 else {}
+        found = measure({**settings, "detail": True}, ranks=ranks, threads=threads, steps=steps, timeout=timeout, **own)
+        reduced, request = read_timeline(file) if ranks > 1 else (None, math.nan)
+    busy = np.array(found["busy"])
+    seen = {"step": statistics.median(found["seconds"]), "input_wait": statistics.median(found["wait"])}
+    seen |= {"compute": float(np.median(busy.mean(axis=1)))}
+    seen |= {"skew": float(np.median(busy.max(axis=1) - busy.mean(axis=1))), "allreduce": 0.0, "copy": 0.0}
+    counts = {"allreduces": 0, "allreduce_bytes": 0}
+    if ranks > 1:
+        mine = reduced[reduced["bytes"] > found["gradient_bytes"] / 100]  # Keras' and ours, not what is shared besides
+        each = mine.iloc[2 * len(mine) // (steps + 2) :]  # the first two steps do not count
+        seen["allreduce"] = float(each["allreduce"].sum()) / steps
+        seen["copy"] = float((each["copy_in"] + each["copy_out"]).sum()) / steps
+        counts = {"allreduces": len(each) / steps, "allreduce_bytes": float(each["bytes"].sum()) / steps}
+    seen["rest"] = seen["step"] - sum(value for name, value in seen.items() if name != "step")
+    speed = ranks * settings["batch_per_rank"] / seen["step"]
+    told = {"images_per_second": speed, "gflop_per_image": found["gflop_per_image"]}
+    return {**settings, "ranks": ranks, "threads": threads, **seen, **counts, "request": request, **told}
 
 
 def serve(settings: dict) -> None:
     """Be such a rank."""
     import keras
-    import numpy as np
     import tensorflow as tf
 
     from chexlib.data.cache import ImageStore
     from chexlib.data.pipeline import training_batches
     from chexlib.models.weights import create_model
-    from chexlib.training.collectives import join_world
+    from chexlib.training.collectives import World, join_world
     from chexlib.training.trainer import DataParallelTrainer
+
+    class Observed(DataParallelTrainer):
+        """Notes when it had its batch."""
+
+        def train_step(self, data):
+            with tf.control_dependencies([data[0]]):
+                self.fed.assign(tf.timestamp())
+            return super().train_step(data)
 
     world, size, batch = join_world(), settings["size"], settings["batch_per_rank"]
     model = create_model(settings["topology"], size=size, precision=settings.get("precision", "float32"))
-    trainer = DataParallelTrainer(model, world)
-    trainer.compile(optimizer=keras.optimizers.SGD(1e-3, momentum=0.9), jit_compile=False)
+
+    def trainer_in(place):
+        trainer = Observed(model, place)
+        trainer.fed = tf.Variable(0.0, trainable=False, dtype=tf.float64)
+        trainer.compile(optimizer=keras.optimizers.SGD(1e-3, momentum=0.9), jit_compile=False)
+        return trainer
+
+    together, alone = trainer_in(world), trainer_in(World())
     rng = np.random.default_rng(world.rank)
     if paths := settings.get("paths"):
         labels = rng.random((len(paths), 14)) > 0.9
@@ -116,15 +183,33 @@ def serve(settings: dict) -> None:
         pixels = tf.constant(rng.uniform(0, 255, (batch, size, size, 1)), tf.float32)
         labels = tf.constant(rng.random((batch, 14)) > 0.9, tf.float32)
         data = tf.data.Dataset.from_tensors((pixels, labels, tf.ones(batch))).cache().repeat()
-    ends: list[float] = []  # of the steps: from one to the next the wait for the batch is counted too
-    clock = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: ends.append(time.perf_counter()))
+    ends, busy, wait = [], [], []  # from one end of a step to the next the wait for the batch is counted too
+
+    def note(trainer):
+        began = []
+
+        def end(step, logs=None):
+            ends.append(time.perf_counter())
+            busy.append(trainer.told()["busy"])
+            wait.append(float(trainer.fed.numpy()) - began[-1])
+
+        begin = {"on_train_batch_begin": lambda step, logs=None: began.append(time.time())}
+        return keras.callbacks.LambdaCallback(**begin, on_train_batch_end=end)
+
     if world.first:
-        print(json.dumps({"gflop_per_image": training_gflop(model)}), flush=True)
+        gradients = 4 * sum(v.value.shape.num_elements() for v in model.trainable_variables)
+        facts = {"gflop_per_image": training_gflop(model), "gradient_bytes": gradients}
+        print(json.dumps(facts), flush=True)
     while steps := world.share(lambda: int(sys.stdin.readline() or 0)):
-        ends[:] = [time.perf_counter()]
-        trainer.fit(data, steps_per_epoch=steps, callbacks=[clock], verbose=0, shuffle=False)
+        trainer = together if steps > 0 else alone
+        ends[:], busy[:], wait[:] = [time.perf_counter()], [], []
+        trainer.fit(data, steps_per_epoch=abs(steps), callbacks=[note(trainer)], verbose=0, shuffle=False)
+        seconds = np.diff(ends)
+        if steps < 0:
+            seconds = np.max(world.gather(seconds), axis=0)
         if world.first:
-            print(json.dumps(np.diff(ends).tolist()), flush=True)
+            detail = {"seconds": seconds.tolist(), "busy": busy, "wait": wait}
+            print(json.dumps(detail if settings.get("detail") else seconds.tolist()), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,111 @@
+"""The clusters of the 2018 study, what it published of its scaling, and our model's word on it.
+
+Processors and fabric
+    MareNostrum 4 (BSC's user guide) and Stampede2's Skylake partition (TACC's user guide): nodes of two Xeon Platinum
+    8160, 48 cores, Omni-Path 100. Zenith (Dell EMC): two Xeon Gold 6148, 40 cores, Omni-Path 100. TDP of both
+    processors: 150 W (ark.intel.com); memory, fans and switches come on top.
+Peak
+    Of the 8160, the deck's own: 2682 TF on 448 nodes. Of the 6148: 2 sockets x 20 cores x 64 FLOP a cycle at 2.2 GHz,
+    its turbo with AVX-512 on all cores (Intel's specification update for the family).
+Network
+    Omni-Path's data sheet: 100 Gbit/s, 12.5 GB/s each way; MPI latency about 1 us. Inside a node messages go through
+    memory, at 5 GB/s for a pair of ranks and 0.5 us: a round number for this generation, and of no weight here.
+Spread of processors
+    Acun, Miller and Kale (ICS 2016): execution times of one compute kernel differ by up to 16 % among the processors of
+    Edison, Cab and Stampede with Turbo Boost. A range of 16 % over some thousands of normal values is 2 x 3.2
+    deviations: 2.5 %.
+Speed of a node
+    ResNet-50 from the deck's run on 448 nodes: 90 epochs of ImageNet in 58 minutes. None of its efficiencies enters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chexlib.scaling.model import Cluster, Horovod, Job
+from chexlib.scaling.network import Fabric, Link
+from chexlib.scaling.workload import Workload
+
+IMAGENET = 1_281_167  # training images
+FLOP_90_EPOCHS = 1.152e18  # the study's, of ResNet-50 for 90 epochs of ImageNet
+OMNI_PATH = Link(latency=1e-6, bandwidth=12.5e9)
+_MEMORY = Link(latency=0.5e-6, bandwidth=5e9)
+SPREAD = 0.16 / 6.4
+
+
+@dataclass(frozen=True)
+class Published:
+    """A run of the study's tables: images of 90 epochs of ImageNet, seconds, and the peak of all its nodes."""
+
+    system: str
+    nodes: int
+    minutes: float
+    peak: float  # FLOP/s
+    efficiency: float  # share of the peak, as printed
+
+
+PEAK_RUNS = (
+    Published("the study, SKX 8160", 448, 58, 2682e12, 0.1236),
+    Published("Facebook, P100", 32, 60, 2658e12, 0.1203),
+    Published("You et al., SKX 8160", 1024, 48, 6144e12, 0.0651),
+)
+
+
+def _fabric(copying: float) -> Fabric:
+    return Fabric(_MEMORY, OMNI_PATH, copying=copying)
+
+
+def study_clusters(copying: float = 0.0) -> dict[str, Cluster]:
+    """The three clusters by name.
+
+    Parameters
+    ----------
+    copying : float
+        Seconds a byte for fusion buffer and addition, as measured here: the study says nothing of it.
+    """
+    peak = PEAK_RUNS[0].peak / PEAK_RUNS[0].nodes
+    skylake = {"cores": 48, "peak": peak, "watts": 300.0, "fabric": _fabric(copying), "spread": SPREAD}
+    zenith = {**skylake, "cores": 40, "peak": 2 * 20 * 64 * 2.2e9}
+    return {
+        "MareNostrum 4": Cluster("MareNostrum 4", **skylake, source="2 x Xeon Platinum 8160, Omni-Path 100"),
+        "Stampede2": Cluster("Stampede2", **skylake, source="2 x Xeon Platinum 8160, Omni-Path 100"),
+        "Zenith": Cluster("Zenith", **zenith, source="2 x Xeon Gold 6148, Omni-Path 100"),
+    }
+
+
+def study_speed() -> float:
+    """Images/s of a node, ResNet-50, from the run on 448 nodes."""
+    run = PEAK_RUNS[0]
+    return 90 * IMAGENET / (run.minutes * 60 * run.nodes)
+
+
+def study_workload() -> Workload:
+    """ResNet-50 as the study trained it: 1,000 classes, 224 px, no biases before batch norm."""
+    import keras
+
+    from chexlib.scaling.workload import workload_of
+
+    network = keras.applications.ResNet50(weights=None, input_shape=(224, 224, 3))
+    return workload_of(network, "resnet50", biases=False)
+
+
+def study_job(workload: Workload, *, batch: int = 16) -> Job:
+    """Ranks and batch of the command that the deck prints: 2 ranks a node, 8,192 images on 512 ranks."""
+    return Job(workload, speed=study_speed(), per_node=2, batch=batch, images=IMAGENET, epochs=90)
+
+
+def study_horovod(request: float) -> dict[str, Horovod]:
+    """What brought gradients together on each system.
+
+    Intel Caffe's MLSL reduces each layer's gradients as they come, with nothing to negotiate. Horovod of 2018 (0.13)
+    kept no answers, had cycles of 5 ms, and the deck's fusion buffer of 128 MiB.
+
+    Parameters
+    ----------
+    request : float
+        Seconds that rank 0 takes for one gradient of one rank, measured here from Horovod's timeline.
+    """
+    return {
+        "MareNostrum 4": Horovod(overlap=True, cycle=0.0),
+        "Stampede2": Horovod(overlap=True, cycle=5e-3, request=request),
+    }

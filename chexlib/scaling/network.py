@@ -1,0 +1,116 @@
+"""Seconds that an allreduce takes, by the alpha-beta model, on nodes of several ranks.
+
+A message of m bytes takes alpha + m/bandwidth (Hockney 1994; for collectives Thakur, Rabenseifner and Gropp 2005). A
+fabric has two levels: ranks of one node speak through its memory, and all ranks of a node share its network card. In
+each round of an algorithm all ranks wait for the slowest message.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from chexlib.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a message crosses."""
+
+    latency: float  # seconds a message, alpha
+    bandwidth: float  # bytes a second, each way
+
+
+@dataclass(frozen=True)
+class Fabric:
+    """Two levels, and what the processor does for each byte: `handling` beside the wire, `copying` after it."""
+
+    inside: Link  # between ranks of a node
+    between: Link  # a node's network card
+    handling: float = 0.0  # processor's seconds a byte sent, for the network protocol, while the wire is busy
+    copying: float = 0.0  # processor's seconds a byte of an allreduce, for fusion buffer and addition
+
+
+@dataclass(frozen=True)
+class Round:
+    """Messages that are sent at once: `inside` a node, and by how many ranks of each node to `outside`."""
+
+    size: float  # bytes of each message
+    inside: bool
+    outside: int
+    times: int = 1
+
+
+def ring(size: float, nodes: int, per_node: int) -> Iterator[Round]:
+    """Each rank sends a P-th to its neighbour, P-1 times to add up, P-1 times to hand round (Patarasuk, Yuan 2009)."""
+    ranks = nodes * per_node
+    if ranks > 1:
+        yield Round(size / ranks, per_node > 1, int(nodes > 1), 2 * (ranks - 1))
+
+
+def recursive_doubling(size: float, nodes: int, per_node: int) -> Iterator[Round]:
+    """Pairs at distances 1, 2, 4, ... exchange all they have; ranks beyond a power of two hand in and get back."""
+    ranks = nodes * per_node
+    doublings = int(math.log2(ranks))
+    if ranks > 2**doublings:
+        yield Round(size, per_node > 1, int(per_node == 1 or per_node % 2), 2)
+    for i in range(doublings):
+        near = 2**i < per_node
+        yield Round(size, near, 0 if near else per_node)
+
+
+def tree(size: float, nodes: int, per_node: int) -> Iterator[Round]:
+    """A binomial tree adds up towards one rank, and another hands out from it."""
+    ranks = nodes * per_node
+    for i in range(math.ceil(math.log2(ranks))):
+        near = 2**i < per_node
+        yield Round(size, near, int(not near), 2)
+
+
+ALGORITHMS = {"ring": ring, "recursive doubling": recursive_doubling, "tree": tree}
+
+
+def allreduce_seconds(size: float, *, nodes: int, per_node: int, fabric: Fabric, algorithm: str = "ring") -> float:
+    """Seconds of one allreduce.
+
+    Parameters
+    ----------
+    size : float
+        Bytes that each rank holds.
+    nodes, per_node : int
+        Nodes, and ranks on each; ranks are numbered node by node.
+    algorithm : "ring", "recursive doubling" or "tree"
+
+    Examples
+    --------
+    >>> wire = Link(latency=0.001, bandwidth=1e6)
+    >>> allreduce_seconds(4e6, nodes=4, per_node=1, fabric=Fabric(wire, wire))  # 6 rounds of 1 ms + 1 MB / 1 MB/s
+    6.006
+    """
+    if algorithm not in ALGORITHMS:
+        raise ConfigError(f"algorithm={algorithm!r} is not known. Use one of {', '.join(ALGORITHMS)}.")
+    if nodes < 1 or per_node < 1:
+        raise ConfigError(f"{nodes} nodes of {per_node} ranks are not accepted. Use at least 1 of each.")
+    if nodes * per_node == 1:
+        return 0.0
+    total = fabric.copying * size
+    for step in ALGORITHMS[algorithm](size, nodes, per_node):
+        seconds = 0.0
+        if step.inside:
+            seconds = fabric.inside.latency + step.size / fabric.inside.bandwidth
+        if step.outside:
+            wire = step.outside * step.size / fabric.between.bandwidth
+            seconds = max(seconds, fabric.between.latency + max(wire, fabric.handling * step.size))
+        total += step.times * seconds
+    return total
+
+
+def hierarchical_seconds(size: float, *, nodes: int, per_node: int, fabric: Fabric, algorithm: str = "ring") -> float:
+    """Seconds of an allreduce in three: added up inside each node, between the nodes, and handed out inside.
+
+    Horovod's HOROVOD_HIERARCHICAL_ALLREDUCE: between the nodes each rank carries its own part of the gradients, and
+    all share the card, so that the card carries them once.
+    """
+    within = allreduce_seconds(size, nodes=1, per_node=per_node, fabric=fabric)
+    return within + allreduce_seconds(size, nodes=nodes, per_node=1, fabric=fabric, algorithm=algorithm)

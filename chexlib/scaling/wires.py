@@ -1,0 +1,168 @@
+"""The model on real wires: hosts made of namespaces, cables of a known rate, real Horovod steps between them.
+
+A launch is one topology on some hosts; its ranks stay while the cables' rate is changed under them. Half of the
+settings give the model its few unknowns, by least squares; the other half are predicted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import optimize, stats
+
+from chexlib.cluster.emulated import EmulatedHosts
+from chexlib.cluster.profiles import find_mpi, thread_environment
+from chexlib.errors import ClusterError
+from chexlib.machine import cores
+from chexlib.scaling.model import Horovod, communication_left
+from chexlib.scaling.network import Fabric, Link
+from chexlib.scaling.workload import Workload
+from chexlib.training.sweep import run_grid
+
+# Open MPI's numbers of the algorithms; without a fixed one it chooses by size, and its module han by level.
+_MCA = {"ring": 4, "recursive doubling": 3}
+SETTING = ["topology", "hosts", "per_host", "algorithm", "rate"]
+UNKNOWN = {"latency": 1e-3, "payload": 0.9, "handling": 1e-9, "copying": 1e-9}  # where the fit begins
+
+
+def launches(topologies: Sequence[str], hosts: Sequence[int], *, size: int, batch: int) -> list[dict]:
+    """One rank a host on all numbers of hosts; on the largest by recursive doubling too; two ranks on the smallest."""
+    layouts = [(n, 1, "ring") for n in hosts] + [(max(hosts), 1, "recursive doubling"), (min(hosts), 2, "ring")]
+    names = ("topology", "size", "batch", "hosts", "per_host", "algorithm")
+    return [
+        dict(zip(names, (topology, size, batch, *layout), strict=True))
+        for topology, layout in itertools.product(topologies, layouts)
+    ]
+
+
+def measure_wires(points: Sequence[Mapping], rates: Sequence[float], table: str | Path, *, steps: int = 3):
+    """Seconds of a step in every launch at every rate; a launch that `table` has is not repeated.
+
+    Parameters
+    ----------
+    points : from `launches`
+    rates : bits a second
+    table : Parquet file of finished launches
+    steps : of which the median counts, after one that does not
+
+    Returns
+    -------
+    DataFrame
+        A row a setting: topology, size, batch, hosts, per_host, algorithm, rate, compute (seconds, of the same ranks at
+        the same time with nothing communicated), seconds.
+
+    Raises
+    ------
+    ClusterError
+        The ranks ended or did not answer.
+    """
+    asked = [{**point, "rates": ",".join(f"{rate:g}" for rate in rates), "steps": steps} for point in points]
+    rows = run_grid(asked, table, lambda point, folder: _launch(point))
+    keep = ["topology", "size", "batch", "hosts", "per_host", "algorithm"]
+    long = pd.wide_to_long(rows, ["seconds", "compute"], keep, "rate", sep="_", suffix=".+").reset_index()
+    return long.sort_values(SETTING, ignore_index=True)[[*keep, "rate", "compute", "seconds"]]
+
+
+def _launch(point: Mapping, timeout: float = 1500) -> dict:
+    settings = {"topology": point["topology"], "size": point["size"], "batch_per_rank": point["batch"]}
+    settings["precision"], steps, mpi = "float32", point["steps"], find_mpi()
+    own = {**thread_environment(1), "OMPI_MCA_coll_tuned_use_dynamic_rules": "1", "OMPI_MCA_coll": "^han"}
+    own["OMPI_MCA_coll_tuned_allreduce_algorithm"] = str(_MCA[point["algorithm"]])
+    passed = [name for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ]
+    with EmulatedHosts(point["hosts"]) as hosts, tempfile.TemporaryFile("w+") as said:
+        flags = [*mpi.flags(hosts.slots(point["per_host"]), hosts.network, [*own, *passed])]
+        command = [mpi.command, "-n", str(point["hosts"] * point["per_host"]), *flags, *hosts.agent_flags]
+        serve = [sys.executable, "-m", "chexlib.scaling.throughput", json.dumps(settings)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": said, "text": True}
+        process = subprocess.Popen(hosts[0].wrap([*command, *serve]), env={**os.environ, **own}, **pipes)
+        timer = threading.Timer(timeout, hosts.close)
+        timer.start()
+
+        def take(n: int) -> list[float]:
+            process.stdin.write(f"{n}\n")
+            process.stdin.flush()
+            for line in process.stdout:
+                if line.startswith("["):
+                    return json.loads(line)
+            said.seek(0)
+            raise ClusterError(f"{dict(point)}: the ranks ended, or took more than {timeout} s. {said.read()[-1500:]}")
+
+        try:
+            take(-2)
+            take(2)
+            found = {}
+            for rate in map(float, point["rates"].split(",")):
+                hosts.limit(rate)  # alone before and after, so that a machine that slows down does so in both
+                before = take(-steps - 1)[1:]
+                found[f"seconds_{rate:g}"] = statistics.median(take(steps + 1)[1:])
+                found[f"compute_{rate:g}"] = statistics.median([*before, *take(-steps - 1)[1:]])
+            return found
+        except BrokenPipeError:
+            said.seek(0)
+            raise ClusterError(f"{dict(point)}: the ranks ended. {said.read()[-1500:]}") from None
+        finally:
+            timer.cancel()
+            hosts.close()
+            process.communicate()
+
+
+def wire_seconds(row: Mapping, workload: Workload, unknown: Mapping, processors: int) -> float:
+    """The model's word on a setting. Ranks share the processors, so each handles and copies the slower."""
+    ranks = row["hosts"] * row["per_host"]
+    shared = max(1.0, ranks / processors)
+    wire = Link(unknown["latency"], row["rate"] / 8 * unknown["payload"])
+    memory = Link(0.0, 1 / (shared * unknown["copying"]))
+    fabric = Fabric(memory, wire, handling=shared * unknown["handling"], copying=shared * unknown["copying"])
+    place = {"nodes": row["hosts"], "per_node": row["per_host"], "fabric": fabric}
+    horovod = Horovod(algorithm=row["algorithm"])
+    return row["compute"] + communication_left(workload, row["compute"], horovod=horovod, **place)
+
+
+def fit_wires(
+    table: pd.DataFrame, workloads: Mapping[str, Workload], *, processors: int = 0
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Fit the model to half of the settings, and predict all.
+
+    The half is a chequerboard over topology, layout and rate, so that each of these is in both.
+
+    Returns
+    -------
+    unknowns : DataFrame
+        A row an unknown: value, and low and high of its 95 % interval (from the curvature, in logarithms): latency
+        (seconds a message), payload (share of the rate), handling and copying (seconds a byte, see `Fabric`).
+    predicted : DataFrame
+        The table with fitted (bool), predicted (seconds) and error, predicted over measured less 1.
+    """
+    processors = processors or cores()
+    layouts = table["hosts"].astype(str) + table["per_host"].astype(str) + table["algorithm"]
+    places = [pd.factorize(column, sort=True)[0] for column in (table["topology"], layouts, table["rate"])]
+    fitted = sum(places) % 2 == 0
+    rows, half = table.to_dict("records"), table[fitted].to_dict("records")
+
+    def predict(logs, rows):
+        unknown = dict(zip(UNKNOWN, np.exp(logs), strict=True))
+        return np.array([wire_seconds(row, workloads[row["topology"]], unknown, processors) for row in rows])
+
+    measured = np.log([row["seconds"] for row in half])
+    found = optimize.least_squares(
+        lambda logs: np.log(predict(logs, half)) - measured, np.log(list(UNKNOWN.values())), loss="soft_l1", f_scale=0.1
+    )
+    free = max(1, len(half) - len(UNKNOWN))
+    covariance = np.linalg.pinv(found.jac.T @ found.jac) * 2 * found.cost / free
+    reach = stats.t.ppf(0.975, free) * np.sqrt(np.diag(covariance))
+    values = {"value": np.exp(found.x), "low": np.exp(found.x - reach), "high": np.exp(found.x + reach)}
+    predicted = table.assign(fitted=fitted, predicted=predict(found.x, rows))
+    return pd.DataFrame(values, index=list(UNKNOWN)), predicted.assign(
+        error=predicted["predicted"] / predicted["seconds"] - 1
+    )

@@ -1,0 +1,78 @@
+"""The Slurm script: clean shell, what it asks for, and a training by it on two hosts, srun played by mpiexec."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from small_training import config_for
+
+from chexlib.cluster.emulated import EmulatedHosts, why_not
+from chexlib.cluster.profiles import find_mpi, thread_environment
+from chexlib.cluster.scripts import launch_script
+from chexlib.errors import ConfigError
+
+# Takes srun's place: the ranks that it is asked for, on the hosts, with the environment that Slurm would hand over.
+SRUN = """#!/bin/bash
+set -euo pipefail
+for word in "$@"; do case "$word" in --ntasks=*) n="${word#*=}" ;; esac; done
+while [[ $1 == -* ]]; do shift; done
+exec MPIEXEC -n "$n" FLAGS "$@"
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    settings = {"nodes": 256, "per_node": 2, "threads": 22, "spare": 2, "hours": 1.25, "options": ["--partition=skx"]}
+    (file := tmp_path / "train.sbatch").write_text(launch_script("settings of mine.json", **settings))
+    return file
+
+
+@pytest.mark.parametrize("check", [["bash", "-n"], ["shellcheck", "--severity=style"]])
+def test_the_script_for_256_nodes_is_clean_shell(script, check):
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    answer = subprocess.run([*check, str(script)], capture_output=True, text=True, env={**os.environ, "PATH": path})
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+def test_the_script_asks_for_nodes_ranks_threads_and_time(script):
+    lines = script.read_text().splitlines()
+    asked = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")]
+    assert {"--nodes=256", "--ntasks-per-node=2", "--cpus-per-task=24", "--time=01:15:00", "--partition=skx"} <= {
+        *asked
+    }
+    exported = dict(line.removeprefix("export ").split("=", 1) for line in lines if line.startswith("export "))
+    assert thread_environment(22).items() <= exported.items()
+    assert any("'settings of mine.json'" in line for line in lines)
+
+
+@pytest.mark.parametrize("wrong", [{"nodes": 0}, {"threads": 0}, {"hours": 0}, {"options": ["partition=skx"]}])
+def test_a_script_that_cannot_run_is_refused(wrong):
+    with pytest.raises(ConfigError, match=r"is not accepted|is no option"):
+        launch_script("train.json", **{"nodes": 2, "per_node": 2, "threads": 1, **wrong})
+
+
+@pytest.mark.hosts
+@pytest.mark.skipif(bool(reason := why_not()), reason=reason)
+def test_the_script_trains_on_two_hosts(phantom, tmp_path):
+    config = config_for(phantom, tmp_path / "run", epochs=1, max_steps=2, batch_size=2)
+    (tmp_path / "train.json").write_text(json.dumps(config.to_dict()))
+    text = launch_script(f"{tmp_path}/train.json", nodes=2, per_node=1, threads=1, python=sys.executable)
+    (tmp_path / "train.sbatch").write_text(text)
+    mpi = find_mpi()
+    with EmulatedHosts(2) as hosts:
+        passed = [*thread_environment(1), "CHEXLIB_CACHE"]
+        flags = [*mpi.flags(hosts.slots(1), hosts.network, passed), *hosts.agent_flags]
+        srun = SRUN.replace("MPIEXEC", shlex.quote(mpi.command)).replace("FLAGS", shlex.join(flags))
+        (tmp_path / "srun").write_text(srun)
+        (tmp_path / "srun").chmod(0o755)
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        command = hosts[0].wrap(["timeout", "200", "bash", str(tmp_path / "train.sbatch")])
+        answer = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert answer.returncode == 0, answer.stderr[-3000:]
+        told = json.loads(next(line for line in answer.stdout.splitlines() if line.startswith('{"model"')))
+    assert told["ranks"] == 2 and os.path.exists(told["model"])
+    assert len(pd.read_parquet(tmp_path / "run" / "steps.parquet")) == 2
