@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 import click
 
@@ -43,6 +44,53 @@ def real_model(folders, out, quick, settings):
         return
     click.echo(found["gains"].to_string(float_format=lambda x: f"{x:.3f}", na_rep="-"))
     click.echo(json.dumps(plain({name: found[name] for name in ("model", "by_seed", "minutes")})))
+
+
+@click.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path())
+@click.option("--weights", help="A model.keras file.  [default: of the newest run]")
+@click.option("--json", "form", flag_value="json", help="Print JSON: probabilities, doubts and errors by image.")
+@click.option("--csv", "form", flag_value="csv", help="Print CSV: a row an image, a column a finding.")
+@click.option("--heatmaps", metavar="DIR", help="Write where the network looked to DIR, a PNG an image.")
+def predict(images, weights, form, heatmaps):
+    """Print the probability of each of the 14 findings for every image, calibrated if the weights know how.
+
+    JSON also has the findings called at each operating point that the weights carry. Not for clinical use.
+
+    IMAGES are PNG, JPEG or DICOM files, folders of them, or quoted patterns such as 'films/**/*.dcm'. Exits with 1 if
+    some could not be read, 2 if none could.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from chexlib.evaluation.operating import read_by_card
+    from chexlib.models.predict import newest_weights, predict_all
+    from chexlib.models.weights import read_card
+    from chexlib.runs import ROOT
+
+    if heatmaps:
+        from chexlib.evaluation.explain import HeatMapFiles
+    weights = weights or newest_weights(ROOT / "runs")
+    found = predict_all(images, weights=weights, each=HeatMapFiles(heatmaps) if heatmaps else None)
+    for error in found.errors.values():
+        click.echo(f"Error: {error}", err=True)
+    if found.probabilities.empty:
+        sys.exit(2)
+    card = read_card(weights)
+    found.probabilities, called = read_by_card(found.probabilities, card)
+    scores, calibration = found.probabilities, (card.get("calibration") or {}).get("method")
+    if form == "json":
+        rows = {image: {f: round(float(p), 6) for f, p in row.items()} for image, row in scores.iterrows()}
+        notes = {"doubts": found.doubts, "errors": found.errors}
+        what = {"weights": str(weights), "calibration": calibration, "probabilities": rows, "called": called}
+        click.echo(json.dumps({**what, **notes}, indent=1))
+    elif form == "csv":
+        click.echo(found.to_table().to_csv(index=False, float_format="%.6f"), nl=False)
+    else:
+        click.echo(f"Weights: {weights} ({f'calibrated by {calibration}' if calibration else 'not calibrated'})")
+        click.echo(scores.T.to_string(float_format=lambda p: f"{p:.3f}"))
+    if form != "csv":  # which has a column for it
+        for image, doubt in found.doubts.items():
+            click.echo(f"Doubtful: {image}: {doubt}.", err=True)
+    sys.exit(1 if found.errors else 0)
 
 
 @click.command()

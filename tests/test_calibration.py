@@ -233,9 +233,7 @@ def test_a_card_calibrates_scores_and_says_which_findings_are_called():
     card = json.loads(json.dumps({"calibration": fitted.to_dict(), "operating_points": points.to_dict()}))
     given = pd.DataFrame(scores[:5], index=list("abcde"), columns=list(FINDINGS))
     probabilities, called = read_by_card(given, card)
-    np.testing.assert_allclose(
-        probabilities, expit(logit(scores[:5]) / sharp), atol=1e-9
-    )
+    np.testing.assert_allclose(probabilities, expit(logit(scores[:5]) / sharp), atol=1e-9)
     for image, row in given.iterrows():
         for rule, names in called[image].items():
             assert names == [f for f in FINDINGS if f in points.thresholds and row[f] >= points.thresholds[f][rule]]
