@@ -85,7 +85,7 @@ def test_virtual_ranks_are_real_ones(phantom, tmp_path, topology, ranks, steps):
     np.testing.assert_allclose(virtual["losses"], real["losses"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("topology", [pytest.param("resnet50", marks=LONG), "densenet121"])
+@pytest.mark.parametrize("topology", ["resnet50", pytest.param("densenet121", marks=LONG)])
 def test_sync_on_2_ranks_of_8_and_ghost_of_8_are_what_they_stand_for(phantom, tmp_path, topology):
     """One step of whole networks: sync as one rank of 16, ghost as two ranks; and these two are far from each other."""
     base = {"topology": topology, "steps": 1, "rate": 1e-4, "size": 64}
@@ -97,5 +97,6 @@ def test_sync_on_2_ranks_of_8_and_ghost_of_8_are_what_they_stand_for(phantom, tm
     (whole,), (ghost,), (plain, _), (sync, _) = one["whole"], one["ghost"], two["batch"], two["sync"]
     for kind in "ws":
         assert distance(sync, whole, kind) <= 1e-5 and distance(ghost, plain, kind) <= 1e-5, kind
-    apart = distance(plain, whole, "o")  # momenta after one step: the gradients
-    assert apart > 0.01 and max(distance(sync, whole, "o"), distance(ghost, plain, "o")) < 0.1 * apart
+    pairs = {"sync": (sync, whole), "ghost": (ghost, plain), "not the same": (plain, whole)}
+    off = {name: distance(*pair, "o") for name, pair in pairs.items()}  # momenta after one step: the gradients
+    assert max(off["sync"], off["ghost"]) < 0.1 * off["not the same"], off
