@@ -51,7 +51,7 @@ def test_a_rule_is_confirmed_contradicted_or_open_as_its_interval_lies():
 
 def test_intervals_are_students_over_seeds_and_hold_for_all_snapshots_together():
     rows = rows_of(lambda p: 0.6 + 0.01 * p["snapshot"] * (p["seed"] + 1))
-    default = rows[rows["rate"] == study.DEFAULT].groupby(["snapshot", "seed"])["auroc"].mean().unstack()
+    default = rows[rows["rate"] == study.DEFAULT].pivot_table(index="snapshot", columns="seed", values="auroc")
     gains = study.earlier_gains(rows)
     assert gains.index.tolist() == [1, 2, 3, 4, 5] and gains["images"].tolist() == [100, 200, 300, 400, 500]
     low, high = stats.ttest_1samp(default.loc[2] - default.loc[6], 0).confidence_interval(1 - 0.05 / 5)
