@@ -77,6 +77,7 @@ def whole_run(tmp_path_factory):
         "local_batches": "4,16",
         "norm_epochs": 1,
     }
+    parameters |= {"phantom_images": 80, "pretrain_images": 64, "snapshots": 2, "update_batches": "32,64"}
     return execute(parameters=parameters, runs_dir=str(tmp_path_factory.mktemp("runs")))
 
 
@@ -121,6 +122,28 @@ def test_the_judgement_is_carried_as_plain_values(whole_run):
     assert Calibration.from_dict(found["calibration"]["isotonic"]).method == "isotonic"
     assert OperatingPoints.from_dict(found["operating_points"]).sensitivity == 0.9
     assert found["published"]["Mass"]["Dell DenseNet (LEAKS)"] == 0.8231
+
+
+def test_the_three_rules_are_judged_by_the_numbers_beside_them(whole_run):
+    folder = whole_run[1].parent / "07_transfer_learning"
+    found = json.loads((folder / "metrics.json").read_text())
+    assert [row["images"] for row in found["snapshots"].values()] == [32, 64]
+    assert set(found["rules"]) == {"earlier", "rate", "warm-up"}
+    assert {row["verdict"] for row in found["rules"].values()} == {"open"}  # of one seed nothing follows
+    own, default = (
+        [found["auroc_along"][n][f"{rate} rate, {w}"] for n in ("32", "64") for w in ("warm-up", "no warm-up")]
+        for rate in ("the checkpoint's", "the default")
+    )
+    assert found["rules"]["rate"]["effect"] == pytest.approx(sum(own) / 4 - sum(default) / 4)
+    text = "".join(
+        output["data"].get("text/markdown", "")
+        for cell in nbformat.read(folder / "notebook.ipynb", as_version=4).cells
+        for output in cell.get("outputs", [])
+        if "data" in output
+    )
+    assert "*start at the rate it was being trained at*: **open**" in text
+    assert f"{found['rules']['rate']['effect']:+.3f}" in text
+    assert [row["updates"] for row in found["updates"].values()] == [2, 1]
 
 
 def test_the_report_shows_every_notebook_and_needs_no_network(whole_run):

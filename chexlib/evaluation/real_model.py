@@ -108,7 +108,7 @@ def train_real_model(folders: Sequence[str | Path], out: str | Path, *, settings
     )  # fmt: skip
     reuse = {SCRATCH: Reuse(), PHANTOM: Reuse()}
     warmup = s.warmup * s.batch_size / 256
-    alone = config.replace(schedule=fine_schedule(s.scratch_rate, epochs=s.epochs, warmup=warmup)).schedule
+    alone = fine_schedule(s.scratch_rate, epochs=s.epochs, warmup=warmup)
 
     def from_scratch(config, *, measure):
         return fit(config.replace(schedule=alone), measure=measure, reuse=reuse[SCRATCH])

@@ -132,8 +132,7 @@ def rule_effects(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     gains = earlier_gains(rows, level=level)
     best = gains["effect"].idxmax() if len(gains) else None
     found = {"earlier": gains.loc[best].drop("images").to_dict() if best else mean_of_seeds(pd.Series(dtype=float))}
-    by_rate = rows.pivot_table(index="seed", columns="rate", values="auroc")
-    found["rate"] = mean_of_seeds(by_rate[OWN] - by_rate[DEFAULT], level=level)
+    found["rate"] = _rate_gain(rows, level)
     by_warmup = rows.assign(warm=rows["warmup"] > 0).pivot_table(index="seed", columns="warm", values="auroc")
     found["warm-up"] = mean_of_seeds(by_warmup[True] - by_warmup[False], level=level)
     table = pd.DataFrame(found).T
@@ -143,6 +142,17 @@ def rule_effects(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
         against["earlier"] = bool((gains["high"] < 0).all())
     table["verdict"] = np.where(table["low"] > 0, "confirmed", np.where(against, "contradicted", "open"))
     return table.astype({"seeds": int})
+
+
+def rate_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
+    """What each snapshot's own rate gains over the default: index the snapshot; columns effect, low, high, seeds."""
+    found = {snapshot: _rate_gain(own, level) for snapshot, own in rows.groupby("snapshot")}
+    return pd.DataFrame(found).T.rename_axis("snapshot")
+
+
+def _rate_gain(rows: pd.DataFrame, level: float) -> dict:
+    by_rate = rows.pivot_table(index="seed", columns="rate", values="auroc")
+    return mean_of_seeds(by_rate[OWN] - by_rate[DEFAULT], level=level)
 
 
 def along(rows: pd.DataFrame) -> pd.DataFrame:

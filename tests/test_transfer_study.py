@@ -1,0 +1,90 @@
+"""The grid of notebook 07 names every fine-tuning once, and its verdicts are what the rows say."""
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from chexlib import transfer_figures
+from chexlib.evaluation import transfer_study as study
+from chexlib.training.sweep import point_key
+
+GRID = dict(seeds=[0, 1, 2], batch=64, warmup_epochs=1.0)
+
+
+def rows_of(auroc, *, snapshots=6):
+    """Rows of the whole grid, whose AUROC is `auroc(point)` and a bit of noise."""
+    rng = np.random.default_rng(0)
+    points = study.transfer_grid(snapshots, **GRID)
+    extra = [{"images": 100 * p["snapshot"], "updates": 10, "auroc": auroc(p) + rng.normal(0, 1e-4)} for p in points]
+    return pd.DataFrame([{**point, **more} for point, more in zip(points, extra, strict=True)])
+
+
+def test_the_grid_has_each_snapshot_at_both_rates_with_and_without_warmup():
+    points = study.transfer_grid(6, **GRID)
+    assert len(points) == 6 * 2 * 2 * 3 == len({point_key(point) for point in points})
+    assert {p["warmup"] * p["batch"] / 256 for p in points} == {1.0, 0.0}  # epochs at this batch
+    like = {"snapshot": 2, "rate": study.DEFAULT, "warmup": 4.0, "batch": 64}
+    batches = study.batch_grid([16, 256], like=like, seeds=[0])
+    assert [p["warmup"] * p["batch"] / 256 for p in batches] == [0.25, 4.0]  # in proportion to the batch
+    assert [p["rate_batch"] for p in batches] == [64, 64]
+
+
+def test_a_rule_is_confirmed_contradicted_or_open_as_its_interval_lies():
+    def as_the_study_says(p):
+        return 0.7 - 0.05 * (p["snapshot"] == 6) + 0.02 * (p["rate"] == study.OWN) + 0.01 * (p["warmup"] > 0)
+
+    found = study.rule_effects(rows_of(as_the_study_says))
+    assert found["verdict"].tolist() == ["confirmed"] * 3
+    assert found["effect"].astype(float).tolist() == pytest.approx([0.05, 0.02, 0.01], abs=1e-3)
+    assert study.rule_effects(rows_of(lambda p: 1 - as_the_study_says(p)))["verdict"].tolist() == ["contradicted"] * 3
+    noise = np.random.default_rng(1)
+    assert study.rule_effects(rows_of(lambda p: noise.normal(0.7, 0.1)))["verdict"].tolist() == ["open"] * 3
+    one = rows_of(as_the_study_says).query("seed == 0")
+    assert study.rule_effects(one)["verdict"].tolist() == ["open"] * 3
+
+
+def test_intervals_are_students_over_seeds_and_hold_for_all_snapshots_together():
+    rows = rows_of(lambda p: 0.6 + 0.01 * p["snapshot"] * (p["seed"] + 1))
+    default = rows[rows["rate"] == study.DEFAULT].pivot_table(index="snapshot", columns="seed", values="auroc")
+    gains = study.earlier_gains(rows)
+    assert gains.index.tolist() == [1, 2, 3, 4, 5] and gains["images"].tolist() == [100, 200, 300, 400, 500]
+    low, high = stats.ttest_1samp(default.loc[2] - default.loc[6], 0).confidence_interval(1 - 0.05 / 5)
+    assert gains.loc[2, ["low", "high"]].tolist() == pytest.approx([low, high])
+    by_seed = rows.groupby(["rate", "seed"])["auroc"].mean()
+    low, high = stats.ttest_1samp(by_seed[study.OWN] - by_seed[study.DEFAULT], 0).confidence_interval()
+    found = study.rule_effects(rows).loc["rate"]
+    assert [found["low"], found["high"]] == pytest.approx([low, high])
+
+
+def test_batches_are_compared_with_the_smallest_by_seed():
+    rows = pd.DataFrame(
+        {"batch": [16, 16, 64, 64], "seed": [0, 1, 0, 1], "updates": [40, 40, 10, 10], "auroc": [0.7, 0.6, 0.65, 0.53]}
+    )
+    found = study.by_updates(rows)
+    assert found["updates"].tolist() == [40, 10]
+    low, high = stats.ttest_1samp([-0.05, -0.07], 0).confidence_interval()
+    assert found.loc[64, ["auroc", "effect", "low", "high"]].tolist() == pytest.approx([0.59, -0.06, low, high])
+
+
+def test_the_figures_show_the_rows():
+    rows = rows_of(lambda p: 0.6 + 0.01 * p["snapshot"])
+    curve = study.along(rows)
+    assert curve.index.tolist() == [100, 200, 300, 400, 500, 600] and curve.shape[1] == 4
+    drawn = transfer_figures.along(curve)
+    np.testing.assert_allclose(drawn.axes[0].lines[0].get_ydata(), curve.iloc[:, 0])
+    words = " ".join(
+        t.get_text() for t in transfer_figures.rules(study.rule_effects(rows)).findobj(matplotlib.text.Text)
+    )
+    assert "do not take the last checkpoint: contradicted" in words
+    table = pd.DataFrame({"updates": [40, 10], "auroc": [0.7, 0.6]}, index=[16, 1024])
+    texts = [t.get_text() for t in transfer_figures.updates(table).findobj(matplotlib.text.Text)]
+    assert " 1,024" in texts
+    kept = pd.DataFrame({"images": [10, 20], "val_auroc": [0.5, 0.6], "learning_rate": [1e-3, 1e-4]})
+    assert transfer_figures.pretraining(kept).axes[1].get_yscale() == "log"
+    assert plt.get_fignums() == []
