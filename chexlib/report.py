@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import base64
 import json
-import re
+import math
 from pathlib import Path
 
 from chexlib.files import replacing
 from chexlib.findings import FINDINGS
+from chexlib.notebook_page import caption, write_page
 
 
 def build_report(run: Path) -> Path:
-    """Turn every executed notebook of a run into HTML and write the run's `index.html` over them.
+    """Turn every executed notebook of a run into HTML and write the run's `index.html` over them: the ledger first.
 
     Parameters
     ----------
@@ -26,18 +27,41 @@ def build_report(run: Path) -> Path:
     """
     import jinja2
 
+    from chexlib.scaling.ledger import VERDICTS, build_ledger, count_verdicts
+
     pages = [_page(folder) for folder in sorted(run.iterdir()) if (folder / "notebook.ipynb").exists()]
     judged = {page["title"]: page["metrics"]["auroc"] for page in pages if "auroc" in page["metrics"]}
     environment = next((page["environment"] for page in pages if page["environment"]), {})
+    table = build_ledger(run)
+    topics = {topic: own.to_dict("records") for topic, own in table.groupby("topic", sort=False)}
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    template = jinja2.Environment(loader=loader, autoescape=True).get_template("report.html")
-    text = template.render(
-        run=run.name, pages=pages, judged=judged, findings=[*FINDINGS, "mean"], environment=environment
+    jinja = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    jinja.filters["figure"] = figure
+    text = jinja.get_template("report.html").render(
+        run=run.name,
+        asked=_read(run / "run.json"),
+        pages=pages,
+        links={page["name"] for page in pages},
+        judged=judged,
+        findings=[*FINDINGS, "mean"],
+        environment=environment,
+        topics=topics,
+        counts=count_verdicts(table).to_dict("index"),
+        verdicts=VERDICTS,
     )
     index = run / "index.html"
     with replacing(index) as file:
         file.write(text.encode())
     return index
+
+
+def figure(value: float | None, unit: str) -> str:
+    """A figure in words: an AUROC with three digits, a count whole, anything else with four that count."""
+    if value is None or math.isnan(value):
+        return ""
+    if unit == "AUROC":
+        return f"{value:.3f}"
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:,.4g}"
 
 
 def _page(folder: Path) -> dict:
@@ -46,36 +70,18 @@ def _page(folder: Path) -> dict:
 
     notebook = nbformat.read(folder / "notebook.ipynb", as_version=4)
     first = next((c.source for c in notebook.cells if c.cell_type == "markdown" and c.source.startswith("# ")), "# ?")
-    timing = notebook.metadata.get("papermill", {})
-    _write_html(notebook, folder / "notebook.html")
+    title = first.splitlines()[0].removeprefix("# ")
+    write_page(notebook, folder / "notebook.html", title=title)
     return {
         "name": folder.name,
-        "title": first.splitlines()[0].removeprefix("# "),
+        "title": title,
         "error": _error(notebook),
-        "seconds": timing.get("duration"),
+        "seconds": notebook.metadata.get("papermill", {}).get("duration"),
         "metrics": _read(folder / "metrics.json"),
         "parameters": _read(folder / "params.json"),
         "environment": _read(folder / "environment.json"),
         "figures": [_figure(path) for path in sorted((folder / "figures").glob("[!.]*.png"))],
     }
-
-
-def _write_html(notebook, path: Path) -> None:
-    from nbconvert import HTMLExporter
-
-    # The exporter would otherwise load scripts from other people's servers; our notebooks need none.
-    exporter = HTMLExporter(
-        mathjax_url="",
-        require_js_url="",
-        jquery_url="",
-        mermaid_js_url="",
-        mermaid_layout_elk_js_url="",
-        jupyter_widgets_base_url="",
-        embed_images=True,
-    )
-    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
-    page = exporter.from_notebook_node(notebook)[0]
-    path.write_text(re.sub(r'<script src=""[^>]*></script>', "", page))
 
 
 def _error(notebook) -> str | None:
@@ -90,9 +96,9 @@ def _figure(path: Path) -> dict:
     from PIL import Image
 
     with Image.open(path) as image:
-        caption, width, height = image.info.get("Description", path.stem), *image.size
+        width, height = image.size
     data = base64.b64encode(path.read_bytes()).decode()
-    return {"name": path.stem, "caption": caption, "width": width, "height": height, "data": data}
+    return {"name": path.stem, "caption": caption(path), "width": width, "height": height, "data": data}
 
 
 def _read(path: Path) -> dict:
