@@ -20,9 +20,12 @@ Speed of a node
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from chexlib.scaling.model import Cluster, Horovod, Job
+import pandas as pd
+
+from chexlib.scaling.model import Cluster, Horovod, Job, hardware_efficiency
 from chexlib.scaling.network import Fabric, Link
 from chexlib.scaling.workload import Workload
 
@@ -109,3 +112,55 @@ def study_horovod(request: float) -> dict[str, Horovod]:
         "MareNostrum 4": Horovod(overlap=True, cycle=0.0),
         "Stampede2": Horovod(overlap=True, cycle=5e-3, request=request),
     }
+
+
+def published_scaling(alone: float) -> pd.DataFrame:
+    """The deck's points: system, nodes, images_per_second, efficiency, and how that is printed.
+
+    Parameters
+    ----------
+    alone : float
+        Images/s of one node: for Stampede2 the deck has no efficiency over one node, only speeds.
+    """
+    rows = [
+        ("MareNostrum 4", 256, 15_170, 0.90, "printed, over one node"),
+        ("MareNostrum 4", 512, None, 0.90 * 0.85, "at least: printed over 85 % from 256"),
+        ("Stampede2", 256, 16_400, 16_400 / 256 / alone, "printed speed over our one node"),
+        ("Stampede2", 512, 26_700, 26_700 / 512 / alone, "printed speed over our one node; 81 % from 256"),
+    ]
+    return pd.DataFrame(rows, columns=["system", "nodes", "images_per_second", "efficiency", "how"])
+
+
+def study_claims(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The two efficiencies that the model must answer to, in percent, from `project` on each system.
+
+    Returns
+    -------
+    DataFrame
+        By claim: published, model, miss (points).
+    """
+    ours, theirs = tables["MareNostrum 4"]["efficiency"], tables["Stampede2"]["images_per_second"]
+    rows = {
+        "MareNostrum 4, 1 to 256 nodes": (90.0, 100 * ours[256]),
+        "Stampede2, 256 to 512 nodes": (100 * 26_700 / 2 / 16_400, 100 * theirs[512] / 2 / theirs[256]),
+    }
+    table = pd.DataFrame(rows, index=["published", "model"]).T
+    return table.assign(miss=table["model"] - table["published"])
+
+
+def peak_shares() -> pd.DataFrame:
+    """Share of the peak in percent by run: printed, by the formula, and low and high for minutes rounded to whole."""
+
+    def share(run: Published, minutes: float) -> float:
+        return 100 * hardware_efficiency(1, FLOP_90_EPOCHS, 60 * minutes, run.peak)
+
+    rows = {
+        run.system: {
+            "printed": 100 * run.efficiency,
+            "formula": share(run, run.minutes),
+            "low": share(run, run.minutes + 0.5),
+            "high": share(run, run.minutes - 0.5),
+        }
+        for run in PEAK_RUNS
+    }
+    return pd.DataFrame(rows).T

@@ -107,8 +107,10 @@ def measure(
     return {**facts, "images_per_second": speed, "seconds": seconds}
 
 
-def observe(settings: dict, *, ranks: int, threads: int, steps: int = 6, timeout: float = 900) -> dict:
-    """Where the time of a step goes on this host, the median over `steps`.
+def observe(
+    settings: dict, *, ranks: int, threads: int, steps: int = 6, timeout: float = 900, **environment: str
+) -> dict:
+    """Where the time of a step goes on this host, the median over `steps`; names that follow are the ranks' variables.
 
     Returns
     -------
@@ -124,7 +126,7 @@ def observe(settings: dict, *, ranks: int, threads: int, steps: int = 6, timeout
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "timeline.json"
-        own = {"HOROVOD_TIMELINE": str(file)} if ranks > 1 else {}
+        own = {**environment, **({"HOROVOD_TIMELINE": str(file)} if ranks > 1 else {})}
         found = measure({**settings, "detail": True}, ranks=ranks, threads=threads, steps=steps, timeout=timeout, **own)
         reduced, request = read_timeline(file) if ranks > 1 else (None, math.nan)
     busy = np.array(found["busy"])
