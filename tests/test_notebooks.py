@@ -15,6 +15,7 @@ from chexlib.data.phantom import write_phantom
 from chexlib.evaluation.calibration import Calibration
 from chexlib.evaluation.operating import OperatingPoints
 from chexlib.execute import execute, find_notebooks
+from chexlib.scaling.published import claims
 
 NOTEBOOKS = find_notebooks()
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -121,6 +122,15 @@ def test_the_judgement_is_carried_as_plain_values(whole_run):
     assert Calibration.from_dict(found["calibration"]["isotonic"]).method == "isotonic"
     assert OperatingPoints.from_dict(found["operating_points"]).sensitivity == 0.9
     assert found["published"]["Mass"]["Dell DenseNet (LEAKS)"] == 0.8231
+
+
+def test_the_ledger_reads_what_the_notebooks_of_a_run_saved(whole_run):
+    folder = whole_run[1].parent
+    rows = json.loads((folder / "10_report" / "metrics.json").read_text())["ledger"]
+    measured = [row for row in rows.values() if row["ours"] is not None and row["origin"] == "this run"]
+    assert len(rows) == len(claims()) and len(measured) >= 25
+    assert not [row["why"] for row in rows.values() if "lacks" in row["why"]]
+    assert rows["batch norm/densenet121"]["verdict"] == "reproduced"
 
 
 def test_the_report_shows_every_notebook_and_needs_no_network(whole_run):
