@@ -15,17 +15,18 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 PROFILE ?= quick
 DATA ?=
 ENGINES ?=
+RESUME ?=
 
 .PHONY: help env run test faults peer lab lint clean real-model
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
-	@echo "Settings: DATA=DIR (NIH layout)  PROFILE=quick|standard|cluster  ENGINES=N"
+	@echo "Settings: DATA=DIR (NIH layout)  PROFILE=quick|standard|cluster  ENGINES=N  RESUME=1"
 
 env: $(STAMP)  ## make the environment in .venv
 
 run: $(STAMP)  ## execute every notebook headless and write the report
-	@exec $(BIN)/python -m chexlib run --profile $(PROFILE) $(if $(DATA),--data '$(DATA)') $(if $(ENGINES),--engines $(ENGINES))
+	@exec $(BIN)/python -m chexlib run --profile $(PROFILE) $(if $(DATA),--data '$(DATA)') $(if $(ENGINES),--engines $(ENGINES)) $(if $(RESUME),--resume)
 
 test: $(STAMP)  ## run the tests, with coverage of chexlib
 	$(BIN)/python -m pytest --cov=chexlib --cov-report=term --cov-fail-under=90

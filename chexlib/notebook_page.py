@@ -14,6 +14,7 @@ body.jp-Notebook { padding: 0 1rem 4rem; max-width: 68rem; margin: 0 auto; overf
 .jp-Notebook table { overflow-wrap: normal; }
 .scroll { overflow-x: auto; max-width: 100%; }
 a:focus-visible, .scroll:focus-visible { outline: 3px solid #b35900; }
+nav { font-family: system-ui, sans-serif; }
 .skip { position: absolute; left: -99rem; } .skip:focus { position: static; }
 .jp-Notebook a { color: #0b5394 !important; text-decoration: underline !important; }
 .highlight span { color: #1c2430; }

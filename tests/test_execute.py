@@ -336,6 +336,13 @@ def test_every_setting_of_a_profile_is_a_parameter_of_its_type(accepted, name):
             assert isinstance(value, kinds[parameter["inferred_type_name"]]), f"{key}: {value!r}"
 
 
+@pytest.mark.parametrize("name", ["quick", "standard", "cluster"])
+def test_a_profile_names_every_parameter_but_those_of_the_reader(accepted, name):
+    """Which data and which folder are the reader's to say, by DATA and by where the run goes."""
+    every = {parameter for parameters in accepted.values() for parameter in parameters}
+    assert every - {"data_dir", "run_dir"} == set(profile(name))
+
+
 def test_the_defaults_are_the_quick_profile(accepted):
     quick = profile("quick")
     for stem, parameters in accepted.items():

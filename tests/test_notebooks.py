@@ -15,6 +15,7 @@ from chexlib.data.phantom import write_phantom
 from chexlib.evaluation.calibration import Calibration
 from chexlib.evaluation.operating import OperatingPoints
 from chexlib.execute import execute, find_notebooks
+from chexlib.scaling.published import claims
 
 NOTEBOOKS = find_notebooks()
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -144,6 +145,15 @@ def test_the_three_rules_are_judged_by_the_numbers_beside_them(whole_run):
     assert "*start at the rate it was being trained at*: **open**" in text
     assert f"{found['rules']['rate']['effect']:+.3f}" in text
     assert [row["updates"] for row in found["updates"].values()] == [2, 1]
+
+
+def test_the_ledger_reads_what_the_notebooks_of_a_run_saved(whole_run):
+    folder = whole_run[1].parent
+    rows = json.loads((folder / "10_report" / "metrics.json").read_text())["ledger"]
+    measured = [row for row in rows.values() if row["ours"] is not None and row["origin"] == "this run"]
+    assert len(rows) == len(claims()) and len(measured) >= 25
+    assert not [row["why"] for row in rows.values() if "lacks" in row["why"]]
+    assert rows["batch norm/densenet121"]["verdict"] == "reproduced"
 
 
 def test_the_report_shows_every_notebook_and_needs_no_network(whole_run):

@@ -4,56 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 import pandas as pd
 
 from chexlib.evaluation.norm_verdict import over_seeds
+from chexlib.scaling import projections
+from chexlib.scaling.measured import Found, Measured, between
 from chexlib.scaling.published import BATCHES, COLLAPSES, IMAGENET, LADDER, LARGE_BATCHES, Claim
 
 RELEASE = 112_120  # images of the NIH release
 TOP_1 = "top-1 of 1,000 classes of photographs there, mean AUROC of 14 findings here"
-SHOWN = ("topology", "topologies", "size", "epochs", "seeds", "engines")  # of a notebook's parameters
 RUNGS = {"the study": "+ collapse", "Facebook": "+ warm-up"}  # whose batches are answered by which rung of our ladder
-
-
-@dataclass(frozen=True)
-class Found:
-    """What one notebook found, and how."""
-
-    notebook: str
-    metrics: Mapping
-    params: Mapping = field(default_factory=dict)
-    environment: Mapping = field(default_factory=dict)
-    origin: str = "this run"
-
-    @property
-    def scale(self) -> str:
-        """At which scale: the data, and those of `SHOWN` that the notebook has."""
-        words = [str(self.metrics["data"])] if "data" in self.metrics else []
-        own = {name: self.params[name] for name in SHOWN if name in self.params}
-        lists = {name: " ".join(map(str, value)) for name, value in own.items() if isinstance(value, list)}
-        return ", ".join(words + [f"{name} {value}" for name, value in {**own, **lists}.items()])
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A figure of ours, to be set beside a published one that comes to `published` in the same unit."""
-
-    value: float
-    unit: str
-    published: float | None = None
-    low: float | None = None  # of the 95 % interval
-    high: float | None = None
-    rule: str = "equal"  # or "side of 0", "<", ">": see `ledger`
-    tolerance: float | None = None  # of a figure without chance in it: half a unit of the last digit printed
-    differs: str = ""  # why the two cannot be compared
-
-
-def _between(row: Mapping, name: str, times: float = 1.0) -> dict:
-    """Value and interval of an estimate in `metrics.json`."""
-    ends = {end: None if row[end] is None else times * row[end] for end in ("low", "high")}
-    return {"value": math.nan if row[name] is None else times * row[name], **ends}
 
 
 def _auroc(claim: Claim, found: Found, times: float = 1.0) -> Measured | str:
@@ -61,7 +22,7 @@ def _auroc(claim: Claim, found: Found, times: float = 1.0) -> Measured | str:
     row = found.metrics["auroc"][finding]
     if row["auroc"] is None:
         return "the test part has images of one class only"
-    own = _between(row, "auroc", times)
+    own = between(row, "auroc", times)
     return Measured(**own, unit=claim.unit, published=claim.value, differs=_other_images(claim, found.metrics))
 
 
@@ -114,7 +75,7 @@ def _rung(claim: Claim, found: Found) -> Measured | str:
     if not place:
         return Measured(100 * climbed[name]["auroc"], "% AUROC", claim.value, differs=TOP_1)
     gained = LADDER[name] - LADDER[trained[place - 1]]
-    return Measured(**_between(climbed[name], "gain", 100), unit="% AUROC", published=gained, rule="side of 0")
+    return Measured(**between(climbed[name], "gain", 100), unit="% AUROC", published=gained, rule="side of 0")
 
 
 def _ensemble(claim: Claim, found: Found) -> Measured:
@@ -124,7 +85,7 @@ def _ensemble(claim: Claim, found: Found) -> Measured:
     if len(seeds) > 1:
         row = over_seeds(seeds.assign(all=0), ["all"], ["gain"]).rename(columns={"mean": "gain"}).iloc[0]
     gained = claim.value - LADDER["+ collapse"]
-    return Measured(**_between(row, "gain", 100), unit="% AUROC", published=gained, rule="side of 0")
+    return Measured(**between(row, "gain", 100), unit="% AUROC", published=gained, rule="side of 0")
 
 
 def _collapse(claim: Claim, found: Found) -> Measured:
@@ -135,7 +96,7 @@ def _collapse(claim: Claim, found: Found) -> Measured:
     if when == "before":
         return Measured(100 * row["before"], "% AUROC", claim.value, differs=TOP_1)
     before, after = COLLAPSES[point - 1]
-    return Measured(**_between(row, "gain", 100), unit="% AUROC", published=after - before, rule="side of 0")
+    return Measured(**between(row, "gain", 100), unit="% AUROC", published=after - before, rule="side of 0")
 
 
 def _losses(found: Found, rung: str) -> list[dict]:
@@ -163,14 +124,14 @@ def _large_batch(claim: Claim, found: Found) -> Measured | str:
     if isinstance(row, str):
         return row
     lost = 100 * (1 - claim.value / LARGE_BATCHES[source][0])
-    return Measured(**_between(row, "loss"), unit="% lost", published=lost, rule="side of 0")
+    return Measured(**between(row, "loss"), unit="% lost", published=lost, rule="side of 0")
 
 
 def _rule_loss(claim: Claim, found: Found) -> Measured | str:
     row = _at_updates(_losses(found, RUNGS["the study"]), 40)
     if isinstance(row, str):
         return row
-    return Measured(**_between(row, "loss"), unit="% lost", published=claim.value, rule="<")
+    return Measured(**between(row, "loss"), unit="% lost", published=claim.value, rule="<")
 
 
 def _rule_reach(claim: Claim, found: Found) -> Measured | str:
@@ -182,6 +143,28 @@ def _rule_reach(claim: Claim, found: Found) -> Measured | str:
         return Measured(min(row["updates"] for row in kept), claim.unit, claim.value, rule="<", tolerance=0)
     differs = "fewer images: what makes a batch large is how few updates are left"
     return Measured(max(row["batch"] for row in kept), claim.unit, claim.value, differs=differs)
+
+
+def _tuned_loss(claim: Claim, found: Found) -> Measured | str:
+    """Of fine-tuning, at about ten updates an epoch."""
+    if not (table := found.metrics["updates"]):
+        return "batches were not compared in this profile"
+    rows = sorted(table.values(), key=lambda row: -row["updates"])
+    row = _at_updates(rows[1:], 10)
+    if isinstance(row, str):
+        return row
+    loss, low, high = (None if row[n] is None else -100 * row[n] / rows[0]["auroc"] for n in ("effect", "high", "low"))
+    return Measured(loss, "% lost", claim.value, low, high, rule="<")
+
+
+def _tuned_updates(claim: Claim, found: Found) -> Measured | str:
+    """The updates an epoch nearest to the claim's at which fine-tuning was measured."""
+    if not (table := found.metrics["updates"]):
+        return "batches were not compared in this profile"
+    row = _at_updates(list(table.values()), claim.value)
+    if isinstance(row, str):
+        return row
+    return Measured(row["updates"], claim.unit, claim.value, differs="chosen, not found: the loss there is the result")
 
 
 COUNTERPARTS: dict[str, tuple[str, Callable[[Claim, Found], Measured | str]]] = {
@@ -197,7 +180,10 @@ COUNTERPARTS: dict[str, tuple[str, Callable[[Claim, Found], Measured | str]]] = 
     "baseline/": ("03", _percent_auroc),
     "rules/scratch/loss": ("06", _rule_loss),
     "rules/scratch/": ("06", _rule_reach),
+    "rules/fine-tuning/loss": ("07", _tuned_loss),
+    "rules/fine-tuning/updates": ("07", _tuned_updates),
     "batch norm/": ("05", _layers),
+    **{prefix: ("08", find) for prefix, find in projections.COUNTERPARTS.items()},
 }
 NO_COUNTERPART = {  # looked at first
     "collapse/top-1/7": "what it was before is not printed",
@@ -205,10 +191,27 @@ NO_COUNTERPART = {  # looked at first
     "large batches/IBM": "their recipe is not published with the figure",
     "large batches/You et al.": "their recipe, LARS without collapse, is no rung of our ladder",
     "large batches/iterations": "until convergence on ImageNet, which is not trained here",
-    "scale/": "wait",
-    "hardware/": "wait",
-    "densenet/": "wait",
-    "fine-tuning/": "wait",
-    "rules/fine-tuning/": "wait",
-    "settings/": "a setting, not a result",
+    "scale/caffe-256/top": "ImageNet is not trained here",
+    "scale/caffe-512/top": "ImageNet is not trained here",
+    "hardware/caffe-448/peak": "a data sheet's, and an input of the share of the peak",
+    "hardware/facebook-32/peak": "a data sheet's, and an input of the share of the peak",
+    "hardware/you-1024/peak": "a data sheet's, and an input of the share of the peak",
+    "hardware/caffe-448/time": "an input of the share of the peak, and of a node's speed in the model",
+    "hardware/facebook-32/time": "an input of the share of the peak; those processors are not modelled",
+    "hardware/you-1024/time": "an input of the share of the peak; that run is not modelled",
+    "densenet/64/top-1": "ImageNet is not trained here",
+    "densenet/128/top-1": "ImageNet is not trained here",
+    "densenet/64/epoch": "this run is not modelled",  # "epochs" too
+    "densenet/128/epoch": "this run is not modelled",
+    "rules/fine-tuning/batch": "fewer images: what makes a batch large is how few updates are left",
+    "rules/fine-tuning/fewest": "a setting, not a result",
+    "rules/fine-tuning/most": "a setting, not a result",
+    "settings/chart": "a setting, not a result",
+    "settings/command": "a setting, not a result",
+    "settings/caffe": "a setting, not a result",
+    "settings/second": "a setting, not a result",
+    "settings/OMP": "a setting, not a result",
+    "settings/HOROVOD": "a setting, not a result",
+    "settings/int": "a setting, not a result",
+    "settings/kmp": "a setting, not a result",
 }

@@ -4,8 +4,9 @@ Published figures are in `published`, what of a run answers them in `counterpart
 
 - *not measured*: the notebook that measures it has no results, neither in this run nor among the reference results;
 - *not comparable*: it cannot be measured here, or it was measured under other conditions. The reason is given;
-- *reproduced* or *not reproduced*, for a figure: the published one lies in our 95 % interval (a count or a formula: it
-  is equal, as far as digits are printed), or does not; for a bound ("less than 2 %"): our whole interval keeps it;
+- *reproduced* or *not reproduced*, for a figure: the published one lies in our interval (95 %, or what rounding leaves
+  open), or does not; a count is equal, or not; a projection of the model is within 5 points of an efficiency and
+  5 % of a speed or a time, or not; for a bound ("less than 2 %"): our whole interval keeps it;
   for a gain that was published in another measure, such as top-1 on ImageNet: our whole interval is on its side of 0.
 """
 
@@ -19,7 +20,8 @@ from pathlib import Path
 import pandas as pd
 
 from chexlib.runs import ROOT
-from chexlib.scaling.counterparts import COUNTERPARTS, NO_COUNTERPART, Found, Measured
+from chexlib.scaling.counterparts import COUNTERPARTS, NO_COUNTERPART
+from chexlib.scaling.measured import Found, Measured
 from chexlib.scaling.published import Claim, claims
 
 REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
@@ -87,7 +89,8 @@ def verdict(ours: Measured) -> tuple[str, str]:
     if ours.rule == "equal":
         slack = ours.tolerance or 0
         holds, rule = low - slack <= ours.published <= high + slack, "is it within our interval"
-        rule = "is it equal, to the digits printed" if ours.low is None else rule
+        if ours.low is None:
+            rule = f"is it within {ours.tolerance:,.4g} {ours.unit} of the projection" if slack else "is it equal"
     elif ours.rule == "side of 0":
         holds, rule = (low > 0) if ours.published > 0 else (high < 0), "is our interval on its side of 0"
     else:

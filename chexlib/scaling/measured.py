@@ -1,0 +1,48 @@
+"""What a notebook found, and one figure of it, to be set beside a published one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+SHOWN = ("topology", "topologies", "size", "epochs", "seeds", "engines")  # of a notebook's parameters
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one notebook found, and how."""
+
+    notebook: str
+    metrics: Mapping
+    params: Mapping = field(default_factory=dict)
+    environment: Mapping = field(default_factory=dict)
+    origin: str = "this run"
+
+    @property
+    def scale(self) -> str:
+        """At which scale: the data, and those of `SHOWN` that the notebook has."""
+        words = [str(self.metrics["data"])] if "data" in self.metrics else []
+        own = {name: self.params[name] for name in SHOWN if name in self.params}
+        lists = {name: " ".join(map(str, value)) for name, value in own.items() if isinstance(value, list)}
+        return ", ".join(words + [f"{name} {value}" for name, value in {**own, **lists}.items()])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure of ours, to be set beside a published one that comes to `published` in the same unit."""
+
+    value: float
+    unit: str
+    published: float | None = None
+    low: float | None = None  # of the 95 % interval
+    high: float | None = None
+    rule: str = "equal"  # or "side of 0", "<", ">": see `ledger`
+    tolerance: float | None = None  # of a figure without an interval: 0 of a count, more of a projection
+    differs: str = ""  # why the two cannot be compared
+
+
+def between(row: Mapping, name: str, times: float = 1.0) -> dict:
+    """Value and interval of an estimate in `metrics.json`."""
+    ends = {end: None if row[end] is None else times * row[end] for end in ("low", "high")}
+    return {"value": math.nan if row[name] is None else times * row[name], **ends}

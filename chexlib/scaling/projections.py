@@ -1,0 +1,93 @@
+"""What of notebook 08 answers a published figure: the model's projections, the formula, and what is measured here."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+
+from chexlib.scaling.measured import Found, Measured
+from chexlib.scaling.published import Claim, claims
+
+POINTS = 5  # by which a projected efficiency may be off
+PERCENT = 5  # by which a projected speed or time may be
+SYSTEMS = {"caffe": "MareNostrum 4", "tensorflow": "Stampede2"}
+RUNS = {"caffe-448": "the study, SKX 8160", "facebook-32": "Facebook, P100", "you-1024": "You et al., SKX 8160"}
+
+
+def _projected(claim: Claim, found: Found) -> dict[int, dict]:
+    """The projection of the claim's system, by number of nodes."""
+    table = found.metrics["projection"][SYSTEMS[claim.key.split("/")[1].split("-")[0]]]
+    return {int(nodes): row for nodes, row in table.items()}
+
+
+def _nodes(claim: Claim) -> int:
+    return int(claim.key.split("/")[1].split("-")[1])
+
+
+def _speed(claim: Claim, found: Found) -> Measured:
+    speed = _projected(claim, found)[_nodes(claim)]["images_per_second"]
+    return Measured(speed, claim.unit, claim.value, tolerance=PERCENT / 100 * claim.value)
+
+
+def _time(claim: Claim, found: Found) -> Measured:
+    hours = _projected(claim, found)[_nodes(claim)]["solution_hours"]
+    ours = hours * {"min": 60, "h": 1}[claim.unit]
+    return Measured(ours, claim.unit, claim.value, tolerance=PERCENT / 100 * claim.value)
+
+
+def _efficiency(claim: Claim, found: Found) -> Measured:
+    """Over one node, or on 512 over 256 nodes."""
+    table, nodes = _projected(claim, found), _nodes(claim)
+    if nodes == 256:
+        return Measured(100 * table[nodes]["efficiency"], claim.unit, claim.value, tolerance=POINTS)
+    doubled = table[512]["images_per_second"] / table[256]["images_per_second"] / 2
+    return Measured(100 * doubled, claim.unit, claim.value, rule=claim.bound or "equal", tolerance=POINTS)
+
+
+def _peak_share(claim: Claim, found: Found) -> Measured:
+    """By the formula, from minutes that were rounded to whole ones: the interval is what that leaves open."""
+    row = found.metrics["peak_percent"][RUNS[claim.key.split("/")[1]]]
+    return Measured(row["formula"], claim.unit, claim.value, row["low"], row["high"])
+
+
+def _solution(claim: Claim, found: Found) -> Measured | str:
+    row = found.metrics["solution"].get("densenet121")
+    if row is None or row["seconds"] is None:
+        return "DenseNet-121 was not trained to a solution in this profile"
+    differs = "this machine, to an AUROC on radiographs; there 64 or 128 nodes, to a top-1 on ImageNet"
+    return Measured(row["seconds"] / 60, claim.unit, claim.value, differs=differs)
+
+
+def _ratio(claim: Claim, found: Found) -> Measured | str:
+    if "ratio" not in found.metrics["ratio"]:
+        return "stock Keras was not measured in this profile"
+    keras, tensorflow = (own.value for own in claims() if own.topic == "fine-tuning")
+    differs = "one machine, stock Keras against ours; there 128 nodes, Keras against TensorFlow"
+    return Measured(found.metrics["ratio"]["ratio"], "times", keras / tensorflow, differs=differs)
+
+
+def _ranks(claim: Claim, found: Found) -> Measured:
+    """Of the fastest layout; these are named "(ranks, threads)"."""
+    speeds = {layout: speed for layout, speed in found.metrics["layouts"].items() if speed is not None}
+    ranks, _ = ast.literal_eval(max(speeds, key=speeds.get))
+    return Measured(ranks, claim.unit, claim.value, differs="the fastest layout of another machine")
+
+
+COUNTERPARTS: dict[str, Callable[[Claim, Found], Measured | str]] = {
+    "scale/caffe-256/speed": _speed,
+    "scale/caffe-256/efficiency": _efficiency,
+    "scale/caffe-256/time": _time,
+    "scale/caffe-512/time": _time,
+    "scale/caffe-512/efficiency": _efficiency,
+    "scale/tensorflow-256/speed": _speed,
+    "scale/tensorflow-512/speed": _speed,
+    "scale/tensorflow-512/efficiency": _efficiency,
+    "scale/tensorflow-256/time": _time,
+    "hardware/caffe-448/efficiency": _peak_share,
+    "hardware/facebook-32/efficiency": _peak_share,
+    "hardware/you-1024/efficiency": _peak_share,
+    "densenet/64/time": _solution,
+    "densenet/128/time": _solution,
+    "fine-tuning/": _ratio,
+    "settings/ranks a node": _ranks,
+}

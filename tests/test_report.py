@@ -1,0 +1,174 @@
+"""The report is a site that a person enjoys: told without the network, on a phone, to a screen reader, by keyboard.
+
+Run by hand with `python tests/test_report.py RUN FOLDER`, it leaves screenshots of a run's pages in FOLDER.
+"""
+
+import base64
+import itertools
+import json
+import re
+import shutil
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import nbformat
+import pytest
+from bs4 import BeautifulSoup
+from lab_driver import Browser
+from matplotlib.figure import Figure
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from chexlib.findings import FINDINGS
+from chexlib.report import build_report
+from chexlib.runs import start
+
+WIDTHS = (1280, 390)  # CSS pixels: a desk and a phone
+WIDE = "<table><thead><tr><th></th>" + "<th>a long heading</th>" * 20 + "</tr></thead><tbody><tr>"
+WIDE += "<th>row</th>" + "<td>0.12345</td>" * 20 + "</tr></tbody></table>"
+LONG = "0123456789" * 40
+BEYOND = """[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth
+    && !e.closest('.scroll') && !e.closest('.skip')).map(e => e.outerHTML.slice(0, 120))"""
+AXE = """axe.run(document, {resultTypes: ['violations']}).then(found => found.violations
+    .filter(v => ['serious', 'critical'].includes(v.impact)).map(v => [v.id, v.nodes[0].html.slice(0, 200)]))"""
+OPEN = "document.querySelectorAll('details').forEach(d => { d.open = true }); 0"
+CAPTION = "Test AUROC of each finding."
+
+
+def make_run(folder):
+    """A run of two notebooks with what pages stumble over: wide tables, long lines, pictures, links, code, an error."""
+    from io import BytesIO
+
+    run = start("03_train", run_dir=str(folder / "03_train"), parameters={"seed": 1, "size": 64, "epochs": 2})
+    figure = Figure(figsize=(14, 3))
+    figure.subplots().plot([1, 2])
+    run.save_figure(figure, "auroc", caption=CAPTION)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    picture = new_output("display_data", {"image/png": base64.b64encode(buffer.getvalue()).decode()})
+    row = {"auroc": 0.81, "low": 0.75, "high": 0.9, "positives": 37, "negatives": 100}
+    split = {"name": "patient", "digest": "abc123", "images": {"train": 70, "validation": 10, "test": 20}}
+    auroc = dict.fromkeys((*FINDINGS, "mean"), row)
+    run.finish(auroc=auroc, split=split, data="phantom (synthetic)", ranks=2, images_per_second=9.5)
+    code = "# why\nfor name in sorted(found):  # each\n    print(f'{name}', 1.5, None, " + LONG + ")"
+    table = new_output("display_data", {"text/html": WIDE, "text/plain": "a table"})
+    cells = [
+        new_markdown_cell("# Train\n\nText with a [link](05_other.ipynb) and [another](08_missing.ipynb).\n\n## Part"),
+        new_code_cell(code, outputs=[new_output("stream", name="stdout", text=LONG), table]),
+        new_code_cell('run.save_figure(figure, "auroc", caption=caption)', outputs=[picture]),
+        new_code_cell("figure", outputs=[picture]),
+    ]
+    nbformat.write(new_notebook(cells=cells), folder / "03_train" / "notebook.ipynb")
+    (folder / "05_other").mkdir()
+    error = new_output("error", ename="ValueError", evalue=LONG, traceback=[f"ValueError: {LONG}"])
+    failed = [new_markdown_cell("# Other"), new_code_cell("fail()", outputs=[error])]
+    nbformat.write(new_notebook(cells=failed), folder / "05_other" / "notebook.ipynb")
+    return build_report(folder)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "run")
+
+
+def soups(report):
+    return {path: BeautifulSoup(path.read_text(), "html.parser") for path in (report, *report.parent.glob("*/*.html"))}
+
+
+def test_every_page_names_its_language_and_title_and_its_pictures_have_a_text(report):
+    for path, soup in soups(report).items():
+        assert soup.html["lang"] == "en" and soup.title.text.strip() not in ("", "Notebook"), path
+        assert len(soup.find_all("h1")) == 1, path
+        for picture in soup.find_all("img"):
+            assert len(picture["alt"]) > 5 and "No description" not in picture["alt"], path
+
+
+def test_a_picture_is_told_by_the_caption_of_the_figure_that_its_cell_saved(report):
+    soup = soups(report)[report.parent / "03_train" / "notebook.html"]
+    assert [picture["alt"] for picture in soup.find_all("img")] == [CAPTION, "Figure under “Part”"]
+
+
+def test_headings_follow_each_other_without_a_gap(report):
+    soup = soups(report)[report]
+    levels = [int(heading.name[1]) for heading in soup.find_all(re.compile(r"^h\d$"))]
+    assert levels[0] == 1 and all(b <= a + 1 for a, b in itertools.pairwise(levels))
+    assert soup.find_all("h2")[0].text == "The ledger"
+
+
+def test_tables_scroll_in_a_region_that_the_keyboard_reaches_and_that_has_a_name(report):
+    for path, soup in soups(report).items():
+        names = []
+        for table in soup.find_all("table"):
+            region = table.find_parent(class_="scroll")
+            assert region["tabindex"] == "0" and region["role"] == "region", path
+            names.append(region["aria-label"])
+        assert len(names) == len(set(names)), path
+
+
+def test_the_first_link_skips_to_the_results_and_each_part_can_be_gone_to(report):
+    soup = soups(report)[report]
+    assert soup.find("a")["href"] == "#main"
+    for link in soup.find_all("a", href=re.compile("^#")):
+        assert soup.find(id=link["href"][1:]), link
+
+
+def test_links_between_notebooks_lead_to_pages_of_this_run_or_are_text(report):
+    page = report.parent / "03_train" / "notebook.html"
+    links = {link["href"]: link.text for link in soups(report)[page].find_all("a") if not link["href"].startswith("#")}
+    assert {"../index.html", "../05_other/notebook.html"} == set(links)
+    assert all((page.parent / link).exists() for link in links)
+    assert "and another." in soups(report)[page].text
+
+
+def test_the_ledger_comes_first_and_shows_every_figure_with_ours(report):
+    from chexlib.scaling.ledger import build_ledger, count_verdicts
+
+    soup, table = soups(report)[report], build_ledger(report.parent)
+    assert len(soup.select(".ledger tbody tr")) == len(table)
+    tally = {li.text.strip().split(" ", 1)[1]: int(li.strong.text) for li in soup.select(".tally li")}
+    counts = count_verdicts(table).loc["all"]
+    assert tally == {name: counts[name] for name in tally} and sum(tally.values()) == len(table)
+    row = next(tr for tr in soup.select(".ledger tbody tr") if tr.th.text.startswith("CheXNet, Mass"))
+    cells = [td.get_text(" ", strip=True) for td in row.find_all("td")]
+    assert cells[:2] == ["0.8676 AUROC", "0.810 AUROC 0.750 to 0.900"]
+    assert cells[2] == "not comparable our images are synthetic" and row.a["href"] == "03_train/notebook.html"
+
+
+def look(report, each):
+    """Open every page at every width, with all that can be unfolded open, and hand the browser to `each`."""
+    script = (files("axe_core_python") / "axe.min.js").read_text()
+    with Browser() as browser:
+        for path in (report, *sorted(report.parent.glob("*/*.html"))):
+            for width in WIDTHS:
+                browser.show(path, width=width)
+                browser.evaluate(OPEN)
+                browser.evaluate(f"{script}; 0")
+                each(browser, path, width)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium on the PATH")
+def test_pages_fit_a_desk_and_a_phone_and_nobody_stumbles(report):
+    seen = []
+
+    def check(browser, path, width):
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width, (path, width)
+        assert browser.evaluate(BEYOND) == [], (path, width)
+        assert browser.evaluate(AXE) == [], (path, width)
+        seen.append((path.parent.name, width))
+
+    look(report, check)
+    assert len(seen) == 2 * 3
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[2])
+    target.mkdir(parents=True, exist_ok=True)
+
+    def shoot(browser, path, width):
+        height = min(browser.evaluate("document.documentElement.scrollHeight"), 6000)
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+        picture = browser.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)["data"]
+        (target / f"{path.parent.name}-{width}.png").write_bytes(base64.b64decode(picture))
+        print(path.parent.name, width, json.dumps([browser.evaluate(BEYOND), browser.evaluate(AXE)]))
+
+    look(Path(sys.argv[1]).resolve() / "index.html", shoot)
