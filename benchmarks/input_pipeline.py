@@ -127,7 +127,7 @@ def training(source, asked, *, skip: int, steps: int) -> dict:
         for name, batches in sources.items():
             ends = []
             clock = keras.callbacks.LambdaCallback(
-                on_train_batch_end=lambda *_, ends=ends: ends.append(time.perf_counter())
+                on_train_batch_end=lambda batch, logs, ends=ends: ends.append(time.perf_counter())
             )
             trainer.fit(batches, steps_per_epoch=skip + steps, callbacks=[clock], verbose=0, shuffle=False)
             if round_:  # the first is for tracing
