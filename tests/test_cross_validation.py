@@ -82,8 +82,8 @@ def test_folds_test_every_image_once_and_share_no_patient(phantom):
         assert not audit(split, radiographs).leaks  # which looks at every two parts
         assert sorted(image for part in split.parts.values() for image in part) == sorted(tested)
         assert len(split.parts["train"]) > len(split.parts["test"]) > len(split.parts["validation"]) > 0
-    again = fold_split(radiographs, kind="fold-2-of-4", seed=4)
-    assert again.digest != splits[1].digest
+    others = {fold_split(radiographs, kind="fold-2-of-4", seed=seed).digest for seed in range(4, 12)}
+    assert len(others) > 1  # of few patients some seeds make the same folds
     with pytest.raises(ConfigError, match="fold-5-of-4"):
         fold_split(radiographs, kind="fold-5-of-4")
 

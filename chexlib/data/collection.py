@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from chexlib.data.nih import BOX_SIDE, COLUMNS, EDITIONS, Radiographs, first_few, load_radiographs
+from chexlib.data.nih import BOX_SIDE, COLUMNS, EDITIONS, Radiographs, first_few, load_radiographs, rows_of
 from chexlib.data.splits import LISTS, read_list
 from chexlib.errors import DataError
 from chexlib.files import replacing
@@ -55,7 +55,8 @@ def collect(folders: Sequence[str | Path], directory: str | Path) -> Path:
     for name, path in zip(table["image"], table["path"], strict=True):
         os.symlink(path, directory / "images" / name)
     _write(directory / EDITIONS[0], _entries(table))
-    boxes = pd.concat([part.boxes for part in parts]).drop_duplicates()
+    chosen = [rows_of(set(part.table["image"][part.table["path"].isin(table["path"])]), part.boxes) for part in parts]
+    boxes = pd.concat(chosen)
     boxes = boxes.assign(**{side: boxes[side] * BOX_SIDE for side in ("x", "y", "width", "height")})
     _write(directory / "BBox_List_2017.csv", boxes)
     for name in LISTS:
