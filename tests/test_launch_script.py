@@ -70,7 +70,7 @@ def test_the_script_trains_on_two_hosts(phantom, tmp_path):
         (tmp_path / "srun").write_text(srun)
         (tmp_path / "srun").chmod(0o755)
         environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        command = hosts[0].wrap(["timeout", "200", "bash", str(tmp_path / "train.sbatch")])
+        command = hosts[0].wrap(["timeout", "500", "bash", str(tmp_path / "train.sbatch")])
         answer = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert answer.returncode == 0, answer.stderr[-3000:]
         told = json.loads(next(line for line in answer.stdout.splitlines() if line.startswith('{"model"')))

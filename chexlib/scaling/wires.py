@@ -79,7 +79,7 @@ def measure_wires(points: Sequence[Mapping], rates: Sequence[float], table: str 
 def _launch(point: Mapping, timeout: float = 900) -> dict:
     try:
         return _served(point, timeout)
-    except ClusterError as error:  # once seen: a rank that never came to its first step
+    except ClusterError as error:  # once seen, on a crowded machine: a rank starved
         log.warning("%s Once more ...", error)
         return _served(point, timeout)
 
