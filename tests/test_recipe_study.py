@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from chexlib import recipe_figures
-from chexlib.evaluation.recipe_study import collapse_gains, ladder_gains, recipe_grid
+from chexlib.evaluation.recipe_study import batch_losses, collapse_gains, ladder_gains, recipe_grid
 from chexlib.scaling.published import LADDER as TOP_1
 from chexlib.scaling.published import published_collapses
 from chexlib.training.recipes import LADDER, preset, resolve
@@ -51,6 +51,22 @@ def test_gains_of_rungs_are_paired_by_seed():
     assert row["auroc"] == pytest.approx(areas["+ warm-up"].mean()) and row["seeds"] == 3
     assert np.isnan(table.loc["step decay", "gain"])
     assert np.isnan(ladder_gains(rows[rows["seed"] == 0])["low"]).all()
+
+
+def test_what_a_batch_loses_is_in_percent_of_the_smallest_paired_by_seed():
+    smallest, large = np.array([0.80, 0.70, 0.75]), np.array([0.76, 0.68, 0.70])
+    rows = [
+        {"rung": "+ collapse", "seed": seed, "batch": batch, "auroc": area}
+        for batch, areas in ((1024, large), (16, smallest))
+        for seed, area in enumerate(areas)
+    ]
+    table = batch_losses(pd.DataFrame(rows), images=2000)
+    lost = 100 * (1 - large / smallest)
+    low, high = stats.ttest_1samp(lost, 0).confidence_interval()
+    (row,) = table.to_dict("records")
+    assert (row["rung"], row["batch"], row["updates"], row["seeds"]) == ("+ collapse", 1024, 2, 3)
+    assert (row["loss"], row["low"], row["high"]) == pytest.approx((lost.mean(), low, high))
+    assert batch_losses(pd.DataFrame(rows[3:]), images=2000).empty  # the smallest alone loses nothing
 
 
 def test_collapse_gains_are_paired_by_seed():
