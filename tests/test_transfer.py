@@ -15,6 +15,7 @@ from chexlib.training.feed import Feed, drawing_of
 from chexlib.training.fit import fit
 from chexlib.training.monitor import Position
 from chexlib.training.parts import divide
+from chexlib.training.reuse import Reuse
 from chexlib.training.schedules import Schedule
 from chexlib.training.snapshots import snapshots_of
 from chexlib.training.transfer import fine_schedule, finetune, pretrain
@@ -33,6 +34,16 @@ def differ(one, other):
 
 def asked(phantom, run_dir, **changes):
     return config_for(phantom, run_dir, schedule=FALL, keep_checkpoints=2, **changes)
+
+
+def test_a_trainer_that_is_used_again_starts_as_a_new_one_does(pretrained, vgg_file, phantom, tmp_path):
+    """From other weights, with a head of its own: nothing of the training before is left."""
+    common = {"epochs": 1, "max_steps": 1, "optimizer": "sgd", "fresh_head": True}
+    last, reuse = snapshots_of(pretrained)["path"].iloc[-1], Reuse()
+    fit(config_for(phantom, tmp_path / "before", weights=str(vgg_file), **common), reuse=reuse)
+    for name, own in (("again", reuse), ("new", Reuse())):
+        fit(config_for(phantom, tmp_path / name, weights=last, seed=3, **common), reuse=own)
+    assert differ(*(weights_of(tmp_path / name / "model.keras") for name in ("again", "new"))) == []
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +98,14 @@ def test_a_stream_needs_a_phantom_to_be_like(tiny_nih, tmp_path):
 def test_finetuning_starts_at_the_checkpoints_rate_or_the_given_one(pretrained, phantom, tmp_path):
     second = snapshots_of(pretrained).iloc[1]
     config = config_for(phantom, tmp_path / "fine", epochs=1, max_steps=1)
-    result = finetune(second["path"], config, warmup=0)
+    reuse = Reuse()
+    result = finetune(second["path"], config, warmup=0, reuse=reuse)
     assert result.config["schedule"]["phases"][0]["rate"] == pytest.approx(second["learning_rate"])
     assert result.config["weights"] == second["path"]
-    given = finetune(second["path"], config, warmup=0, rate=7e-5)
+    given = finetune(second["path"], config, warmup=0, rate=7e-5, reuse=reuse)
     assert given.config["schedule"]["phases"][0]["rate"] == 7e-5
-    state = finetune(pretrained, config, warmup=0)  # its newest checkpoint, whose rate is that of the last step
+    # A run's folder: its newest checkpoint, whose rate is that of the last step.
+    state = finetune(pretrained, config, warmup=0, reuse=reuse)
     assert state.config["schedule"]["phases"][0]["rate"] == pytest.approx(1e-4 / 6)
     assert differ(weights_of(tmp_path / "fine" / "start.keras"), weights_of(snapshots_of(pretrained)["path"][2])) == []
 
@@ -108,10 +121,10 @@ def test_a_rate_that_means_something_else_is_not_taken_over(pretrained, vgg_file
 
 
 def test_warmup_is_in_proportion_to_the_global_batch(vgg_file, phantom, tmp_path):
-    lengths = {}
+    lengths, reuse = {}, Reuse(virtual=True)
     for batch, accumulation in ((8, 1), (8, 2)):
         config = config_for(phantom, tmp_path, epochs=2, max_steps=1, batch_size=batch, accumulation=accumulation)
-        phases = finetune(vgg_file, config, rate=1e-4, warmup=8.0).config["schedule"]["phases"]
+        phases = finetune(vgg_file, config, rate=1e-4, warmup=8.0, reuse=reuse).config["schedule"]["phases"]
         lengths[accumulation] = phases[0]["length"]
         assert [p["kind"] for p in phases] == ["warmup", "cosine"]
         assert sum(p["length"] for p in phases) == 2

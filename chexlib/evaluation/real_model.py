@@ -42,8 +42,8 @@ class RealModel:
     """What decides the model. The defaults take about an hour on 2 cores for some 1,400 images."""
 
     topology: str = "densenet121"
-    size: int = 64  # px
-    pretrain_images: int = 120_000  # of the phantom stream
+    size: int = 48  # px
+    pretrain_images: int = 80_000  # of the phantom stream
     pretrain_rate: float = 1e-3  # Adam's highest
     pretrain_batch: int = 32
     snapshots: int = 8
@@ -51,11 +51,11 @@ class RealModel:
     phantom_images: int = 600  # that validate the pre-training
     folds: int = 5
     seeds: int = 3
-    epochs: int = 12
+    epochs: int = 5
     batch_size: int = 32
     rate: float = 3e-4  # highest, from the phantom
     scratch_rate: float = 1e-3  # highest, from random weights
-    warmup: float = 8.0  # epochs for each 256 images of the global batch: one, with 32
+    warmup: float = 4.0  # epochs for each 256 images of the global batch: half a one, with 32
     stage_rate: float = 1.0
     fresh_head: bool = True  # the phantom's findings are drawings
     recalibrate: int = 512  # training images
