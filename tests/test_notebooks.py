@@ -78,7 +78,13 @@ def whole_run(tmp_path_factory):
         "local_batches": "4,16",
         "norm_epochs": 1,
     }
-    parameters |= {"phantom_images": 80, "pretrain_images": 64, "snapshots": 2, "update_batches": "32,64"}
+    parameters |= {
+        "phantom_images": 80,
+        "pretrain_images": 64,
+        "snapshots": 2,
+        "update_batches": "32,64",
+        "transfer_epochs": 2,
+    }
     return execute(parameters=parameters, runs_dir=str(tmp_path_factory.mktemp("runs")))
 
 
