@@ -35,7 +35,12 @@ from chexlib.training.sweep import run_grid
 _MCA = {"ring": 4, "recursive doubling": 3}
 SETTING = ["topology", "hosts", "per_host", "algorithm", "rate"]
 log = logging.getLogger(__name__)
-UNKNOWN = {"latency": 1e-3, "payload": 0.9, "handling": 1e-9, "copying": 1e-9}  # where the fit begins
+UNKNOWN = {  # where the fit begins, and between what it looks
+    "latency": (1e-3, 1e-6, 1.0),
+    "payload": (0.9, 0.3, 1.0),
+    "handling": (1e-9, 1e-11, 1e-6),
+    "copying": (1e-9, 1e-11, 1e-6),
+}
 
 
 def launches(topologies: Sequence[str], hosts: Sequence[int], *, size: int, batch: int) -> list[dict]:
@@ -165,13 +170,16 @@ def fit_wires(
         return np.array([wire_seconds(row, workloads[row["topology"]], unknown, processors) for row in rows])
 
     measured = np.log([row["seconds"] for row in half])
+    begin, least, most = np.log(list(UNKNOWN.values())).T
     found = optimize.least_squares(
-        lambda logs: np.log(predict(logs, half)) - measured, np.log(list(UNKNOWN.values())), loss="soft_l1", f_scale=0.1
+        lambda logs: np.log(predict(logs, half)) - measured, begin, bounds=(least, most), loss="soft_l1", f_scale=0.1
     )
     free = max(1, len(half) - len(UNKNOWN))
-    covariance = np.linalg.pinv(found.jac.T @ found.jac) * 2 * found.cost / free
+    flat = 1e-9 * np.eye(len(UNKNOWN))  # what the settings say nothing of is left as wide as it was
+    covariance = np.linalg.inv(found.jac.T @ found.jac + flat) * 2 * found.cost / free
     reach = stats.t.ppf(0.975, free) * np.sqrt(np.diag(covariance))
-    values = {"value": np.exp(found.x), "low": np.exp(found.x - reach), "high": np.exp(found.x + reach)}
+    ends = np.clip([found.x - reach, found.x + reach], least, most)
+    values = {"value": np.exp(found.x), "low": np.exp(ends[0]), "high": np.exp(ends[1])}
     predicted = table.assign(fitted=fitted, predicted=predict(found.x, rows))
     return pd.DataFrame(values, index=list(UNKNOWN)), predicted.assign(
         error=predicted["predicted"] / predicted["seconds"] - 1
