@@ -18,6 +18,7 @@ from chexlib.data.splits import audit, official_split
 from chexlib.errors import ConfigError, DataError
 from chexlib.evaluation.cross_validation import arm_gains, pooled
 from chexlib.findings import FINDINGS
+from chexlib.machine import native_precision
 from chexlib.models.predict import predict
 
 
@@ -147,9 +148,11 @@ def test_the_real_model_is_the_mean_of_networks_that_were_each_judged_on_others(
     members = [predict(some, weights=out / "members" / f"fold-{fold}.keras") for fold in (1, 2)]
     np.testing.assert_allclose(predict(some, weights=out / "model.keras"), (members[0] + members[1]) / 2, atol=1e-5)
     rows = found.set_index("image")
+    # bfloat16 rounds to 3 digits, otherwise in batches of another size
+    near = 1e-4 if native_precision() == "float32" else 2e-2
     for i, path in enumerate(some):
         own = rows.loc[path.rsplit("/")[-1], [f"score_{f}" for f in FINDINGS]].to_numpy(float)
-        assert any(np.allclose(own, member.iloc[i], atol=1e-4) for member in members)
+        assert any(np.allclose(own, member.iloc[i], atol=near) for member in members)
 
 
 def test_its_card_states_the_datas_size_and_that_scores_are_out_of_fold(rehearsal):
