@@ -57,9 +57,10 @@ def torch_ddp(python: str, settings: dict, ranks: int, threads: int) -> tuple:
     return [python, str(WORKERS / "torch_ddp.py"), own], {}, ranks * settings["batch_per_rank"]
 
 
-def peak() -> tuple:
-    """Large matrix products with all cores; its "images" are GFLOP."""
-    return [sys.executable, str(WORKERS / "matrix_peak.py")], {"TF_ENABLE_ONEDNN_OPTS": "1"}, 2 * 2048**3 / 1e9
+def peak(precision: str) -> tuple:
+    """Large matrix products with all cores, in what the step multiplies; its "images" are GFLOP."""
+    product = "bfloat16" if precision == "mixed_bfloat16" else "float32"
+    return [sys.executable, str(WORKERS / "matrix_peak.py"), product], {"TF_ENABLE_ONEDNN_OPTS": "1"}, 2 * 2048**3 / 1e9
 
 
 def main() -> None:
@@ -77,7 +78,7 @@ def main() -> None:
     given = asked.ranks or asked.threads
     ranks = asked.ranks or max(1, cores() // (asked.threads or 1))
     layouts = [(ranks, asked.threads or max(1, cores() // ranks))] if given else [(1, cores()), (cores(), 1)]
-    jobs = {"peak": peak()}
+    jobs = {"peak": peak(settings["precision"])}
     jobs |= {f"chexlib {r}x{t}": ours(settings, r, t) for r, t in layouts}
     if not asked.no_stock:
         jobs["stock Keras"] = stock(settings)

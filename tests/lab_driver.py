@@ -172,6 +172,7 @@ class Lab(Browser):
         options = [*LAB.split(), f"--port={port}", f"--ServerApp.root_dir={self.root_dir}"]
         self._start([sys.executable, "-m", "jupyterlab", *options], JUPYTER_TOKEN=token)
         self._poll(lambda: urlopen(f"{site}/api?token={token}", timeout=5).status == 200, "the server", 60)
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)  # JupyterLab's current widget is the focused one
         self.call("Page.navigate", url=f"{site}/lab/tree/{quote(self.notebook)}?token={token}&reset")
         self.wait_for(READY, 120)
 

@@ -1,4 +1,4 @@
-"""The machine's matrix peak: float32 multiplications of two large matrices by oneDNN.
+"""The machine's matrix peak: multiplications of two large matrices by oneDNN, float32 or what is named.
 
 Serves bench.py as chexlib.scaling.throughput does: answers with the seconds of each 2 n^3 operations, n = 2048.
 """
