@@ -74,8 +74,9 @@ class Worker:
 
 @contextlib.contextmanager
 def frozen_workers(commands: dict[str, tuple]) -> Iterator[dict[str, Worker]]:
-    """Start the workers one after another, each frozen as soon as it has taken two steps."""
+    """Start the workers one after another, each frozen as soon as it has taken two steps. SIGTERM ends them too."""
     workers = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         for name, command in commands.items():
             workers[name] = Worker(*command)

@@ -23,11 +23,15 @@ def processor_flags() -> frozenset[str]:
 
 
 def native_precision() -> str:
-    """ "mixed_bfloat16" if this processor multiplies bfloat16 (AVX512_BF16 or AMX), else "float32".
+    """ "mixed_bfloat16" if this processor multiplies bfloat16 faster than float32, else "float32".
 
-    Without these instructions bfloat16 is emulated, and far slower than float32.
+    AMX does, and so does AVX512_BF16 up to processors that have AVX512_FP16 too: on these (Sapphire Rapids and later
+    without AMX, as some clouds offer them) a matrix product was measured at half of the speed of float32
+    (benchmarks/README.md). Without any of them bfloat16 is emulated, and far slower.
     """
-    return "mixed_bfloat16" if processor_flags() & {"avx512_bf16", "amx_bf16"} else "float32"
+    flags = processor_flags()
+    fast = "amx_bf16" in flags or ("avx512_bf16" in flags and "avx512_fp16" not in flags)
+    return "mixed_bfloat16" if fast else "float32"
 
 
 def topology() -> dict[str, int]:

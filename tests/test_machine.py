@@ -65,7 +65,8 @@ def test_ranges_of_processors_are_read(tmp_path):
         ("", "float32"),
         ("avx512f avx512_vnni", "float32"),
         ("avx512_bf16", "mixed_bfloat16"),
-        ("amx_bf16", "mixed_bfloat16"),
+        ("avx512_bf16 avx512_fp16", "float32"),
+        ("avx512_bf16 avx512_fp16 amx_bf16", "mixed_bfloat16"),
     ],
 )
 def test_the_precision_of_a_training_follows_the_processor_unless_named(pretend, tmp_path, flags, precision):
