@@ -1,8 +1,38 @@
-"""Time to solution, from a training's history."""
+"""Time to solution: a training, timed until it is as good as was asked."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from chexlib.training.config import TrainConfig
+from chexlib.training.fit import fit
+from chexlib.training.parts import divide
+
+RATES = {"vgg16": 1e-4}  # Adam's; a VGG does not start at CheXNet's 1e-3
+
+
+def measure_solution(point: Mapping, folder: Path, *, data: Path) -> dict:
+    """Train as one point of a grid says and return `time_to`, for `chexlib.training.sweep.run_grid`.
+
+    Parameters
+    ----------
+    point : with topology, size, most_epochs, seed and auroc, the mean validation AUROC that counts as the solution
+    folder : of checkpoints: a killed training goes on from them
+    data : folder in the NIH layout
+    """
+    config = TrainConfig(
+        data_dir=str(data),
+        run_dir=str(folder),
+        topology=point["topology"],
+        size=point["size"],
+        epochs=point["most_epochs"],
+        seed=point["seed"],
+        learning_rate=RATES.get(point["topology"], 1e-3),
+        resume=True,
+    )
+    images = len(divide(config)[1]["train"])
+    return time_to(fit(config).history, images=images, auroc=point["auroc"])
 
 
 def time_to(history: Sequence[dict], *, images: int, auroc: float) -> dict:
