@@ -61,7 +61,7 @@ def measure_wires(points: Sequence[Mapping], rates: Sequence[float], table: str 
     points : from `launches`
     rates : bits a second
     table : Parquet file of finished launches
-    steps : of which the median counts, after one that does not
+    steps : of which the median counts, after one that does not; where steps are short more, up to 5 seconds of them
 
     Returns
     -------
@@ -74,7 +74,8 @@ def measure_wires(points: Sequence[Mapping], rates: Sequence[float], table: str 
     ClusterError
         The ranks ended or did not answer.
     """
-    asked = [{**point, "rates": ",".join(f"{rate:g}" for rate in rates), "steps": steps} for point in points]
+    how = {"rates": ",".join(f"{rate:g}" for rate in rates), "steps": steps, "spent": 5}
+    asked = [{**point, **how} for point in points]
     rows = run_grid(asked, table, lambda point, folder: _launch(point))
     keep = ["topology", "size", "batch", "hosts", "per_host", "algorithm"]
     long = pd.wide_to_long(rows, ["seconds", "compute"], keep, "rate", sep="_", suffix=".+").reset_index()
@@ -119,9 +120,10 @@ def _served(point: Mapping, timeout: float) -> dict:
             found = {}
             for rate in map(float, point["rates"].split(",")):
                 hosts.limit(rate)  # alone before and after, so that a machine that slows down does so in both
-                before = take(-steps - 1)[1:]
-                found[f"seconds_{rate:g}"] = statistics.median(take(steps + 1)[1:])
-                found[f"compute_{rate:g}"] = statistics.median([*before, *take(-steps - 1)[1:]])
+                n = max(steps, min(5 * steps, int(point["spent"] / take(2)[1])))
+                before = take(-n - 1)[1:]
+                found[f"seconds_{rate:g}"] = statistics.median(take(n + 1)[1:])
+                found[f"compute_{rate:g}"] = statistics.median([*before, *take(-n - 1)[1:]])
             return found
         except BrokenPipeError:
             said.seek(0)
