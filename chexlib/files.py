@@ -1,8 +1,9 @@
-"""Writing files so that a reader finds the old one or the new one, never half of one, however the writer ends."""
+"""Files of which a reader finds the old one or the new one, however the writer ends; and locks among writers."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import threading
 from collections.abc import Iterator
@@ -38,3 +39,28 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def holding(lock: str | Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock among processes: a file that is there while one has it, and is given back however that one ends.
+
+    Yields False, at once, where another process has it and `wait` is not asked for.
+    """
+    while True:
+        number = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(number)
+            yield False
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(number), os.stat(lock)):
+                break
+        os.close(number)  # the one before has given it back, and its file is gone
+    try:
+        yield True
+    finally:
+        os.unlink(lock)
+        os.close(number)

@@ -118,3 +118,44 @@ def test_a_grid_of_trainings_killed_three_times_gives_the_table_of_an_undisturbe
     assert process.returncode == 0
     pd.testing.assert_frame_equal(pd.read_parquet(calm), pd.read_parquet(killed))
     assert json.loads(pd.read_parquet(calm)["row"][0])["seed"] == 0
+
+
+def test_two_processes_share_a_grid_and_one_that_is_killed_leaves_its_row_to_the_other(tmp_path):
+    """Each row is measured once; that of the process which sleeps over it and is killed is taken over."""
+    table, log = tmp_path / "grid.parquet", tmp_path / "log"
+    code = """
+import json, os, sys, time
+from pathlib import Path
+from chexlib.training.sweep import run_grid
+
+table, log, pause = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
+
+def measure(point, folder):
+    with log.open("a") as file:
+        file.write(json.dumps([os.getpid(), point["seed"]]) + chr(10))
+    time.sleep(pause)
+    return {"auroc": point["seed"] / 10}
+
+print(len(run_grid([{"seed": seed} for seed in range(12)], table, measure, progress=False)))
+"""
+
+    def start(pause):
+        return subprocess.Popen([sys.executable, "-c", code, table, log, str(pause)], stdout=subprocess.PIPE, text=True)
+
+    def begun():
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    with start(600) as asleep:
+        while not begun():
+            time.sleep(0.02)
+        with start(0.2) as first, start(0.2) as second:
+            while len(begun()) < 8:
+                time.sleep(0.02)
+            asleep.kill()
+            told = [process.communicate()[0].strip() for process in (first, second)]
+    assert told == ["12", "12"] and len(pd.read_parquet(table)) == 12
+    lost = [seed for pid, seed in begun() if pid == asleep.pid]
+    by_others = [seed for pid, seed in begun() if pid != asleep.pid]
+    assert lost == [0] and sorted(by_others) == list(range(12))
+    assert len({pid for pid, _ in begun()}) == 3  # both of the others did some
+    assert list((tmp_path / ".grid-work").iterdir()) == []

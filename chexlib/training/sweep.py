@@ -1,20 +1,25 @@
-"""A grid of trainings as rows of one Parquet table: each is measured once, and a killed grid goes on where it was."""
+"""A grid of trainings as rows of one Parquet table: each is measured once, and a killed grid goes on where it was.
+
+Any number of processes may work on one grid, on all hosts that see its folder: where a training is too small to keep
+all cores busy, two processes with half of the cores each are done sooner than one.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 from tqdm.auto import tqdm
 
 from chexlib.errors import ConfigError
-from chexlib.files import replacing
+from chexlib.files import holding, replacing
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +35,7 @@ def run_grid(
 
     Each row is written when it is measured. The file may hold rows of other grids too: a point is known by the hash of
     all its settings, whatever their order, so these must name all that decides its outcome, data and seed among them.
+    A point that another process is measuring is left to it, waited for, and taken over if that process ends without it.
 
     Parameters
     ----------
@@ -60,29 +66,43 @@ def run_grid(
     for key in set(wanted) - set(missing):  # killed between writing the row and removing the folder
         shutil.rmtree(work / key, ignore_errors=True)
     began = time.monotonic()
-    bar = tqdm(missing, desc=table.stem, unit="row", disable=not progress, leave=False)
-    for done, key in enumerate(bar):
-        point = wanted[key]
-        bar.set_postfix_str(", ".join(f"{name}={value}" for name, value in point.items() if name != "data_dir")[:80])
-        (work / key).mkdir(parents=True, exist_ok=True)
-        found = measure(dict(point), work / key)
-        if found is None:
-            log.info(
-                "%s was stopped with %d of %d rows to go: run it again to go on",
-                table,
-                len(missing) - done,
-                len(wanted),
-            )
-            break
-        if clash := sorted({"key", *point} & set(found)):
-            raise ConfigError(f"results may not be named as settings are: {', '.join(clash)}.")
-        _append(table, {"key": key, **point, **found})
-        shutil.rmtree(work / key)
-        rest = (time.monotonic() - began) / (done + 1) * (len(missing) - done - 1) / 60
-        log.info("%s: row %d of %d, about %.0f minutes to go", table.stem, done + 1, len(missing), rest)
+    bar = tqdm(total=len(missing), desc=table.stem, unit="row", disable=not progress, leave=False)
+    with bar, contextlib.closing(_unmeasured(missing, table, work, bar)) as ours:
+        for key in ours:
+            point = wanted[key]
+            bar.set_postfix_str(", ".join(f"{k}={value}" for k, value in point.items() if k != "data_dir")[:80])
+            (work / key).mkdir(parents=True, exist_ok=True)
+            found = measure(dict(point), work / key)
+            if found is None:
+                log.info("%s was stopped with %d rows to go: run it again to go on", table, len(missing) - bar.n)
+                break
+            if clash := sorted({"key", *point} & set(found)):
+                raise ConfigError(f"results may not be named as settings are: {', '.join(clash)}.")
+            with holding(work / "table.lock"):
+                known = _append(table, {"key": key, **point, **found})
+            shutil.rmtree(work / key, ignore_errors=True)
+            done = sum(key in known for key in missing)
+            rest = (time.monotonic() - began) / done * (len(missing) - done) / 60
+            log.info("%s: row %d of %d, about %.0f minutes to go", table.stem, done, len(missing), rest)
     rows = _known(table)
     shown = [rows[key] for key in wanted if key in rows]
     return pd.DataFrame(shown, columns=list(dict.fromkeys(name for row in shown for name in row)))
+
+
+def _unmeasured(keys: Sequence[str], table: Path, work: Path, bar) -> Iterator[str]:
+    """Each key that has no row and is in no other process' hands, in ours until the next; ends when all have rows."""
+    work.mkdir(exist_ok=True)
+    left = list(keys)
+    while left:
+        for key in left:
+            with holding(work / f"{key}.lock", wait=False) as mine:
+                if mine and key not in _known(table):
+                    yield key
+            bar.update(len(set(keys) & set(_known(table))) - bar.n)
+        before, left = left, [key for key in left if key not in _known(table)]
+        if left == before:
+            bar.set_postfix_str(f"{len(left)} rows are in the hands of other processes")
+            time.sleep(1)
 
 
 def point_key(point: Mapping) -> str:
@@ -107,7 +127,8 @@ def _known(table: Path) -> dict[str, dict]:
     return {key: json.loads(row) for key, row in zip(rows["key"], rows["row"], strict=True)}
 
 
-def _append(table: Path, row: dict) -> None:
+def _append(table: Path, row: dict) -> dict[str, dict]:
+    """Add a row, and return all of them by key."""
     rows = {**_known(table), row["key"]: row}  # read anew: another notebook may have written since
     frame = pd.DataFrame(list(rows.values())).drop(columns="row", errors="ignore")
     frame["row"] = [
@@ -115,3 +136,4 @@ def _append(table: Path, row: dict) -> None:
     ]  # as it was, where the columns of others make NaN and floats
     with replacing(table) as file:
         frame.to_parquet(file, index=False)
+    return rows
