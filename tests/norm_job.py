@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from chexlib.models.normalization import FusedBatchNormalization
+from chexlib.models.statistics import population_statistics
 from chexlib.training.collectives import join_world
 
 KINDS = {
@@ -45,4 +46,8 @@ def data():
 if __name__ == "__main__":
     world, ends = join_world(), np.cumsum([0, *map(int, sys.argv[2].split(","))])
     mine = slice(ends[world.rank], ends[world.rank + 1])
-    np.savez(Path(sys.argv[1]) / f"{world.rank}.npz", **outcomes(*(whole[mine] for whole in data())))
+    images, weigh = (whole[mine] for whole in data())
+    model = keras.Sequential([keras.Input(images.shape[1:]), FusedBatchNormalization(statistics="sync")])
+    (population,) = population_statistics(model, [images[:2], images[2:]], world)
+    found = {"population/mean": population.mean, "population/variance": population.variance}
+    np.savez(Path(sys.argv[1]) / f"{world.rank}.npz", **found, **outcomes(images, weigh))

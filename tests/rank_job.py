@@ -34,9 +34,13 @@ def train(
     accumulation=1,
     rate=1e-3,
     size=32,
+    keep="",
     **settings,
 ):
-    """Take the steps; save what was fed, losses and all variables, averaged statistics and the optimizer's too."""
+    """Take the steps; save what was fed, losses and all variables, averaged statistics and the optimizer's too.
+
+    With `keep`, the weights also as Keras' own file of this path.
+    """
     seed = world.rank if own_start else 0
     model = create_model(topology, size=size, seed=seed, precision=precision, **settings)
     if freeze:
@@ -67,6 +71,8 @@ def train(
     moved = sum(not np.array_equal(a, v.numpy()) for a, v in zip(before, model.trainable_variables, strict=True))
     convolution = next(layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.Conv2D))
     facts = {"fed": fed, "losses": losses, "moved": moved / len(before), "types": convolution.compute_dtype}
+    if keep and world.first:
+        model.save_weights(keep)
     np.savez(Path(out) / f"{name}-{world.ranks}ranks-{world.rank}.npz", **facts, **found)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from chexlib.errors import ChexlibError, ConfigError
 from chexlib.training.config import OPTIMIZERS, PRECISIONS, SPLITS, TrainConfig
+from chexlib.training.parts import divide
 
 NEEDED = {"data_dir": "data", "run_dir": "runs"}
 BAD = {
@@ -41,6 +42,7 @@ BAD = {
     "split": ["random", "", None, "fold-0-of-5", "fold-6-of-5", "fold-2"],
     "allow_leak": ["false", "no", 0, None],
     "shuffle_labels": ["false", 1, None],
+    "split_seed": [-1, 1.0, "1", True],
     "max_images": [-1, 10.0, "100", True],
     "skip_broken": ["false", 1, None],
     "seed": [-1, 0.5, "0", None],
@@ -91,11 +93,21 @@ def test_the_message_says_what_is_accepted(name):
         "norm_momentum": (0, 0.99),
         "max_images": (0, 1),
         "seed": (0, 2**40),
+        "split_seed": (None, 0, 2**40),
     }.items(),
 )
 def test_what_is_accepted_is_kept(name, values):
     for value in values:
         assert getattr(config(**{name: value}), name) == value
+
+
+def test_trainings_of_other_seeds_share_their_data_if_the_split_has_a_seed_of_its_own(phantom):
+    def data(**seeds):
+        split, parts = divide(config(data_dir=str(phantom), split="patient", max_images=50, **seeds))
+        return split.digest, [list(part.table["image"]) for part in parts.values()]
+
+    assert data(seed=1, split_seed=0) == data(seed=2, split_seed=0) == data(seed=0)
+    assert data(seed=1) != data(seed=0)
 
 
 def test_the_defaults_are_chexnets_recipe():

@@ -8,7 +8,7 @@ from small_training import config_for
 
 from chexlib.errors import ConfigError
 from chexlib.evaluation.norm_study import norm_grid, training_order
-from chexlib.evaluation.norm_verdict import TERMS, decompose, over_seeds, verdict
+from chexlib.evaluation.norm_verdict import TERMS, decompose, over_seeds, remedies, verdict
 from chexlib.models.weights import load_model
 from chexlib.training.fit import fit
 from chexlib.training.reuse import Reuse
@@ -107,6 +107,37 @@ def test_the_verdict_names_the_largest_cause_and_admits_one_seed():
     assert "largest of the three causes is lag" in said
     other = verdict(decompose(pd.DataFrame(study("densenet121", 0.60, 0.76, (0.70, 0.73), seeds=1))))
     assert "largest of the three causes is updates" in other and "no conclusion" in other
+
+
+def test_a_training_that_diverged_takes_its_seed_out_of_the_causes_and_no_other_batch_takes_its_place(caplog):
+    rows = pd.DataFrame(study("densenet121", 0.70, 0.76, (0.60, 0.73)))
+    more = pd.DataFrame([row("equal epochs", "densenet121", seed, 64, 16, 0.79, 0.79) for seed in range(3)])
+    rows = pd.concat([rows, more])
+    large = (rows["accumulation"] == 16) & (rows["part"] == "equal epochs")
+    terms = decompose(rows[~(large & (rows["seed"] == 1))])
+    assert terms["seed"].tolist() == [0, 2] and "seed 1" in caplog.text
+    pd.testing.assert_frame_equal(terms, decompose(rows).query("seed != 1").reset_index(drop=True))
+
+
+def test_the_verdict_holds_the_studys_claim_against_paired_seeds_and_says_what_mends_it():
+    rows = pd.DataFrame(study("densenet121", 0.70, 0.76, (0.60, 0.73)) + study("resnet50", 0.7, 0.76, (0.65, 0.7)))
+    largest = rows[(rows["part"] == "equal epochs") & (rows["accumulation"] == 16)]
+    slower = largest.assign(norm_momentum=0.9, auroc_moving=0.64)
+    mended = remedies(pd.concat([largest.assign(norm_momentum=0.99), slower]))
+    own = mended[mended["topology"] == "densenet121"]
+    assert own["recalibration"].tolist() == pytest.approx([0.13] * 3)
+    assert own["momentum 0.9"].tolist() == pytest.approx([0.04] * 3)
+    said = verdict(decompose(rows), mended)
+    assert "densenet121 less that of resnet50 is +0.050 (+0.050 to +0.050)" in said and "better is kept" in said
+    assert "resnet50 loses there these give back: recalibration +0.050 (+0.050 to +0.050); momentum 0.9 -0.010" in said
+    other = verdict(decompose(rows.replace({"resnet50": "densenet121", "densenet121": "resnet50"})))
+    assert "better is turned round" in other
+
+
+@pytest.mark.parametrize(("images", "epochs"), [(75_700, 10), (384, 10), (256, 3)])
+def test_equal_updates_are_equal_to_the_update(images, epochs):
+    grid = norm_grid(**{**ASKED, "images": images, "epochs": epochs})
+    assert len({point["max_steps"] * point["epochs"] for point in grid["equal updates"]}) == 1
 
 
 def test_a_trainer_used_again_gives_what_a_new_one_would(phantom, tmp_path):

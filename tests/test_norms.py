@@ -191,6 +191,34 @@ def test_population_statistics_are_those_of_all_images_of_all_ranks(kind):
     np.testing.assert_array_equal(model.get_weights()[0], before[0])
 
 
+def test_population_statistics_of_virtual_batches_are_those_of_all_their_images():
+    """The layer itself tells the mean over virtual batches, which says nothing of what differs between them."""
+    x = np.concatenate([images(4), 3 * images(4, seed=1) - 2, images(5, seed=2)]).astype(np.float32)
+    model = one_norm_layer(
+        lambda momentum: FusedBatchNormalization(statistics="ghost", ghost_size=4, momentum=momentum)
+    )
+    (found,) = population_statistics(model, [x[:8], x[8:]])
+    np.testing.assert_allclose(found.mean, x.mean((0, 1, 2)), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.variance, x.var((0, 1, 2)), rtol=1e-4)
+
+
+def test_without_images_there_is_nothing_to_recalibrate_from():
+    model = one_norm_layer(FusedBatchNormalization)
+    before = model.get_weights()
+    with pytest.raises(ConfigError, match="no images"):
+        recalibrate(model, [])
+    assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
+
+
+@pytest.mark.parametrize(("n", "ranks", "batch"), [(65, 2, 64), (129, 2, 64), (33, 2, 16), (7, 3, 2), (1, 2, 8)])
+def test_ranks_share_images_in_as_many_batches_each(n, ranks, batch):
+    shares = [World(rank, ranks).batches(n, batch=batch) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(np.concatenate([np.concatenate(share) for share in shares])) == list(range(n))
+    assert all(len(part) <= batch for share in shares for part in share)
+    assert all(list(np.concatenate(share)) == list(range(rank, n, ranks)) for rank, share in enumerate(shares))
+
+
 def test_the_report_names_lag_drift_and_what_recalibration_recovers():
     """One layer whose moving statistics are far off, and scores that saturate because of it."""
     rng = np.random.default_rng(0)

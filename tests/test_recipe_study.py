@@ -13,7 +13,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from chexlib import recipe_figures
-from chexlib.evaluation.recipe_study import batch_losses, collapse_gains, ladder_gains, recipe_grid
+from chexlib.evaluation.recipe_study import (
+    batch_losses,
+    best_peak_loss,
+    collapse_gains,
+    ladder_gains,
+    peaks_tried,
+    recipe_grid,
+)
 from chexlib.scaling.published import LADDER as TOP_1
 from chexlib.scaling.published import published_collapses
 from chexlib.training.recipes import LADDER, preset, resolve
@@ -67,6 +74,25 @@ def test_what_a_batch_loses_is_in_percent_of_the_smallest_paired_by_seed():
     assert (row["rung"], row["batch"], row["updates"], row["seeds"]) == ("+ collapse", 1024, 2, 3)
     assert (row["loss"], row["low"], row["high"]) == pytest.approx((lost.mean(), low, high))
     assert batch_losses(pd.DataFrame(rows[3:]), images=2000).empty  # the smallest alone loses nothing
+
+
+def test_the_best_rate_is_chosen_on_validation_and_judged_on_test():
+    validation = {(16, 0.05): 0.70, (16, 0.15): 0.71, (1024, 0.4): 0.60, (1024, 1.2): 0.55}
+    test = {(16, 0.05): 0.90, (16, 0.15): 0.72, (1024, 0.4): 0.66, (1024, 1.2): 0.99}
+    rows = pd.DataFrame(
+        [
+            {"batch": b, "schedule": json.dumps({"peak": p}), "seed": s, "validation": v, "auroc": test[b, p] + s / 100}
+            for (b, p), v in validation.items()
+            for s in range(3)
+        ]
+    )
+    table = peaks_tried(rows)
+    assert table.query("chosen")[["batch", "peak"]].to_numpy().tolist() == [[16, 0.15], [1024, 0.4]]
+    low, high = stats.ttest_1samp([0.72, 0.73, 0.74], 0).confidence_interval()
+    assert table.loc[1, ["auroc", "low", "high"]].tolist() == pytest.approx([0.73, low, high])
+    found = best_peak_loss(rows)
+    assert (found["batches"], found["seeds"]) == ([16, 1024], 3)
+    assert (found["difference"], found["low"], found["high"]) == pytest.approx((0.06, 0.06, 0.06))
 
 
 def test_collapse_gains_are_paired_by_seed():

@@ -71,7 +71,8 @@ def norm_grid(
 
     def point(topology, seed, batch, *, local=local_batches[0], norm="batch", momentum=momenta[0], updates=0):
         virtual = 1 if norm in ("sync", "ghost") else batch // local
-        steps = min(images // batch, updates or images)
+        most = images // batch
+        steps = max(n for n in range(1, most + 1) if updates % n == 0) if updates else most  # equal to the update
         return {
             "topology": topology,
             "norm": norm,
@@ -80,7 +81,7 @@ def norm_grid(
             "accumulation": virtual,
             "ghost_size": local if norm == "ghost" else 0,
             "max_steps": steps,
-            "epochs": max(1, round(updates / steps)) if updates else epochs,
+            "epochs": updates // steps if updates else epochs,
             "learning_rate": RATES[topology],
             "seed": seed,
         }
@@ -138,8 +139,7 @@ def measure_norms(config: TrainConfig, *, reuse: Reuse, population: int = 1024) 
         with kept_statistics(model):
             scores["batch"] = score(trainer.infer_by_batch)
         train = ImageStore(parts["train"].table["path"], size=config.size, gather=world.gather)
-        mine = np.arange(min(population, len(train)))[world.rank :: world.ranks]
-        cuts = np.array_split(mine, -(-len(mine) // EVALUATED))
+        cuts = world.batches(min(population, len(train)), batch=EVALUATED)
         batches = (train.take(cut)[..., None].astype(np.float32) for cut in cuts)
         recalibrate(model, batches, world, forward=trainer.infer_by_batch)
         scores["recalibrated"] = score(trainer.infer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ import pandas as pd
 from scipy import stats
 
 TERMS = ("total", "updates", "lag", "local batch", "rest")
+log = logging.getLogger(__name__)
 
 
 def over_seeds(rows: pd.DataFrame, by: Sequence[str], values: Sequence[str], *, level: float = 0.95) -> pd.DataFrame:
@@ -47,44 +49,97 @@ def decompose(rows: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Columns topology, seed and `TERMS`. A topology without batch norm has no lag and no local batch.
+        Columns topology, seed and `TERMS`. A topology without batch norm has no lag and no local batch. A seed of which
+        a training is missing, since it diverged, is left out, and told in the log.
     """
     rows = rows.assign(batch=rows["batch_size"] * rows["accumulation"])
+    epochs = rows[rows["part"] == "equal epochs"]
+    smallest, largest = epochs["batch"].min(), epochs["batch"].max()
     found = []
     for (topology, seed), own in rows.groupby(["topology", "seed"], sort=False):
-        own = {part: of_part.sort_values("batch") for part, of_part in own.groupby("part")}
-        first, last = (own["equal epochs"].iloc[place] for place in (0, -1))
-        few = own["equal updates"].iloc[0]["auroc_recalibrated"]
-        whole = own["local batch"].sort_values("batch_size").iloc[-1] if "local batch" in own else last
+        own = own.set_index(["part", "batch"])
+        normed = (rows["part"] == "local batch") & (rows["topology"] == topology)
+        needed = [("equal epochs", smallest), ("equal epochs", largest), ("equal updates", smallest)]
+        needed += [("local batch", largest)] if normed.any() else []
+        if missing := [key for key in needed if key not in own.index]:
+            log.warning("%s, seed %d: %s at batch %d diverged, so its loss has no causes", topology, seed, *missing[0])
+            continue
+        first, last, few = (own.loc[[key]].iloc[0] for key in needed[:3])
+        whole = own.loc[[needed[3]]].sort_values("batch_size").iloc[-1] if needed[3:] else last
         lag = [row["auroc_recalibrated"] - row["auroc_moving"] for row in (last, first)]
         costs = [
             first["auroc_moving"] - last["auroc_moving"],
-            first["auroc_recalibrated"] - few,
+            first["auroc_recalibrated"] - few["auroc_recalibrated"],
             lag[0] - lag[1],
             whole["auroc_recalibrated"] - last["auroc_recalibrated"],
-            few - whole["auroc_recalibrated"],
+            few["auroc_recalibrated"] - whole["auroc_recalibrated"],
         ]
         found.append((topology, seed, *costs))
     return pd.DataFrame(found, columns=["topology", "seed", *TERMS])
 
 
-def verdict(terms: pd.DataFrame) -> str:
-    """What the decomposition says, in sentences that follow the numbers, one paragraph a topology."""
-    said = []
+def remedies(rows: pd.DataFrame) -> pd.DataFrame:
+    """What AUROC by moving statistics gains at the largest global batch by what might mend it, by topology and seed.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        Of the part "momentum", whose first momentum is the one that all else is trained with.
+
+    Returns
+    -------
+    DataFrame
+        Columns topology, seed, recalibration, and "momentum 0.9" for each other momentum; NaN where one diverged.
+    """
+    rows = rows[(batch := rows["batch_size"] * rows["accumulation"]) == batch.max()]
+    first, *others = rows["norm_momentum"].unique()
+    table = rows.set_index(["topology", "seed"])
+    by_momentum = {momentum: table[table["norm_momentum"] == momentum] for momentum in (first, *others)}
+    usual = by_momentum[first]["auroc_moving"]
+    found = {"recalibration": by_momentum[first]["auroc_recalibrated"] - usual}
+    found |= {f"momentum {momentum:g}": by_momentum[momentum]["auroc_moving"] - usual for momentum in others}
+    return pd.DataFrame(found).reset_index()
+
+
+def verdict(terms: pd.DataFrame, mended: pd.DataFrame | None = None) -> str:
+    """What the decomposition says, in sentences that follow the numbers, one paragraph a topology and one of the study.
+
+    Parameters
+    ----------
+    terms : of `decompose`
+    mended : of `remedies`, optional
+    """
+    said, losses = [], {}
     for topology, own in terms.groupby("topology", sort=False):
         table = over_seeds(own, ["topology"], TERMS).set_index("value")
-        causes = table.loc[list(TERMS[1:4])]
-        worst = causes["mean"].idxmax()
+        causes, losses[topology] = table.loc[list(TERMS[1:4])], table.loc["total"]
         parts = "; ".join(f"{name} {_with_interval(row)}" for name, row in table.iloc[1:].iterrows())
         clear = [name for name, row in causes.iterrows() if row["low"] > 0]
         certain = f"Apart from 0 with 95 % confidence: {', '.join(clear) or 'none of the three'}."
         if int(table["seeds"].min()) < 2:
             certain = "One seed: no interval, and no conclusion."
-        said.append(
-            f"**{topology}** loses {_with_interval(table.loc['total'])} AUROC at the largest global batch: {parts}. "
-            f"The largest of the three causes is {worst}. {certain}"
+        worst = (
+            "" if losses[topology]["low"] <= 0 else f"The largest of the three causes is {causes['mean'].idxmax()}. "
         )
-    return "\n\n".join(said)
+        said.append(
+            f"**{topology}** loses {_with_interval(losses[topology])} AUROC at the largest global batch: {parts}. "
+            f"{worst}{certain}"
+        )
+    totals = terms.pivot_table(index="seed", columns="topology", values="total")
+    claims = []
+    if {"densenet121", "resnet50"} <= set(totals):
+        more = (totals["densenet121"] - totals["resnet50"]).rename("more").to_frame().assign(topology="")
+        row = over_seeds(more, ["topology"], ["more"]).iloc[0]
+        kept = "is kept" if row["low"] > 0 else "is turned round" if row["high"] < 0 else "is not shown either way"
+        claims.append(
+            f"The loss of densenet121 less that of resnet50 is {_with_interval(row)}: that ResNet-50 bears large "
+            f"batches better {kept}"
+        )
+    for topology, own in () if mended is None else mended.groupby("topology", sort=False):
+        table = over_seeds(own, ["topology"], [name for name in own if name not in ("topology", "seed")])
+        gains = "; ".join(f"{row['value']} {_with_interval(row)}" for _, row in table.iterrows())
+        claims.append(f"Of what {topology} loses there these give back: {gains}")
+    return "\n\n".join([*said, *([f"**The study's claim.** {'. '.join(claims)}."] if claims else [])])
 
 
 def _with_interval(row) -> str:

@@ -68,7 +68,8 @@ def measure_recipe(config: TrainConfig, *, reuse: Reuse | None = None) -> dict |
     Returns
     -------
     dict or None
-        diverged; auroc (mean) and loss; auroc_<finding>; seconds. None if the training was stopped.
+        diverged; auroc (mean) and loss; auroc_<finding>; validation, the last epoch's mean AUROC there; seconds. None
+        if the training was stopped.
     """
 
     def look(trainer, parts, world):
@@ -81,7 +82,10 @@ def measure_recipe(config: TrainConfig, *, reuse: Reuse | None = None) -> dict |
         result = fit(config, reuse=reuse, measure=look)
     except DivergedError:
         return {"diverged": True}
-    return None if result.stopped else {"diverged": False, **result.measured, "seconds": result.seconds}
+    if result.stopped:
+        return None
+    known = {"validation": result.history[-1]["val_auroc"], "seconds": result.seconds}
+    return {"diverged": False, **result.measured, **known}
 
 
 def measure_collapses(config: TrainConfig, *, ensemble: Path, collapse_epochs: int = 1) -> dict | None:
@@ -186,6 +190,47 @@ def batch_losses(rows: pd.DataFrame, *, images: int) -> pd.DataFrame:
     found = over_seeds(long, ["rung", "batch"], ["loss"]).drop(columns="value").rename(columns={"mean": "loss"})
     found.insert(2, "updates", -(-images // found["batch"].astype(int)))
     return found
+
+
+def peaks_tried(rows: pd.DataFrame) -> pd.DataFrame:
+    """How a recipe does at each highest rate that was tried, by batch; `chosen` is the best on validation.
+
+    Parameters
+    ----------
+    rows : of `measure_recipe`, of one rung
+
+    Returns
+    -------
+    DataFrame
+        A row a batch and peak: batch, peak, validation and auroc (means over seeds), low, high (Student's interval of
+        auroc over seeds), seeds, chosen.
+    """
+    rows = rows.assign(peak=[json.loads(schedule)["peak"] for schedule in rows["schedule"]])
+    table = over_seeds(rows, ["batch", "peak"], ["auroc"]).drop(columns="value").rename(columns={"mean": "auroc"})
+    means = rows.groupby(["batch", "peak"])["validation"].mean().rename("validation").reset_index()
+    table = table.merge(means).sort_values(["batch", "peak"], ignore_index=True)
+    best = table.groupby("batch")["validation"].transform("max")
+    return table.assign(chosen=table["validation"] == best)[
+        ["batch", "peak", "validation", "auroc", "low", "high", "seeds", "chosen"]
+    ]
+
+
+def best_peak_loss(rows: pd.DataFrame) -> dict:
+    """Mean test AUROC of the smallest batch less the largest's, each at its `chosen` peak, paired by seed.
+
+    Returns
+    -------
+    dict
+        batches, difference, low, high (Student's over seeds, NaN for one), seeds.
+    """
+    rows = rows.assign(peak=[json.loads(schedule)["peak"] for schedule in rows["schedule"]])
+    chosen = peaks_tried(rows).query("chosen")[["batch", "peak"]]
+    table = rows.merge(chosen).pivot_table(index="seed", columns="batch", values="auroc")
+    small, large = table.columns.min(), table.columns.max()
+    apart = (table[small] - table[large]).rename("difference").to_frame().assign(all="")
+    row = over_seeds(apart, ["all"], ["difference"]).iloc[0]
+    edges = {"low": float(row["low"]), "high": float(row["high"]), "seeds": int(row["seeds"])}
+    return {"batches": [int(small), int(large)], "difference": float(row["mean"]), **edges}
 
 
 def collapse_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:

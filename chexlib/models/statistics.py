@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from chexlib.errors import ConfigError
+
 
 class Population(NamedTuple):
     """Of one layer, over all batches: (channels,) float64 each."""
@@ -49,7 +51,7 @@ def population_statistics(model, batches: Iterable, world=None, *, forward: Call
     model : keras.Model
         Left as it is. Dropout is active, as in training.
     batches : iterable of (n, ...) float32 arrays
-        Of this rank; images of batches of one size count equally.
+        Of this rank; each image counts once. With norm="sync", as many batches on every rank.
     world : chexlib.training.collectives.World, optional
         The ranks whose batches are taken together, on all of them.
     forward : callable, optional
@@ -59,15 +61,24 @@ def population_statistics(model, batches: Iterable, world=None, *, forward: Call
     -------
     list of Population
         One for each of `moving_layers(model)`.
+
+    Raises
+    ------
+    ConfigError
+        There are no images.
     """
     import tensorflow as tf
 
     forward = forward or (lambda images: model(images, training=True))
     layers = moving_layers(model)
     sums = [np.zeros((3, layer.moving_mean.shape[0])) for layer in layers]
-    images = 0
+    # A layer tells the mean over its virtual batches: what differs between these is seen if each comes by itself.
+    ghost, images = max((getattr(layer, "ghost_size", 0) for layer in layers), default=0), 0
+    parts = (
+        part for batch in batches for part in (np.array_split(batch, -(-len(batch) // ghost)) if ghost else [batch])
+    )
     with kept_statistics(model):
-        for batch in batches:
+        for batch in parts:
             for layer in layers:  # from nothing, one call moves them by 1 - momentum of the batch's own
                 layer.moving_mean.assign(np.zeros(layer.moving_mean.shape, np.float32))
                 layer.moving_variance.assign(np.zeros(layer.moving_mean.shape, np.float32))
@@ -77,7 +88,10 @@ def population_statistics(model, batches: Iterable, world=None, *, forward: Call
                 mean, variance = (v.numpy() / (1 - layer.momentum) for v in (layer.moving_mean, layer.moving_variance))
                 total += len(batch) * np.stack([mean, mean.astype(float) ** 2, variance])
     if world:
-        *sums, images = (total.numpy() for total in world.sum([*map(tf.constant, sums), tf.constant(float(images))]))
+        everything = [*map(tf.constant, sums), tf.constant(images, tf.float64)]  # of one type, as Horovod needs
+        *sums, images = (total.numpy() for total in world.sum(everything))
+    if layers and not images:
+        raise ConfigError("there are no images to take statistics of. Give at least one batch.")
     found = []
     for mean, square, within in (total / images for total in sums):
         between = np.maximum(square - mean**2, 0)

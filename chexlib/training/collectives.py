@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from chexlib.errors import ChexlibError, ClusterError
 
 # Set by mpirun, prterun, srun and hydra for every process of an MPI job.
@@ -39,6 +41,15 @@ class World:
         import horovod.tensorflow as hvd
 
         return hvd.grouped_allreduce(list(tensors), op=hvd.Sum)
+
+    def batches(self, n: int, *, batch: int) -> list:
+        """Places of this rank's images among `n`, every ranks-th, cut into batches of nearly equal size.
+
+        There are as many batches on every rank, so that what ranks do together in one finds all of them; and none of a
+        few images, whose statistics mean nothing.
+        """
+        most = -(-n // self.ranks)
+        return np.array_split(np.arange(self.rank, n, self.ranks), max(1, -(-most // batch)))
 
     def broadcast(self, variables: list) -> None:
         """Give every rank the values of rank 0, in place. `variables` are Keras variables."""

@@ -61,7 +61,8 @@ class TrainConfig:
     shuffle_labels: bool = False  # control: training labels dealt anew, so that there is nothing to learn
     max_images: int = 0  # use about so many images, whole patients; 0 means all
     skip_broken: bool = False  # leave out images that cannot be decoded
-    seed: int = 0
+    seed: int = 0  # of weights, order, mirroring and crops; and of the data, unless split_seed says another
+    split_seed: int | None = None  # of the split and of the choice of max_images: the same data for several seeds
     checkpoint_steps: int = 0  # write a checkpoint every so many steps, besides one an epoch
     keep_checkpoints: int = 2  # the newest so many stay in run_dir/checkpoints; 0 writes none
     resume: bool = False  # go on from the newest checkpoint in run_dir, if there is one
@@ -94,6 +95,7 @@ class TrainConfig:
             ("max_images", 0),
             ("plateau_patience", 0),
             ("seed", 0),
+            ("split_seed", 0),
             ("recalibrate", 0),
             ("early_stop", 0),
             ("stream_images", 0),
@@ -101,6 +103,8 @@ class TrainConfig:
             ("keep_checkpoints", 0),
         ):
             value = getattr(self, name)
+            if name == "split_seed" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name}={value!r} is not accepted. Use a whole number of {least} or more.")
         for name in ("mirror", "allow_leak", "shuffle_labels", "skip_broken", "resume", "fresh_head", "snapshots"):

@@ -31,7 +31,7 @@ class Feed:
 
     def __init__(self, config: TrainConfig, world: World, train: Radiographs, labels: np.ndarray):
         self.config, self.labels = config, labels
-        self.world = {"rank": world.rank, "ranks": world.ranks}
+        self.world = world
         self.drawing = drawing_of(train.root) if config.stream_images else {}
         self.store = None
         if not config.stream_images or config.recalibrate:
@@ -40,7 +40,8 @@ class Feed:
     def batches(self, at: Position, *, when: np.ndarray | None):
         """Endless tf.data from a position on; `when` as for `training_batches`."""
         config = self.config
-        common = {"global_batch": at.global_batch, "seed": config.seed, **self.world}
+        common = {"global_batch": at.global_batch, "seed": config.seed}
+        common |= {"rank": self.world.rank, "ranks": self.world.ranks}
         if config.stream_images:
             first = at.epoch * at.images + at.image
             return stream_batches(size=config.size, first_image=first, mirror=config.mirror, **common, **self.drawing)
@@ -50,11 +51,9 @@ class Feed:
 
     def first(self, images: int) -> Iterator[np.ndarray]:
         """So many images of the training part, or all there are, as (batch, size, size, 1) float32 of this rank."""
-        batch = self.config.batch_size
         chosen = np.random.default_rng(self.config.seed).permutation(len(self.store))[:images]
-        mine = np.array_split(chosen, self.world["ranks"])[self.world["rank"]]
-        for start in range(0, len(mine), batch):
-            yield self.store.take(mine[start : start + batch])[..., None].astype(np.float32)
+        for places in self.world.batches(len(chosen), batch=self.config.batch_size):
+            yield self.store.take(chosen[places])[..., None].astype(np.float32)
 
 
 def drawing_of(folder: Path) -> dict:

@@ -148,11 +148,10 @@ def pooled_scorer(predict: Callable, parts: dict, world: World, *, size: int, ba
         if part not in stores:
             stores[part] = ImageStore(parts[part].table["path"], size=size, gather=world.gather)
         store = stores[part]
-        mine = range(world.rank, len(store), world.ranks)
         pieces = [np.zeros((0, len(FINDINGS)), np.float32)]
-        for start in range(0, len(mine), batch):
-            pixels = store.take(mine[start : start + batch])
-            pieces.append(predict(pixels[..., None].astype(np.float32)).numpy())
+        for mine in world.batches(len(store), batch=batch):
+            if len(mine):
+                pieces.append(predict(store.take(mine)[..., None].astype(np.float32)).numpy())
         scores = np.empty((len(store), len(FINDINGS)), np.float32)
         for rank, piece in enumerate(world.gather(np.concatenate(pieces))):
             scores[rank :: world.ranks] = piece

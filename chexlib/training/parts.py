@@ -14,11 +14,12 @@ from chexlib.training.config import TrainConfig
 
 def divide(config: TrainConfig) -> tuple[Split, dict[str, Radiographs]]:
     """The audited split that a config asks for, and the radiographs of each of its parts."""
-    radiographs = load_radiographs(config.data_dir, max_images=config.max_images, seed=config.seed)
+    seed = config.seed if config.split_seed is None else config.split_seed
+    radiographs = load_radiographs(config.data_dir, max_images=config.max_images, seed=seed)
     if config.skip_broken:
         radiographs = check_images(radiographs, skip_broken=True)
     make = fold_split if fold_of(config.split) else make_split
-    split = make(radiographs, kind=config.split, seed=config.seed)
+    split = make(radiographs, kind=config.split, seed=seed)
     audit(split, radiographs, allow_leak=config.allow_leak)
     return split, {part: radiographs.select(split.images(part)) for part in split.parts}
 

@@ -14,7 +14,17 @@ from chexlib.training.trainer import DataParallelTrainer
 
 # Settings that no graph depends on; any other, also one that is new, means another trainer.
 _SAME_GRAPH = {*FREE, "max_steps", "max_images", "learning_rate", "plateau_factor", "plateau_patience", "mirror"}
-_SAME_GRAPH |= {"split", "shuffle_labels", "seed", "schedule", "augment", "fresh_head", "recalibrate", "early_stop"}
+_SAME_GRAPH |= {
+    "split",
+    "shuffle_labels",
+    "seed",
+    "split_seed",
+    "schedule",
+    "augment",
+    "fresh_head",
+    "recalibrate",
+    "early_stop",
+}
 _SAME_GRAPH |= {"stream_images", "snapshots", "weights"}
 
 
