@@ -21,6 +21,7 @@ def read_card(path, *, any_findings: bool = False) -> dict:
 
     Parameters
     ----------
+    path : of the file, or of a run's folder
     any_findings : bool
         Accept a model of other findings than ours, of which the head is of no use here.
 
@@ -29,8 +30,7 @@ def read_card(path, *, any_findings: bool = False) -> dict:
     WeightsError
         No such file, not a model of this project, or other findings; a size outside 32 to 1024 px.
     """
-    path = Path(path)
-    require_file(path)
+    path = find_weights(path)
     try:
         with zipfile.ZipFile(path) as archive:
             # Keras and save_model store members as they are, so that a small file cannot hold a large one.
@@ -57,7 +57,7 @@ def extend_card(path, **facts) -> dict:
 
     "calibration" and "operating_points" are where `python -m chexlib card` looks for those.
     """
-    path = Path(path).resolve()
+    path = find_weights(path).resolve()
     card = {**read_card(path), **facts}
     with zipfile.ZipFile(path) as old, replacing(path) as file, zipfile.ZipFile(file, "w") as new:
         for item in old.infolist():
@@ -68,13 +68,28 @@ def extend_card(path, **facts) -> dict:
     return card
 
 
-def require_file(path: Path) -> None:
-    """WeightsError where there is no file."""
-    if not path.is_file():
+def find_weights(weights: str | Path) -> Path:
+    """The weights file that a path means: the file itself, or the `model.keras` of a run's folder.
+
+    Raises
+    ------
+    WeightsError
+        There is none, or more than one.
+    """
+    path = Path(weights)
+    if path.is_file():
+        return path
+    if not path.is_dir():
         raise WeightsError(
             f"there is no weights file {path}. Accepted: a .keras, .weights.h5 or .safetensors file, a run's folder, "
             "'imagenet', or none at all."
         )
+    found = [f for f in (path / "model.keras", *sorted(path.glob("*/model.keras"))) if f.is_file()]
+    if len(found) == 1 or (found and found[0].parent == path):
+        return found[0]
+    kept = found or sorted(path.glob("snapshots/*.keras"))
+    several = f"holds several: {', '.join(str(f.relative_to(path)) for f in kept[:9])}" if kept else "has none"
+    raise WeightsError(f"{path} is no folder of one model.keras: it {several}. Name a weights file, or one run.")
 
 
 def first_line(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from chexlib.errors import ChexlibError, WeightsError
 from chexlib.files import replacing
 from chexlib.findings import FINDINGS
 from chexlib.models.arrays import HEAD, fill_model, head_differs, layout, read_arrays
-from chexlib.models.cards import CARD, extend_card, first_line, read_card, require_file  # noqa: F401 (for importers)
+from chexlib.models.cards import CARD, extend_card, find_weights, first_line, read_card  # noqa: F401 (for importers)
 from chexlib.models.topologies import NORMALIZATION, TOPOLOGIES, build_model
 
 ENSEMBLE = "ensemble"  # the topology of several models in one
@@ -73,26 +73,6 @@ def create_model(
     model = build_model(topology, **settings)
     load_weights(model, path, fresh_head=fresh_head)
     return model
-
-
-def find_weights(weights: str | Path) -> Path:
-    """The weights file that a path means: the file itself, or the `model.keras` of a run's folder.
-
-    Raises
-    ------
-    WeightsError
-        There is none, or more than one.
-    """
-    path = Path(weights)
-    if not path.is_dir():
-        require_file(path)
-        return path
-    found = [f for f in (path / "model.keras", *sorted(path.glob("*/model.keras"))) if f.is_file()]
-    if len(found) == 1 or (found and found[0].parent == path):
-        return found[0]
-    kept = found or sorted(path.glob("snapshots/*.keras"))
-    several = f"holds several: {', '.join(str(f.relative_to(path)) for f in kept[:9])}" if kept else "has none"
-    raise WeightsError(f"{path} is no folder of one model.keras: it {several}. Name a weights file, or one run.")
 
 
 def load_weights(
@@ -159,7 +139,7 @@ def save_model(model, path, *, card: dict) -> Path:
 
 
 def load_model(path):
-    """Load a `.keras` file that `save_model` wrote.
+    """Load a `.keras` file that `save_model` wrote, or that of a run's folder.
 
     Returns
     -------
@@ -173,7 +153,7 @@ def load_model(path):
         No such file, not a model of this project, other findings or another normalisation, or weights that do not fit
         every layer of the topology that the card names.
     """
-    path, card = Path(path), read_card(path)
+    path, card = find_weights(path), read_card(path)
     model, topology = _build(path, card), card["topology"]
     if strange := _classes(_config(path)) - _classes(json.loads(model.to_json())):
         raise _misfit(path, topology, f"they are of a network with {', '.join(sorted(strange))}")
@@ -228,6 +208,8 @@ def _fill(model, path: Path, topology: str) -> None:
 def _arrays(path: Path, topology: str) -> dict[str, np.ndarray]:
     try:
         return read_arrays(path)
+    except WeightsError:
+        raise
     except Exception as error:  # h5py and zipfile raise nearly anything
         raise _misfit(path, topology, first_line(error)) from error
 
