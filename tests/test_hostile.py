@@ -22,6 +22,7 @@ from test_pictures import dicom
 
 from chexlib.errors import WeightsError
 from chexlib.findings import FINDINGS
+from chexlib.models.arrays import read_arrays
 from chexlib.models.predict import predict_all
 from chexlib.models.topologies import build_model
 from chexlib.models.weights import CARD, extend_card, load_model, read_card, save_model
@@ -209,6 +210,23 @@ def test_hostile_weights_are_refused_and_nothing_in_them_runs(kind, tmp_path, vg
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
     assert not (tmp_path / "executed").exists()
+
+
+ARRAYS = {
+    "never written": {"shape": (2**12, 2**12), "dtype": "f4"},
+    "packed": {"data": np.zeros(2**20, "f4"), "compression": "gzip"},
+    "of another file": {"shape": (4,), "dtype": "f4", "external": [("/etc/passwd", 0, 16)]},
+    "text": {"data": ["1"], "dtype": h5py.string_dtype()},
+}
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_an_array_that_is_not_in_the_file_as_it_is_is_refused_before_it_is_read(kind, tmp_path, vgg_file, monkeypatch):
+    content = h5(lambda file: file.create_dataset("layers/dense/vars/0", **ARRAYS[kind]))
+    path = change(vgg_file, tmp_path / "model.keras", **{"model.weights.h5": content})
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(WeightsError, match=r"model\.keras (has arrays of|keeps layers/dense/vars/0).*Save it again"):
+        read_arrays(path)
 
 
 def test_the_card_takes_more_facts_and_the_weights_stay(tmp_path, vgg_file):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -19,19 +20,30 @@ CHANNELS = 2  # the axis of a kernel that is its input's
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a `.keras` or `.weights.h5` file by their names in it."""
+    """All arrays of a `.keras` or `.weights.h5` file by their names in it.
+
+    Raises
+    ------
+    WeightsError
+        An array lies outside the file, or all together say that they are larger than it is. Keras compresses none.
+    """
     import h5py
 
     found = {}
     with tempfile.TemporaryDirectory() as folder:
+        plain = path
         if path.suffix == ".keras":  # inside the archive every step back would be read anew from its beginning
             with zipfile.ZipFile(path) as archive:
-                path = archive.extract("model.weights.h5", folder)
-        with h5py.File(path) as file:
-            file.visititems(
-                lambda name, item: found.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
-            )
-    return found
+                plain = archive.extract("model.weights.h5", folder)
+        with h5py.File(plain) as file:
+            file.visititems(lambda name, item: found.update({name: item}) if isinstance(item, h5py.Dataset) else None)
+            # HDF5 makes up what was never written, unpacks filters, and lets a thousand names share the same bytes.
+            size, needed = os.path.getsize(plain), sum(item.nbytes for item in found.values())
+            if needed > size:
+                raise WeightsError(f"{path} has arrays of {needed:,} bytes in {size:,}. Save it again, uncompressed.")
+            if foreign := [name for name, x in found.items() if x.dtype.hasobject or x.is_virtual or x.external]:
+                raise WeightsError(f"{path} keeps {foreign[0]} elsewhere than in an array. Save it again with Keras.")
+            return {name: item[()] for name, item in found.items()}
 
 
 def fill_model(
