@@ -10,7 +10,7 @@ import pandas as pd
 from chexlib.errors import DataError, WeightsError
 from chexlib.evaluation.auroc import in_words, judge
 from chexlib.files import replacing
-from chexlib.models.weights import read_card
+from chexlib.models.cards import config_of, read_card
 from chexlib.runs import data_name
 
 
@@ -36,7 +36,7 @@ def write_card(run: str | Path) -> Path:
 
     folder = _folder(Path(run))
     facts = read_card(folder / "model.keras")
-    config = facts.get("config", {})
+    config = config_of(folder, facts)
     config["weights"] = Path(config.get("weights") or "random weights").name  # no paths of this machine
     try:
         predictions = pd.read_parquet(folder / "predictions.parquet")

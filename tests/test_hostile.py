@@ -212,6 +212,32 @@ def test_hostile_weights_are_refused_and_nothing_in_them_runs(kind, tmp_path, vg
     assert not (tmp_path / "executed").exists()
 
 
+ENSEMBLE = {"topology": "ensemble", "how": "probability", "members": [{"topology": "vgg16"}]}
+CARDS = {
+    "no members": {"topology": "ensemble"},
+    "no way to combine": {**ENSEMBLE, "how": None},
+    "empty": {**ENSEMBLE, "members": []},
+    "members by name": {**ENSEMBLE, "members": {"a": {"topology": "vgg16"}}},
+    "members of text": {**ENSEMBLE, "members": ["vgg16"]},
+    "an ensemble of ensembles": {**ENSEMBLE, "members": [ENSEMBLE]},
+    "more members than the file has room for": {**ENSEMBLE, "members": [{"topology": "vgg16"}] * 1000},
+    "a member's config of text": {**ENSEMBLE, "members": [{"topology": "vgg16", "config": "x"}]},
+    "config of text": {"config": "x"},
+    "an unknown norm": {"config": {"norm": "x"}},
+    "a ghost size of text": {"config": {"norm": "ghost", "ghost_size": "x"}},
+    "topologies": {"topology": ["vgg16"]},
+}
+
+
+@pytest.mark.parametrize("kind", CARDS)
+def test_a_card_that_describes_no_network_is_refused_in_one_line(kind, tmp_path, vgg_file):
+    path = tmp_path / "model.keras"
+    change(vgg_file, path, **{CARD: json.dumps({**read_card(vgg_file), **CARDS[kind]})})
+    with pytest.raises(WeightsError, match=r"model\.keras (is|has|names)") as error:
+        load_model(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
 ARRAYS = {
     "never written": {"shape": (2**12, 2**12), "dtype": "f4"},
     "packed": {"data": np.zeros(2**20, "f4"), "compression": "gzip"},

@@ -92,6 +92,20 @@ def find_weights(weights: str | Path) -> Path:
     raise WeightsError(f"{path} is no folder of one model.keras: it {several}. Name a weights file, or one run.")
 
 
+def config_of(path, card: dict) -> dict:
+    """The settings of the training that a card tells of.
+
+    Raises
+    ------
+    WeightsError
+        They are no table of names and values.
+    """
+    config = card.get("config") or {}
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path} has the config {config!r:.80}, no settings by name. Use a file that chexlib wrote.")
+    return config
+
+
 def first_line(error: BaseException) -> str:
     """Of an error's text, at most 200 characters: for a message of one line."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

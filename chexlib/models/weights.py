@@ -21,10 +21,11 @@ from chexlib.errors import ChexlibError, WeightsError
 from chexlib.files import replacing
 from chexlib.findings import FINDINGS
 from chexlib.models.arrays import HEAD, fill_model, head_differs, layout, read_arrays
-from chexlib.models.cards import CARD, extend_card, find_weights, first_line, read_card  # noqa: F401 (for importers)
+from chexlib.models.cards import CARD, config_of, extend_card, find_weights, first_line, read_card  # noqa: F401
 from chexlib.models.topologies import NORMALIZATION, TOPOLOGIES, build_model
 
 ENSEMBLE = "ensemble"  # the topology of several models in one
+LEAST_MEMBER = 2**24  # bytes: the smallest of the topologies, DenseNet-121, has 28 million
 log = logging.getLogger(__name__)
 
 
@@ -163,12 +164,25 @@ def load_model(path):
 
 def _build(path: Path, card: dict):
     """The network that a card describes, with the weights that it is drawn with."""
-    topology, config = card.get("topology"), card.get("config") or {}
-    if topology == ENSEMBLE:
-        from chexlib.models.combine import combine_models
+    if card.get("topology") != ENSEMBLE:
+        return _build_one(path, card)
+    from chexlib.models.combine import WAYS, combine_models
 
-        members = [_build(path, {"size": card["size"], **member}) for member in card["members"]]
-        return combine_models(members, how=card["how"], reference=np.zeros((len(members), 1, len(FINDINGS))))
+    members, how, size = card.get("members"), card.get("how"), card["size"]
+    room = path.stat().st_size // LEAST_MEMBER  # each is built before its weights are looked for
+    listed = isinstance(members, list) and all(isinstance(member, dict) for member in members)
+    if not listed or not 1 <= len(members) <= room or how not in WAYS:
+        raise WeightsError(
+            f"{path} is an ensemble of {members!r:.80}, combined by {how!r:.80}. Accepted: a list of cards, {room} at "
+            f"most in a file of this length, combined by {', '.join(WAYS)}. Write it again with `save_ensemble`."
+        )
+    models = [_build_one(path, {**member, "size": size}) for member in members]
+    return combine_models(models, how=how, reference=np.zeros((len(models), 1, len(FINDINGS))))
+
+
+def _build_one(path: Path, card: dict):
+    """The network of a card that is of one topology."""
+    topology, config = card.get("topology"), config_of(path, card)
     if topology not in TOPOLOGIES:
         raise WeightsError(f"{path} is of topology {topology!r:.80}. Accepted: {', '.join(TOPOLOGIES)}.")
     if card.get("normalization", NORMALIZATION[topology]) != NORMALIZATION[topology]:
@@ -177,7 +191,10 @@ def _build(path: Path, card: dict):
     if precision not in ("float32", "mixed_bfloat16"):
         raise WeightsError(f"{path} is of precision {precision!r:.80}. Accepted: float32, mixed_bfloat16.")
     norm = {name: config[name] for name in ("norm", "ghost_size") if name in config}
-    return build_model(topology, size=card["size"], precision=precision, **norm)
+    try:
+        return build_model(topology, size=card["size"], precision=precision, **norm)
+    except (TypeError, ValueError) as error:  # a ConfigError is one
+        raise WeightsError(f"{path} names a network that cannot be built: {first_line(error)}") from error
 
 
 def _config(path: Path) -> dict:
