@@ -6,7 +6,8 @@ import pytest
 import tensorflow as tf
 
 from chexlib.errors import ConfigError
-from chexlib.training.optimizers import FusedAdam, TableSchedule, create
+from chexlib.training.optimizers import FusedAdam, create
+from chexlib.training.scheduled import TableSchedule
 from chexlib.training.schedules import Schedule
 
 SHAPES = ((3, 4), (4,), ())
@@ -133,8 +134,10 @@ def reference(kind):
     first = [np.zeros_like(p) for p in parameters]
     second = [np.zeros_like(p) for p in parameters]
     for i in range(20):
-        rate, decay = VALUES.rate[i], VALUES.weight_decay[i]
-        momentum = 0.0 if i == 12 else VALUES.momentum[i]  # the collapse takes over the weights only
+        rate, decay, momentum = VALUES.rate[i], VALUES.weight_decay[i], VALUES.momentum[i]
+        if i == 12:  # the collapse is a solver of its own, which takes over the weights only
+            velocity, first, second = ([np.zeros_like(p) for p in parameters] for _ in range(3))
+        t = i - 12 if i >= 12 else i
         for n, (w, g) in enumerate(zip(parameters, gradients(parameters), strict=True)):
             own = decay if w.ndim == 2 else 0.0
             if kind in ("sgd", "nesterov", "lars"):
@@ -148,7 +151,7 @@ def reference(kind):
                 continue
             first[n] = 0.9 * first[n] + 0.1 * g
             second[n] = 0.999 * second[n] + 0.001 * g**2
-            update, root = first[n] / (1 - 0.9 ** (i + 1)), np.sqrt(1 - 0.999 ** (i + 1))
+            update, root = first[n] / (1 - 0.9 ** (t + 1)), np.sqrt(1 - 0.999 ** (t + 1))
             # Adam's epsilon is outside of the bias correction (Kingma and Ba 2015, end of section 2), Lamb's within.
             epsilon = 1e-7 / root if kind == "adamw" else 1e-7
             update = update / (np.sqrt(second[n]) / root + epsilon)

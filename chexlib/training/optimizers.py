@@ -1,95 +1,23 @@
 """Optimizers under one schedule, with weight decay on weights only.
 
 FusedAdam and Momentum are one kernel a variable: Keras' results from a graph a third of the size, so training starts
-sooner. Under a schedule (`follow`) rate, momentum and weight decay are read in the graph from a table, by the count
-of updates; that count is all that a checkpoint has to hold besides the slots.
+sooner.
 """
 
 from __future__ import annotations
 
 import keras
-import numpy as np
 
 from chexlib.data.pipeline import steps_per_epoch
 from chexlib.errors import ConfigError
 from chexlib.training.config import TrainConfig
 from chexlib.training.monitor import Position
 from chexlib.training.recipes import resolve
+from chexlib.training.scheduled import Decoupled, Scheduled, is_weight
 from chexlib.training.schedules import Schedule, Values
 
 NO_DECAY = ConfigError('optimizer="adam" has no weight decay. Use "adamw", or a weight decay of 0.')
 LARS_RATIO = 1e-3  # You et al. 2017, section 5: how much of a layer's norm one update may move it
-
-
-class TableSchedule(keras.optimizers.schedules.LearningRateSchedule):
-    """A value for each update, for any Keras optimizer; after the last one the last value stays.
-
-    The table is a variable, so that another one needs no new graph; it is no part of the optimizer's state.
-
-    >>> keras.optimizers.SGD(TableSchedule(preset("goyal-2017").compile(steps_per_epoch=157).rate))
-    """
-
-    def __init__(self, table):
-        import tensorflow as tf
-
-        self.table = tf.Variable(np.asarray(table, np.float32), shape=[None], trainable=False)
-
-    def __call__(self, step):
-        import tensorflow as tf
-
-        return tf.gather(self.table, tf.minimum(tf.cast(step, tf.int32), tf.shape(self.table)[0] - 1))
-
-    def get_config(self):
-        return {"table": self.table.numpy().tolist()}
-
-
-def is_weight(variable) -> bool:
-    """Whether a variable is decayed: kernels are; biases, and batch norm's gamma and beta, which have one axis, not."""
-    return len(variable.shape) > 1
-
-
-class Scheduled:
-    """What a Keras optimizer needs to follow `Values`, and to leave biases and batch norm undecayed."""
-
-    tables: tuple[TableSchedule, ...] = ()  # of rate, momentum and weight decay
-
-    def follow(self, values: Values):
-        """Take rate, momentum and weight decay of each update from `values`, from now on."""
-        # A stage that starts fresh takes over weights only: without its momentum the velocity is forgotten.
-        columns = (values.rate, np.where(values.fresh, 0, values.momentum), values.weight_decay)
-        if self.tables:
-            for known, column in zip(self.tables, columns, strict=True):
-                known.table.assign(column.astype(np.float32))
-        else:
-            self.tables = tuple(TableSchedule(column) for column in columns)
-            self.learning_rate = self.tables[0]
-        return self
-
-    def momentum_now(self):
-        """Of the update that is being made."""
-        return self.tables[1](self.iterations.value) if self.tables else self.momentum
-
-    def decay_now(self):
-        """Of the update that is being made."""
-        return self.tables[2](self.iterations.value) if self.tables else self.decay
-
-
-class Decoupled(Scheduled):
-    """Weight decay apart from the gradient, times the rate (Loshchilov and Hutter 2019), as Keras does it."""
-
-    def __init__(self, learning_rate=1e-3, *, decay=0.0, **settings):
-        super().__init__(learning_rate, **settings)
-        self.decay = decay
-
-    def _apply_weight_decay(self, variables):
-        if self.decay or self.tables:
-            share = 1 - self.learning_rate * self.decay_now()
-            for variable in variables:
-                if is_weight(variable):
-                    variable.assign(variable * share)
-
-    def get_config(self):
-        return {**super().get_config(), "decay": self.decay}
 
 
 class FusedAdam(Scheduled, keras.optimizers.Adam):
@@ -104,7 +32,7 @@ class FusedAdam(Scheduled, keras.optimizers.Adam):
         if self.amsgrad:
             return super().update_step(gradient, variable, learning_rate)
         index = self._get_variable_index(variable)
-        step = tf.cast(self.iterations.value + 1, tf.float32)
+        step = tf.cast(self.iterations + 1, tf.float32)
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
             m=self._momentums[index].value.handle,

@@ -43,7 +43,7 @@ class Phase:
     factor: float = 0.1
     weight_decay: float | None = None  # None: what `Schedule.decay` says
     augment: bool | None = None  # random area and aspect; None: on, but in a collapse off
-    fresh: bool = False  # begins a stage: only the weights are taken over, momentum starts from nothing
+    fresh: bool = False  # begins a stage: only weights are taken over, all history of the optimizer is forgotten
     name: str = ""
 
     def __post_init__(self):
