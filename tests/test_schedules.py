@@ -153,6 +153,9 @@ def test_values_can_begin_later_or_earlier_in_the_count_of_an_optimizer():
     assert earlier.rate[4] == values.rate[7] and earlier.rate[-1] == values.rate[-1] and len(earlier) == 7
 
 
+ONE = [{"kind": "constant", "length": 1, "rate": 1}]
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
@@ -162,6 +165,22 @@ def test_values_can_begin_later_or_earlier_in_the_count_of_an_optimizer():
         ({"phases": [{"kind": "warm", "length": 1}]}, "kind='warm' is not known"),
         ({"phases": [{"kind": "constant", "length": -1}]}, "length=-1 is not accepted"),
         ({"phases": [{"kind": "constant", "len": 1}]}, "A phase has kind, length"),
+        ({"phases": [{"kind": "constant", "length": None}]}, "length=None is not accepted"),
+        ({"phases": [{"kind": "step", "length": 90, "at": (60, 30)}]}, r"at=\(60, 30\) is not accepted.*each above"),
+        ({"phases": [{"kind": "step", "length": 90, "at": (30, 30)}]}, r"at=\(30, 30\) is not accepted"),
+        ({"phases": [{"kind": "step", "length": 90, "at": ("early",)}]}, r"at=\('early',\) is not accepted"),
+        ({"phases": [{"kind": "step", "length": 90, "at": 30}]}, "at=30 is not accepted"),
+        ({"phases": [{"kind": "constant", "length": 1, "augment": "no"}]}, "augment='no' is not known"),
+        ({"phases": [{"kind": "constant", "length": 1, "fresh": "yes"}]}, "fresh='yes' is not known"),
+        ({"phases": ONE, "decay": [[0, 0.1], [60, 0.2], [30, 0.3]]}, r"decay=\[0, 60, 30\] is not accepted"),
+        ({"phases": ONE, "decay": [[0, "low"]]}, "decay of 'low' is not accepted"),
+        ({"phases": ONE, "decay": [[0, -1e-4]]}, "decay of -0.0001 is not accepted"),
+        ({"phases": ONE, "decay": 1e-4}, "cannot be read"),
+        ({"phases": ONE, "momentum": "high"}, "momentum='high' is not accepted. Use a number"),
+        ({"phases": ONE, "momentum": 1}, "momentum=1 is not accepted"),
+        ({"phases": ONE, "images": "all"}, "images='all' is not accepted"),
+        ({"phases": ONE, "global_batch": None}, "global_batch=None is not accepted"),
+        ({"phases": ONE, "plateau": "no"}, "plateau='no' is not known"),
         ({"phases": []}, "one phase or more"),
         ({"stages": []}, "is no schedule"),
         ({"preset": "64-nodes-coded", "epochs": 0.1}, "steps are too few for 8 phases"),
@@ -169,4 +188,5 @@ def test_values_can_begin_later_or_earlier_in_the_count_of_an_optimizer():
 )
 def test_a_schedule_that_cannot_be_is_refused_in_words(asked, said):
     with pytest.raises(ConfigError, match=said):
-        resolve(asked, images=100, global_batch=10, epochs=5).compile()
+        made = resolve(asked, images=100, global_batch=10, epochs=5)
+        assert "too few" in said and made.compile()  # whatever else is wrong is said when it is made

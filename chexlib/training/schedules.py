@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from chexlib.errors import ConfigError
+from chexlib.training.checks import is_amount, require_amounts, require_known, rising
 
 KINDS = ("warmup", "constant", "step", "polynomial", "cosine", "cycle", "collapse")
 UNITS = ("steps", "epochs")
@@ -47,14 +47,10 @@ class Phase:
     name: str = ""
 
     def __post_init__(self):
-        for name, accepted in (("kind", KINDS), ("count", COUNTS)):
-            if getattr(self, name) not in accepted:
-                raise ConfigError(f"a phase's {name}={getattr(self, name)!r} is not known. Use {', '.join(accepted)}.")
-        object.__setattr__(self, "at", tuple(self.at))
-        for name in ("length", "rate", "start", "warmup", "power", "zero", "end", "factor", "weight_decay"):
-            value = getattr(self, name)
-            if value is not None and not (_number(value) and value >= 0):
-                raise ConfigError(f"a phase's {name}={value!r} is not accepted. Use a number of 0 or more.")
+        require_known(self, kind=KINDS, count=COUNTS, augment=(None, True, False), fresh=(True, False))
+        object.__setattr__(self, "at", rising("a phase's at", self.at))
+        named = [n for n in ("rate", "start", "power", "zero", "weight_decay") if getattr(self, n) is not None]
+        require_amounts(self, "length", "warmup", "end", "factor", *named)
         for name in ("length", "power", "zero"):
             if getattr(self, name) == 0:
                 raise ConfigError(f"a phase's {name}=0 is not accepted. Use a number above 0.")
@@ -107,11 +103,13 @@ class Schedule:
     notes: tuple[str, ...] = field(default=(), compare=False)  # what was scaled, in words
 
     def __post_init__(self):
-        if self.unit not in UNITS:
-            raise ConfigError(f"a schedule's unit={self.unit!r} is not known. Use {' or '.join(UNITS)}.")
+        require_known(self, unit=UNITS, plateau=(True, False))
+        require_amounts(self, "momentum", "images", "global_batch")
+        if self.momentum >= 1:
+            raise ConfigError(f"a schedule's momentum={self.momentum:g} is not accepted. Use a number below 1.")
         try:
             phases = tuple(p if isinstance(p, Phase) else Phase(**p) for p in self.phases)
-            decay = tuple((float(place), float(value)) for place, value in self.decay)
+            decay = tuple((place, value) for place, value in self.decay)
         except (TypeError, ValueError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -119,6 +117,9 @@ class Schedule:
             raise ConfigError(f"the schedule cannot be read ({error}). A phase has {known}.") from error
         if not phases or not decay or decay[0][0] != 0:
             raise ConfigError("a schedule needs one phase or more, and a weight decay from 0 on.")
+        rising("the places of a schedule's decay", [place for place, _ in decay])
+        if wrong := [value for _, value in decay if not is_amount(value)]:
+            raise ConfigError(f"a schedule's decay of {wrong[0]!r} is not accepted. Use numbers of 0 or more.")
         object.__setattr__(self, "phases", phases)
         object.__setattr__(self, "decay", decay)
 
@@ -234,7 +235,3 @@ def _changed(thing) -> dict:
     named = {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing) if f.name not in ("phases", "notes")}
     default = {f.name: f.default for f in dataclasses.fields(thing)}
     return json.loads(json.dumps({name: value for name, value in named.items() if value != default[name]}))
-
-
-def _number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
