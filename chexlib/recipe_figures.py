@@ -94,6 +94,7 @@ def workbench(presets: Mapping, resolve, *, images: int, batch: int, epochs: int
     resolve : callable
         `chexlib.training.recipes.resolve`.
     images : of an epoch
+    batch, epochs : where the sliders begin
 
     Returns
     -------
@@ -114,7 +115,7 @@ def workbench(presets: Mapping, resolve, *, images: int, batch: int, epochs: int
     return widgets.interactive(
         draw,
         preset=list(presets),
-        global_batch=widgets.SelectionSlider(options=[2**i for i in range(3, 13)], value=batch),
+        global_batch=widgets.SelectionSlider(options=sorted({batch, *(2**i for i in range(3, 13))}), value=batch),
         epochs=widgets.IntSlider(epochs, 1, 90),
         rule=["linear", "sqrt", "none"],
         warmup=["epochs", "batch"],

@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from chexlib import recipe_figures
+from chexlib.errors import ConfigError
 from chexlib.evaluation.recipe_study import (
     batch_losses,
     best_peak_loss,
@@ -21,9 +22,10 @@ from chexlib.evaluation.recipe_study import (
     peaks_tried,
     recipe_grid,
 )
+from chexlib.runs import BATCH
 from chexlib.scaling.published import LADDER as TOP_1
 from chexlib.scaling.published import published_collapses
-from chexlib.training.recipes import LADDER, preset, resolve
+from chexlib.training.recipes import LADDER, PRESETS, preset, resolve
 from chexlib.training.sweep import point_key
 
 GRID = dict(batches=[16, 128, 1024], local_batch=16, peak=0.05, rule="sqrt", seeds=[0, 1, 2], images=2000, epochs=6)
@@ -41,6 +43,14 @@ def test_the_grid_has_each_rung_at_each_batch_and_seed_with_equal_epochs():
         assert values.rate.max() == pytest.approx(schedule["peak"], rel=0.2)  # a short warm-up ends below its peak
     tiny = recipe_grid(**{**GRID, "images": 50, "epochs": 2})
     assert {point["batch"] for point in tiny} == {16}  # 128 and 1,024 would make 2 updates
+
+
+@pytest.mark.parametrize("batches", [[16, 100], [16, 24, 128]])
+def test_a_batch_that_local_batches_cannot_fill_is_refused(batches):
+    with pytest.raises(ConfigError, match=rf"a global batch of {batches[1]} is not accepted with a local batch of 16"):
+        recipe_grid(**{**GRID, "batches": batches})
+    below = recipe_grid(**{**GRID, "batches": [4, 16]})
+    assert {(point["batch"], point["batch_size"], point["accumulation"]) for point in below} == {(4, 4, 1), (16, 16, 1)}
 
 
 def test_gains_of_rungs_are_paired_by_seed():
@@ -103,6 +113,16 @@ def test_collapse_gains_are_paired_by_seed():
     low, high = stats.ttest_1samp([0.2, 0.1], 0).confidence_interval()
     assert table.loc[1].tolist() == pytest.approx([0.55, 0.7, 0.15, low, high, 2])
     assert table.loc[2, "gain"] == pytest.approx(0.025)
+
+
+@pytest.mark.parametrize("batch", [4, 16, 48])
+def test_the_workbench_opens_at_any_batch(batch, monkeypatch):
+    monkeypatch.delenv(BATCH, raising=False)
+    bench = recipe_figures.workbench([*PRESETS, *LADDER], resolve, images=2000, batch=batch, epochs=6)
+    (slider,) = (child for child in bench.children if getattr(child, "description", "") == "global_batch")
+    assert (
+        slider.value == batch and {16, 1024} <= set(slider.options) and list(slider.options) == sorted(slider.options)
+    )
 
 
 def test_the_figures_name_phases_rungs_and_batches():

@@ -49,7 +49,18 @@ def recipe_grid(
     images : of an epoch
     peak : the highest rate at the smallest global batch
     rule : how it follows the global batch
+
+    Raises
+    ------
+    ConfigError
+        A global batch above the local one that is no multiple of it.
     """
+    for batch in batches:
+        if batch > local_batch and batch % local_batch:
+            raise ConfigError(
+                f"a global batch of {batch} is not accepted with a local batch of {local_batch}. Use multiples "
+                "of it, or batches below it."
+            )
     points = []
     for batch in (b for b in sorted(batches, reverse=True) if epochs * -(-images // b) >= 4):
         for rung in rungs:
