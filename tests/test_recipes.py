@@ -8,9 +8,12 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from small_training import config_for
+from small_training import config_for, with_a_tiny_network
+from test_norm_ranks import LONG
 
+from chexlib import recipe_figures
 from chexlib.cluster.profiles import find_mpi, thread_environment
+from chexlib.data.phantom import write_phantom
 from chexlib.errors import ConfigError, WeightsError
 from chexlib.models.predict import predict
 from chexlib.models.weights import load_model
@@ -19,6 +22,7 @@ from chexlib.training.collapse import collapse
 from chexlib.training.fit import fit
 from chexlib.training.monitor import Position
 from chexlib.training.optimizers import values_at
+from chexlib.training.reuse import Reuse
 
 # As coded: the polynomial counts from the start of the stage.
 PHASES = [
@@ -61,28 +65,72 @@ def test_the_training_follows_the_schedule(undisturbed):
     np.testing.assert_allclose(told, values.rate[[steps, 2 * steps, -1]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("phase", ["warmup", "polynomial", "collapse"])
-def test_resuming_in_the_middle_of_a_phase_continues_exactly(undisturbed, tmp_path, phase):
-    config, result = undisturbed
+KINDS = {
+    "warmup": {"start": 0.001, "rate": 0.02},
+    "polynomial": {"rate": 0.02, "zero": 10, "count": "stage"},
+    "step": {"rate": 0.02, "at": (8,), "factor": 0.5},
+    "cosine": {"end": 0.005},
+    "constant": {"rate": 0.01},
+    "cycle": {"length": 6, "warmup": 3, "start": 0.004, "rate": 0.02, "power": 2, "zero": 6, "fresh": True},
+    "collapse": {"weight_decay": 0.02, "fresh": True},
+}
+PARTS = [name for kind in KINDS for name in (["cycle: re-warm-up", "cycle"] if kind == "cycle" else [kind])]
+
+
+@pytest.fixture(scope="module", params=["sgd", "adamw"])
+def through_all_phases(request, phantom, tmp_path_factory):
+    """Six epochs of four steps, three steps a phase, with a checkpoint at each; and what keeps the compiled graph."""
+    phases = [{"kind": kind, "length": 3, **settings} for kind, settings in KINDS.items()]
+    schedule = {"decay": [[0, 0.001], [7, 0.01]], "phases": phases}
+    settings = {**SETTINGS, "schedule": schedule, "optimizer": request.param, "epochs": 6}
+    folder = tmp_path_factory.mktemp("run")
+    config = config_for(phantom, folder, checkpoint_steps=1, keep_checkpoints=24, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        with_a_tiny_network(patch)
+        reuse = Reuse()
+        yield config, fit(config, reuse=reuse, measure=lambda *_: {}), reuse
+
+
+def state_at_the_end(config):
+    """All arrays of the newest checkpoint, without the seconds of the steps."""
+    arrays = load_checkpoint(checkpoints_of(config)[-1])[0]
+    return {**arrays, "steps": arrays["steps"][:, :3]}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_resuming_in_the_middle_of_any_phase_continues_exactly(through_all_phases, tmp_path, part):
+    config, result, reuse = through_all_phases
     values = values_at(config, Position(8, 32))
-    first = int(np.argmax(values.phase == values.names.index(phase)))
-    file = next(f for f in checkpoints_of(config) if int(f.stem.split("-")[1]) > first)
-    assert values.names[values.phase[int(file.stem.split("-")[1])]] == phase
-    resumed = fit(config.replace(run_dir=only(file, tmp_path), resume=True, **QUIET))
-    assert resumed.resumed_from == file.name
+    assert list(values.names) == PARTS and len(values) == len(checkpoints_of(config)) == 24
+    middle = int(np.argmax(values.phase == PARTS.index(part))) + 1
+    file = checkpoints_of(config)[middle - 1]  # the first is of the state after one step
+    again = config.replace(run_dir=only(file, tmp_path), resume=True)
+    resumed = fit(again, reuse=reuse, measure=lambda *_: {})
+    assert resumed.resumed_from == file.name == f"step-{middle:09d}.npz"
     for name in ("loss", "val_loss", "val_auroc", "learning_rate"):
         assert [row[name] for row in resumed.history] == [row[name] for row in result.history]
-    for ours, theirs in zip(weights_of(resumed.model), weights_of(result.model), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    ours, theirs = state_at_the_end(again), state_at_the_end(config)
+    assert ours.keys() == theirs.keys() and len(theirs["steps"]) == 24
+    for name, array in theirs.items():  # weights, slots, statistics, the best so far, and the loss of each step
+        np.testing.assert_array_equal(ours[name], array, err_msg=name)
 
 
-def test_all_phases_of_a_preset_fit_into_a_short_training(phantom, tmp_path):
-    preset = {"preset": "64-nodes-coded", "peak": 0.02}
-    config = config_for(phantom, tmp_path, schedule=preset, optimizer="lars", epochs=2, max_steps=4, **QUIET)
+@pytest.mark.parametrize(("images", "batch", "steps"), [(90, 8, 4), pytest.param(2860, 64, 32, marks=LONG)])
+def test_a_preset_scaled_to_the_data_is_drawn_and_trains_through_all_its_phases(images, batch, steps, tmp_path):
+    """The whole: 2,000 images to train on, batch 64, 6 epochs."""
+    data = write_phantom(tmp_path / "phantom", n_images=images, size=32, min_prevalence=0.1, workers=2)
+    changes = dict(epochs=6, batch_size=batch, max_steps=steps, augment="radiograph", optimizer="sgd", **QUIET)
+    config = config_for(data, tmp_path / "run", schedule="64-nodes-coded", **changes)
     result = fit(config)
-    values = values_at(config, Position(8, 32))
-    assert len(set(values.phase)) == 8 and np.isfinite([row["loss"] for row in result.history]).all()
-    assert [row["learning_rate"] for row in result.history] == pytest.approx(values.rate[[4, -1]])
+    values = values_at(config, Position(batch, min(result.split["images"]["train"], batch * steps)))
+    assert len(values) == 6 * steps and len(set(values.phase)) == 8
+    drawn = recipe_figures.schedule(values, steps_per_epoch=steps)
+    np.testing.assert_array_equal(drawn.axes[0].lines[0].get_ydata(), values.rate)
+    told = [row["learning_rate"] for row in result.history]
+    assert told == pytest.approx(values.rate[[*range(steps, 6 * steps, steps), -1]])
+    assert np.isfinite([row["loss"] for row in result.history]).all()
+    if batch == 64:  # 24 steps at batch 8 teach nothing yet
+        assert result.split["images"]["train"] == 2000 and result.history[-1]["loss"] < result.history[0]["loss"]
 
 
 @pytest.mark.parametrize("name", ["448-nodes-coded", "64-nodes-meant", "64k", "goyal-2017", "+ collapse"])
@@ -157,6 +205,24 @@ def test_any_checkpoint_collapses_by_one_call(undisturbed, phantom, tmp_path):
     rows = pd.read_parquet(collapsed.predictions).query("part == 'test'").head(3)
     scores = predict([phantom / "images_001" / "images" / n for n in rows["image"]], weights=collapsed.model)
     np.testing.assert_allclose(scores, rows[[c for c in rows if c.startswith("score_")]], atol=1e-5)
+
+
+def test_a_collapse_starts_from_exactly_the_weights_of_the_checkpoint(phantom, tmp_path, monkeypatch):
+    """Of a training that began with a head of its own and other statistics than its file's."""
+    with_a_tiny_network(monkeypatch)
+    plain = {"optimizer": "sgd", "learning_rate": 0.1, "epochs": 1}
+    first = fit(config_for(phantom, tmp_path / "first", **plain))
+    began = {"weights": first.model, "fresh_head": True, "recalibrate": 32}
+    trained = fit(config_for(phantom, tmp_path / "trained", **plain, **began))
+    arrays, _ = load_checkpoint(checkpoints_of(config_for(phantom, tmp_path / "trained"))[-1])
+    still = {"rate": 1e-30, "weight_decay": 0.0, "norm_momentum": 1 - 1e-9}  # nothing moves that one could see
+    collapsed = collapse(tmp_path / "trained", run_dir=tmp_path / "collapsed", **still, keep_checkpoints=0)
+    for result in (trained, collapsed):
+        model = load_model(result.model)[0]
+        for i, variable in enumerate(model.trainable_variables):
+            np.testing.assert_array_equal(variable.numpy(), arrays[f"weights/{i}"])
+        for i, variable in enumerate(model.non_trainable_variables):
+            np.testing.assert_allclose(variable.numpy(), arrays[f"statistics/{i}"][0], rtol=1e-6, atol=1e-6)
 
 
 def test_a_collapse_from_nothing_or_from_a_rate_of_0_says_so(undisturbed, tmp_path, monkeypatch):

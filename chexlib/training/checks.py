@@ -1,4 +1,4 @@
-"""Checks of a description's fields when it is made: a refusal is a ConfigError that names whose field, and its value."""
+"""Checks of a description's fields when it is made: a refusal is a ConfigError that names whose field and its value."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def collapse(
 ) -> TrainResult:
     """Train on from a checkpoint for a few epochs, with a rate that falls to 0 and random area and aspect off.
 
-    The weights and moving statistics are taken over, the optimizer's slots are not, as in the study
+    The weights and moving statistics are taken over as they are, the optimizer's slots are not, as in the study
     (`solver_collapse.prototxt` is started with `--weights`).
 
     Parameters
@@ -74,10 +74,10 @@ def collapse(
         raise ConfigError(f"the rate of {path} has come to 0, from where nothing can collapse. Name one with rate=...")
     weight_decay = RAISED * decay if weight_decay is None else weight_decay
     phase = {"kind": "collapse", "length": epochs, "rate": rate, "power": power, "weight_decay": weight_decay}
-    settings = {"run_dir": str(run_dir), "epochs": epochs, "resume": False, "weight_decay": 0.0, **changes}
-    config = config.replace(
-        schedule={"unit": "epochs", "phases": [phase]}, weights=str(Path(run_dir) / "start.keras"), **settings
-    )
+    settings = {"run_dir": str(run_dir), "epochs": epochs, "resume": False, "weight_decay": 0.0}
+    settings |= {"fresh_head": False, "recalibrate": 0}  # what the training did to the weights that it began with
+    schedule, start = {"unit": "epochs", "phases": [phase]}, str(Path(run_dir) / "start.keras")
+    config = config.replace(schedule=schedule, weights=start, **{**settings, **changes})
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     card = {"topology": config.topology, "size": config.size, "checkpoint": path.name, "position": facts["position"]}
     save_model(model_of(config, arrays), config.weights, card=card)
