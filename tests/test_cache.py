@@ -154,9 +154,9 @@ def test_a_cache_that_cannot_be_written_says_which_folder_and_what_to_do(files, 
 
 def test_a_killed_build_goes_on_where_it_was(tmp_path, own_cache):
     paths = [save(tmp_path / f"{i}.png", i % 256, 512) for i in range(300)]
-    script = "import sys, time; from chexlib.data import cache; cache.ROUND = 0.05; cache._CHUNK = 8; "
+    script = "import sys, time; from chexlib.data import cache; cache.ROUND = 0.0; cache._CHUNK = 8; "
     script += "add = cache.ImageStore._add; "  # after each round there is time to be killed, however fast the machine
-    script += "cache.ImageStore._add = lambda *asked: (add(*asked), time.sleep(0.5))[0]; "
+    script += "cache.ImageStore._add = lambda *asked: (add(*asked), time.sleep(0.2))[0]; "
     script += "cache.ImageStore(sys.argv[1:], size=8)"
     builder = subprocess.Popen([sys.executable, "-c", script, *paths])
     until = time.monotonic() + 60
