@@ -7,24 +7,28 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from small_training import config_for, with_a_tiny_network
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
 from chexlib import recipe_figures
-from chexlib.errors import ConfigError
+from chexlib.errors import ConfigError, WeightsError
 from chexlib.evaluation.recipe_study import (
     batch_losses,
     best_peak_loss,
     collapse_gains,
+    diversity_matrix,
     ladder_gains,
+    measure_collapses,
     peaks_tried,
     recipe_grid,
 )
 from chexlib.runs import BATCH
 from chexlib.scaling.published import LADDER as TOP_1
 from chexlib.scaling.published import published_collapses
+from chexlib.training.fit import fit
 from chexlib.training.recipes import LADDER, PRESETS, preset, resolve
 from chexlib.training.sweep import point_key
 
@@ -142,3 +146,25 @@ def test_the_figures_name_phases_rungs_and_batches():
     assert "before the collapse" in words(collapses)
     assert published_collapses()["gain"].iloc[[0, -1]].tolist() == [7.17, 2.32]
     assert plt.get_fignums() == []
+
+
+def test_collapses_are_from_the_ends_of_epochs_and_their_diversity_is_a_matrix(phantom, tmp_path, monkeypatch):
+    with_a_tiny_network(monkeypatch)
+    constant = {"unit": "epochs", "phases": [{"kind": "constant", "length": 3, "rate": 0.01}]}
+    own = {"optimizer": "sgd", "schedule": constant, "epochs": 3, "max_steps": 3, "keep_checkpoints": 9}
+    config = config_for(phantom, tmp_path / "run", checkpoint_steps=2, **own)
+    fit(config)  # leaves checkpoints within epochs, as a stop does
+    found = measure_collapses(config, ensemble=tmp_path / "ensemble.keras")
+    assert {f"{name}_{i}" for name in ("before", "after", "validation") for i in (1, 2, 3)} <= set(found)
+    table = diversity_matrix(found)
+    assert table.shape == (3, 3) and (table == table.T).all(axis=None) and (np.diag(table) == 0).all()
+    pairs = [found[f"diversity_{pair}"] for pair in ("1_2", "1_3", "2_3")]
+    assert found["diversity"] == pytest.approx(np.mean(pairs)) and table.loc[1, 3] == pairs[1]
+    (tmp_path / "run" / "checkpoints" / "step-000000006.npz").unlink()
+    with pytest.raises(WeightsError, match="epoch 2"):
+        measure_collapses(config, ensemble=tmp_path / "ensemble.keras")
+
+
+def test_a_row_without_diversities_of_pairs_says_so():
+    with pytest.raises(ConfigError, match="diversity_1_2"):
+        diversity_matrix({"diversity": 0.5})

@@ -138,10 +138,7 @@ def measure_norms(config: TrainConfig, *, reuse: Reuse, population: int = 1024) 
         scores = {"moving": score(trainer.infer)}
         with kept_statistics(model):
             scores["batch"] = score(trainer.infer_by_batch)
-        train = ImageStore(parts["train"].table["path"], size=config.size, gather=world.gather)
-        cuts = world.batches(min(population, len(train)), batch=EVALUATED)
-        batches = (train.take(cut)[..., None].astype(np.float32) for cut in cuts)
-        recalibrate(model, batches, world, forward=trainer.infer_by_batch)
+        recalibrate_on(parts["train"], trainer, world, size=config.size, images=population)
         scores["recalibrated"] = score(trainer.infer)
         judged = {kind: judge_scores(labels, values) for kind, values in scores.items()}
         found = {f"{name}_{kind}": value for kind, both in judged.items() for name, value in both.items()}
@@ -157,6 +154,14 @@ def measure_norms(config: TrainConfig, *, reuse: Reuse, population: int = 1024) 
     speed = max(row["images_per_second"] for row in result.history)
     updates = config.epochs * config.max_steps
     return {"diverged": False, "updates": updates, "ms_per_image": 1000 / speed, **result.measured}
+
+
+def recalibrate_on(part, trainer, world, *, size: int, images: int = 1024) -> None:
+    """`recalibrate` a trainer's model on the first so many images of a part, each rank on its share of them."""
+    store = ImageStore(part.table["path"], size=size, gather=world.gather)
+    cuts = world.batches(min(images, len(store)), batch=EVALUATED)
+    batches = (store.take(cut)[..., None].astype(np.float32) for cut in cuts)
+    recalibrate(trainer.model, batches, world, forward=trainer.infer_by_batch)
 
 
 def report_after(config: TrainConfig, *, reuse: Reuse, population: int = 1024) -> NormReport:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,11 @@ from scipy import stats
 from chexlib.errors import ConfigError, DivergedError
 from chexlib.evaluation.batch_norm import judge_scores
 from chexlib.evaluation.ensembles import choose, diversity, gain, mean_auroc, save_ensemble, stack
+from chexlib.evaluation.norm_study import recalibrate_on
 from chexlib.evaluation.norm_verdict import over_seeds
 from chexlib.findings import FINDINGS
 from chexlib.models.combine import combine
-from chexlib.training.checkpoints import checkpoint_files
-from chexlib.training.collapse import collapse, score_checkpoints
+from chexlib.training.collapse import collapse, epoch_ends, score_checkpoints
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 from chexlib.training.monitor import pooled_scorer
@@ -76,18 +77,25 @@ def recipe_grid(
 def measure_recipe(config: TrainConfig, *, reuse: Reuse | None = None) -> dict | None:
     """Train, and judge the last weights on the test part.
 
+    Judged by the statistics of the population (`recalibrate`), because after few updates moving statistics trail the
+    weights: that loss is not the recipe's, and notebook 05 measures it.
+
     Returns
     -------
     dict or None
-        diverged; auroc (mean) and loss; auroc_<finding>; validation, the last epoch's mean AUROC there; seconds. None
-        if the training was stopped.
+        diverged; auroc (mean) and loss; auroc_<finding>; auroc_moving, by moving statistics; validation, mean AUROC
+        there; seconds. None if the training was stopped.
     """
 
     def look(trainer, parts, world):
-        scores = pooled_scorer(trainer.infer, parts, world, size=config.size)("test")
+        score = pooled_scorer(trainer.infer, parts, world, size=config.size)
         labels = parts["test"].labels
+        known = {"auroc_moving": mean_auroc(labels, score("test"))}
+        recalibrate_on(parts["train"], trainer, world, size=config.size)
+        known["validation"] = mean_auroc(parts["validation"].labels, score("validation"))
+        scores = score("test")
         each = {f"auroc_{f}": mean_auroc(labels[:, [i]], scores[:, [i]]) for i, f in enumerate(FINDINGS)}
-        return {**judge_scores(labels, scores), **each}
+        return {**judge_scores(labels, scores), **each, **known}
 
     try:
         result = fit(config, reuse=reuse, measure=look)
@@ -95,8 +103,7 @@ def measure_recipe(config: TrainConfig, *, reuse: Reuse | None = None) -> dict |
         return {"diverged": True}
     if result.stopped:
         return None
-    known = {"validation": result.history[-1]["val_auroc"], "seconds": result.seconds}
-    return {"diverged": False, **result.measured, **known}
+    return {"diverged": False, **result.measured, "seconds": result.seconds}
 
 
 def measure_collapses(config: TrainConfig, *, ensemble: Path, collapse_epochs: int = 1) -> dict | None:
@@ -114,19 +121,24 @@ def measure_collapses(config: TrainConfig, *, ensemble: Path, collapse_epochs: i
     dict or None
         before_<epoch> and after_<epoch>, mean test AUROC without and with a collapse; validation_<epoch> of the
         collapsed; chosen, the epochs of the ensemble; best_member, of those the best on validation; ensemble and
-        member, their mean test AUROC; gain, gain_low, gain_high, and the same for each finding; diversity, the mean
-        over pairs of all members. None if the training was stopped.
+        member, their mean test AUROC; gain, gain_low, gain_high, and the same for each finding; diversity_<i>_<j> of
+        each two epochs' members on validation, and diversity, their mean. None if the training was stopped.
+
+    Raises
+    ------
+    WeightsError
+        The checkpoint of an epoch's end is gone.
     """
     work = Path(config.run_dir)
-    config = config.replace(keep_checkpoints=2 * config.epochs, resume=True)  # a stop leaves one within an epoch too
+    keep = 2 * config.epochs  # one an epoch, and a stop leaves one within an epoch too
+    config = config.replace(checkpoint_steps=0, keep_checkpoints=keep, resume=True)
     result = fit(config)
     if result.stopped:
         return None
-    steps = -(-result.split["images"]["train"] // (config.batch_size * config.accumulation))
-    points = [p for p in checkpoint_files(work / "checkpoints")[::-1] if int(p.stem.split("-")[1]) % steps == 0]
-    before = score_checkpoints(points)
+    points = epoch_ends(work / "checkpoints", epochs=len(result.history))
+    before = score_checkpoints(list(points.values()))
     collapsed = {}
-    for epoch, point in enumerate(points, 1):
+    for epoch, point in points.items():
         folder = work / f"collapse-{epoch}"
         done = (folder / "predictions.parquet").exists()  # by an earlier start of this row
         if not done and collapse(point, run_dir=folder, epochs=collapse_epochs, keep_checkpoints=0).stopped:
@@ -140,8 +152,8 @@ def measure_collapses(config: TrainConfig, *, ensemble: Path, collapse_epochs: i
     members = [work / f"collapse-{i + 1}" / "model.keras" for i in chosen]
     ensemble.parent.mkdir(parents=True, exist_ok=True)
     save_ensemble(members, ensemble)
-    unlike = diversity(validation, list(collapsed)).to_numpy()
-    pairs = unlike[np.triu_indices(len(unlike), 1)]
+    unlike = diversity(validation, list(collapsed))
+    pairs = {f"diversity_{i}_{j}": float(unlike.loc[i, j]) for i, j in combinations(collapsed, 2)}
     found = {"chosen": ",".join(str(i + 1) for i in chosen), "best_member": best + 1}
     found |= {f"before_{i}": mean_auroc(test_labels, s) for i, s in enumerate(stack_of(before), 1)}
     found |= {f"after_{i}": mean_auroc(test_labels, s) for i, s in enumerate(test, 1)}
@@ -150,7 +162,7 @@ def measure_collapses(config: TrainConfig, *, ensemble: Path, collapse_epochs: i
         own = "" if name == "mean" else f"_{name}"
         found |= {f"gain{own}": row["difference"], f"gain_low{own}": row["low"], f"gain_high{own}": row["high"]}
     means = {"ensemble": mean_auroc(test_labels, together), "member": mean_auroc(test_labels, test[best])}
-    return {**found, **means, "diversity": float(pairs.mean()) if len(pairs) else 0.0}
+    return {**found, **means, **pairs, "diversity": float(np.mean(list(pairs.values()))) if pairs else 0.0}
 
 
 def stack_of(tables: list[pd.DataFrame]) -> np.ndarray:
@@ -262,3 +274,23 @@ def collapse_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
         found.append((epoch, *means, mean, mean - half, mean + half, n))
     columns = ["epoch", "before", "after", "gain", "low", "high", "seeds"]
     return pd.DataFrame(found, columns=columns).set_index("epoch")
+
+
+def diversity_matrix(row: Mapping) -> pd.DataFrame:
+    """How unlike the members of each two epochs are, from a row of `measure_collapses`: symmetric, 0 on the diagonal.
+
+    Raises
+    ------
+    ConfigError
+        The row has no diversity of pairs.
+    """
+    told = {name: apart for name, apart in dict(row).items() if name.startswith("diversity_")}
+    # Rows of fewer epochs have NaN where others of one table have pairs.
+    pairs = {tuple(map(int, name.split("_")[1:])): apart for name, apart in told.items() if not pd.isna(apart)}
+    if not pairs:
+        raise ConfigError("the row has no diversity_1_2 and so on: it is of one epoch, or older. Measure it anew.")
+    epochs = sorted({epoch for pair in pairs for epoch in pair})
+    table = pd.DataFrame(0.0, index=pd.Index(epochs, name="epoch"), columns=epochs)
+    for (i, j), apart in pairs.items():
+        table.loc[i, j] = table.loc[j, i] = apart
+    return table

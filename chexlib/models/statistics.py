@@ -70,7 +70,8 @@ def population_statistics(model, batches: Iterable, world=None, *, forward: Call
     import tensorflow as tf
 
     forward = forward or (lambda images: model(images, training=True))
-    layers = moving_layers(model)
+    if not (layers := moving_layers(model)):
+        return []
     sums = [np.zeros((3, layer.moving_mean.shape[0])) for layer in layers]
     # A layer tells the mean over its virtual batches: what differs between these is seen if each comes by itself.
     ghost, images = max((getattr(layer, "ghost_size", 0) for layer in layers), default=0), 0
@@ -90,7 +91,7 @@ def population_statistics(model, batches: Iterable, world=None, *, forward: Call
     if world:
         everything = [*map(tf.constant, sums), tf.constant(images, tf.float64)]  # of one type, as Horovod needs
         *sums, images = (total.numpy() for total in world.sum(everything))
-    if layers and not images:
+    if not images:
         raise ConfigError("there are no images to take statistics of. Give at least one batch.")
     found = []
     for mean, square, within in (total / images for total in sums):

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from chexlib.errors import ConfigError, WeightsError
 from chexlib.models.weights import create_model, save_model
-from chexlib.training.checkpoints import load_checkpoint, newest_checkpoint
+from chexlib.training.checkpoints import checkpoint_files, load_checkpoint, newest_checkpoint
 from chexlib.training.collectives import World
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import TrainResult, fit
@@ -99,6 +99,24 @@ def score_checkpoints(checkpoints: Sequence[str | Path]) -> list[pd.DataFrame]:
         _fill(model, read_state(Path(checkpoint))[1])
         tables.append(pd.concat([predictions_of(parts[part], score(part), part) for part in ("validation", "test")]))
     return tables
+
+
+def epoch_ends(folder: Path, *, epochs: int) -> dict[int, Path]:
+    """The checkpoint of each epoch's end, by epoch from 1 on, without those within an epoch, which a stop leaves.
+
+    Raises
+    ------
+    WeightsError
+        One is not there.
+    """
+    places = {path: load_checkpoint(path)[1]["position"] for path in checkpoint_files(folder)}
+    ends = {place["epoch"]: path for path, place in places.items() if not place["image"]}
+    if missing := [str(epoch) for epoch in range(1, epochs + 1) if epoch not in ends]:
+        raise WeightsError(
+            f"{folder} has no checkpoint of the end of epoch {', '.join(missing)}, from where to collapse. Remove "
+            f"{folder.parent}, and train anew."
+        )
+    return {epoch: ends[epoch] for epoch in range(1, epochs + 1)}
 
 
 def read_state(path: Path) -> tuple[Path, dict, dict]:
