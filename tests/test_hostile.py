@@ -23,7 +23,7 @@ from test_pictures import dicom
 from chexlib.errors import WeightsError
 from chexlib.findings import FINDINGS
 from chexlib.models.arrays import read_arrays
-from chexlib.models.predict import predict_all
+from chexlib.models.predict import batch_of, predict_all
 from chexlib.models.topologies import build_model
 from chexlib.models.weights import CARD, extend_card, load_model, read_card, save_model
 
@@ -131,6 +131,28 @@ def test_a_batch_gives_the_same_as_its_images_alone(files, vgg_file, tmp_path):
     alone = predict_all(files[0][4:5], weights=vgg_file).probabilities
     np.testing.assert_allclose(alone, found.probabilities[4:], atol=1e-5)
     assert list(found.errors) == [str(tmp_path / "bad.png")]
+
+
+def test_a_batch_has_no_more_pixels_than_32_images_of_224():
+    assert [batch_of(size) for size in (32, 224, 225, 320, 512, 1024)] == [32, 32, 31, 15, 6, 1]
+
+
+def test_images_at_once_follow_the_size_of_the_network_and_run_as_a_graph(files, vgg_file, monkeypatch):
+    import tensorflow as tf
+
+    sizes, inside = [], []
+    monkeypatch.setattr("chexlib.models.predict.BATCH_SIDE", 16)  # so that of 32 px there fit a quarter of 32
+    call = keras.Model.__call__
+
+    def watched(self, *given, **named):
+        if isinstance(given[0], tf.Tensor):  # and not while a network is built
+            inside.append(tf.executing_eagerly())
+        return call(self, *given, **named)
+
+    monkeypatch.setattr(keras.Model, "__call__", watched)
+    scored = predict_all(files[0], weights=vgg_file, each=lambda _, paths, *__: sizes.append(len(paths)))
+    assert sizes == [8, 3] and len(scored.probabilities) == 11
+    assert inside and not any(inside)  # eagerly, 32 images of 224 px take DenseNet-121 7 GiB; as a graph, 1
 
 
 # --- weights

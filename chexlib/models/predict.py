@@ -17,6 +17,14 @@ from chexlib.data.pictures import find_pictures, read_picture
 from chexlib.errors import DataError, WeightsError
 from chexlib.findings import FINDINGS
 
+BATCH = 32  # images at once, of at most `BATCH_SIDE`
+BATCH_SIDE = 224  # px; of larger images as many as have no more pixels, as activations take memory by the pixel
+
+
+def batch_of(size: int) -> int:
+    """How many images of this side in pixels a network is given at once, with which each stays below 4 GiB."""
+    return max(1, min(BATCH, BATCH * BATCH_SIDE**2 // size**2))
+
 
 @dataclass
 class Predictions:
@@ -44,13 +52,15 @@ class Predictions:
         return rows.rename_axis("image").reset_index()
 
 
-def predict(images: Sequence[str | Path], *, weights: str | Path, batch: int = 32) -> pd.DataFrame:
+def predict(images: Sequence[str | Path], *, weights: str | Path, batch: int | None = None) -> pd.DataFrame:
     """Score image files with a trained model.
 
     Parameters
     ----------
     images : paths of PNG, JPEG or DICOM files, grey or RGB, of any size
-    weights : path of a `model.keras` that chexlib wrote
+    weights : path of a `model.keras` that chexlib wrote, or of its run's folder
+    batch : int, optional
+        Images at once; `batch_of` the network's size if not given.
 
     Returns
     -------
@@ -75,14 +85,16 @@ def predict(images: Sequence[str | Path], *, weights: str | Path, batch: int = 3
 
 
 def predict_all(
-    images: Sequence[str | Path], *, weights: str | Path, batch: int = 32, each: Callable | None = None
+    images: Sequence[str | Path], *, weights: str | Path, batch: int | None = None, each: Callable | None = None
 ) -> Predictions:
     """Score files, folders and patterns; an image that cannot be read is told, and the others are scored.
 
     Parameters
     ----------
     images : paths of PNG, JPEG or DICOM files, of folders of them, or patterns such as `films/*.dcm`
-    weights : path of a `model.keras` that chexlib wrote
+    weights : path of a `model.keras` that chexlib wrote, or of its run's folder
+    batch : int, optional
+        Images at once; `batch_of` the network's size if not given.
     each : callable, optional
         Called after every batch with the model, paths, pixels (k, size, size, 1) and probabilities (k, 14).
 
@@ -94,10 +106,11 @@ def predict_all(
     return _score(find_pictures(images), weights, batch, each=each)
 
 
-def _score(paths: list[str], weights: str | Path, batch: int, *, each=None, strict: bool = False) -> Predictions:
+def _score(paths: list[str], weights: str | Path, batch: int | None, *, each=None, strict: bool = False) -> Predictions:
     from chexlib.models.weights import load_model, read_card
 
     size, model = read_card(weights)["size"], None
+    batch = batch or batch_of(size)
     scores, names, doubts, errors = [], [], {}, {}
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for start in range(0, len(paths), batch):
@@ -118,12 +131,21 @@ def _score(paths: list[str], weights: str | Path, batch: int, *, each=None, stri
                 continue
             if model is None:  # images first: a wrong path is told before the slow import of TensorFlow
                 model, _ = load_model(weights)
+                infer = _compiled(model)
             pixels = np.stack(pixels)[..., None].astype(np.float32)
-            scores.append(model(pixels, training=False).numpy())
+            scores.append(infer(pixels).numpy())
             if each is not None:
                 each(model, names[-len(pixels) :], pixels, scores[-1])
     values = np.concatenate(scores) if scores else np.empty((0, len(FINDINGS)), np.float32)
     return Predictions(pd.DataFrame(values, index=names, columns=list(FINDINGS)), doubts, errors)
+
+
+def _compiled(model):
+    """The network as a graph, which lets go of each layer's output as soon as it can: DenseNet-121 needs a sixth."""
+    import tensorflow as tf
+
+    pixels = tf.TensorSpec((None, *model.input_shape[1:]), tf.float32)
+    return tf.function(lambda pixels: model(pixels, training=False), input_signature=[pixels])
 
 
 def _read(path: str, size: int) -> tuple[np.ndarray, str] | DataError:
