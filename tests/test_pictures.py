@@ -3,13 +3,20 @@
 import math
 import os
 import shutil
+import struct
 
 import numpy as np
 import pydicom
 import pytest
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ComputedRadiographyImageStorage, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    ComputedRadiographyImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    RLELossless,
+)
 
 from chexlib.data.dicom import read_dicom
 from chexlib.data.frontal import frontal_doubt
@@ -122,6 +129,74 @@ def test_a_dicom_file_that_cannot_be_shown_is_refused_with_the_reason(tmp_path, 
         read_dicom(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+EMPTY = [
+    {"WindowCenter": "", "WindowWidth": ""},
+    {"WindowCenter": 100, "WindowWidth": ""},
+    {"WindowCenter": "", "WindowWidth": 100},
+    {"WindowCenter": 100},
+    {"VOILUTSequence": []},
+    {"RescaleSlope": "", "RescaleIntercept": ""},
+    {"ModalityLUTSequence": []},
+]
+
+
+@pytest.mark.parametrize("elements", EMPTY)
+def test_a_window_or_table_without_a_value_is_none(tmp_path, elements):
+    stored = np.random.default_rng(0).integers(0, 4096, (20, 30), np.uint16)
+    found = read_dicom(dicom(tmp_path / "a.dcm", stored, **elements))
+    assert np.array_equal(found, read_dicom(dicom(tmp_path / "b.dcm", stored)))
+
+
+def test_an_empty_table_leaves_the_window_its_say(tmp_path):
+    stored = np.random.default_rng(0).integers(0, 4096, (20, 30), np.uint16)
+    window = {"WindowCenter": 1000, "WindowWidth": 500}
+    found = read_dicom(dicom(tmp_path / "a.dcm", stored, VOILUTSequence=[], VOILUTFunction="", **window))
+    assert np.array_equal(found, read_dicom(dicom(tmp_path / "b.dcm", stored, **window)))
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (33, 5)])
+def test_an_image_packed_by_rle_is_the_same_as_unpacked(tmp_path, shape):
+    stored = np.random.default_rng(0).integers(0, 4096, shape, np.uint16)
+    stored[3:9] = 77
+    dicom(tmp_path / "plain.dcm", stored)
+    packed = pydicom.dcmread(tmp_path / "plain.dcm")
+    packed.compress(RLELossless)
+    packed.save_as(tmp_path / "packed.dcm")
+    assert np.array_equal(read_dicom(tmp_path / "packed.dcm"), read_dicom(tmp_path / "plain.dcm"))
+
+
+def rle(path, *segments, frames=1):
+    """An image of 64 x 64 px whose pixels are these segments of RLE."""
+    starts = np.cumsum([64, *map(len, segments)])[:-1]
+    frame = struct.pack("<16L", len(segments), *starts, *[0] * (15 - len(segments))) + b"".join(segments)
+    pixels = encapsulate([frame] * frames)
+    return dicom(path, np.zeros((64, 64), np.uint16), syntax=RLELossless, PixelData=pixels)
+
+
+ROWS = b"\x81\x07" * 32  # 128 times 7, so often: 64 x 64 bytes
+
+
+def test_rle_written_by_hand_is_read(tmp_path):
+    assert read_dicom(rle(tmp_path / "a.dcm", ROWS, ROWS + b"\0\x09")).shape == (64, 64)  # a byte of padding
+
+
+@pytest.mark.parametrize(
+    ("segments", "frames", "reason"),
+    [
+        ((ROWS, ROWS * 2), 1, "unpacks to more than 4,096 px"),
+        ((ROWS * 120, ROWS), 1, "unpacks to more than 4,096 px"),
+        ((ROWS * 500, ROWS), 1, "bytes of RLE for 4,096 px"),
+        ((ROWS, b"\x80" * 20_000), 1, "bytes of RLE for 4,096 px"),
+        ((ROWS, ROWS), 3, "more frames than the one"),
+    ],
+)
+def test_rle_that_unpacks_to_more_than_its_image_is_refused_unread(tmp_path, monkeypatch, segments, frames, reason):
+    path = rle(tmp_path / "a.dcm", *segments, frames=frames)
+    monkeypatch.setattr(pydicom.Dataset, "pixel_array", property(lambda _: pytest.fail("it was unpacked")))
+    with pytest.raises(DataError, match=reason):
+        read_dicom(path)
 
 
 def test_formats_are_told_apart_by_content(tmp_path, files):

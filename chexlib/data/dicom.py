@@ -12,6 +12,11 @@ from chexlib.errors import DataError
 
 MAX_BYTES = 4 * MAX_PIXELS  # twice what the largest image accepted takes at 16 bits
 DEFLATED = "1.2.840.10008.1.2.1.99"  # the one transfer syntax whose whole data set is compressed, so to any size
+RLE = "1.2.840.10008.1.2.5"
+SHOWN_BY = (  # what says how values are shown, and nothing where it is empty
+    "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "VOILUTSequence", "WindowCenter", "WindowWidth",
+    "VOILUTFunction",
+)  # fmt: skip
 
 
 def is_dicom(path: str | Path) -> bool:
@@ -25,7 +30,8 @@ def read_dicom(path: str | Path) -> np.ndarray:
 
     Stored values go through the modality transformation (a LUT, or rescale slope and intercept), then the first VOI
     LUT or window, whose range becomes 0..255; without either, the image's least to greatest value do. MONOCHROME1,
-    where small values are white, is inverted last (DICOM PS3.3, C.7.6.3.1.2, C.11.1 and C.11.2).
+    where small values are white, is inverted last (DICOM PS3.3, C.7.6.3.1.2, C.11.1 and C.11.2). An element
+    without a value counts as absent.
 
     Raises
     ------
@@ -42,6 +48,9 @@ def read_dicom(path: str | Path) -> np.ndarray:
             raise ValueError("its data set is deflated as a whole, which is not accepted")
         dataset = pydicom.dcmread(path)
         _check(dataset)
+        for name in SHOWN_BY:
+            if name in dataset and (dataset[name].is_empty or (dataset[name].VR == "SQ" and not dataset[name].value)):
+                del dataset[name]
         stored = dataset.pixel_array
         least = int(stored.min())
         # Every value that can occur, once: exact in float64, and a fraction of the pixels in memory.
@@ -65,6 +74,37 @@ def _check(dataset) -> None:
         raise ValueError(f"it has {dataset.NumberOfFrames} frames, not one")
     if dataset.BitsAllocated not in (8, 16):
         raise ValueError(f"its values have {dataset.BitsAllocated} bits, not 8 or 16")
+    if (syntax := dataset.file_meta.TransferSyntaxUID).is_compressed:
+        _check_packed(dataset, rle=syntax == RLE)
+
+
+def _check_packed(dataset, *, rle: bool) -> None:
+    """Refuse, before it is unpacked, what would take more memory than the image that the header tells of."""
+    from pydicom.encaps import generate_frames
+
+    frames = generate_frames(dataset.PixelData, number_of_frames=1)
+    packed, pixels = next(frames), dataset.Rows * dataset.Columns
+    if next(frames, None) is not None:
+        raise ValueError("its pixels hold more frames than the one it tells of")
+    if not rle:
+        return
+    if len(packed) > 2 * pixels * dataset.BitsAllocated // 8 + 64:  # twice what no compression takes, and a header
+        raise ValueError(f"{len(packed):,} bytes of RLE for {pixels:,} px")
+    count = int.from_bytes(packed[:4], "little")
+    starts = [int.from_bytes(packed[4 * i : 4 * i + 4], "little") for i in range(1, min(count, 15) + 1)]
+    for start, end in zip(starts, [*starts[1:], len(packed)], strict=True):
+        if _unpacked(packed[start:end], pixels + 1) > pixels + 1:  # one for padding to an even length
+            raise ValueError(f"its RLE unpacks to more than {pixels:,} px")
+
+
+def _unpacked(packed: bytes, enough: int) -> int:
+    """The bytes that a segment of RLE becomes (PS3.5, G.3), counted until there are more than enough."""
+    place = length = 0
+    while place < len(packed) and length <= enough:
+        head = packed[place]  # so many bytes and one more as they are, or one byte repeated; 128 is nothing
+        length += head + 1 if head < 128 else 257 - head if head > 128 else 0
+        place += head + 2 if head < 128 else 2 if head > 128 else 1
+    return length
 
 
 def _grey(values: np.ndarray, dataset) -> np.ndarray:
@@ -75,7 +115,7 @@ def _grey(values: np.ndarray, dataset) -> np.ndarray:
     if "VOILUTSequence" in dataset:
         bits = dataset.VOILUTSequence[0].LUTDescriptor[2]
         shown = apply_voi(values, dataset) / (2.0**bits - 1)
-    elif "WindowCenter" in dataset:
+    elif "WindowCenter" in dataset and "WindowWidth" in dataset:
         shown = _windowed(values, dataset)
     else:
         shown = (values - values.min()) / max(float(np.ptp(values)), 1e-12)
