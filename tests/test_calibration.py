@@ -10,9 +10,9 @@ from scipy.stats import binomtest
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, confusion_matrix
 
-from chexlib.errors import ConfigError
+from chexlib.errors import ConfigError, WeightsError
 from chexlib.evaluation.calibration import Calibration, calibration_error, fit_calibration, reliability_curve
-from chexlib.evaluation.operating import OperatingPoints, choose_points, rates_at, read_by_card, share
+from chexlib.evaluation.operating import RULES, OperatingPoints, choose_points, rates_at, read_by_card, share
 from chexlib.findings import FINDINGS
 
 
@@ -127,6 +127,23 @@ def test_findings_with_too_few_patients_are_left_as_they_are():
     assert set(fit_calibration(labels, scores, patients).curves) == set(FINDINGS)
 
 
+BAD_TEMPERATURES = (0, -1, np.inf, np.nan, "2", None, True, [1.0], {"a": 1})
+BAD_CURVES = (
+    ([], []),
+    ([0.1, 0.2], [0.1]),
+    ([0.2, 0.1], [0.1, 0.2]),
+    ([0.1, 0.2], [0.2, 0.1]),
+    ([0.1, 0.2], [0.1, 1.1]),
+    ([0.1, 0.2], [-0.1, 0.2]),
+    ([0.1, np.nan], [0.1, 0.2]),
+    ([0.1, [0.2]], [0.1, 0.2]),
+    ([[0.1]], [[0.1]]),
+    (0.1, 0.1),
+    ("ab", "cd"),
+    ([0.1, 0.2] * 5000, [0.2, 0.1] * 5000),
+)
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -136,11 +153,23 @@ def test_findings_with_too_few_patients_are_left_as_they_are():
         {"method": "temperature", "curves": {"Cold": {"temperature": 1}}},
         {"method": "temperature", "curves": {"Mass": {"scores": [0, 1]}}},
         {"method": "temperature", "curves": {"Mass": {"temperature": "nan"}}},
+        *({"method": "temperature", "curves": {"Mass": {"temperature": t}}} for t in BAD_TEMPERATURES),
+        *({"method": "isotonic", "curves": {"Mass": {"scores": s, "probabilities": p}}} for s, p in BAD_CURVES),
+        {"method": "isotonic", "curves": {"Mass": [0, 1]}},
+        {"method": "isotonic", "curves": {"Mass": None}},
+        {"method": "isotonic", "curves": "Mass"},
+        {"method": ["isotonic"], "curves": {}},
+        "temperature",
+        [1.5],
     ],
 )
 def test_what_is_no_calibration_is_refused(values):
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match="calibration"):
         Calibration.from_dict(values)
+    card = {"calibration": values or "none"}
+    with pytest.raises(WeightsError, match=r"m\.keras cannot be followed: .*calibration") as error:
+        read_by_card(pd.DataFrame(columns=list(FINDINGS)), card, weights="m.keras")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
 def test_an_unknown_method_is_refused():
@@ -218,12 +247,18 @@ def test_interval_of_a_share_counts_patients_not_images():
         {"sensitivity": 2, "specificity": 0.9, "thresholds": {}},
         {"sensitivity": 0.9, "specificity": 0.9, "thresholds": {"Cold": {}}},
         {"sensitivity": 0.9, "specificity": 0.9, "thresholds": {"Mass": {"youden": 0.1}}},
+        {"sensitivity": 0.9, "specificity": 0.9, "thresholds": {"Mass": dict.fromkeys(RULES, "x")}},
+        {"sensitivity": 0.9, "specificity": 0.9, "thresholds": {"Mass": [0.1, 0.2, 0.3]}},
+        {"sensitivity": "0.9", "specificity": 0.9, "thresholds": {}},
         {"thresholds": {}},
+        [0.9],
     ],
 )
 def test_what_are_no_operating_points_is_refused(values):
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=r"operating points|sensitivity"):
         OperatingPoints.from_dict(values)
+    with pytest.raises(WeightsError, match=r"m\.keras cannot be followed"):
+        read_by_card(pd.DataFrame(columns=list(FINDINGS)), {"operating_points": values}, weights="m.keras")
 
 
 def test_a_card_calibrates_scores_and_says_which_findings_are_called():

@@ -108,10 +108,9 @@ class Calibration:
         _require(self.method)
         if unknown := sorted(set(self.curves) - set(FINDINGS)):
             raise ConfigError(f"the calibration has unknown findings {', '.join(unknown)}. Fit it anew.")
-        needed = {"temperature"} if self.method == "temperature" else {"scores", "probabilities"}
         for finding, curve in self.curves.items():
-            if set(curve) != needed or not all(np.isfinite(np.asarray(v, float)).all() for v in curve.values()):
-                raise ConfigError(f"{finding}: {curve} is no {self.method} calibration. Fit it anew.")
+            if not _is_curve(self.method, curve):
+                raise ConfigError(f"{finding}: {curve!r:.200} is no {self.method} calibration. Fit it anew.")
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
         """Calibrated probabilities of scores (n, 14) in the order of `FINDINGS`; NaN stays NaN."""
@@ -133,9 +132,11 @@ class Calibration:
         """What `to_dict` gave; anything else is a ConfigError."""
         try:
             return cls(values["method"], dict(values["curves"]))
+        except ConfigError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"{values!r} is no calibration ({error}). Use what `Calibration.to_dict` gave."
+                f"{values!r:.200} is no calibration ({error}). Use what `Calibration.to_dict` gave."
             ) from error
 
 
@@ -168,6 +169,25 @@ def fit_calibration(
 def _require(method: str) -> None:
     if method not in METHODS:
         raise ConfigError(f"there is no calibration {method!r}. Use one of {', '.join(METHODS)}.")
+
+
+def _is_curve(method: str, curve) -> bool:
+    """A temperature above 0; or scores that rise, and to each of them a probability that does not fall."""
+    needed = ("temperature",) if method == "temperature" else ("scores", "probabilities")
+    if not isinstance(curve, Mapping) or set(curve) != set(needed):
+        return False
+    try:
+        values = [np.asarray(curve[name]) for name in needed]
+    except ValueError:  # lists of different lengths in it
+        return False
+    if not all(array.dtype.kind in "if" and np.isfinite(array).all() for array in values):
+        return False
+    if method == "temperature":
+        return values[0].ndim == 0 and values[0] > 0
+    scores, probabilities = values
+    rising = scores.ndim == 1 and scores.shape == probabilities.shape and scores.size > 0
+    rising = rising and (np.diff(scores) >= 0).all() and (np.diff(probabilities) >= 0).all()
+    return bool(rising and probabilities[0] >= 0 and probabilities[-1] <= 1)
 
 
 def _temperature(labels: np.ndarray, scores: np.ndarray) -> dict:

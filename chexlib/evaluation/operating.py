@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.stats import norm
 from sklearn.metrics import roc_curve
 
-from chexlib.errors import ConfigError
+from chexlib.errors import ConfigError, WeightsError
 from chexlib.evaluation.calibration import Calibration
 from chexlib.evaluation.resampling import FEWEST_PATIENTS, patients_behind, wilson
 from chexlib.findings import FINDINGS
@@ -46,8 +47,11 @@ class OperatingPoints:
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not accepted. Use a number between 0 and 1.")
         for finding, points in self.thresholds.items():
-            if finding not in FINDINGS or set(points) != set(RULES) or not np.isfinite(list(points.values())).all():
-                raise ConfigError(f"{finding}: {points} are no operating points. Needed: {', '.join(RULES)}.")
+            named = finding in FINDINGS and isinstance(points, Mapping) and set(points) == set(RULES)
+            if not named or not all(isinstance(t, int | float) and np.isfinite(t) for t in points.values()):
+                raise ConfigError(
+                    f"{finding!s:.80}: {points!r:.200} are no operating points. Needed, as numbers: {', '.join(RULES)}."
+                )
 
     def to_dict(self) -> dict:
         """Plain values, for JSON and the weights' card."""
@@ -58,9 +62,11 @@ class OperatingPoints:
         """What `to_dict` gave; anything else is a ConfigError."""
         try:
             return cls(values["sensitivity"], values["specificity"], dict(values["thresholds"]))
+        except ConfigError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"{values!r} are no operating points ({error}). Use what `OperatingPoints.to_dict` gave."
+                f"{values!r:.200} are no operating points ({error}). Use what `OperatingPoints.to_dict` gave."
             ) from error
 
 
@@ -157,7 +163,9 @@ def share(successes: np.ndarray, images: np.ndarray, *, level: float = 0.95) -> 
     return float(p), float(low), float(high)
 
 
-def read_by_card(scores: pd.DataFrame, card: Mapping) -> tuple[pd.DataFrame, dict[str, dict[str, list[str]]]]:
+def read_by_card(
+    scores: pd.DataFrame, card: Mapping, *, weights: str | Path = "the card of the weights"
+) -> tuple[pd.DataFrame, dict[str, dict[str, list[str]]]]:
     """What the card of the weights makes of the network's scores.
 
     Parameters
@@ -166,6 +174,8 @@ def read_by_card(scores: pd.DataFrame, card: Mapping) -> tuple[pd.DataFrame, dic
         (images, 14), one column a finding, as the network gives them.
     card : dict
         With "calibration" and "operating_points", or without: `models.weights.extend_card` puts them there.
+    weights : path, optional
+        For messages.
 
     Returns
     -------
@@ -173,15 +183,23 @@ def read_by_card(scores: pd.DataFrame, card: Mapping) -> tuple[pd.DataFrame, dic
         Calibrated if the card knows how, else the scores.
     called : dict
         Image to rule to the findings whose score reaches the rule's threshold; empty without operating points.
+
+    Raises
+    ------
+    WeightsError
+        The card has something else in their places.
     """
     probabilities, called = scores, {}
-    if card.get("calibration"):
-        calibrated = Calibration.from_dict(card["calibration"])(scores[list(FINDINGS)].to_numpy())
+    try:
+        calibration, points = (
+            kind.from_dict(card[name]) if card.get(name) else None
+            for name, kind in (("calibration", Calibration), ("operating_points", OperatingPoints))
+        )
+    except ConfigError as error:
+        raise WeightsError(f"{weights} cannot be followed: {error}") from error
+    if calibration:
+        calibrated = calibration(scores[list(FINDINGS)].to_numpy())
         probabilities = pd.DataFrame(calibrated, index=scores.index, columns=list(FINDINGS))
-    if card.get("operating_points"):
-        thresholds = OperatingPoints.from_dict(card["operating_points"]).thresholds
-        for image, row in scores.iterrows():
-            called[image] = {
-                rule: [finding for finding, at in thresholds.items() if row[finding] >= at[rule]] for rule in RULES
-            }
+    for image, row in scores.iterrows() if points else ():
+        called[image] = {rule: [f for f, at in points.thresholds.items() if row[f] >= at[rule]] for rule in RULES}
     return probabilities, called
