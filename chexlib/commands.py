@@ -27,6 +27,7 @@ def real_model(folders, out, quick, settings):
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from chexlib.evaluation.real_model import QUICK, RealModel, train_real_model
+    from chexlib.models.cards import split_of
     from chexlib.runs import ROOT, plain, show_log
 
     base = QUICK if quick else RealModel()
@@ -42,13 +43,14 @@ def real_model(folders, out, quick, settings):
     if found.get("stopped"):
         click.echo("Stopped: the same command goes on.")
         return
+    click.echo(f"AUROC out of fold, {split_of(found)}: {found['data']['images']:,} images")
     click.echo(found["gains"].to_string(float_format=lambda x: f"{x:.3f}", na_rep="-"))
     click.echo(json.dumps(plain({name: found[name] for name in ("model", "by_seed", "minutes")})))
 
 
 @click.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path())
-@click.option("--weights", help="A model.keras file.  [default: of the newest run]")
+@click.option("--weights", help="A model.keras file, or the folder of its run.  [default: the newest]")
 @click.option("--json", "form", flag_value="json", help="Print JSON: probabilities, doubts and errors by image.")
 @click.option("--csv", "form", flag_value="csv", help="Print CSV: a row an image, a column a finding.")
 @click.option("--heatmaps", metavar="DIR", help="Write where the network looked to DIR, a PNG an image.")
@@ -61,36 +63,39 @@ def predict(images, weights, form, heatmaps):
     some could not be read, 2 if none could.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import pandas as pd
+
     from chexlib.evaluation.operating import read_by_card
+    from chexlib.findings import FINDINGS
+    from chexlib.models.cards import find_weights, read_card, split_of
     from chexlib.models.predict import newest_weights, predict_all
-    from chexlib.models.weights import read_card
     from chexlib.runs import ROOT
 
+    weights = find_weights(weights or newest_weights(ROOT / "runs"))
+    card = read_card(weights)
+    read_by_card(pd.DataFrame(columns=FINDINGS), card, weights=weights)  # what is wrong is told before any scoring
     if heatmaps:
-        from chexlib.evaluation.explain import HeatMapFiles
-    weights = weights or newest_weights(ROOT / "runs")
-    found = predict_all(images, weights=weights, each=HeatMapFiles(heatmaps) if heatmaps else None)
+        from chexlib.evaluation.heat_files import HeatMapFiles
+    found = predict_all(images, weights=weights, each=HeatMapFiles(heatmaps, card=card) if heatmaps else None)
     for error in found.errors.values():
         click.echo(f"Error: {error}", err=True)
-    if found.probabilities.empty:
-        sys.exit(2)
-    card = read_card(weights)
     found.probabilities, called = read_by_card(found.probabilities, card)
     scores, calibration = found.probabilities, (card.get("calibration") or {}).get("method")
     if form == "json":
         rows = {image: {f: round(float(p), 6) for f, p in row.items()} for image, row in scores.iterrows()}
         notes = {"doubts": found.doubts, "errors": found.errors}
-        what = {"weights": str(weights), "calibration": calibration, "probabilities": rows, "called": called}
-        click.echo(json.dumps({**what, **notes}, indent=1))
+        what = {"weights": str(weights), "split": card.get("split"), "calibration": calibration}
+        click.echo(json.dumps({**what, "probabilities": rows, "called": called, **notes}, indent=1))
     elif form == "csv":
         click.echo(found.to_table().to_csv(index=False, float_format="%.6f"), nl=False)
-    else:
-        click.echo(f"Weights: {weights} ({f'calibrated by {calibration}' if calibration else 'not calibrated'})")
+    elif not scores.empty:
+        told = f"calibrated by {calibration}" if calibration else "not calibrated"
+        click.echo(f"Weights: {weights} (trained on the {split_of(card)}; {told})")
         click.echo(scores.T.to_string(float_format=lambda p: f"{p:.3f}"))
     if form != "csv":  # which has a column for it
         for image, doubt in found.doubts.items():
             click.echo(f"Doubtful: {image}: {doubt}.", err=True)
-    sys.exit(1 if found.errors else 0)
+    sys.exit(2 if scores.empty else 1 if found.errors else 0)
 
 
 @click.command()

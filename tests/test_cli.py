@@ -342,6 +342,53 @@ def test_predict_goes_on_after_a_bad_image_and_says_so(images, vgg_file, tmp_pat
     assert "unlike a frontal chest radiograph" in lines[2]
 
 
+@pytest.mark.parametrize("form", ["--json", "--csv"])
+def test_predict_lists_the_errors_also_where_no_image_could_be_read(vgg_file, tmp_path, form):
+    bad = tmp_path / "bad.png"
+    bad.write_text("no image")
+    answer = call("predict", bad, tmp_path / "none.png", "--weights", vgg_file, form)
+    assert answer.exit_code == 2, answer.output + repr(answer.exception)
+    names = [str(bad), str(tmp_path / "none.png")]
+    if form == "--json":
+        found = json.loads(answer.stdout)
+        assert list(found["errors"]) == names and found["probabilities"] == found["called"] == {}
+    else:
+        rows = pd.read_csv(io.StringIO(answer.stdout))
+        assert rows["image"].tolist() == names and rows["error"].notna().all()
+        assert rows[list(FINDINGS)].isna().all(axis=None)
+    assert [line.split(":")[0] for line in answer.stderr.splitlines()] == ["Error", "Error"]
+
+
+def test_predict_names_the_split_of_the_weights_and_takes_a_runs_folder(images, vgg_file, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(vgg_file.parent, run)
+    split = {"name": "patient", "digest": "70e7a9376113", "images": {"test": 5}}
+    extend_card(run / "model.keras", split=split)
+    answer = call("predict", images[0], "--weights", run, "--json")
+    assert answer.exit_code == 0, answer.output
+    found = json.loads(answer.stdout)
+    assert found["split"] == split and found["weights"] == str(run / "model.keras")
+    answer = call("predict", images[0], "--weights", run)
+    assert f"{run / 'model.keras'} (trained on the patient split 70e7a9376113; not calibrated)" in answer.stdout
+    for none in (None, "x", {}):
+        extend_card(run / "model.keras", split=none)
+        answer = call("predict", images[0], "--weights", run)
+        assert "trained on the unknown split without digest" in answer.stdout
+
+
+def test_predict_refuses_a_calibration_that_is_none_before_it_scores(images, vgg_file, tmp_path, monkeypatch):
+    path = shutil.copy(vgg_file, tmp_path / "model.keras")
+    monkeypatch.setattr("chexlib.models.predict.predict_all", lambda *_, **__: pytest.fail("it has scored"))
+    for facts in ({"calibration": "temperature"}, {"operating_points": [0.5]}):
+        extend_card(path, **{"calibration": None, "operating_points": None, **facts})
+        refused("predict", images[0], "--weights", path, naming=[path, next(iter(facts)).split("_")[0]])
+
+
+def test_predict_refuses_a_folder_that_takes_no_heat_maps_before_it_scores(images, vgg_file, monkeypatch):
+    monkeypatch.setattr("chexlib.models.predict.predict_all", lambda *_, **__: pytest.fail("it has scored"))
+    refused("predict", images[0], "--weights", vgg_file, "--heatmaps", images[1], naming=[images[1], "another folder"])
+
+
 def test_predict_writes_csv_and_heat_maps_of_a_folder(images, vgg_file, tmp_path):
     folder, maps = os.path.dirname(images[0]), tmp_path / "maps"
     answer = call(

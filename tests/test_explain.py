@@ -9,8 +9,10 @@ from PIL import Image
 
 from chexlib.data.nih import load_radiographs
 from chexlib.errors import ConfigError, DataError
-from chexlib.evaluation.explain import METHODS, HeatMapFiles, heat_maps, judge_boxes, localize, score_boxes
+from chexlib.evaluation.explain import METHODS, heat_maps, judge_boxes, localize, score_boxes
+from chexlib.evaluation.heat_files import HeatMapFiles
 from chexlib.findings import FINDINGS
+from chexlib.models.combine import combine_models
 from chexlib.models.topologies import TOPOLOGIES, build_model
 from chexlib.models.weights import load_model
 from chexlib.overlays import heat_figure, pointing_bars
@@ -115,6 +117,24 @@ def test_the_hottest_place_is_where_the_signal_is(method):
     scored = score_boxes(heat_maps(toy(64), pixels, ["Mass"] * 40, method=method, cells=4), boxes)
     assert scored["hit"].mean() >= 0.9
     assert scored["chance"].mean() == pytest.approx(1 / 16)
+
+
+@pytest.mark.parametrize("how", ["probability", "rank"])
+def test_the_map_of_an_ensemble_is_the_mean_of_its_members(how, tmp_path):
+    members, pixels = [build_model("vgg16", size=32, seed=seed) for seed in (0, 1)], PIXELS[:, :32, :32]
+    together = combine_models(members, how=how, reference=RNG.random((2, 9, 14)))
+    each = np.stack([heat_maps(member, pixels, ASKED) for member in members])
+    assert np.abs(each[0] - each[1]).max() > 0.1
+    mean = each.mean(axis=0)
+    np.testing.assert_allclose(heat_maps(together, pixels, ASKED), mean / mean.max((1, 2), keepdims=True), atol=1e-5)
+
+
+def test_maps_come_in_batches_that_stay_small(monkeypatch):
+    model, pixels = toy(), PIXELS[:, :32, :32]
+    whole = heat_maps(model, pixels, ASKED, cells=4)
+    monkeypatch.setattr("chexlib.evaluation.explain.batch_of", lambda size: 2)
+    np.testing.assert_allclose(heat_maps(model, pixels, ASKED, cells=4), whole, atol=1e-6)
+    assert heat_maps(model, pixels[:0], [], cells=4).shape == (0, 32, 32)
 
 
 def test_a_file_and_the_live_model_give_the_same_maps(vgg_file):
@@ -242,3 +262,50 @@ def test_a_heat_map_file_is_written_for_each_image_also_of_one_name(tmp_path, vg
     write(model, paths, PIXELS[:2, :32, :32], RNG.random((2, 14)).astype(np.float32))
     assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["film-2.png", "film.png"]
     assert all(Image.open(path).size[0] > 500 for path in (tmp_path / "maps").iterdir())
+
+
+def test_titles_of_heat_maps_have_the_calibrated_probabilities_and_say_so(tmp_path, vgg_file, monkeypatch):
+    Image.fromarray(PIXELS[0, ..., 0].astype(np.uint8)).save(tmp_path / "film.png")
+    scores, titles = np.full((1, 14), 0.1, np.float32), []
+    scores[0, FINDINGS.index("Mass")], scores[0, FINDINGS.index("Hernia")] = 0.9, 0.8
+    draw = lambda images, maps, names: titles.append(names) or heat_figure(images, maps, names)  # noqa: E731
+    monkeypatch.setattr("chexlib.overlays.heat_figure", draw)
+    falls = {"Mass": {"scores": [0, 1], "probabilities": [0, 0.2]}}  # 0.9 becomes 0.18
+    for card in ({}, {"calibration": {"method": "isotonic", "curves": falls}}):
+        write = HeatMapFiles(tmp_path / "maps", count=2, card=card)
+        write(load_model(vgg_file)[0], [str(tmp_path / "film.png")], PIXELS[:1, :32, :32], scores)
+    assert titles == [["Mass 0.90", "Hernia 0.80"], ["Hernia 0.80, calibrated", "Mass 0.18, calibrated"]]
+
+
+@pytest.mark.parametrize("reason", ["a file", "below a file", "no name", "no right"])
+def test_a_folder_that_takes_no_heat_maps_is_told_at_once(reason, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    names = {"a file": "file", "below a file": "file/maps", "no name": "a\0b", "no right": "locked"}
+    if reason == "no right":
+
+        def refuse(*_, **__):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # root may write anywhere
+    with pytest.raises(ConfigError, match=r"cannot hold heat maps .*Name another folder") as error:
+        HeatMapFiles(tmp_path / names[reason])
+    assert "\n" not in str(error.value)
+
+
+def test_a_box_narrower_than_a_pixel_is_scored(tmp_path):
+    heat = np.zeros((1, 16, 16), np.float32)
+    heat[0, 4, 4] = 1
+    middle, side = [4.5 / 16, 4.5 / 16], 1 / 1024
+    for box, hit in (
+        ([*middle, side, side], True),  # starts in the middle of the hottest pixel
+        ([4.6 / 16, 4.6 / 16, side, side], True),  # lies within it beside the middle
+        ([4.6 / 16, 4.6 / 16, 0, 0], True),
+        ([5.1 / 16, 4.6 / 16, side, side], False),
+        ([0.9, 0.9, 0, side], False),
+        ([1, 1, 0, 0], False),
+    ):
+        (row,) = score_boxes(heat, [[box]]).to_dict("records")
+        assert row["hit"] == hit, box
+        assert row["chance"] == pytest.approx(1 / 256 if box[0] < 1 else 0)
+        assert 0 <= row["iou"] <= 1 / 100 and 0 <= row["iobb"] <= 1 / 100
+        assert row["stray"] in (0, 2)

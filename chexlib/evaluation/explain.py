@@ -8,18 +8,16 @@ covers, which a blind guess would hit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from chexlib.data.cache import ImageStore
 from chexlib.data.nih import Radiographs
-from chexlib.data.pictures import read_picture
 from chexlib.errors import ConfigError, DataError
 from chexlib.evaluation.auroc import FEWEST_PATIENTS
-from chexlib.files import replacing
 from chexlib.findings import FINDINGS
+from chexlib.models.predict import batch_of
 
 METHODS = ("layer_cam", "grad_cam", "cam")
 CELLS = {"layer_cam": 14, "grad_cam": 7, "cam": 0}  # least cells a side of the layer that is looked at
@@ -36,11 +34,12 @@ def heat_maps(
     Of a layer's activations A and the gradient G of the finding's logit: "grad_cam" is the positive part of
     the channels' sum of A times the mean of G (Selvaraju et al. 2017), "layer_cam" of A times the positive part of
     G, place by place (Jiang et al. 2021), which earlier, finer layers need. "cam" is the positive part of the last
-    features times the weights of the finding's output (Zhou et al. 2016).
+    features times the weights of the finding's output (Zhou et al. 2016). Of an ensemble, whatever it combines its
+    members' scores by, it is the mean of the members' maps.
 
     Parameters
     ----------
-    model : keras.Model of `build_model`, or the path of a `model.keras`
+    model : keras.Model of `build_model` or `combine_models`, or the path of a `model.keras`
     pixels : (n, size, size, 1) float32 in 0..255
     findings : n of FINDINGS
     method : {"layer_cam", "grad_cam", "cam"}
@@ -63,36 +62,56 @@ def heat_maps(
     if unknown := sorted(set(findings).difference(FINDINGS)):
         raise ConfigError(f"findings={unknown} are not known. Use {', '.join(FINDINGS)}.")
     import keras
-    import tensorflow as tf
+
+    from chexlib.models.combine import MEMBER
 
     if not isinstance(model, keras.Model):
         from chexlib.models.weights import load_model
 
         model, _ = load_model(model)
+    if members := [part for part in model.layers if part.name.startswith(MEMBER)]:
+        each = [heat_maps(member, pixels, findings, method=method, cells=cells) for member in members]
+        return _up_to_one(np.mean(each, axis=0))
+    size = model.input_shape[1]
+    look, wanted = _looker(model, method, cells), np.array([FINDINGS.index(finding) for finding in findings], np.int32)
+    maps, batch = [np.empty((0, size, size), np.float32)], batch_of(size)
+    for start in range(0, len(pixels), batch):
+        maps.append(_up_to_one(look(pixels[start : start + batch], wanted[start : start + batch]).numpy()))
+    return np.concatenate(maps)
+
+
+def _looker(model, method: str, cells: int | None):
+    """A graph, which unlike eager code keeps no layer's output for longer than it needs: pixels, findings to maps."""
+    import keras
+    import tensorflow as tf
+
     size, backbone = model.input_shape[1], next(part for part in model.layers if isinstance(part, keras.Model))
     layer = _layer(backbone, CELLS[method] if cells is None or method == "cam" else cells)
-    parts = keras.Model(backbone.inputs, [layer.output, backbone.output])
-    kernel, bias = (tf.convert_to_tensor(weight) for weight in model.get_layer("findings").get_weights())
-    wanted = np.array([FINDINGS.index(finding) for finding in findings])
-    maps = [np.empty((0, size, size), np.float32)]
-    for start in range(0, len(pixels), 32):
-        grey = tf.convert_to_tensor(pixels[start : start + 32])
-        channels = tf.gather(kernel, wanted[start : start + 32], axis=1)  # (features, k)
+    parts, head = keras.Model(backbone.inputs, [layer.output, backbone.output]), model.get_layer("findings")
+    signature = [tf.TensorSpec((None, size, size, 1), tf.float32), tf.TensorSpec((None,), tf.int32)]
+
+    @tf.function(input_signature=signature)
+    def look(grey, wanted):
+        channels = tf.gather(tf.convert_to_tensor(head.kernel), wanted, axis=1)  # (features, k)
+        rgb = model.get_layer("imagenet_normalization")(model.get_layer("grey_to_rgb")([grey, grey, grey]))
         with tf.GradientTape() as tape:
-            rgb = model.get_layer("imagenet_normalization")(model.get_layer("grey_to_rgb")([grey, grey, grey]))
             tape.watch(rgb)
             active, features = parts(rgb, training=False)
             pooled = model.get_layer("pool")(tf.cast(features, "float32"))
-            logits = tf.reduce_sum(pooled * tf.transpose(channels), 1) + tf.gather(bias, wanted[start : start + 32])
+            logits = tf.reduce_sum(pooled * tf.transpose(channels), 1)  # but for a constant
         if method == "cam":
             found = tf.einsum("khwc,ck->khw", tf.cast(features, "float32"), channels)
         else:
             gradient = tf.cast(tape.gradient(logits, active), "float32")
             weight = tf.reduce_mean(gradient, (1, 2), keepdims=True) if method == "grad_cam" else tf.nn.relu(gradient)
             found = tf.reduce_sum(tf.cast(active, "float32") * weight, -1)
-        found = tf.image.resize(tf.nn.relu(found)[..., None], (size, size))[..., 0].numpy()
-        maps.append(found / np.maximum(found.max((1, 2), keepdims=True), np.finfo(np.float32).tiny))
-    return np.concatenate(maps)
+        return tf.image.resize(tf.nn.relu(found)[..., None], (size, size))[..., 0]
+
+    return look
+
+
+def _up_to_one(maps: np.ndarray) -> np.ndarray:
+    return maps / np.maximum(maps.max((1, 2), keepdims=True), np.finfo(np.float32).tiny)
 
 
 def _layer(backbone, cells: int):
@@ -126,10 +145,9 @@ def score_boxes(maps: np.ndarray, boxes: Sequence[np.ndarray]) -> pd.DataFrame:
         size = len(heat)
         edges = np.asarray(given, float).reshape(-1, 4) * size
         frames = np.c_[edges[:, 1], edges[:, 0], edges[:, 1] + edges[:, 3], edges[:, 0] + edges[:, 2]].clip(0, size)
-        centers = np.arange(size) + 0.5
         inside = np.zeros((size, size), bool)
         for top, left, bottom, right in frames:
-            inside |= ((centers >= top) & (centers < bottom))[:, None] & ((centers >= left) & (centers < right))
+            inside |= _covered(top, bottom, size)[:, None] & _covered(left, right, size)
         spots = [spot for level in LEVELS for spot in ndimage.find_objects(ndimage.label(heat > level)[0])]
         found = np.array([(y.start, x.start, y.stop, x.stop) for y, x in spots], float).reshape(-1, 4)
         low, high = (
@@ -142,6 +160,13 @@ def score_boxes(maps: np.ndarray, boxes: Sequence[np.ndarray]) -> pd.DataFrame:
         best = [float((shared / over).max(initial=0)) for over in (union, area)]
         rows.append((hit, inside.mean(), *best, int((shared.sum(1) == 0).sum())))
     return pd.DataFrame(rows, columns=["hit", "chance", "iou", "iobb", "stray"])
+
+
+def _covered(low: float, high: float, size: int) -> np.ndarray:
+    """Which of a row of pixels have their middle in a span; of a span narrower than that, the pixel that it lies in."""
+    middles = np.arange(size) + 0.5
+    inside = (middles >= low) & (middles < high)
+    return inside if inside.any() else np.arange(size) == int((low + high) / 2)
 
 
 def localize(model, radiographs: Radiographs, *, method: str = "layer_cam", cells: int | None = None) -> pd.DataFrame:
@@ -212,29 +237,3 @@ def judge_boxes(scored: pd.DataFrame, *, resamples: int = 1000, level: float = 0
             )
     columns = ["finding", "measure", "threshold", "share", "low", "high", "chance", "cases", "patients"]
     return pd.DataFrame(rows, columns=columns)
-
-
-class HeatMapFiles:
-    """Writes `<image>.png` to a folder, the findings with the highest probabilities; for `predict_all(each=...)`."""
-
-    def __init__(self, folder: str | Path, *, count: int = 3):
-        self.folder, self.count, self.written = Path(folder), count, []
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{folder} cannot hold heat maps ({error.strerror}). Name another folder.") from error
-
-    def __call__(self, model, paths: Sequence[str], pixels: np.ndarray, scores: np.ndarray) -> None:
-        from chexlib.overlays import heat_figure
-
-        for path, grey, row in zip(paths, pixels, scores, strict=True):
-            top = [FINDINGS[i] for i in np.argsort(-row, kind="stable")[: self.count]]
-            maps = heat_maps(model, np.repeat(grey[None], len(top), axis=0), top)
-            titles = [f"{name.replace('_', ' ')} {row[FINDINGS.index(name)]:.2f}" for name in top]
-            image = read_picture(path)[0]
-            name, number = f"{Path(path).stem}.png", 2
-            while name in self.written:  # of another folder
-                name, number = f"{Path(path).stem}-{number}.png", number + 1
-            with replacing(self.folder / name) as file:
-                heat_figure([image] * len(top), maps, titles).savefig(file, format="png", dpi=100)
-            self.written.append(name)

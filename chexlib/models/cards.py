@@ -106,6 +106,12 @@ def config_of(path, card: dict) -> dict:
     return config
 
 
+def split_of(card: dict) -> str:
+    """ "patient split 70e7a9376113": where a card, or what was found of a model, says what it was trained on."""
+    split = card.get("split") if isinstance(card.get("split"), dict) else {}
+    return f"{split.get('name', 'unknown')!s:.80} split {split.get('digest') or 'without digest'!s:.80}"
+
+
 def first_line(error: BaseException) -> str:
     """Of an error's text, at most 200 characters: for a message of one line."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

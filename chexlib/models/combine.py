@@ -9,6 +9,7 @@ from keras import ops
 from chexlib.errors import ConfigError
 
 WAYS = ("probability", "logit", "rank")
+MEMBER = "member_"  # a model in a model of models is called so, and numbered
 QUANTILES = 101  # of the reference scores, between which ranks are interpolated
 
 
@@ -86,7 +87,7 @@ def combine_models(models: list, *, how: str = "probability", reference: np.ndar
     if how == "rank" and reference is None:
         raise ConfigError('how="rank" needs reference scores. Give those of validation, (members, images, findings).')
     pixels = keras.Input(models[0].input_shape[1:], name="radiograph")
-    members = [keras.Model(m.inputs[0], m.outputs[0], name=f"member_{i}") for i, m in enumerate(models)]
+    members = [keras.Model(m.inputs[0], m.outputs[0], name=f"{MEMBER}{i}") for i, m in enumerate(models)]
     layer = Combine(how, dtype="float32", name="combine")
     together = keras.Model(pixels, layer(ops.stack([member(pixels) for member in members], axis=1)), name="ensemble")
     if how == "rank":
