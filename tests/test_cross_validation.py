@@ -162,6 +162,8 @@ def test_its_card_states_the_datas_size_and_that_scores_are_out_of_fold(rehearsa
     assert f"90 radiographs of {patients} patients, which is very little" in card
     for words in ("out of fold", "Not for clinical use", "128 synthetic radiographs", "Positives: Atelectasis"):
         assert words in card
+    split = f"2-fold by patient split {found['data']['digest']}"
+    assert f"out of fold ({split})" in card and f"means of 1 seeds, {split}" in card
     assert found["data"]["images"] == 90 and set(found["gains"]) == {*FINDINGS, "mean"}
     assert "/tmp" not in card
 
@@ -171,7 +173,10 @@ def test_a_second_call_trains_nothing_anew(rehearsal):
     files = [*out.glob("cross-validation/scores/*"), *out.glob("pretraining/snapshots/*"), *out.glob("members/*")]
     before = {path: path.stat().st_mtime_ns for path in files}
     assert len(before) == 4 + 2 + 2
-    assert CliRunner().invoke(main, command, catch_exceptions=False).exit_code == 0
+    answer = CliRunner().invoke(main, command, catch_exceptions=False)
+    assert answer.exit_code == 0
+    found = json.loads((out / "metrics.json").read_text())
+    assert f"AUROC out of fold, 2-fold by patient split {found['data']['digest']}: 90 images" in answer.output
     assert {path: path.stat().st_mtime_ns for path in files} == before
 
 

@@ -24,6 +24,7 @@ from chexlib.data.splits import digest_of
 from chexlib.evaluation.cross_validation import FEWEST, arm_gains, cross_validate, pooled
 from chexlib.evaluation.ensembles import save_ensemble
 from chexlib.files import replacing
+from chexlib.models.cards import split_of
 from chexlib.models.topologies import NORMALIZATION
 from chexlib.models.weights import extend_card, save_model
 from chexlib.runs import environment, write_json
@@ -81,7 +82,7 @@ def train_real_model(folders: Sequence[str | Path], out: str | Path, *, settings
     Returns
     -------
     dict
-        What metrics.json holds: settings, data, gains (of `arm_gains`), by_seed, model, minutes.
+        What metrics.json holds: settings, data, split, gains (of `arm_gains`), by_seed, model, minutes.
     """
     out, s = Path(out).absolute(), settings
     began = time.monotonic()
@@ -126,6 +127,8 @@ def train_real_model(folders: Sequence[str | Path], out: str | Path, *, settings
     if len(rows) < len(arms) * s.folds * s.seeds:
         return {"stopped": True}
     found = _judge(rows, work) | {"settings": asdict(s), "data": {"digest": digest, **describe(radiographs)}}
+    split = {"name": f"{s.folds}-fold by patient", "digest": digest, "images": {"all": len(radiographs)}}
+    found |= {"split": split}
     members = [out / "members" / f"fold-{fold}.keras" for fold in range(1, s.folds + 1)]
     _write(out, members, found, pooled(rows, work, PHANTOM)[0], config)
     found |= {"model": str(out / "model.keras"), "minutes": (time.monotonic() - began) / 60}
@@ -173,18 +176,17 @@ def _write(out: Path, members: list[Path], found: dict, predictions: pd.DataFram
         f"It was trained on {data['images']:,} radiographs of {data['patients']:,} patients, which is very little: the "
         "NIH release has 112,120. Positives: " + ", ".join(f"{n} {c}" for n, c in data["positives"].items()) + ".",
         f"It is the mean of {len(members)} networks, one a fold of a cross-validation by patient. The AUROCs below are "
-        "out of fold: each image was scored by the one network that had seen none of its patient.",
+        f"out of fold ({split_of(found)}): each image was scored by the one network that had seen none of its patient.",
         f"Each began with {s['pretrain_images']:,} synthetic radiographs. Against random weights that changed the mean "
         f"AUROC over findings with {FEWEST} or more positives by {mean['difference']:+.3f} ({interval}, resampled "
-        f"patients), from {mean['other']:.3f} to {mean['auroc']:.3f}; means of {s['seeds']} seeds."
+        f"patients), from {mean['other']:.3f} to {mean['auroc']:.3f}; means of {s['seeds']} seeds, {split_of(found)}."
         + (f" Too rare for that mean: {', '.join(rare)}." if rare else ""),
     ]
-    split = {"name": f"{len(members)}-fold by patient", "digest": data["digest"], "images": {"all": data["images"]}}
     own = {**config.to_dict(), "weights": "phantom pre-training", "learning_rate": s["rate"]}
-    facts = {"split": split, "config": own, "ranks": 1, "best_epoch": s["epochs"] - 1, "about": about}
+    facts = {"split": found["split"], "config": own, "ranks": 1, "best_epoch": s["epochs"] - 1, "about": about}
     extend_card(path, **facts, data=f"{data['images']:,} real radiographs of the NIH release")
     with replacing(out / "predictions.parquet") as file:
         predictions.to_parquet(file, index=False)
     write_json(out / "environment.json", environment())
-    write_json(out / "metrics.json", {"gains": found["gains"]})
+    write_json(out / "metrics.json", {"split": found["split"], "gains": found["gains"]})
     write_card(out)
