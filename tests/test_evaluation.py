@@ -55,6 +55,17 @@ def test_auroc_of_a_hand_worked_case():
     assert auroc([0, 1], [0.9, 0.1]) == 0
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint64, np.int8, np.int64, bool])
+def test_scores_may_be_whole_numbers_or_calls(kind):
+    rng, ends = np.random.default_rng(0), (0, 1) if kind is bool else (np.iinfo(kind).min, np.iinfo(kind).max)
+    labels, scores = rng.integers(0, 2, 200), np.array(ends, kind)[rng.integers(0, 2, 200)]
+    if kind is not bool:
+        scores[:100] = rng.integers(0, 100, 100)
+    order = np.unique(scores, return_inverse=True)[1].astype(float)
+    assert auroc(labels, scores) == pytest.approx(roc_auc_score(labels, order), abs=1e-12)
+    assert average_precision(labels, scores) == pytest.approx(average_precision_score(labels, order), abs=1e-12)
+
+
 def test_weights_of_many_resamples_give_one_value_each_also_when_there_is_only_one():
     labels, scores = [0, 1, 1], [0.2, 0.1, 0.3]
     assert np.shape(auroc(labels, scores, weights=np.ones((2, 3)))) == (2,)

@@ -28,7 +28,7 @@ class Ranking:
     Parameters
     ----------
     labels : (n,) 1, 0, or NaN where it is not known: such an image counts in neither class
-    scores : (n,) float, higher means more likely
+    scores : (n,) float, integer or bool, higher means more likely
     owners : (n,) int, optional
         Whose weight each image has; its own if not given.
 
@@ -44,6 +44,8 @@ class Ranking:
             raise DataError(f"{(~np.isfinite(scores)).sum()} scores are not finite. Did the training diverge?")
         if len(strange := np.unique(labels[~np.isin(labels, (0, 1)) & ~np.isnan(labels)])):
             raise DataError(f"labels are {', '.join(map(str, strange[:5]))}. Accepted: 1, 0, and NaN for unknown.")
+        if scores.dtype.kind in "biu":  # ranks, which unlike these can be negated
+            scores = np.unique(scores, return_inverse=True)[1]
         owners = np.arange(len(labels)) if owners is None else np.asarray(owners)
         order = np.argsort(-scores, kind="stable")  # the highest first
         up, down = order[labels[order] == 1], order[labels[order] == 0]
