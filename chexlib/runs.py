@@ -72,6 +72,11 @@ class Run:
         with replacing(folder / f"{name}.png") as file:
             figure.savefig(file, format="png", dpi=120, bbox_inches="tight", metadata={"Description": caption})
 
+    def owns(self, path: str | Path) -> bool:
+        """Whether a file lies below this folder or, where that is `<run>/<notebook>`, beside another of the run's."""
+        mine, path = self.path.resolve(), Path(path).resolve()
+        return path.is_relative_to(mine) or (mine.name == self.notebook and path.parent.parent == mine.parent)
+
     def finish(self, **metrics) -> Path:
         """Write `metrics.json`, undefined numbers as null; if the run is our own, point `latest` here."""
         write_json(self.path / "metrics.json", {**metrics, "seconds": round(time.time() - self.began, 1)})

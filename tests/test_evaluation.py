@@ -7,7 +7,8 @@ from scipy.stats import t as student
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from chexlib.errors import DataError
-from chexlib.evaluation.auroc import auroc, average_precision, bootstrap_auroc, judge
+from chexlib.evaluation.auroc import auroc, average_precision, bootstrap_auroc, in_words, judge
+from chexlib.evaluation.resampling import with_interval
 from chexlib.findings import FINDINGS
 
 
@@ -241,3 +242,12 @@ def test_judging_predictions_looks_at_one_part_alone(part, rows):
 def test_an_unknown_part_is_an_error_that_lists_the_parts():
     with pytest.raises(DataError, match=r"'train'.*validation.*test"):
         judge(predictions_table()[0], part="train")
+
+
+def test_an_interval_that_is_not_there_is_said_in_words():
+    assert with_interval(0.25, 0.125, 0.5) == "0.250 (0.125 to 0.500)"
+    assert with_interval(0.25, -0.125, 0.5, "+.2f") == "+0.25 (-0.12 to +0.50)"
+    assert with_interval(0.25, np.nan, np.nan) == "0.250 (no interval)"
+    assert with_interval(np.nan, np.nan, np.nan, ".2f") == "undefined"
+    row = {"auroc": 0.9, "low": None, "high": None}
+    assert in_words(row) == "0.900 (too few patients for an interval)"

@@ -45,6 +45,12 @@ def test_code_cells_are_short_and_outputs_are_not_in_git(path):
 
 
 @each_notebook
+def test_no_interval_is_written_by_hand_which_would_say_nan(path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        assert not re.search(r"low'?\]?:[^}]*\} to \{", cell.source), cell.source[:60]
+
+
+@each_notebook
 def test_links_between_notebooks_lead_somewhere(path):
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "markdown":

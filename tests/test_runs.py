@@ -65,6 +65,18 @@ def test_a_named_run_folder_keeps_everything_to_itself(tmp_path):
     assert sorted(beside.parent.iterdir()) == [beside]
 
 
+def test_a_run_owns_what_its_notebooks_made_and_nothing_else(tmp_path):
+    for name in ("one/09_x/small", "one/03_y", "two/03_y", "mine", "other"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "model.keras").touch()
+    run = runs.start("09_x", run_dir=str(tmp_path / "one" / "09_x"))
+    (tmp_path / "one" / "link").symlink_to(tmp_path / "two" / "03_y")
+    owned = {"one/09_x/small": True, "one/03_y": True, "two/03_y": False, "one/link": False, "other": False}
+    assert {name: run.owns(tmp_path / name / "model.keras") for name in owned} == owned
+    named = runs.start("09_x", run_dir=str(tmp_path / "mine"))  # beside it lie other people's
+    assert named.owns(tmp_path / "mine" / "model.keras") and not named.owns(tmp_path / "other" / "model.keras")
+
+
 def test_runs_of_the_same_second_get_folders_of_their_own(project):
     made = {runs.new_run() for _ in range(5)}
     assert len(made) == 5

@@ -10,7 +10,14 @@ import pandas as pd
 from scipy.sparse import csr_array
 
 from chexlib.errors import DataError
-from chexlib.evaluation.resampling import FEWEST_PATIENTS, draw_patients, interval_of, mean_of, patients_behind
+from chexlib.evaluation.resampling import (
+    FEWEST_PATIENTS,
+    draw_patients,
+    interval_of,
+    mean_of,
+    patients_behind,
+    with_interval,
+)
 from chexlib.findings import FINDINGS
 from chexlib.machine import cores
 
@@ -176,9 +183,7 @@ def auroc_table(labels, scores, patients, *, resamples: int, level: float = 0.95
 def in_words(row) -> str:
     """ "0.842 (0.830 to 0.853)": a row of `bootstrap_auroc`, or of a `metrics.json`, for a sentence."""
     area, low, high = (np.nan if row[name] is None else row[name] for name in ("auroc", "low", "high"))
-    if np.isnan(area):
-        return "undefined"
-    return f"{area:.3f} " + ("(too few patients for an interval)" if np.isnan(low) else f"({low:.3f} to {high:.3f})")
+    return with_interval(area, low, high, without="too few patients for an interval")
 
 
 def split_in_words(split) -> str:

@@ -23,6 +23,7 @@ from chexlib.data.phantom import write_phantom
 from chexlib.data.splits import digest_of
 from chexlib.evaluation.cross_validation import FEWEST, arm_gains, cross_validate, pooled
 from chexlib.evaluation.ensembles import save_ensemble
+from chexlib.evaluation.resampling import with_interval
 from chexlib.files import replacing
 from chexlib.models.cards import split_of
 from chexlib.models.topologies import NORMALIZATION
@@ -171,15 +172,15 @@ def _write(out: Path, members: list[Path], found: dict, predictions: pd.DataFram
     """model.keras, predictions.parquet and MODEL_CARD.md."""
     path, mean, data = save_ensemble(members, out / "model.keras"), found["gains"].loc["mean"], found["data"]
     rare = [name for name, count in data["positives"].items() if count < FEWEST]
-    s, interval = found["settings"], f"{mean['low']:+.3f} to {mean['high']:+.3f}"
+    s, gain = found["settings"], with_interval(mean["difference"], mean["low"], mean["high"], "+.3f")
     about = [
         f"It was trained on {data['images']:,} radiographs of {data['patients']:,} patients, which is very little: the "
         "NIH release has 112,120. Positives: " + ", ".join(f"{n} {c}" for n, c in data["positives"].items()) + ".",
         f"It is the mean of {len(members)} networks, one a fold of a cross-validation by patient. The AUROCs below are "
         f"out of fold ({split_of(found)}): each image was scored by the one network that had seen none of its patient.",
         f"Each began with {s['pretrain_images']:,} synthetic radiographs. Against random weights that changed the mean "
-        f"AUROC over findings with {FEWEST} or more positives by {mean['difference']:+.3f} ({interval}, resampled "
-        f"patients), from {mean['other']:.3f} to {mean['auroc']:.3f}; means of {s['seeds']} seeds, {split_of(found)}."
+        f"AUROC over findings with {FEWEST} or more positives by {gain}, over resampled patients, "
+        f"from {mean['other']:.3f} to {mean['auroc']:.3f}; means of {s['seeds']} seeds, {split_of(found)}."
         + (f" Too rare for that mean: {', '.join(rare)}." if rare else ""),
     ]
     own = {**config.to_dict(), "weights": "phantom pre-training", "learning_rate": s["rate"]}

@@ -55,6 +55,13 @@ def interval_of(
     return tuple(np.where(patients >= FEWEST_PATIENTS, edge, np.nan) for edge in edges)
 
 
+def with_interval(value: float, low: float, high: float, form: str = ".3f", *, without: str = "no interval") -> str:
+    """ "0.842 (0.830 to 0.853)", for a sentence; in words where there is no interval, or no value."""
+    if np.isnan(value):
+        return "undefined"
+    return f"{value:{form}} ({without if np.isnan([low, high]).any() else f'{low:{form}} to {high:{form}}'})"
+
+
 def wilson(share, n, quantile) -> tuple[np.ndarray, np.ndarray]:
     """Wilson's interval (1927) of a share of `n` independent things; its end is the share itself at 0 and 1."""
     centre = (share + quantile**2 / (2 * n)) / (1 + quantile**2 / n)
