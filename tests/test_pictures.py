@@ -24,6 +24,7 @@ from chexlib.data.nih import read_image
 from chexlib.data.phantom import phantom_images
 from chexlib.data.pictures import find_pictures, read_picture
 from chexlib.errors import DataError
+from chexlib.models.predict import predict_all
 
 
 def dicom(path, pixels, *, bits=12, kind="MONOCHROME2", syntax=ExplicitVRLittleEndian, **elements):
@@ -217,6 +218,36 @@ def test_files_are_found_by_name_folder_and_pattern_each_once(tmp_path, files):
     named = [os.path.relpath(path, tmp_path) for path in found[:-1]]
     assert named == ["b.png", "a/IM0001", "a/c.JPG", "a/deep/d.dicom", "a/notes.txt"]
     assert found[-1] == "none.png"
+
+
+def test_an_image_is_found_once_however_its_path_is_spelt(tmp_path, files, monkeypatch):
+    (tmp_path / "films").mkdir()
+    for name in ("b.png", "a.png"):
+        shutil.copy(files[0][0], tmp_path / "films" / name)
+    (tmp_path / "link").symlink_to("films")
+    (tmp_path / "films" / "c.png").symlink_to("a.png")  # by a name of its own
+    monkeypatch.chdir(tmp_path)
+    spelt = ["./films/b.png", "films/b.png", tmp_path / "films" / "b.png", "films", "films/../films/*.png", "link/"]
+    assert find_pictures(spelt) == ["./films/b.png", "films/a.png", "films/c.png"]
+    assert find_pictures(["none.png", "./none.png"]) == ["none.png"]
+
+
+def test_a_folder_that_cannot_be_listed_is_told_and_the_others_are_done(tmp_path, files, vgg_file, monkeypatch):
+    for name in ("films/a.png", "films/locked/b.png", "shut/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(files[0][0], tmp_path / name)
+    locked, scandir = [str(tmp_path / "films" / "locked"), str(tmp_path / "shut")], os.scandir
+
+    def guarded(path="."):  # root may list anything
+        if path in locked:
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    found = predict_all([tmp_path / "films", tmp_path / "shut"], weights=vgg_file)
+    assert found.probabilities.index.tolist() == [str(tmp_path / "films" / "a.png")]
+    assert sorted(found.errors) == locked
+    assert all("cannot be read: Permission denied" in reason for reason in found.errors.values())
 
 
 # --- is it a frontal radiograph?

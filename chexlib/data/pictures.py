@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 import stat
@@ -22,14 +23,19 @@ def find_pictures(wanted: Iterable[str | Path]) -> list[str]:
     """Paths of image files: those named, those that a pattern fits, and those below a folder.
 
     In folders, files count that end as `ENDINGS`, or have no ending and are DICOM; each folder is entered once,
-    wherever links lead. A name that stands for nothing is returned as it is, and told when it is read.
+    wherever links lead. What is found twice, however its folder was spelt, comes once, as it was spelt first. A name
+    that stands for nothing, and a folder that cannot be listed, is returned as it is, and told when it is read.
     """
     found: list[str] = []
     for name in map(str, wanted):
         fits = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
         for path in fits or [name]:
             found += _below(path) if os.path.isdir(path) else [path]
-    return list(dict.fromkeys(found))
+    folder_of = functools.cache(os.path.realpath)
+    first: dict[tuple[str, str], str] = {}
+    for path in found:
+        first.setdefault((folder_of(os.path.dirname(path)), os.path.basename(path)), path)
+    return list(first.values())
 
 
 def read_picture(path: str | Path) -> tuple[np.ndarray, float]:
@@ -47,7 +53,10 @@ def read_picture(path: str | Path) -> tuple[np.ndarray, float]:
         There is no such file, or it cannot be read.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            os.scandir(path).close()  # the reason why it has no images may be that it cannot be listed
+        if not stat.S_ISREG(mode):
             raise DataError(f"{path} is no file. Name image files, folders, or patterns such as 'films/*.png'.")
         dicom = is_dicom(path)
     except OSError as error:
@@ -69,7 +78,11 @@ def _colour(path: str | Path) -> float:
 def _below(folder: str) -> list[str]:
     """Image files below a folder, by name."""
     found, entered = [], {os.path.realpath(folder)}
-    for parent, folders, names in os.walk(folder, followlinks=True):
+
+    def unlisted(error):
+        found.append(error.filename)
+
+    for parent, folders, names in os.walk(folder, onerror=unlisted, followlinks=True):
         places = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders)}
         folders[:] = [name for name, place in places.items() if place not in entered]
         entered.update(places.values())
