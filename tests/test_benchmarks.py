@@ -66,6 +66,19 @@ def test_coverage_and_chance_are_counted_over_trials():
     assert chance["trials"] == 4 and chance["called_different"] <= chance["without_correction"]
 
 
+def test_a_cold_predict_is_timed_over_whole_processes(phantom, vgg_file):
+    (line,) = lines_of("cold_predict", "--data", phantom, "--weights", vgg_file, "--images", 3, "--rounds", 2)
+    assert (line["topology"], line["size"], line["images"]) == ("vgg16", 32, 3)
+    assert len(line["rounds"]) == 2 and line["seconds"] == pytest.approx(sum(line["rounds"]) / 2, abs=0.02)
+    assert 0 < line["peak_gib"] < 4
+
+
+def test_every_benchmark_is_listed():
+    told = (ROOT / "benchmarks" / "README.md").read_text()
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")} - {"bench.py"}
+    assert [name for name in sorted(scripts) if f"| `{name}` |" not in told] == []
+
+
 def test_localization_prints_counts_beside_the_chance_level(phantom, vgg_file):
     *findings, everything, focal = lines_of(
         "localization", "--weights", vgg_file, "--data", phantom, "--all", "--cells", 4
