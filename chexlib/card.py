@@ -49,18 +49,22 @@ def write_card(run: str | Path) -> Path:
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     settings = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     environment = jinja2.Environment(loader=loader, **settings)
-    text = environment.get_template("MODEL_CARD.md").render(
-        facts=facts,
-        config={name: config[name] for name in sorted(config) if not name.endswith("_dir") and name != "resume"},
-        data=data,
-        synthetic="synthetic" in data,
-        found=found,
-        few=[name for name, text, _ in found[:-1] if "to" not in text.split()],
-        test=predictions[predictions["part"] == "test"],
-        environment=_read(folder / "environment.json"),
-        run="/".join(folder.parts[-2:]),
-        details={name: _lines(facts[name]) for name in ("calibration", "operating_points") if facts.get(name)},
-    )
+    try:
+        text = environment.get_template("MODEL_CARD.md").render(
+            facts=facts,
+            config={name: config[name] for name in sorted(config) if not name.endswith("_dir") and name != "resume"},
+            data=data,
+            synthetic="synthetic" in data,
+            found=found,
+            few=[name for name, text, _ in found[:-1] if "to" not in text.split()],
+            test=predictions[predictions["part"] == "test"],
+            environment=_read(folder / "environment.json"),
+            run="/".join(folder.parts[-2:]),
+            details={name: _lines(facts[name]) for name in ("calibration", "operating_points") if facts.get(name)},
+        )
+    except jinja2.UndefinedError as error:
+        reason = f"the card in {folder / 'model.keras'} lacks something: {error}"
+        raise WeightsError(f"{reason}. Name the folder of a training, or add it with `extend_card`.") from error
     with replacing(folder / "MODEL_CARD.md") as file:
         file.write(text.encode())
     return folder / "MODEL_CARD.md"

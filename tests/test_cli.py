@@ -459,6 +459,19 @@ def test_card_refuses_a_folder_without_one_model(vgg_file, tmp_path):
     refused("card", tmp_path / "03_a", naming=["predictions.parquet"])
 
 
+def test_card_says_what_the_card_of_the_weights_lacks(vgg_file, tmp_path):
+    """An ensemble's has no split or settings of a training, if nobody has added them."""
+    run = tmp_path / "run"
+    shutil.copytree(vgg_file.parent, run)
+    values = {"image": ["a.png", "b.png"], "patient": [1, 2], "part": ["test"] * 2}
+    values |= {f"{kind}_{f}": [0, 1] for kind in ("label", "score") for f in FINDINGS}
+    pd.DataFrame(values).to_parquet(run / "predictions.parquet")
+    for facts in ({}, {"split": None}):
+        extend_card(run / "model.keras", **facts)
+        refused("card", run, naming=[run / "model.keras", "lacks something", "extend_card"])
+    assert not (run / "MODEL_CARD.md").exists()
+
+
 # --- train
 
 
