@@ -1,5 +1,6 @@
 """One's own images: DICOM to the grey levels of the standard, files found, and what is no frontal film noticed."""
 
+import io
 import math
 import os
 import shutil
@@ -15,6 +16,8 @@ from pydicom.uid import (
     ComputedRadiographyImageStorage,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
     RLELossless,
 )
 
@@ -197,6 +200,22 @@ def test_rle_that_unpacks_to_more_than_its_image_is_refused_unread(tmp_path, mon
     path = rle(tmp_path / "a.dcm", *segments, frames=frames)
     monkeypatch.setattr(pydicom.Dataset, "pixel_array", property(lambda _: pytest.fail("it was unpacked")))
     with pytest.raises(DataError, match=reason):
+        read_dicom(path)
+
+
+@pytest.mark.parametrize(("kind", "syntax"), [("JPEG", JPEGBaseline8Bit), ("JPEG2000", JPEG2000Lossless)])
+def test_a_jpeg_in_dicom_is_read_and_refused_unread_where_it_is_larger_than_told(tmp_path, monkeypatch, kind, syntax):
+    grey, packed = phantom_images(5, size=64), io.BytesIO()
+    grey = next(iter(grey))[0]
+    Image.fromarray(grey).save(packed, kind)
+    more = {"PixelData": encapsulate([packed.getvalue()]), "BitsAllocated": 8, "HighBit": 7}
+    path = dicom(tmp_path / "a.dcm", grey, bits=8, syntax=syntax, **more)
+    decoded = np.asarray(Image.open(packed)).astype(int)
+    expected = (decoded - decoded.min()) / np.ptp(decoded) * 255
+    assert np.abs(read_dicom(path) - expected).max() < 1
+    dicom(path, grey, bits=8, syntax=syntax, **more, Rows=16, Columns=16)
+    monkeypatch.setattr(pydicom.Dataset, "pixel_array", property(lambda _: pytest.fail("it was unpacked")))
+    with pytest.raises(DataError, match="pixels are of 64 x 64 px, unlike its header"):
         read_dicom(path)
 
 

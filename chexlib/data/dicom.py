@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from chexlib.data.nih import MAX_PIXELS
 from chexlib.errors import DataError
@@ -87,6 +90,9 @@ def _check_packed(dataset, *, rle: bool) -> None:
     if next(frames, None) is not None:
         raise ValueError("its pixels hold more frames than the one it tells of")
     if not rle:
+        with contextlib.suppress(UnidentifiedImageError), Image.open(io.BytesIO(packed)) as image:  # JPEG, JPEG 2000
+            if image.size != (dataset.Columns, dataset.Rows):
+                raise ValueError(f"its pixels are of {image.width} x {image.height} px, unlike its header")
         return
     if len(packed) > 2 * pixels * dataset.BitsAllocated // 8 + 64:  # twice what no compression takes, and a header
         raise ValueError(f"{len(packed):,} bytes of RLE for {pixels:,} px")
