@@ -26,7 +26,7 @@ class HeatMapFiles:
     count : int
         Findings an image.
     card : dict, optional
-        Of the weights: where it has a calibration, the probabilities are calibrated, and the titles say so.
+        Of the weights: where it calibrates a finding, the title has the calibrated probability, and says so.
 
     Raises
     ------
@@ -49,12 +49,13 @@ class HeatMapFiles:
         from chexlib.overlays import heat_figure
 
         scores = read_by_card(pd.DataFrame(scores, columns=list(FINDINGS)), self.card)[0].to_numpy()
-        what = ", calibrated" if self.card.get("calibration") else ""
+        curves = (self.card.get("calibration") or {}).get("curves", ())  # not of every finding, if isotonic
+        named = [f"{f.replace('_', ' ')} {{:.2f}}{', calibrated' if f in curves else ''}" for f in FINDINGS]
         top = np.argsort(-scores, axis=1, kind="stable")[:, : self.count]
         asked = [FINDINGS[i] for i in top.ravel()]
         maps = heat_maps(model, np.repeat(pixels, top.shape[1], axis=0), asked).reshape(*top.shape, *pixels.shape[1:3])
         for path, row, order, heat in zip(paths, scores, top, maps, strict=True):
-            titles = [f"{FINDINGS[i].replace('_', ' ')} {row[i]:.2f}{what}" for i in order]
+            titles = [named[i].format(row[i]) for i in order]
             image = read_picture(path)[0]
             name, number = f"{Path(path).stem}.png", 2
             while name in self.written:  # of another folder
