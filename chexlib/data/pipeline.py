@@ -156,9 +156,8 @@ def training_batches(
         pixels = tf.where(mirrored[:, None, None], pixels[:, :, ::-1], pixels)
         pixels = tf.cast(pixels[..., None], tf.float32)
         if augment != "none":
-            sides, every = [store.size, store.size], tf.range(tf.shape(boxes)[0])
             cropped = tf.reduce_any(boxes != tf.constant(WHOLE))
-            pixels = tf.cond(cropped, lambda: tf.image.crop_and_resize(pixels, boxes, every, sides), lambda: pixels)
+            pixels = tf.cond(cropped, lambda: _crop(pixels, boxes), lambda: pixels)
         return pixels, tf.gather(table, indices), weights
 
     table = tf.constant(labels, tf.float32)
@@ -168,3 +167,19 @@ def training_batches(
     options = tf.data.Options()
     options.autotune.enabled = False
     return batches.map(load, num_parallel_calls=2, deterministic=True).prefetch(2).with_options(options)
+
+
+def _crop(pixels, boxes):
+    """Crops (k, size, size, 1) at the images' size, bilinear, the corner pixels on the boxes' corners.
+
+    Not by `tf.image.crop_and_resize`: for each of its graphs TensorFlow writes a screen of "Error in PredictCost()".
+    """
+    import keras
+    import tensorflow as tf
+
+    top, left, bottom, right = tf.unstack(boxes, axis=1)
+    last, none = pixels.shape[1] - 1.0, tf.zeros_like(top)
+    transform = [right - left, none, left * last, none, bottom - top, top * last, none, none]
+    return keras.ops.image.affine_transform(
+        pixels, tf.stack(transform, axis=1), fill_mode="nearest", data_format="channels_last"
+    )
