@@ -30,27 +30,28 @@ def norm_report(report) -> Figure:
     return fig
 
 
-def by_setting(table: pd.DataFrame, x: str, *, line: str, label: str, panel: str | None = None) -> Figure:
+def by_setting(table: pd.DataFrame, x: str, *, line: str, label: str, judged: str, panel: str | None = None) -> Figure:
     """Mean AUROC with its interval against a setting on a logarithmic axis, from `over_seeds`.
 
     Parameters
     ----------
     x, line, panel : columns of the table: of the axis, of one line each, of one panel each
     label : what the axis says
+    judged : by which statistics of batch norm
     """
     panels = dict(tuple(table.groupby(panel, sort=False))) if panel else {"": table}
     fig, axs = plt.subplots(1, len(panels), figsize=(4.8 * len(panels), 3.4), sharey=True, squeeze=False)
     for ax, (title, own) in zip(axs[0], panels.items(), strict=True):
         for i, (name, rows) in enumerate(own.groupby(line, sort=False)):
             rows = rows.sort_values(x)
-            half = (rows["high"] - rows["mean"]).fillna(0)
+            half = rows["high"] - rows["mean"]  # NaN of one seed: no bar is drawn
             style = {"marker": MARKERS[i % len(MARKERS)], "linestyle": LINES[i % len(LINES)], "capsize": 3}
             ax.errorbar(rows[x], rows["mean"], yerr=half, label=str(name), **style)
         ax.axhline(0.5, color="0.4", linestyle=":")
         ax.set(xscale="log", xlabel=label, title=title)
         ax.set_xticks(sorted(own[x].unique()), [f"{value:g}" for value in sorted(own[x].unique())])
         ax.minorticks_off()
-    axs[0, 0].set(ylabel="mean AUROC, test")
+    axs[0, 0].set(ylabel=f"mean test AUROC,\nby {judged} statistics")
     axs[0, -1].legend(**SMALL)
     plt.close(fig)
     return fig
@@ -64,7 +65,7 @@ def decomposition(table: pd.DataFrame) -> Figure:
     for i, topology in enumerate(topologies):
         rows = table[table["topology"] == topology].set_index("value").loc[terms]
         y = np.arange(len(terms))[::-1] + (len(topologies) / 2 - i - 0.5) * height
-        half = (rows["high"] - rows["mean"]).fillna(0)
+        half = rows["high"] - rows["mean"]
         style = {"hatch": HATCHES[i % len(HATCHES)], "color": f"C{i}", "edgecolor": "white"}
         ax.barh(y, rows["mean"], height, xerr=half, capsize=3, label=topology, **style)
     ax.axvline(0, color="0.2", lw=1)

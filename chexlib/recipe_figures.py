@@ -56,19 +56,6 @@ def ladder(gains: pd.DataFrame, published: Mapping[str, float]) -> Figure:
     return fig
 
 
-def by_batch(table: pd.DataFrame) -> Figure:
-    """Mean test AUROC over the global batch, a line a recipe; from a table of batches by recipes."""
-    fig, ax = plt.subplots(figsize=(7, 3.6))
-    for i, (name, column) in enumerate(table.items()):
-        ax.plot(table.index, column, LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)], label=name)
-    ax.set(xscale="log", xlabel="global batch (images an update)", ylabel="mean test AUROC", xticks=table.index)
-    ax.set_xticklabels([f"{batch:,}" for batch in table.index])
-    ax.minorticks_off()
-    ax.legend(**SMALL)
-    plt.close(fig)
-    return fig
-
-
 def collapse_curve(gains: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """What a collapse gains from each point of a training: ours in AUROC, the study's in top-1."""
     fig, axs = plt.subplots(1, 2, figsize=(10, 3.4))

@@ -257,23 +257,30 @@ def best_peak_loss(rows: pd.DataFrame) -> dict:
 
 
 def collapse_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
-    """AUROC before and after a collapse from each epoch, the mean gain over seeds and its Student's t interval.
+    """AUROC before and after a collapse from each epoch, and means over seeds of its gain with Student's t intervals.
 
     Returns
     -------
     DataFrame
-        Index the epoch; columns before, after, gain, low, high, seeds.
+        Index the epoch; columns before, after, gain, low, high, seeds. A collapse is one epoch more, so the same over
+        what the training itself had reached one epoch later: gain_later, low_later, high_later, NaN for the last.
     """
     epochs = sorted(int(name.split("_")[1]) for name in rows if name.startswith("before_"))
-    found = []
+    found = {}
     for epoch in epochs:
-        apart = (rows[f"after_{epoch}"] - rows[f"before_{epoch}"]).dropna()
-        n, mean = len(apart), apart.mean()
-        half = stats.t.ppf((1 + level) / 2, n - 1) * apart.std() / np.sqrt(n) if n > 1 else np.nan
-        means = (rows[f"before_{epoch}"].mean(), rows[f"after_{epoch}"].mean())
-        found.append((epoch, *means, mean, mean - half, mean + half, n))
-    columns = ["epoch", "before", "after", "gain", "low", "high", "seeds"]
-    return pd.DataFrame(found, columns=columns).set_index("epoch")
+        before, after = rows[f"before_{epoch}"], rows[f"after_{epoch}"]
+        gain, low, high, seeds = _student(after - before, level)
+        own = {"before": before.mean(), "after": after.mean(), "gain": gain, "low": low, "high": high, "seeds": seeds}
+        later = _student(after - rows.get(f"before_{epoch + 1}", np.nan), level)
+        found[epoch] = own | dict(zip(("gain_later", "low_later", "high_later"), later, strict=False))
+    return pd.DataFrame(found.values(), index=pd.Index(found, name="epoch"))
+
+
+def _student(values: pd.Series, level: float) -> tuple[float, float, float, int]:
+    """Mean, Student's t interval (NaN of one value or none) and number of the values that are there."""
+    values = values.dropna()
+    half = stats.t.ppf((1 + level) / 2, max(len(values) - 1, 1)) * values.std() / np.sqrt(max(len(values), 1))
+    return values.mean(), values.mean() - half, values.mean() + half, len(values)
 
 
 def diversity_matrix(row: Mapping) -> pd.DataFrame:

@@ -72,7 +72,8 @@ def run_grid(
             point = wanted[key]
             bar.set_postfix_str(", ".join(f"{k}={value}" for k, value in point.items() if k != "data_dir")[:80])
             (work / key).mkdir(parents=True, exist_ok=True)
-            found = measure(dict(point), work / key)
+            with _only_warnings():
+                found = measure(dict(point), work / key)
             if found is None:
                 log.info("%s was stopped with %d rows to go: run it again to go on", table, len(missing) - bar.n)
                 break
@@ -105,6 +106,18 @@ def _unmeasured(keys: Sequence[str], table: Path, work: Path, bar) -> Iterator[s
             time.sleep(1)
 
 
+@contextlib.contextmanager
+def _only_warnings() -> Iterator[None]:
+    """Within the block chexlib logs nothing below a warning: a grid tells of rows, not of what each training reads."""
+    own = logging.getLogger("chexlib")
+    before = own.level
+    own.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        own.setLevel(before)
+
+
 def point_key(point: Mapping) -> str:
     """16 hexadecimal digits of SHA-256 of a point's settings, by name.
 
@@ -131,9 +144,8 @@ def _append(table: Path, row: dict) -> dict[str, dict]:
     """Add a row, and return all of them by key."""
     rows = {**_known(table), row["key"]: row}  # read anew: another notebook may have written since
     frame = pd.DataFrame(list(rows.values())).drop(columns="row", errors="ignore")
-    frame["row"] = [
-        json.dumps(row) for row in rows.values()
-    ]  # as it was, where the columns of others make NaN and floats
+    # As it was, where the columns of others make NaN and floats.
+    frame["row"] = [json.dumps(row) for row in rows.values()]
     with replacing(table) as file:
         frame.to_parquet(file, index=False)
     return rows
