@@ -109,13 +109,14 @@ def test_sync_on_2_ranks_of_8_and_ghost_of_8_are_what_they_stand_for(phantom, tm
 def test_ten_steps_of_sync_and_ghost_are_those_of_what_they_stand_for(tmp_path, topology):
     """From weights that have learnt for a while: at a random start a rounding error grows a thousandfold a step.
 
+    At ten times the rate DenseNet-121's statistics are 6e-5 apart with sync after ten steps, and 9e-3 without it.
     All batches are whole: a last one of 8 images is one virtual batch to ghost, and 4 images each to two ranks.
     """
     phantom = write_phantom(tmp_path / "phantom", n_images=160, size=64, workers=1)
     file = tmp_path / "start.weights.h5"
     start = {"topology": topology, "steps": 100, "rate": 1e-2, "size": 64, "batch": 16, "name": "start"}
     run_ranks(tmp_path, phantom, [{**start, "keep": str(file)}], ranks=1)
-    base = {"topology": topology, "steps": 10, "rate": 1e-3, "size": 64, "weights": str(file)}
+    base = {"topology": topology, "steps": 10, "rate": 1e-4, "size": 64, "weights": str(file)}
     whole = {**base, "name": "whole", "batch": 16}
     ghost = {**base, "name": "ghost", "batch": 16, "norm": "ghost", "ghost_size": 8}
     one = run_ranks(tmp_path, phantom, [whole, ghost], ranks=1)
@@ -127,3 +128,4 @@ def test_ten_steps_of_sync_and_ghost_are_those_of_what_they_stand_for(tmp_path, 
         print(topology, kind, {name: f"{distance(*pair, kind):.1e}" for name, pair in pairs.items()})
     for kind in "ws":
         assert distance(sync, whole, kind) <= 1e-5 and distance(ghost, plain, kind) <= 1e-5, kind
+        assert distance(plain, whole, kind) > 10 * max(distance(sync, whole, kind), distance(ghost, plain, kind)), kind
