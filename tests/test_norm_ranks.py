@@ -88,16 +88,21 @@ def test_virtual_ranks_are_real_ones(phantom, tmp_path, topology, ranks, steps):
     np.testing.assert_allclose(virtual["losses"], real["losses"], rtol=1e-5)
 
 
+def four_ways(folder, phantom, base):
+    """The training of one rank of 16 images and of two of 8, with sync and without, and of one with ghosts of 8."""
+    whole = {**base, "name": "whole", "batch": 16}
+    ghost = {**base, "name": "ghost", "batch": 16, "norm": "ghost", "ghost_size": 8}
+    one = run_ranks(folder, phantom, [whole, ghost], ranks=1)
+    plain, sync = ({**base, "name": norm, "batch": 8, "norm": norm} for norm in ("batch", "sync"))
+    two = run_ranks(folder, phantom, [plain, sync], ranks=2)
+    return one["whole"][0], one["ghost"][0], two["batch"][0], two["sync"][0]
+
+
 @pytest.mark.parametrize("topology", ["resnet50", pytest.param("densenet121", marks=LONG)])
 def test_sync_on_2_ranks_of_8_and_ghost_of_8_are_what_they_stand_for(phantom, tmp_path, topology):
     """One step of whole networks: sync as one rank of 16, ghost as two ranks; and these two are far from each other."""
     base = {"topology": topology, "steps": 1, "rate": 1e-4, "size": 64}
-    whole = {**base, "name": "whole", "batch": 16}
-    ghost = {**base, "name": "ghost", "batch": 16, "norm": "ghost", "ghost_size": 8}
-    one = run_ranks(tmp_path, phantom, [whole, ghost], ranks=1)
-    plain, sync = ({**base, "name": norm, "batch": 8, "norm": norm} for norm in ("batch", "sync"))
-    two = run_ranks(tmp_path, phantom, [plain, sync], ranks=2)
-    (whole,), (ghost,), (plain, _), (sync, _) = one["whole"], one["ghost"], two["batch"], two["sync"]
+    whole, ghost, plain, sync = four_ways(tmp_path, phantom, base)
     for kind in "ws":
         assert distance(sync, whole, kind) <= 1e-5 and distance(ghost, plain, kind) <= 1e-5, kind
     pairs = {"sync": (sync, whole), "ghost": (ghost, plain), "not the same": (plain, whole)}
@@ -117,12 +122,7 @@ def test_ten_steps_of_sync_and_ghost_are_those_of_what_they_stand_for(tmp_path, 
     start = {"topology": topology, "steps": 100, "rate": 1e-2, "size": 64, "batch": 16, "name": "start"}
     run_ranks(tmp_path, phantom, [{**start, "keep": str(file)}], ranks=1)
     base = {"topology": topology, "steps": 10, "rate": 1e-4, "size": 64, "weights": str(file)}
-    whole = {**base, "name": "whole", "batch": 16}
-    ghost = {**base, "name": "ghost", "batch": 16, "norm": "ghost", "ghost_size": 8}
-    one = run_ranks(tmp_path, phantom, [whole, ghost], ranks=1)
-    plain, sync = ({**base, "name": norm, "batch": 8, "norm": norm} for norm in ("batch", "sync"))
-    two = run_ranks(tmp_path, phantom, [plain, sync], ranks=2)
-    (whole,), (ghost,), (plain, _), (sync, _) = one["whole"], one["ghost"], two["batch"], two["sync"]
+    whole, ghost, plain, sync = four_ways(tmp_path, phantom, base)
     pairs = {"sync": (sync, whole), "ghost": (ghost, plain), "not the same": (plain, whole)}
     for kind in "wso":
         print(topology, kind, {name: f"{distance(*pair, kind):.1e}" for name, pair in pairs.items()})
