@@ -15,16 +15,8 @@ import matplotlib.pyplot as plt
 
 from chexlib import recipe_figures
 from chexlib.errors import ConfigError, WeightsError
-from chexlib.evaluation.recipe_study import (
-    batch_losses,
-    best_peak_loss,
-    collapse_gains,
-    diversity_matrix,
-    ladder_gains,
-    measure_collapses,
-    peaks_tried,
-    recipe_grid,
-)
+from chexlib.evaluation.collapse_study import collapse_gains, diversity_matrix, measure_collapses
+from chexlib.evaluation.recipe_study import batch_losses, best_peak_loss, ladder_gains, peaks_tried, recipe_grid
 from chexlib.runs import BATCH
 from chexlib.scaling.published import LADDER as TOP_1
 from chexlib.scaling.published import published_collapses
