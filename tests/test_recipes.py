@@ -85,10 +85,10 @@ def through_all_phases(request, phantom, tmp_path_factory):
     settings = {**SETTINGS, "schedule": schedule, "optimizer": request.param, "epochs": 6}
     folder = tmp_path_factory.mktemp("run")
     config = config_for(phantom, folder, checkpoint_steps=1, keep_checkpoints=24, **settings)
+    reuse = Reuse()
     with pytest.MonkeyPatch.context() as patch:
         with_a_tiny_network(patch)
-        reuse = Reuse()
-        yield config, fit(config, reuse=reuse, measure=lambda *_: {}), reuse
+        return config, fit(config, reuse=reuse, measure=lambda *_: {}), reuse
 
 
 def state_at_the_end(config):
@@ -98,7 +98,8 @@ def state_at_the_end(config):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_resuming_in_the_middle_of_any_phase_continues_exactly(through_all_phases, tmp_path, part):
+def test_resuming_in_the_middle_of_any_phase_continues_exactly(through_all_phases, tmp_path, monkeypatch, part):
+    with_a_tiny_network(monkeypatch)
     config, result, reuse = through_all_phases
     values = values_at(config, Position(8, 32))
     assert list(values.names) == PARTS and len(values) == len(checkpoints_of(config)) == 24
