@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from chexlib.errors import ConfigError
 from chexlib.evaluation.ensembles import choose, diversity, gain, mean_auroc, save_ensemble, stack
+from chexlib.evaluation.transfer_study import mean_of_seeds
 from chexlib.models.combine import combine
 from chexlib.training.collapse import collapse, epoch_ends, score_checkpoints
 from chexlib.training.config import TrainConfig
@@ -95,18 +95,11 @@ def collapse_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     found = {}
     for epoch in epochs:
         before, after = rows[f"before_{epoch}"], rows[f"after_{epoch}"]
-        gain, low, high, seeds = _student(after - before, level)
-        own = {"before": before.mean(), "after": after.mean(), "gain": gain, "low": low, "high": high, "seeds": seeds}
-        later = _student(after - rows.get(f"before_{epoch + 1}", np.nan), level)
-        found[epoch] = own | dict(zip(("gain_later", "low_later", "high_later"), later, strict=False))
+        own = mean_of_seeds(after - before, level=level)
+        later = mean_of_seeds(after - rows.get(f"before_{epoch + 1}", np.nan), level=level)
+        found[epoch] = {"before": before.mean(), "after": after.mean(), "gain": own.pop("effect"), **own}
+        found[epoch] |= {"gain_later": later["effect"], "low_later": later["low"], "high_later": later["high"]}
     return pd.DataFrame(found.values(), index=pd.Index(found, name="epoch"))
-
-
-def _student(values: pd.Series, level: float) -> tuple[float, float, float, int]:
-    """Mean, Student's t interval (NaN of one value or none) and number of the values that are there."""
-    values = values.dropna()
-    half = stats.t.ppf((1 + level) / 2, max(len(values) - 1, 1)) * values.std() / np.sqrt(max(len(values), 1))
-    return values.mean(), values.mean() - half, values.mean() + half, len(values)
 
 
 def diversity_matrix(row: Mapping) -> pd.DataFrame:
