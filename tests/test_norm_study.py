@@ -8,7 +8,8 @@ from small_training import config_for
 
 from chexlib.errors import ConfigError
 from chexlib.evaluation.norm_study import norm_grid, training_order
-from chexlib.evaluation.norm_verdict import TERMS, decompose, over_seeds, remedies, verdict
+from chexlib.evaluation.norm_verdict import TERMS, decompose, remedies, verdict
+from chexlib.evaluation.student import over_seeds
 from chexlib.models.weights import load_model
 from chexlib.training.fit import fit
 from chexlib.training.reuse import Reuse

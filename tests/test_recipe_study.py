@@ -16,7 +16,14 @@ import matplotlib.pyplot as plt
 from chexlib import recipe_figures
 from chexlib.errors import ConfigError, WeightsError
 from chexlib.evaluation.collapse_study import collapse_gains, diversity_matrix, measure_collapses
-from chexlib.evaluation.recipe_study import batch_losses, best_peak_loss, ladder_gains, peaks_tried, recipe_grid
+from chexlib.evaluation.recipe_study import (
+    batch_losses,
+    best_peak_loss,
+    ladder_gains,
+    peaks_tried,
+    read_peaks,
+    recipe_grid,
+)
 from chexlib.runs import BATCH
 from chexlib.scaling.published import LADDER as TOP_1
 from chexlib.scaling.published import published_collapses
@@ -97,8 +104,28 @@ def test_the_best_rate_is_chosen_on_validation_and_judged_on_test():
     low, high = stats.ttest_1samp([0.72, 0.73, 0.74], 0).confidence_interval()
     assert table.loc[1, ["auroc", "low", "high"]].tolist() == pytest.approx([0.73, low, high])
     found = best_peak_loss(rows)
-    assert (found["batches"], found["seeds"]) == ([16, 1024], 3)
+    assert (found["batches"], found["optimizers"], found["seeds"]) == ([16, 1024], ["sgd", "sgd"], 3)
     assert (found["difference"], found["low"], found["high"]) == pytest.approx((0.06, 0.06, 0.06))
+    lamb = rows[rows["batch"] == 1024].assign(optimizer="lamb", validation=0.65, auroc=lambda of: of["auroc"] + 0.05)
+    both = pd.concat([rows, lamb], ignore_index=True)
+    assert best_peak_loss(both, optimizer="sgd") == found
+    assert len(peaks_tried(both)) == 6
+    with_both = best_peak_loss(both[both["schedule"] != json.dumps({"peak": 1.2})])
+    assert with_both["optimizers"] == ["sgd", "lamb"] and with_both["difference"] == pytest.approx(0.01)
+
+
+def test_highest_rates_name_their_optimizer_and_a_wrong_one_is_refused():
+    tried = read_peaks("0.03, 0.1,lamb 0.0025,0.03")
+    assert tried == [{"optimizer": name, "peak": p} for name, p in (("sgd", 0.03), ("sgd", 0.1), ("lamb", 0.0025))]
+    (point,) = recipe_grid(**{**GRID, "rungs": ["+ collapse"], "batches": [16], "seeds": [0], **tried[2]})
+    assert point["optimizer"] == "lamb" and json.loads(point["schedule"])["peak"] == 0.0025
+    (plain,) = recipe_grid(**{**GRID, "rungs": ["+ collapse"], "batches": [16], "seeds": [0], **tried[0]})
+    assert "optimizer" not in plain  # as in tables written before
+    for wrong in ("", "fast", "0", "-1", "inf", "0.1,lamb", "0.1,lion 0.1", "0.1,,0.2"):
+        with pytest.raises(ConfigError, match=r"highest rate of .* is not accepted"):
+            read_peaks(wrong)
+    with pytest.raises(ConfigError, match="first highest rate"):
+        read_peaks("lamb 0.1,0.2")
 
 
 def test_collapse_gains_are_paired_by_seed():

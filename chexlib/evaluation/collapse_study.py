@@ -11,7 +11,7 @@ import pandas as pd
 
 from chexlib.errors import ConfigError
 from chexlib.evaluation.ensembles import choose, diversity, gain, mean_auroc, save_ensemble, stack
-from chexlib.evaluation.transfer_study import mean_of_seeds
+from chexlib.evaluation.student import mean_of_seeds
 from chexlib.models.combine import combine
 from chexlib.training.collapse import collapse, epoch_ends, score_checkpoints
 from chexlib.training.config import TrainConfig

@@ -1,32 +1,16 @@
-"""What the study of batch norm says: means with intervals, and the loss of a large batch split into its causes."""
+"""What the study of batch norm says: the loss of a large batch split into its causes, and what mends it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+
+from chexlib.evaluation.student import over_seeds
 
 TERMS = ("total", "updates", "lag", "local batch", "rest")
 log = logging.getLogger(__name__)
-
-
-def over_seeds(rows: pd.DataFrame, by: Sequence[str], values: Sequence[str], *, level: float = 0.95) -> pd.DataFrame:
-    """Mean of `values` over the rows of each group, with Student's t interval: NaN where there is one seed.
-
-    Returns
-    -------
-    DataFrame
-        Columns `by`, value, mean, low, high, seeds.
-    """
-    long = rows.melt(id_vars=list(by), value_vars=list(values), var_name="value", value_name="x")
-    groups = long.dropna(subset="x").groupby([*by, "value"], sort=False)["x"]
-    table = groups.agg(mean="mean", sd="std", seeds="count").reset_index()
-    half = stats.t.ppf((1 + level) / 2, np.maximum(table["seeds"] - 1, 1)) * table.pop("sd") / np.sqrt(table["seeds"])
-    table["low"], table["high"] = table["mean"] - half, table["mean"] + half
-    return table
 
 
 def decompose(rows: pd.DataFrame) -> pd.DataFrame:

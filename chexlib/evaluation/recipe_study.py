@@ -7,19 +7,51 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from chexlib.errors import ConfigError, DivergedError
 from chexlib.evaluation.batch_norm import judge_scores
 from chexlib.evaluation.ensembles import mean_auroc
 from chexlib.evaluation.norm_study import recalibrate_on
-from chexlib.evaluation.norm_verdict import over_seeds
+from chexlib.evaluation.student import mean_of_seeds, over_seeds
 from chexlib.findings import FINDINGS
-from chexlib.training.config import TrainConfig
+from chexlib.training.config import OPTIMIZERS, TrainConfig
 from chexlib.training.fit import fit
 from chexlib.training.monitor import pooled_scorer
 from chexlib.training.recipes import LADDER, RULES
 from chexlib.training.reuse import Reuse
+
+
+def read_peaks(text: str) -> list[dict]:
+    """Highest rates as notebook 06 takes them: "0.03,0.1,lamb 0.0025", SGD's where no optimizer is named.
+
+    Returns
+    -------
+    list of dict
+        optimizer and peak of each, once.
+
+    Raises
+    ------
+    ConfigError
+        An unknown optimizer, no rate, or one that is not above 0; the first is not SGD's.
+    """
+    found = []
+    for entry in text.split(","):
+        *named, rate = entry.split() or [""]
+        optimizer = " ".join(named) or "sgd"
+        try:
+            peak = float(rate)
+        except ValueError:
+            peak = np.nan
+        if optimizer not in OPTIMIZERS or not 0 < peak < np.inf:
+            raise ConfigError(
+                f"a highest rate of {entry.strip()!r} is not accepted. Write rates above 0, those of other optimizers "
+                f"than SGD after their name, as in 0.03,lamb 0.0025. Optimizers: {', '.join(OPTIMIZERS)}."
+            )
+        if (known := {"optimizer": optimizer, "peak": peak}) not in found:
+            found.append(known)
+    if found[0]["optimizer"] != "sgd":
+        raise ConfigError(f"the first highest rate, {text.split(',')[0]!r}, is of the ladder. Begin with one of SGD.")
+    return found
 
 
 def recipe_grid(
@@ -29,6 +61,7 @@ def recipe_grid(
     local_batch: int,
     peak: float,
     rule: str = "linear",
+    optimizer: str = "sgd",
     seeds: Sequence[int],
     images: int,
     epochs: int,
@@ -46,6 +79,7 @@ def recipe_grid(
     images : of an epoch
     peak : the highest rate at the smallest global batch
     rule : how it follows the global batch
+    optimizer : named in the points unless it is SGD
 
     Raises
     ------
@@ -66,6 +100,7 @@ def recipe_grid(
             local = min(local_batch, batch)
             point = {"rung": rung, "batch": batch, "batch_size": local, "accumulation": batch // local}
             point |= {"schedule": schedule, "epochs": epochs, "augment": augment}
+            point |= {} if optimizer == "sgd" else {"optimizer": optimizer}
             points += [{**point, "seed": seed} for seed in seeds]
     return points
 
@@ -119,11 +154,10 @@ def ladder_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     table = rows.pivot_table(index="seed", columns="rung", values="auroc", dropna=False)
     table = table[[rung for rung in LADDER if rung in table]]
     gains = table.diff(axis=1)
-    n = gains.notna().sum()
-    with np.errstate(invalid="ignore"):
-        half = stats.t.ppf((1 + level) / 2, np.maximum(n - 1, 1)) * gains.std() / np.sqrt(n)
-    columns = {"auroc": table.mean(), "gain": gains.mean(), "low": gains.mean() - half, "high": gains.mean() + half}
-    return pd.DataFrame({**columns, "seeds": table.notna().sum()})
+    found = pd.DataFrame({rung: mean_of_seeds(gains[rung], level=level) for rung in table}).T
+    found = found.rename(columns={"effect": "gain"}).assign(seeds=table.notna().sum())
+    found.insert(0, "auroc", table.mean())
+    return found.rename_axis("rung")
 
 
 def batch_losses(rows: pd.DataFrame, *, images: int) -> pd.DataFrame:
@@ -157,32 +191,44 @@ def peaks_tried(rows: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        A row a batch and peak: batch, peak, validation and auroc (means over seeds), low, high (Student's interval of
-        auroc over seeds), seeds, chosen.
+        A row a batch, optimizer and peak: batch, optimizer, peak, validation and auroc (means over seeds), low, high
+        (Student's interval of auroc over seeds), seeds, chosen.
     """
-    rows = rows.assign(peak=[json.loads(schedule)["peak"] for schedule in rows["schedule"]])
-    table = over_seeds(rows, ["batch", "peak"], ["auroc"]).drop(columns="value").rename(columns={"mean": "auroc"})
-    means = rows.groupby(["batch", "peak"])["validation"].mean().rename("validation").reset_index()
-    table = table.merge(means).sort_values(["batch", "peak"], ignore_index=True)
+    by = ["batch", "optimizer", "peak"]
+    rows = _with_peaks(rows)
+    table = over_seeds(rows, by, ["auroc"]).drop(columns="value").rename(columns={"mean": "auroc"})
+    means = rows.groupby(by)["validation"].mean().rename("validation").reset_index()
+    table = table.merge(means).sort_values(by, ascending=[True, False, True], ignore_index=True)
     best = table.groupby("batch")["validation"].transform("max")
     return table.assign(chosen=table["validation"] == best)[
-        ["batch", "peak", "validation", "auroc", "low", "high", "seeds", "chosen"]
+        [*by, "validation", "auroc", "low", "high", "seeds", "chosen"]
     ]
 
 
-def best_peak_loss(rows: pd.DataFrame) -> dict:
+def best_peak_loss(rows: pd.DataFrame, *, optimizer: str = "") -> dict:
     """Mean test AUROC of the smallest batch less the largest's, each at its `chosen` peak, paired by seed.
+
+    Parameters
+    ----------
+    rows : of `measure_recipe`, of one rung
+    optimizer : of this one only; empty: the best of all that were tried
 
     Returns
     -------
     dict
-        batches, difference, low, high (Student's over seeds, NaN for one), seeds.
+        batches, optimizers (of both), difference, low, high (Student's over seeds, NaN for one), seeds.
     """
-    rows = rows.assign(peak=[json.loads(schedule)["peak"] for schedule in rows["schedule"]])
-    chosen = peaks_tried(rows).query("chosen")[["batch", "peak"]]
+    rows = _with_peaks(rows)
+    rows = rows[rows["optimizer"] == optimizer] if optimizer else rows
+    chosen = peaks_tried(rows).query("chosen")[["batch", "optimizer", "peak"]]
     table = rows.merge(chosen).pivot_table(index="seed", columns="batch", values="auroc")
-    small, large = table.columns.min(), table.columns.max()
-    apart = (table[small] - table[large]).rename("difference").to_frame().assign(all="")
-    row = over_seeds(apart, ["all"], ["difference"]).iloc[0]
-    edges = {"low": float(row["low"]), "high": float(row["high"]), "seeds": int(row["seeds"])}
-    return {"batches": [int(small), int(large)], "difference": float(row["mean"]), **edges}
+    ends = [int(table.columns.min()), int(table.columns.max())]
+    apart = mean_of_seeds(table[ends[0]] - table[ends[1]])
+    used = chosen.set_index("batch")["optimizer"]
+    return {"batches": ends, "optimizers": [used[end] for end in ends], "difference": apart.pop("effect"), **apart}
+
+
+def _with_peaks(rows: pd.DataFrame) -> pd.DataFrame:
+    """With the columns peak, from the schedule, and optimizer."""
+    named = rows["optimizer"].fillna("sgd") if "optimizer" in rows else "sgd"
+    return rows.assign(peak=[json.loads(schedule)["peak"] for schedule in rows["schedule"]], optimizer=named)

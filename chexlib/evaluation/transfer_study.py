@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from chexlib.errors import ConfigError, DivergedError
 from chexlib.evaluation.batch_norm import judge_scores
+from chexlib.evaluation.student import mean_of_seeds
 from chexlib.training.config import TrainConfig
 from chexlib.training.monitor import pooled_scorer
 from chexlib.training.reuse import Reuse
@@ -87,14 +87,6 @@ def measure_transfer(
         return None
     updates = -(-result.split["images"]["train"] // point["batch"])
     return {"diverged": False, **result.measured, **known, "updates": updates, "seconds": result.seconds}
-
-
-def mean_of_seeds(values: pd.Series, *, level: float = 0.95) -> dict:
-    """Mean of a value a seed, with Student's interval over seeds, NaN for one: effect, low, high, seeds."""
-    values = values.dropna()
-    n, mean = len(values), values.mean()
-    half = stats.t.ppf((1 + level) / 2, n - 1) * values.std() / np.sqrt(n) if n > 1 else np.nan
-    return {"effect": mean, "low": mean - half, "high": mean + half, "seeds": n}
 
 
 def earlier_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import pandas as pd
 
-from chexlib.evaluation.norm_verdict import over_seeds
+from chexlib.evaluation.student import over_seeds
 from chexlib.scaling import projections
 from chexlib.scaling.measured import Found, Measured, between
 from chexlib.scaling.published import BATCHES, COLLAPSES, IMAGENET, LADDER, LARGE_BATCHES, Claim
