@@ -21,11 +21,16 @@ def pretraining(snapshots: pd.DataFrame) -> Figure:
     return fig
 
 
-def along(table: pd.DataFrame) -> Figure:
-    """Test AUROC after fine-tuning, over where in the pre-training it began; a line a rate and warm-up."""
+def along(table: pd.DataFrame, scratch: float | None = None) -> Figure:
+    """Test AUROC after fine-tuning, over where in the pre-training it began; a line a rate and warm-up.
+
+    `scratch` is that of the same training from random weights.
+    """
     fig, ax = plt.subplots(figsize=(8, 3.8))
     for i, (name, column) in enumerate(table.items()):
         ax.plot(table.index, column, LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)], label=name)
+    if scratch is not None:
+        ax.axhline(scratch, color="0.4", linestyle=":", label="from random weights, the default rate, warm-up")
     ax.set(xlabel="images seen in pre-training when the snapshot was taken", ylabel="mean test AUROC, fine-tuned")
     ax.legend(**SMALL)
     plt.close(fig)

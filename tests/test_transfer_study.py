@@ -29,6 +29,13 @@ def test_the_grid_has_each_snapshot_at_both_rates_with_and_without_warmup():
     points = study.transfer_grid(6, **GRID)
     assert len(points) == 6 * 2 * 2 * 3 == len({point_key(point) for point in points})
     assert {p["warmup"] * p["batch"] / 256 for p in points} == {1.0, 0.0}  # epochs at this batch
+    alone = study.scratch_grid(**GRID)
+    assert {(p["snapshot"], p["rate"]) for p in alone} == {(0, study.DEFAULT)} and [p["seed"] for p in alone] == [
+        0,
+        1,
+        2,
+    ]
+    assert {p["warmup"] for p in alone} == {p["warmup"] for p in points} - {0.0}
     like = {"snapshot": 2, "rate": study.DEFAULT, "warmup": 4.0, "batch": 64}
     batches = study.batch_grid([16, 256], like=like, seeds=[0])
     assert [p["warmup"] * p["batch"] / 256 for p in batches] == [0.25, 4.0]  # in proportion to the batch
@@ -62,6 +69,19 @@ def test_intervals_are_students_over_seeds_and_hold_for_all_snapshots_together()
     assert [found["low"], found["high"]] == pytest.approx([low, high])
 
 
+def test_a_pretraining_is_compared_with_random_weights_by_seed():
+    rows = rows_of(lambda p: 0.6 + 0.01 * p["snapshot"] * (p["seed"] + 1) + 0.1 * (p["rate"] == study.OWN))
+    scratch = pd.DataFrame({"seed": [2, 1, 0], "auroc": [0.62, 0.61, 0.6]})
+    found = study.pretraining_gains(rows, scratch)
+    assert found.index.tolist() == [1, 2, 3, 4, 5, 6] and found["images"].tolist() == [100, 200, 300, 400, 500, 600]
+    own = rows[(rows["rate"] == study.DEFAULT) & (rows["warmup"] > 0) & (rows["snapshot"] == 3)].set_index("seed")[
+        "auroc"
+    ]
+    low, high = stats.ttest_1samp(own - [0.6, 0.61, 0.62], 0).confidence_interval(1 - 0.05 / 6)
+    assert found.loc[3, ["low", "high"]].tolist() == pytest.approx([low, high])
+    assert found.loc[3, "effect"] == pytest.approx(0.05, abs=1e-3)
+
+
 def test_batches_are_compared_with_the_smallest_by_seed():
     rows = pd.DataFrame(
         {"batch": [16, 16, 64, 64], "seed": [0, 1, 0, 1], "updates": [40, 40, 10, 10], "auroc": [0.7, 0.6, 0.65, 0.53]}
@@ -76,7 +96,8 @@ def test_the_figures_show_the_rows():
     rows = rows_of(lambda p: 0.6 + 0.01 * p["snapshot"])
     curve = study.along(rows)
     assert curve.index.tolist() == [100, 200, 300, 400, 500, 600] and curve.shape[1] == 4
-    drawn = transfer_figures.along(curve)
+    drawn = transfer_figures.along(curve, 0.55)
+    assert any(line.get_ydata()[0] == 0.55 and "random" in line.get_label() for line in drawn.axes[0].lines)
     np.testing.assert_allclose(drawn.axes[0].lines[0].get_ydata(), curve.iloc[:, 0])
     words = " ".join(
         t.get_text() for t in transfer_figures.rules(study.rule_effects(rows)).findobj(matplotlib.text.Text)

@@ -24,7 +24,7 @@ from chexlib.data.splits import digest_of
 from chexlib.evaluation.cross_validation import FEWEST, arm_gains, cross_validate, pooled
 from chexlib.evaluation.ensembles import save_ensemble
 from chexlib.evaluation.resampling import with_interval
-from chexlib.files import replacing
+from chexlib.files import holding, replacing
 from chexlib.models.cards import split_of
 from chexlib.models.topologies import NORMALIZATION
 from chexlib.models.weights import extend_card, save_model
@@ -73,6 +73,8 @@ QUICK = RealModel(
 def train_real_model(folders: Sequence[str | Path], out: str | Path, *, settings: RealModel = RealModel()) -> dict:
     """Pre-train, cross-validate from the phantom and from random weights, and write the ensemble with its card.
 
+    Two processes on one `out` share the cross-validation; the second waits while the first pre-trains.
+
     Parameters
     ----------
     folders : folders in the NIH layout, of one release
@@ -87,26 +89,16 @@ def train_real_model(folders: Sequence[str | Path], out: str | Path, *, settings
     """
     out, s = Path(out).absolute(), settings
     began = time.monotonic()
-    data = collect(folders, out / "data")
+    out.mkdir(parents=True, exist_ok=True)
+    with holding(out / "prepare.lock"):
+        data = collect(folders, out / "data")
+        start = _pretrained(out, s)
+    if not start:
+        return {"stopped": True}
     radiographs = load_radiographs(data)
-    common = {"topology": s.topology, "size": s.size, "resume": True}
-    phantom = write_phantom(out / "phantom", n_images=s.phantom_images, size=s.size, min_prevalence=0.06, seed=1)
-    rise = {"kind": "warmup", "length": 0.25, "start": s.pretrain_rate / 10, "rate": s.pretrain_rate}
-    fall = {"kind": "cosine", "length": s.snapshots - 0.25, "rate": s.pretrain_rate, "end": s.pretrain_rate / 100}
-    first = TrainConfig(
-        data_dir=str(phantom), run_dir=str(out / "pretraining"), batch_size=s.pretrain_batch, keep_checkpoints=1,
-        schedule={"unit": "epochs", "phases": [rise, fall]}, split="patient", **common,
-    )  # fmt: skip
-    if not _finished(out / "pretraining", s.snapshots):
-        log.info("pre-training on %d phantoms ...", s.pretrain_images)
-        if pretrain(first, images=s.pretrain_images, snapshots=s.snapshots).stopped:
-            return {"stopped": True}
-    kept = snapshots_of(out / "pretraining")
-    start = kept["path"].iloc[s.snapshot - 1]
-
     config = TrainConfig(
-        data_dir=str(data), run_dir=str(out), batch_size=s.batch_size, epochs=s.epochs, augment=s.augment,
-        keep_checkpoints=0, **common,
+        data_dir=str(data), run_dir=str(out), topology=s.topology, size=s.size, batch_size=s.batch_size,
+        epochs=s.epochs, augment=s.augment, keep_checkpoints=0, resume=True,
     )  # fmt: skip
     reuse = {SCRATCH: Reuse(), PHANTOM: Reuse()}
     warmup = s.warmup * s.batch_size / 256
@@ -135,6 +127,23 @@ def train_real_model(folders: Sequence[str | Path], out: str | Path, *, settings
     found |= {"model": str(out / "model.keras"), "minutes": (time.monotonic() - began) / 60}
     write_json(out / "metrics.json", found)
     return found
+
+
+def _pretrained(out: Path, s: RealModel) -> str:
+    """The snapshot that is fine-tuned, pre-trained if it is not there yet; empty if that was stopped."""
+    if not _finished(out / "pretraining", s.snapshots):
+        log.info("pre-training on %d phantoms ...", s.pretrain_images)
+        phantom = write_phantom(out / "phantom", n_images=s.phantom_images, size=s.size, min_prevalence=0.06, seed=1)
+        rise = {"kind": "warmup", "length": 0.25, "start": s.pretrain_rate / 10, "rate": s.pretrain_rate}
+        fall = {"kind": "cosine", "length": s.snapshots - 0.25, "rate": s.pretrain_rate, "end": s.pretrain_rate / 100}
+        first = TrainConfig(
+            data_dir=str(phantom), run_dir=str(out / "pretraining"), topology=s.topology, size=s.size,
+            batch_size=s.pretrain_batch, keep_checkpoints=1, schedule={"unit": "epochs", "phases": [rise, fall]},
+            split="patient", resume=True,
+        )  # fmt: skip
+        if pretrain(first, images=s.pretrain_images, snapshots=s.snapshots).stopped:
+            return ""
+    return snapshots_of(out / "pretraining")["path"].iloc[s.snapshot - 1]
 
 
 def describe(radiographs: Radiographs) -> dict:

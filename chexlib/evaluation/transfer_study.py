@@ -11,9 +11,10 @@ from chexlib.errors import ConfigError, DivergedError
 from chexlib.evaluation.batch_norm import judge_scores
 from chexlib.evaluation.student import mean_of_seeds
 from chexlib.training.config import TrainConfig
+from chexlib.training.fit import fit
 from chexlib.training.monitor import pooled_scorer
 from chexlib.training.reuse import Reuse
-from chexlib.training.transfer import WARMUP_BATCH, finetune
+from chexlib.training.transfer import WARMUP_BATCH, fine_schedule, finetune
 
 OWN, DEFAULT = "the checkpoint's", "the default"
 RULES = {
@@ -41,6 +42,12 @@ def transfer_grid(snapshots: int, *, seeds: Sequence[int], batch: int, warmup_ep
     ]
 
 
+def scratch_grid(*, seeds: Sequence[int], batch: int, warmup_epochs: float) -> list[dict]:
+    """Trainings from random weights, snapshot 0, otherwise as `transfer_grid` has them at the default rate."""
+    start = {"snapshot": 0, "rate": DEFAULT, "batch": batch}
+    return [{**start, "warmup": warmup_epochs * WARMUP_BATCH / batch, "seed": seed} for seed in seeds]
+
+
 def batch_grid(batches: Sequence[int], *, like: dict, seeds: Sequence[int]) -> list[dict]:
     """Fine-tunings like a point of the grid that differ in the global batch alone, and so in updates an epoch."""
     return [{**like, "rate_batch": like["batch"], "batch": b, "seed": seed} for b in batches for seed in seeds]
@@ -51,6 +58,7 @@ def measure_transfer(
 ) -> dict | None:
     """Fine-tune as a point of the grid says, and judge the last weights on the test part.
 
+    From snapshot 0, random weights, all else is the same: epochs, schedule, images whose statistics batch norm takes.
     At another batch than the grid's own the rate follows its square root, as suits Adam (Malladi et al. 2022).
 
     Parameters
@@ -66,7 +74,7 @@ def measure_transfer(
         diverged; auroc (mean) and loss; highest (rate), images (of pre-training), updates (an epoch), seconds. None if
         the training was stopped.
     """
-    start = snapshots.iloc[point["snapshot"] - 1]
+    start = snapshots.iloc[point["snapshot"] - 1] if point["snapshot"] else {"images": 0}
     rate = float(start["learning_rate"]) if point["rate"] == OWN else default
     local = min(point["batch"], config.batch_size)
     if point["batch"] % local:
@@ -80,7 +88,13 @@ def measure_transfer(
         return judge_scores(parts["test"].labels, scores)
 
     try:
-        result = finetune(start["path"], config, rate=float(rate), warmup=point["warmup"], measure=look, reuse=reuse)
+        if point["snapshot"]:
+            own = {"rate": float(rate), "warmup": point["warmup"], "measure": look, "reuse": reuse}
+            result = finetune(start["path"], config, **own)
+        else:
+            warmup = point["warmup"] * point["batch"] / WARMUP_BATCH
+            alone = fine_schedule(float(rate), epochs=config.epochs, warmup=warmup)
+            result = fit(config.replace(schedule=alone), measure=look, reuse=reuse)
     except DivergedError:
         return {"diverged": True, **known}
     if result.stopped:
@@ -107,6 +121,30 @@ def earlier_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     images = rows.groupby("snapshot")["images"].first()
     found = [{"images": images[s], **mean_of_seeds(by_seed[s] - by_seed[last], level=apart)} for s in earlier]
     return pd.DataFrame(found, index=pd.Index(earlier, name="snapshot"))
+
+
+def pretraining_gains(rows: pd.DataFrame, scratch: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
+    """What each snapshot gains over random weights, both at the default rate with a warm-up, paired by seed.
+
+    The intervals hold together, as those of `earlier_gains` do.
+
+    Parameters
+    ----------
+    rows : of `transfer_grid`
+    scratch : rows of `scratch_grid`
+
+    Returns
+    -------
+    DataFrame
+        Index the snapshot; columns images, effect, low, high, seeds.
+    """
+    own = rows[(rows["rate"] == DEFAULT) & (rows["warmup"] > 0)]
+    by_seed = own.pivot_table(index="seed", columns="snapshot", values="auroc")
+    alone = scratch.set_index("seed")["auroc"]
+    apart = 1 - (1 - level) / max(by_seed.shape[1], 1)
+    images = rows.groupby("snapshot")["images"].first()
+    found = [{"images": images[s], **mean_of_seeds(by_seed[s] - alone, level=apart)} for s in by_seed]
+    return pd.DataFrame(found, index=pd.Index(by_seed.columns, name="snapshot"))
 
 
 def rule_effects(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
