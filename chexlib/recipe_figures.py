@@ -20,7 +20,7 @@ def schedule(values, *, steps_per_epoch: float = 1.0, title: str = "") -> Figure
     Where images are cropped the background is white; where they are not, grey.
     """
     at = np.arange(len(values)) / steps_per_epoch
-    fig, axs = plt.subplots(3, 1, figsize=(9, 6), sharex=True, height_ratios=[3, 1, 1])
+    fig, axs = plt.subplots(3, 1, figsize=(9, 7), sharex=True, height_ratios=[5, 2, 2])
     panels = {"learning rate": values.rate, "momentum": values.momentum, "weight decay": values.weight_decay}
     starts = np.flatnonzero(np.diff(values.phase, prepend=-1))
     ends = np.append(starts[1:], len(values))
@@ -33,7 +33,7 @@ def schedule(values, *, steps_per_epoch: float = 1.0, title: str = "") -> Figure
                 ax.axvspan(at[start], at[end - 1], color="0.9")
     for start in starts:
         text = values.names[values.phase[start]]
-        axs[0].text(at[start], 1.01, f" {text}", transform=axs[0].get_xaxis_transform(), rotation=20, **SMALL)
+        axs[0].text(at[start], 1.01, f" {text}", transform=axs[0].get_xaxis_transform(), rotation=45, **SMALL)
     axs[0].set_ylim(bottom=0)
     axs[-1].set(xlabel="epoch" if steps_per_epoch != 1 else "step", ylim=(0, None))
     fig.suptitle(title)
@@ -65,6 +65,10 @@ def collapse_curve(gains: pd.DataFrame, published: pd.DataFrame) -> Figure:
         ax.vlines(at, table["before"], table["after"], color="0.75")
         for i, column in enumerate(("before", "after")):
             ax.plot(at, table[column], MARKERS[i] + LINES[i], label=f"{column} the collapse")
+        if "low" in table:
+            edges = np.abs(table[["low", "high"]].to_numpy(float).T - table["gain"].to_numpy(float))
+            label_of = "interval of the gain, over seeds" if np.isfinite(edges).any() else None
+            ax.errorbar(at, table["after"], yerr=edges, fmt="none", ecolor="C1", capsize=3, label=label_of)
         ax.set(ylabel=label, xlabel="point of the training", xticks=at)
     axs[0].set_xlabel("epoch from which it collapses")
     axs[0].legend(**SMALL)
