@@ -115,12 +115,8 @@ def earlier_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     """
     own = rows[rows["rate"] == DEFAULT]
     by_seed = own.pivot_table(index="seed", columns="snapshot", values="auroc")
-    last = by_seed.columns.max()
-    earlier = by_seed.columns.drop(last)
-    apart = 1 - (1 - level) / max(len(earlier), 1)
-    images = rows.groupby("snapshot")["images"].first()
-    found = [{"images": images[s], **mean_of_seeds(by_seed[s] - by_seed[last], level=apart)} for s in earlier]
-    return pd.DataFrame(found, index=pd.Index(earlier, name="snapshot"))
+    last = by_seed.pop(by_seed.columns.max())
+    return _gains_over(last, by_seed, rows, level)
 
 
 def pretraining_gains(rows: pd.DataFrame, scratch: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
@@ -140,10 +136,14 @@ def pretraining_gains(rows: pd.DataFrame, scratch: pd.DataFrame, *, level: float
     """
     own = rows[(rows["rate"] == DEFAULT) & (rows["warmup"] > 0)]
     by_seed = own.pivot_table(index="seed", columns="snapshot", values="auroc")
-    alone = scratch.set_index("seed")["auroc"]
+    return _gains_over(scratch.set_index("seed")["auroc"], by_seed, rows, level)
+
+
+def _gains_over(other: pd.Series, by_seed: pd.DataFrame, rows: pd.DataFrame, level: float) -> pd.DataFrame:
+    """What each snapshot, a column of `by_seed`, gains over `other`; intervals that hold together, after Bonferroni."""
     apart = 1 - (1 - level) / max(by_seed.shape[1], 1)
     images = rows.groupby("snapshot")["images"].first()
-    found = [{"images": images[s], **mean_of_seeds(by_seed[s] - alone, level=apart)} for s in by_seed]
+    found = [{"images": images[s], **mean_of_seeds(by_seed[s] - other, level=apart)} for s in by_seed]
     return pd.DataFrame(found, index=pd.Index(by_seed.columns, name="snapshot"))
 
 
