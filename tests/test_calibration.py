@@ -11,7 +11,13 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, confusion_matrix
 
 from chexlib.errors import ConfigError, WeightsError
-from chexlib.evaluation.calibration import Calibration, calibration_error, fit_calibration, reliability_curve
+from chexlib.evaluation.calibration import (
+    Calibration,
+    calibration_error,
+    compare_calibrations,
+    fit_calibration,
+    reliability_curve,
+)
 from chexlib.evaluation.operating import RULES, OperatingPoints, choose_points, rates_at, read_by_card, share
 from chexlib.findings import FINDINGS
 
@@ -110,6 +116,25 @@ def test_a_calibration_goes_through_json_and_keeps_its_order_of_images(method):
     order = np.argsort(scores[:, 0])
     assert (np.diff(fitted(scores)[order, 0]) >= 0).all()
     assert np.isfinite(fitted(np.array([np.zeros(14), np.ones(14)]))).all()
+
+
+def test_the_calibration_to_carry_is_the_one_that_mends_what_is_wrong():
+    labels, scores, patients = forecast(1000, temperature=2.5)
+    chosen = compare_calibrations(labels, scores, patients).idxmin()
+    assert chosen == "temperature"  # one number, learnt with less noise
+    labels, scores, patients = forecast(3000)
+    shifted = expit(logit(scores) + np.linspace(-2, 2, 14))  # which no temperature mends
+    tried = compare_calibrations(labels, shifted, patients)
+    assert tried.idxmin() == "isotonic"
+    assert tried["as trained"] == pytest.approx(np.mean((labels - shifted) ** 2))
+
+
+def test_calibrations_are_compared_on_patients_that_they_were_not_fitted_to():
+    rng = np.random.default_rng(0)
+    patients, scores = np.repeat(np.arange(100), 20), np.tile(np.linspace(0.45, 0.55, 100).repeat(20)[:, None], 14)
+    labels = rng.integers(0, 2, (100, 14)).repeat(20, axis=0).astype(float)  # nothing to learn but who is who
+    tried = compare_calibrations(labels, scores, patients)
+    assert tried["isotonic"] > tried["as trained"]
 
 
 def test_findings_with_too_few_patients_are_left_as_they_are():

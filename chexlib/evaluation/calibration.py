@@ -14,6 +14,7 @@ import pandas as pd
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
 from sklearn.isotonic import IsotonicRegression
+from sklearn.model_selection import GroupKFold
 
 from chexlib.errors import ConfigError
 from chexlib.evaluation.resampling import draw_patients, interval_of, mean_of, patients_behind
@@ -164,6 +165,30 @@ def fit_calibration(
     chosen = np.flatnonzero(enough)
     curves = {FINDINGS[i]: _isotonic(labels[known[:, i], i], scores[known[:, i], i]) for i in chosen}
     return Calibration(method, curves)
+
+
+def compare_calibrations(labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, *, folds: int = 5) -> pd.Series:
+    """Which calibration to carry, by the validation part alone: each is judged on patients it was not fitted to.
+
+    Parameters
+    ----------
+    labels, scores, patients : as of `fit_calibration`
+    folds : int
+        The patients are dealt into so many; each fold is calibrated by what was fitted to the others.
+
+    Returns
+    -------
+    Series
+        The Brier score over all labels of "as trained" and each of `METHODS`; the least is the one to use. Of
+        equal ones the first, which changes less. Brier and not ECE, which scores without any skill can have as low.
+    """
+    labels, scores, patients = np.asarray(labels, np.float64), np.asarray(scores, np.float64), np.asarray(patients)
+    judged = {"as trained": scores} | {method: np.full_like(scores, np.nan) for method in METHODS}
+    for kept, held in GroupKFold(min(folds, len(np.unique(patients)))).split(scores, groups=patients):
+        for method in METHODS:
+            fitted = fit_calibration(labels[kept], scores[kept], patients[kept], method=method)
+            judged[method][held] = fitted(scores[held])
+    return pd.Series({name: np.nanmean((labels - own) ** 2) for name, own in judged.items()}, name="brier")
 
 
 def _require(method: str) -> None:
