@@ -72,6 +72,6 @@ def pointing_bars(judged: pd.DataFrame) -> Figure:
     names = [f"{name.replace('_', ' ')} ({n})" for name, n in rows["cases"].items()]
     ax.set(yticks=y, yticklabels=names, ylabel="finding (cases)", xlim=(-0.02, 1.02))
     ax.set(xlabel="hottest place lies in the box (share of cases)")
-    ax.legend(loc="lower right", **SMALL)
+    fig.legend(loc="outside upper right", ncols=2, **SMALL)  # beside no point, wherever the points are
     plt.close(fig)
     return fig
