@@ -51,11 +51,15 @@ def rules(effects: pd.DataFrame) -> Figure:
 
 
 def updates(table: pd.DataFrame) -> Figure:
-    """Test AUROC over updates an epoch, the batch beside each point."""
+    """Test AUROC over updates an epoch, the batch beside each point, with the interval of what it lost to the first."""
     fig, ax = plt.subplots(figsize=(7, 3.4))
-    ax.plot(table["updates"], table["auroc"], "o-")
+    whiskers = np.abs(table[["low", "high"]].to_numpy(float).T - table["effect"].to_numpy(float))
+    ax.errorbar(table["updates"], table["auroc"], yerr=whiskers, fmt="o-", capsize=3)
     for batch, row in table.iterrows():
-        ax.annotate(f" {batch:,}", (row["updates"], row["auroc"]), **SMALL)
+        place = {"xytext": (7, -12), "textcoords": "offset points"}
+        ax.annotate(f"{batch:,}", (row["updates"], row["auroc"]), **place, **SMALL)
     ax.set(xscale="log", xlabel="updates an epoch (beside each point the global batch)", ylabel="mean test AUROC")
+    ax.set_xticks(table["updates"], [f"{n:g}" for n in table["updates"]])
+    ax.minorticks_off()
     plt.close(fig)
     return fig

@@ -103,9 +103,13 @@ def test_the_figures_show_the_rows():
         t.get_text() for t in transfer_figures.rules(study.rule_effects(rows)).findobj(matplotlib.text.Text)
     )
     assert "do not take the last checkpoint: contradicted" in words
-    table = pd.DataFrame({"updates": [40, 10], "auroc": [0.7, 0.6]}, index=[16, 1024])
-    texts = [t.get_text() for t in transfer_figures.updates(table).findobj(matplotlib.text.Text)]
-    assert " 1,024" in texts
+    lost = {"effect": [0.0, -0.1], "low": [0.0, -0.3], "high": [0.0, 0.1]}
+    table = pd.DataFrame({"updates": [40, 10], "auroc": [0.7, 0.6]} | lost, index=[16, 1024])
+    drawn = transfer_figures.updates(table)
+    texts = [t.get_text() for t in drawn.findobj(matplotlib.text.Text)]
+    assert {"1,024", "40", "10"} <= set(texts)
+    bars = drawn.axes[0].collections[0].get_segments()
+    np.testing.assert_allclose(bars[1][:, 1], [0.4, 0.8])  # around 0.6
     kept = pd.DataFrame({"images": [10, 20], "val_auroc": [0.5, 0.6], "learning_rate": [1e-3, 1e-4]})
     assert transfer_figures.pretraining(kept).axes[1].get_yscale() == "log"
     assert plt.get_fignums() == []
