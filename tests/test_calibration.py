@@ -137,6 +137,12 @@ def test_calibrations_are_compared_on_patients_that_they_were_not_fitted_to():
     assert tried["isotonic"] > tried["as trained"]
 
 
+def test_a_single_patient_leaves_the_scores_as_trained():
+    labels, scores, _ = forecast(30)
+    tried = compare_calibrations(labels, scores, np.zeros(30))
+    assert tried.idxmin() == "as trained" and tried.isna().tolist() == [False, True, True]
+
+
 def test_findings_with_too_few_patients_are_left_as_they_are():
     labels, scores, patients = forecast(300, temperature=2)
     labels[:, 13] = 0

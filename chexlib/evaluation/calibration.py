@@ -180,15 +180,18 @@ def compare_calibrations(labels: np.ndarray, scores: np.ndarray, patients: np.nd
     -------
     Series
         The Brier score over all labels of "as trained" and each of `METHODS`; the least is the one to use. Of
-        equal ones the first, which changes less. Brier and not ECE, which scores without any skill can have as low.
+        equal ones the first, which changes less. Of a single patient nothing can be held out: only "as trained" has a
+        score then, the others NaN. Brier and not ECE, which scores without any skill can have as low.
     """
     labels, scores, patients = np.asarray(labels, np.float64), np.asarray(scores, np.float64), np.asarray(patients)
     judged = {"as trained": scores} | {method: np.full_like(scores, np.nan) for method in METHODS}
-    for kept, held in GroupKFold(min(folds, len(np.unique(patients)))).split(scores, groups=patients):
+    folds = min(folds, len(np.unique(patients)))
+    for kept, held in GroupKFold(folds).split(scores, groups=patients) if folds > 1 else ():
         for method in METHODS:
             fitted = fit_calibration(labels[kept], scores[kept], patients[kept], method=method)
             judged[method][held] = fitted(scores[held])
-    return pd.Series({name: np.nanmean((labels - own) ** 2) for name, own in judged.items()}, name="brier")
+    squares = pd.DataFrame({name: np.ravel((labels - own) ** 2) for name, own in judged.items()})
+    return squares.mean().rename("brier")
 
 
 def _require(method: str) -> None:
