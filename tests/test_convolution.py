@@ -36,10 +36,10 @@ def test_convolutions_have_keras_outputs_and_gradients_without_avx512(
 
 
 def test_products_take_the_place_of_onednns_kernel_where_it_is_slow_and_only_there(monkeypatch):
-    def operations(flags, **settings):
+    def operations(flags, size=8, **settings):
         monkeypatch.setattr(convolution, "processor_flags", lambda: frozenset(flags))
         layer = convolution.Conv2D(4, **{"kernel_size": 3, "padding": "same", **settings})
-        layer.build((2, 8, 8, 3))
+        layer.build((2, size, size, 3))
 
         @tf.function
         def gradient(images):
@@ -47,10 +47,32 @@ def test_products_take_the_place_of_onednns_kernel_where_it_is_slow_and_only_the
                 loss = tf.reduce_sum(layer(images))
             return tape.gradient(loss, layer.kernel.value)
 
-        graph = gradient.get_concrete_function(tf.TensorSpec((2, 8, 8, 3))).graph
+        graph = gradient.get_concrete_function(tf.TensorSpec((2, size, size, 3))).graph
         return {operation.type for operation in graph.get_operations()} & {"MatMul", "Conv2DBackpropFilter"}
 
-    assert operations({"avx2"}) == {"MatMul"}
-    assert operations({"avx2", "avx512f"}) == {"Conv2DBackpropFilter"}
+    product, convolution_kernel = {"MatMul"}, {"Conv2DBackpropFilter"}
+    assert operations({"avx2"}) == product
+    assert operations({"avx2", "avx512f"}) == convolution_kernel
+    assert operations({"avx2", "avx512f"}, kernel_size=1) == product
     for other in ({"strides": 2}, {"padding": "valid"}, {"dilation_rate": 2}, {"dtype": "mixed_bfloat16"}):
-        assert operations({"avx2"}, **other) == {"Conv2DBackpropFilter"}
+        assert operations({"avx2"}, **other) == convolution_kernel
+    zen, half = {"avx512f", "avx512_bf16"}, {"dtype": "mixed_bfloat16"}
+    assert operations(zen, kernel_size=1, size=28, **half) == operations(zen, size=7, **half) == product
+    assert operations(zen, kernel_size=1, size=56, **half) == operations(zen, size=8, **half) == convolution_kernel
+    assert operations({*zen, "amx_bf16"}, kernel_size=1, **half) == convolution_kernel
+
+
+def test_products_in_bfloat16_have_the_gradients_of_float32_to_its_rounding():
+    rng = np.random.default_rng(0)
+    images, upstream = rng.normal(size=(4, 7, 7, 8)), rng.normal(size=(4, 7, 7, 6))
+    for side in (1, 3):
+        ours = convolution.kernel_gradient(tf.cast(images, tf.bfloat16), tf.cast(upstream, tf.bfloat16), side)
+        exact = tf.raw_ops.Conv2DBackpropFilter(
+            input=tf.cast(images, tf.float32),
+            filter_sizes=(side, side, 8, 6),
+            out_backprop=tf.cast(upstream, tf.float32),
+            strides=[1, 1, 1, 1],
+            padding="SAME",
+        )
+        assert ours.dtype == "bfloat16"
+        np.testing.assert_allclose(tf.cast(ours, tf.float32), exact, rtol=0.02, atol=0.02 * np.abs(exact).max())

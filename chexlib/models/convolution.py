@@ -1,7 +1,8 @@
-"""Convolutions whose gradients are matrix products, for CPUs on which oneDNN computes the gradient of weights slowly.
+"""Convolutions whose gradients are matrix products, where oneDNN computes the gradient of weights slowly.
 
 Without AVX-512, oneDNN's kernels for that gradient reach a third to a seventh of what its forward convolution and its
-matrix product do (`benchmarks/train_step.py`): of VGG-16's step they are more than half.
+matrix product do (`benchmarks/train_step.py`): of VGG-16's step they are more than half. With AVX-512 that holds for
+kernels of 1 x 1 in float32 (64 to 150 GFLOP/s a core where a product has 180 to 220), and for small images in bfloat16.
 """
 
 from __future__ import annotations
@@ -15,16 +16,25 @@ from chexlib.machine import processor_flags
 class Conv2D(keras.layers.Conv2D):
     """Drop-in for `keras.layers.Conv2D`: the same outputs, and the same gradients to rounding.
 
-    Only convolutions of float32 images with stride 1 that keep their size differ, on CPUs without AVX-512.
+    Only convolutions with stride 1 that keep the size of their images differ, where a product is faster.
     """
 
     def convolution_op(self, inputs, kernel):
         side, other, channels, _ = kernel.shape
         keeps_size = self.strides == (1, 1) and side == other and side % 2 and (side == 1 or self.padding == "same")
         plain = self.dilation_rate == (1, 1) and inputs.shape[-1] == channels and None not in inputs.shape[1:]
-        if not (keeps_size and plain and inputs.dtype == "float32") or "avx512f" in processor_flags():
-            return super().convolution_op(inputs, kernel)
-        return _convolve(inputs, kernel)
+        if keeps_size and plain and _product_is_faster(side, inputs.shape[1] * inputs.shape[2], inputs.dtype):
+            return _convolve(inputs, kernel)
+        return super().convolution_op(inputs, kernel)
+
+
+def _product_is_faster(side: int, places: int, dtype: str) -> bool:
+    """Whether `kernel_gradient` beats oneDNN's kernel on this CPU for images of so many places, as measured."""
+    flags = processor_flags()
+    if dtype == "float32":
+        return side == 1 or "avx512f" not in flags
+    native = "avx512_bf16" in flags and "amx_bf16" not in flags  # AMX was not measured
+    return dtype == "bfloat16" and native and places <= {1: 28 * 28, 3: 7 * 7}.get(side, 0)
 
 
 def _convolve(images, kernel):
@@ -62,19 +72,22 @@ def kernel_gradient(images, upstream, side: int):
 
     Parameters
     ----------
-    images : (n, h, w, c_in) float32
-    upstream : (n, h, w, c_out) float32
+    images : (n, h, w, c_in) float32 or bfloat16
+    upstream : (n, h, w, c_out), of the same type
         Gradient of the outputs.
     side : int
         Of the kernel: odd.
 
     Returns
     -------
-    (side, side, c_in, c_out) float32
+    (side, side, c_in, c_out), of the same type
     """
     import tensorflow as tf
 
     count, (_, height, width, inputs), outputs = tf.shape(images)[0], images.shape, upstream.shape[-1]
+    if side == 1:
+        flat = tf.reshape(images, [-1, inputs]), tf.reshape(upstream, [-1, outputs])
+        return tf.matmul(*flat, transpose_a=True)[None, None]
     pad = side // 2
     rows = tf.reshape(tf.pad(images, [[0, 0], [pad, pad], [0, 0], [0, 0]]), [-1, inputs])
     wide = tf.pad(upstream, [[0, 0], [0, 2 * pad], [pad, pad], [0, 0]])
