@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from bench import frozen_workers, take_turns
-from train_step import PRECISIONS, ours, parser, stock
+from train_step import PRECISIONS, ours, parser, stock, stock_name
 
 from chexlib.data.cache import FOLDER, ImageStore
 from chexlib.data.nih import load_radiographs
@@ -43,7 +43,8 @@ def main() -> None:
         settings["precision"] = PRECISIONS[asked.precision]
         files = {**settings, "paths": paths}
         mine = f"chexlib {ranks}x{threads}"
-        jobs = {mine: ours(files, ranks, threads), "stock Keras, Python loader": stock(files)}
+        theirs = f"{stock_name(asked)}, Python loader"
+        jobs = {mine: ours(files, ranks, threads), theirs: stock(files, asked.stock_precision)}
         with frozen_workers(jobs) as workers:
             speeds = take_turns(workers, rounds=asked.rounds, steps=asked.steps, of=statistics.mean)
     facts = {**settings, "data": Path(data).name, "images": len(paths)}

@@ -7,7 +7,8 @@ Prints one JSON line for each thing that was measured. `images_per_second` is th
 median over its steps; `peak_fraction` is its floating-point operations (of the convolutions and matrix products in the
 step's graph) over those of a large matrix product in the same rounds; `ratio` is the median over rounds of our speed
 over the peer's in the same round. Without --ranks and --threads two layouts are measured, one rank with all cores and
-one rank a core, and the last line of each peer compares the best of ours with the best of its own.
+one rank a core, and the last line of each peer compares the best of ours with the best of its own. --weak measures
+one rank of one thread too, alone on its core, and tells the efficiency of weak scaling from it to one rank a core.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--topology", choices=TOPOLOGIES, default="densenet121")
     options.add_argument("--precision", choices=PRECISIONS, default="float32")
+    options.add_argument("--stock-precision", choices=PRECISIONS, help="stock Keras', if it is not to be that one")
     options.add_argument("--ranks", type=int, default=0)
     options.add_argument("--threads", type=int, default=0)
     options.add_argument("--batch-per-rank", type=int, default=16)
@@ -46,9 +48,15 @@ def ours(settings: dict, ranks: int, threads: int) -> tuple:
     return *command(settings, ranks=ranks, threads=threads), ranks * settings["batch_per_rank"]
 
 
-def stock(settings: dict) -> tuple:
+def stock(settings: dict, precision: str | None = None) -> tuple:
     """Stock Keras in one process, with TensorFlow's own choice of threads and kernels."""
+    settings = {**settings, "precision": PRECISIONS[precision or settings["precision"]]}
     return [sys.executable, str(WORKERS / "stock_keras.py"), json.dumps(settings)], {}, settings["batch_per_rank"]
+
+
+def stock_name(asked: argparse.Namespace) -> str:
+    """What its lines call it: with its precision where that is another."""
+    return "stock Keras" + (f" in {PRECISIONS[asked.stock_precision]}" if asked.stock_precision else "")
 
 
 def torch_ddp(python: str, settings: dict, ranks: int, threads: int) -> tuple:
@@ -68,6 +76,7 @@ def main() -> None:
     peer = Path(__file__).parent / ".torch" / "bin" / "python"  # made by `make peer`
     options.add_argument("--torch", default=str(peer) if peer.exists() else "", help="a Python that has PyTorch")
     options.add_argument("--no-stock", action="store_true", help="leave stock Keras out")
+    options.add_argument("--weak", action="store_true", help="one rank of one thread too")
     asked = options.parse_args()
     settings = {
         "topology": asked.topology,
@@ -79,9 +88,10 @@ def main() -> None:
     ranks = asked.ranks or max(1, cores() // (asked.threads or 1))
     layouts = [(ranks, asked.threads or max(1, cores() // ranks))] if given else [(1, cores()), (cores(), 1)]
     jobs = {"peak": peak(settings["precision"])}
-    jobs |= {f"chexlib {r}x{t}": ours(settings, r, t) for r, t in layouts}
+    weak = [(1, 1)] if asked.weak and not given else []
+    jobs |= {f"chexlib {r}x{t}": ours(settings, r, t) for r, t in layouts + weak}
     if not asked.no_stock:
-        jobs["stock Keras"] = stock(settings)
+        jobs[stock_name(asked)] = stock(settings, asked.stock_precision)
     if asked.torch:
         jobs |= {f"PyTorch {r}x{t}": torch_ddp(asked.torch, settings, r, t) for r, t in layouts}
     with frozen_workers(jobs) as workers:
@@ -91,6 +101,10 @@ def main() -> None:
 
     def best(who: str) -> str:
         return max((n for n in speeds if n.startswith(who)), key=lambda name: statistics.median(speeds[name]))
+
+    def report(what: str, ratios: list[float]) -> None:
+        line = {**settings, "what": what, "ratio": round(statistics.median(ratios), 3)}
+        print(json.dumps({**line, "rounds": [round(ratio, 3) for ratio in ratios]}))
 
     mine = best("chexlib")
     for name, found in speeds.items():
@@ -104,8 +118,11 @@ def main() -> None:
         if any(name.startswith(peer) for name in speeds):
             other = best(peer)
             ratios = [a / b for a, b in zip(speeds[mine], speeds[other], strict=True)]
-            line = {**settings, "what": f"{mine} over {other}", "ratio": round(statistics.median(ratios), 3)}
-            print(json.dumps({**line, "rounds": [round(ratio, 3) for ratio in ratios]}))
+            report(f"{mine} over {other}", ratios)
+    if weak:
+        many = cores()
+        both = zip(speeds[f"chexlib {many}x1"], speeds["chexlib 1x1"], strict=True)
+        report(f"weak scaling, 1 to {many} ranks", [all_ranks / (many * one) for all_ranks, one in both])
 
 
 if __name__ == "__main__":

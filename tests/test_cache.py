@@ -145,6 +145,17 @@ def test_a_broken_image_is_named_and_what_was_decoded_before_is_kept(files, own_
     assert len(own_cache) == kept + 1
 
 
+def test_a_build_holds_few_rows_at_a_time_whatever_it_is_given(files, own_cache, monkeypatch):
+    """Of 20,000 images as of 1,000: `benchmarks/input_pipeline.py memory` measures it."""
+    monkeypatch.setattr(cache, "_ROWS", 4)
+    monkeypatch.setattr(cache, "_CHUNK", 2)
+    store = ImageStore(files[0], size=24)
+    assert [path.stat().st_size // 24**2 for path in pixel_files(24)].count(4) == 2 and len(pixel_files(24)) == 3
+    np.testing.assert_array_equal(store.take(range(11)), files[1])
+    np.testing.assert_array_equal(ImageStore(files[0][::-1], size=24).take(range(11)), files[1][::-1])
+    assert len(own_cache) == 11
+
+
 def test_a_cache_that_cannot_be_written_says_which_folder_and_what_to_do(files, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv(cache.FOLDER, str(tmp_path / "file"))
