@@ -22,6 +22,10 @@ _SIGNATURES = (
     (r"HYDRA|MPICH", "MPICH"),
 )
 
+# TCP connections of Open MPI between two ranks. Over one, two ranks that send to each other at once, as in an
+# allreduce, have 0.7 of the cable; over two 0.94: measured on emulated hosts at 100 and 400 Mbit/s.
+TCP_LINKS = "2"
+
 
 @dataclass(frozen=True)
 class Mpi:
@@ -58,7 +62,8 @@ class Mpi:
                 local = [] if five else ["--mca", "oob_tcp_if_include", "lo"]
                 return [*root, *common, *local, "--mca", "btl", through]
             runtime = ["--prtemca", "prte_if_include"] if five else ["--mca", "oob_tcp_if_include"]
-            wire = [*runtime, network, "--mca", "btl", f"{through},tcp", "--mca", "btl_tcp_if_include", network]
+            wire = [*runtime, network, "--mca", "btl", f"{through},tcp", "--mca", "btl_tcp_links", TCP_LINKS]
+            wire += ["--mca", "btl_tcp_if_include", network]
             return [*root, *common, "--host", places, *wire, *(word for name in export for word in ("-x", name))]
         if self.family == "Intel MPI":
             settings = {"I_MPI_PIN": "0", "I_MPI_FABRICS": "shm:ofi" if hosts else "shm", "I_MPI_WAIT_MODE": "1"}
