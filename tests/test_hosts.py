@@ -241,5 +241,5 @@ def test_each_mpi_is_told_of_hosts_in_its_own_words_and_else_stays_here(text, ac
     alone, several = flags(text) + " ", flags(text, ("a", 2), ("b", 1)) + " "
     assert f"{here} " in alone and f"{here} " not in several and "host" not in alone and "10.0.0.0" not in alone
     assert f"{across} " in several and ("--host" if "Open MPI" in text else "-hosts") + " a:2,b:1 " in several
-    exported = "--mca btl_tcp_links 2 --mca btl_tcp_if_include 10.0.0.0/24 -x OMP_NUM_THREADS -x PYTHONPATH "
+    exported = "--mca btl_tcp_flags send --mca btl_tcp_if_include 10.0.0.0/24 -x OMP_NUM_THREADS -x PYTHONPATH "
     assert (exported in several) is ("Open MPI" in text)

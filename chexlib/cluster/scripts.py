@@ -6,7 +6,7 @@ import math
 import shlex
 from collections.abc import Sequence
 
-from chexlib.cluster.profiles import TCP_LINKS, thread_environment
+from chexlib.cluster.profiles import TCP_FLAGS, thread_environment
 from chexlib.errors import ConfigError
 
 _SCRIPT = """#!/bin/bash
@@ -70,7 +70,7 @@ def launch_script(
         raise ConfigError(f"{wrong[0]!r} is no option of sbatch. Write for instance --partition=skx.")
     # Slurm starts the ranks, by PMIx if Open MPI is to find its world; a waiting rank yields, as under our mpiexec.
     own = {"SLURM_MPI_TYPE": "pmix", "OMPI_MCA_mpi_yield_when_idle": "1", "I_MPI_WAIT_MODE": "1"}
-    own["OMPI_MCA_btl_tcp_links"] = TCP_LINKS
+    own["OMPI_MCA_btl_tcp_flags"] = TCP_FLAGS
     environment = {**thread_environment(threads), **own}
     minutes = math.ceil(hours * 60)
     return _SCRIPT.format(
