@@ -22,8 +22,8 @@ _SIGNATURES = (
     (r"HYDRA|MPICH", "MPICH"),
 )
 
-# How Open MPI brings messages over TCP. By its own choice ("put" too) two ranks that send to each other at once, as in
-# an allreduce, often have 0.65 of the cable, so 0.94: measured under Horovod on emulated hosts, 100 and 400 Mbit/s.
+# How Open MPI brings messages over TCP. With "put", which it prefers, two ranks that send to each other at once, as in
+# an allreduce, often have 0.65 of the cable, and 0.94 without: under Horovod on emulated hosts, 100 and 400 Mbit/s.
 TCP_FLAGS = "send"
 
 
