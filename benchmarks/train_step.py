@@ -88,7 +88,9 @@ def main() -> None:
     ranks = asked.ranks or max(1, cores() // (asked.threads or 1))
     layouts = [(ranks, asked.threads or max(1, cores() // ranks))] if given else [(1, cores()), (cores(), 1)]
     jobs = {"peak": peak(settings["precision"])}
-    weak = [(1, 1)] if asked.weak and not given else []
+    if asked.weak and given:
+        options.error("--weak measures layouts of its own. Leave out --ranks and --threads.")
+    weak = [(1, 1)] if asked.weak else []
     jobs |= {f"chexlib {r}x{t}": ours(settings, r, t) for r, t in layouts + weak}
     if not asked.no_stock:
         jobs[stock_name(asked)] = stock(settings, asked.stock_precision)
