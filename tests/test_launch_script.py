@@ -46,6 +46,7 @@ def test_the_script_asks_for_nodes_ranks_threads_and_time(script):
     }
     exported = dict(line.removeprefix("export ").split("=", 1) for line in lines if line.startswith("export "))
     assert thread_environment(22).items() <= exported.items()
+    assert exported["OMPI_MCA_btl_tcp_flags"] == "send"  # where its ranks speak over TCP
     assert any("'settings of mine.json'" in line for line in lines)
 
 
