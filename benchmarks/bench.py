@@ -24,10 +24,10 @@ WORKERS = Path(__file__).parent / "workers"
 
 
 class Worker:
-    """One of the peers. `images` is what a step of it processes."""
+    """One of the peers. `images` is what a step of it processes; with `sign` -1 it is asked for steps below 0."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], images: float):
-        self.images, self.facts = images, {}
+    def __init__(self, command: list[str], environment: dict[str, str], images: float, sign: int = 1):
+        self.images, self.sign, self.facts = images, sign, {}
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the worker
         self.process = subprocess.Popen(
             command,
@@ -54,7 +54,7 @@ class Worker:
         if self.process.poll() is None:
             self._signal(signal.SIGCONT)
             with contextlib.suppress(BrokenPipeError):
-                self.process.stdin.write(f"{n}\n")
+                self.process.stdin.write(f"{self.sign * n}\n")
                 self.process.stdin.flush()
             for line in self.process.stdout:
                 if line.startswith("{"):

@@ -4,7 +4,7 @@ python -m chexlib.scaling.throughput '{"topology": "densenet121", "size": 224, "
 
 is a rank (under mpiexec: ranks) that reads numbers of steps from its input, 0 being the end, takes them with
 `DataParallelTrainer.fit` on random radiographs or on `paths`, and answers with the seconds of each. Of a number below
-0 the steps are taken by every rank for itself, at the same time and with nothing communicated, and the seconds are the
+0 the steps are taken by every rank for itself, begun together and with nothing communicated, and the seconds are the
 slowest rank's.
 """
 
@@ -185,18 +185,20 @@ def serve(settings: dict) -> None:
         pixels = tf.constant(rng.uniform(0, 255, (batch, size, size, 1)), tf.float32)
         labels = tf.constant(rng.random((batch, 14)) > 0.9, tf.float32)
         data = tf.data.Dataset.from_tensors((pixels, labels, tf.ones(batch))).cache().repeat()
-    ends, busy, wait = [], [], []  # from one end of a step to the next the wait for the batch is counted too
+    began, ends, busy, wait = [], [], [], []
 
     def note(trainer):
-        began = []
+        def begin(step, logs=None):
+            if trainer is alone:
+                world.meet()  # ranks that share processors share them in a step
+            began.append(time.time())
 
         def end(step, logs=None):
-            ends.append(time.perf_counter())
+            ends.append(time.time())
             busy.append(trainer.told()["busy"])
             wait.append(float(trainer.fed.numpy()) - began[-1])
 
-        begin = {"on_train_batch_begin": lambda step, logs=None: began.append(time.time())}
-        return keras.callbacks.LambdaCallback(**begin, on_train_batch_end=end)
+        return keras.callbacks.LambdaCallback(on_train_batch_begin=begin, on_train_batch_end=end)
 
     if world.first:
         gradients = 4 * sum(v.value.shape.num_elements() for v in model.trainable_variables)
@@ -204,11 +206,11 @@ def serve(settings: dict) -> None:
         print(json.dumps(facts), flush=True)
     while steps := world.share(lambda: int(sys.stdin.readline() or 0)):
         trainer = together if steps > 0 else alone
-        ends[:], busy[:], wait[:] = [time.perf_counter()], [], []
+        began[:], ends[:], busy[:], wait[:] = [], [time.time()], [], []
         trainer.fit(data, steps_per_epoch=abs(steps), callbacks=[note(trainer)], verbose=0, shuffle=False)
-        seconds = np.diff(ends)
+        seconds = np.diff(ends)  # from one end of a step to the next the wait for the batch is counted too
         if steps < 0:
-            seconds = np.max(world.gather(seconds), axis=0)
+            seconds = np.max(world.gather(np.subtract(ends[1:], began)), axis=0)
         if world.first:
             detail = {"seconds": seconds.tolist(), "busy": busy, "wait": wait}
             print(json.dumps(detail if settings.get("detail") else seconds.tolist()), flush=True)

@@ -81,6 +81,10 @@ class World:
             raise answer
         return answer
 
+    def meet(self) -> None:
+        """Return when every rank has called this."""
+        self.gather(None)
+
     def gather(self, value: Any) -> list:
         """The picklable `value` of every rank, in the order of ranks, on every rank."""
         if self.ranks == 1:
