@@ -265,7 +265,7 @@ def test_the_fit_finds_what_made_the_times_and_predicts_the_other_half():
 @pytest.mark.skipif(bool(reason := why_not()), reason=reason)
 def test_steps_are_measured_between_hosts_and_a_slower_cable_shows(tmp_path):
     points = launches(["vgg16"], [2], size=32, batch=1)[:1]
-    found = measure_wires(points, [3e8, 1e10], tmp_path / "wires.parquet", steps=1)
+    found = measure_wires(points, [3e8, 1e10], tmp_path / "wires.parquet", turns=1)
     slow, fast = found.sort_values("rate").itertuples()
     assert (slow.rate, fast.rate) == (3e8, 1e10) and slow.compute > 0
     least = 58.9e6 * 8 / 3e8  # seconds in which the gradients can cross

@@ -35,7 +35,7 @@ def why_not() -> str:
     """Reason why hosts cannot be made here, "" if they can."""
     if os.geteuid() != 0:
         return "hosts can be made by root only"
-    for tool in ("ip", "tc", "unshare", "nsenter", "mount", "bash"):
+    for tool in ("ip", "tc", "unshare", "nsenter", "mount", "bash", "taskset"):
         if shutil.which(tool) is None:
             return f"there is no command {tool}"
     trial = "hostname trial && ip link set lo up && ip link add x0 type veth peer name x1 && mount -t tmpfs none /mnt"
@@ -48,8 +48,9 @@ def why_not() -> str:
 class Host:
     """One of them, or the switch that joins them."""
 
-    def __init__(self, name: str, ip: str, tmp: Path, hosts_file: Path):
+    def __init__(self, name: str, ip: str, tmp: Path, hosts_file: Path, processor: int | None = None):
         self.name, self.ip, self.tmp = name, ip, tmp
+        self._own = [] if processor is None else ["taskset", "--cpu-list", str(processor)]
         script = (
             f"hostname {name} && mount --bind {hosts_file} /etc/hosts && mount -t tmpfs none {tmp} && echo up; read"
         )
@@ -66,7 +67,7 @@ class Host:
         """`command` as it is run on this host, with our environment if none is given."""
         bare = ["-i", *env] if env is not None else []
         place = ["env", "-C", folder or os.getcwd(), *bare, f"TMPDIR={self.tmp}"]
-        return ["nsenter", f"--target={self.pid}", *NAMESPACES, "--", *place, *command]
+        return ["nsenter", f"--target={self.pid}", *NAMESPACES, "--", *self._own, *place, *command]
 
     def ip_command(self, words: str, *, tool: str = "ip") -> None:
         """For example "link set veth0 down"."""
@@ -90,12 +91,16 @@ class Host:
 
 
 class EmulatedHosts:
-    """Hosts called hostA, hostB, ...; `agent` stands for ssh between them; `folder` is seen by all."""
+    """Hosts called hostA, hostB, ...; `agent` stands for ssh between them; `folder` is seen by all.
+
+    With `pinned` each host has one processor of this machine, in turn, instead of all of them: where there are more
+    ranks than processors the system deals them out well or badly for seconds at a time, and steps differ by half.
+    """
 
     network = NETWORK
 
-    def __init__(self, n: int = 2):
-        self.names = [f"host{chr(ord('A') + i)}" for i in range(n)]
+    def __init__(self, n: int = 2, *, pinned: bool = False):
+        self.names, self.pinned = [f"host{chr(ord('A') + i)}" for i in range(n)], pinned
 
     def __enter__(self):
         self.folder, self._open, self._logged_in = Path(tempfile.mkdtemp(prefix="hosts-")), {}, []
@@ -114,8 +119,9 @@ class EmulatedHosts:
         switch = self._open["switch"] = Host("switch", "", tmp, file)
         switch.ip_command("link add bridge type bridge")
         switch.ip_command("link set bridge up")
-        for name, ip in addresses.items():
-            host = self._open[name] = Host(name, ip, tmp, file)
+        places = itertools.cycle(sorted(os.sched_getaffinity(0)) if self.pinned else [None])
+        for (name, ip), place in zip(addresses.items(), places, strict=False):
+            host = self._open[name] = Host(name, ip, tmp, file, place)
             host.ip_command(f"link add {INTERFACE} type veth peer name {name} netns {switch.pid}")
             switch.ip_command(f"link set {name} master bridge up")
             host.ip_command(f"addr add {ip}/24 dev {INTERFACE}")

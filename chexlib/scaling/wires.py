@@ -53,7 +53,7 @@ def launches(topologies: Sequence[str], hosts: Sequence[int], *, size: int, batc
     ]
 
 
-def measure_wires(points: Sequence[Mapping], rates: Sequence[float], table: str | Path, *, steps: int = 3):
+def measure_wires(points: Sequence[Mapping], rates: Sequence[float], table: str | Path, *, turns: int = 4):
     """Seconds of a step in every launch at every rate; a launch that `table` has is not repeated.
 
     Parameters
@@ -61,7 +61,8 @@ def measure_wires(points: Sequence[Mapping], rates: Sequence[float], table: str 
     points : from `launches`
     rates : bits a second
     table : Parquet file of finished launches
-    steps : of which the median counts, after one that does not; where steps are short more, up to 5 seconds of them
+    turns : in each, first every rank steps for itself and then all together: one to five steps, as many as fit into 5
+        seconds of all turns, the median counting, after one that does not count. The mean over turns is told.
 
     Returns
     -------
@@ -74,7 +75,7 @@ def measure_wires(points: Sequence[Mapping], rates: Sequence[float], table: str 
     ClusterError
         The ranks ended or did not answer.
     """
-    how = {"rates": ",".join(f"{rate:g}" for rate in rates), "steps": steps, "spent": 5}
+    how = {"rates": ",".join(f"{rate:g}" for rate in rates), "turns": turns, "spent": 5}
     asked = [{**point, **how} for point in points]
     rows = run_grid(asked, table, lambda point, folder: _launch(point))
     keep = ["topology", "size", "batch", "hosts", "per_host", "algorithm"]
@@ -92,11 +93,11 @@ def _launch(point: Mapping, timeout: float = 900) -> dict:
 
 def _served(point: Mapping, timeout: float) -> dict:
     settings = {"topology": point["topology"], "size": point["size"], "batch_per_rank": point["batch"]}
-    settings["precision"], steps, mpi = "float32", point["steps"], find_mpi()
+    settings["precision"], turns, mpi = "float32", point["turns"], find_mpi()
     own = {**thread_environment(1), "OMPI_MCA_coll_tuned_use_dynamic_rules": "1", "OMPI_MCA_coll": "^han"}
     own["OMPI_MCA_coll_tuned_allreduce_algorithm"] = str(_MCA[point["algorithm"]])
     passed = [name for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ]
-    with EmulatedHosts(point["hosts"]) as hosts, tempfile.TemporaryFile("w+") as said:
+    with EmulatedHosts(point["hosts"], pinned=True) as hosts, tempfile.TemporaryFile("w+") as said:
         flags = [*mpi.flags(hosts.slots(point["per_host"]), hosts.network, [*own, *passed])]
         command = [mpi.command, "-n", str(point["hosts"] * point["per_host"]), *flags, *hosts.agent_flags]
         serve = [sys.executable, "-m", "chexlib.scaling.throughput", json.dumps(settings)]
@@ -119,11 +120,11 @@ def _served(point: Mapping, timeout: float) -> dict:
             take(2)
             found = {}
             for rate in map(float, point["rates"].split(",")):
-                hosts.limit(rate)  # alone before and after, so that a machine that slows down does so in both
-                n = max(steps, min(5 * steps, int(point["spent"] / take(2)[1])))
-                before = take(-n - 1)[1:]
-                found[f"seconds_{rate:g}"] = statistics.median(take(n + 1)[1:])
-                found[f"compute_{rate:g}"] = statistics.median([*before, *take(-n - 1)[1:]])
+                hosts.limit(rate)
+                n = max(1, min(5, int(point["spent"] / turns / take(2)[1])))
+                pairs = [[statistics.median(take(sign * (n + 1))[1:]) for sign in (-1, 1)] for _ in range(turns)]
+                # The system deals ranks to processors anew each time, well or badly: hence turns, and their mean.
+                found[f"compute_{rate:g}"], found[f"seconds_{rate:g}"] = np.mean(pairs, axis=0).tolist()
             return found
         except BrokenPipeError:
             said.seek(0)
