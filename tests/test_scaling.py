@@ -3,12 +3,15 @@
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from chexlib.cluster.emulated import why_not
+from chexlib.cluster.emulated import EmulatedHosts, why_not
 from chexlib.errors import ConfigError
 from chexlib.scaling.clusters import FLOP_90_EPOCHS, PEAK_RUNS, study_clusters, study_horovod, study_job, study_speed
 from chexlib.scaling.model import (
@@ -259,6 +262,16 @@ def test_the_fit_finds_what_made_the_times_and_predicts_the_other_half():
     for name in ("payload", "handling", "copying"):
         assert unknowns.loc[name, "low"] < truth[name] < unknowns.loc[name, "high"], name
         assert unknowns.loc[name, "value"] == pytest.approx(truth[name], rel=0.1)
+
+
+@pytest.mark.hosts
+@pytest.mark.skipif(bool(reason := why_not()), reason=reason)
+def test_pinned_hosts_have_a_processor_each_in_turn():
+    ask = [sys.executable, "-c", "import os; print(*os.sched_getaffinity(0))"]
+    mine = sorted(os.sched_getaffinity(0))
+    with EmulatedHosts(3, pinned=True) as hosts:
+        found = [subprocess.run(hosts[i].wrap(ask), capture_output=True, text=True).stdout.split() for i in range(3)]
+    assert found == [[str(mine[i % len(mine)])] for i in range(3)]
 
 
 @pytest.mark.hosts

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import os
 import statistics
 import subprocess
@@ -136,9 +137,8 @@ def _served(point: Mapping, timeout: float) -> dict:
 
 
 def wire_seconds(row: Mapping, workload: Workload, unknown: Mapping, processors: int) -> float:
-    """The model's word on a setting. Ranks share the processors, so each handles and copies the slower."""
-    ranks = row["hosts"] * row["per_host"]
-    shared = max(1.0, ranks / processors)
+    """The model's word on a setting. Hosts are dealt to processors, and ranks that share one handle and copy slower."""
+    shared = row["per_host"] * math.ceil(row["hosts"] / processors)
     wire = Link(unknown["latency"], row["rate"] / 8 * unknown["payload"])
     memory = Link(0.0, 1 / (shared * unknown["copying"]))
     fabric = Fabric(memory, wire, handling=shared * unknown["handling"], copying=shared * unknown["copying"])
