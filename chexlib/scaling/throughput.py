@@ -191,12 +191,12 @@ def serve(settings: dict) -> None:
         def begin(step, logs=None):
             if trainer is alone:
                 world.meet()  # ranks that share processors share them in a step
-            began.append(time.time())
+            began.append((time.perf_counter(), time.time()))
 
         def end(step, logs=None):
-            ends.append(time.time())
+            ends.append(time.perf_counter())
             busy.append(trainer.told()["busy"])
-            wait.append(float(trainer.fed.numpy()) - began[-1])
+            wait.append(float(trainer.fed.numpy()) - began[-1][1])
 
         return keras.callbacks.LambdaCallback(on_train_batch_begin=begin, on_train_batch_end=end)
 
@@ -206,11 +206,11 @@ def serve(settings: dict) -> None:
         print(json.dumps(facts), flush=True)
     while steps := world.share(lambda: int(sys.stdin.readline() or 0)):
         trainer = together if steps > 0 else alone
-        began[:], ends[:], busy[:], wait[:] = [], [time.time()], [], []
+        began[:], ends[:], busy[:], wait[:] = [], [time.perf_counter()], [], []
         trainer.fit(data, steps_per_epoch=abs(steps), callbacks=[note(trainer)], verbose=0, shuffle=False)
         seconds = np.diff(ends)  # from one end of a step to the next the wait for the batch is counted too
         if steps < 0:
-            seconds = np.max(world.gather(np.subtract(ends[1:], began)), axis=0)
+            seconds = np.max(world.gather(np.subtract(ends[1:], [start for start, _ in began])), axis=0)
         if world.first:
             detail = {"seconds": seconds.tolist(), "busy": busy, "wait": wait}
             print(json.dumps(detail if settings.get("detail") else seconds.tolist()), flush=True)

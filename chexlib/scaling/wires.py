@@ -121,10 +121,9 @@ def _served(point: Mapping, timeout: float) -> dict:
             take(2)
             found = {}
             for rate in map(float, point["rates"].split(",")):
-                hosts.limit(rate)
+                hosts.limit(rate)  # in turns, so that a machine that slows down does so in both
                 n = max(1, min(5, int(point["spent"] / turns / take(2)[1])))
                 pairs = [[statistics.median(take(sign * (n + 1))[1:]) for sign in (-1, 1)] for _ in range(turns)]
-                # The system deals ranks to processors anew each time, well or badly: hence turns, and their mean.
                 found[f"compute_{rate:g}"], found[f"seconds_{rate:g}"] = np.mean(pairs, axis=0).tolist()
             return found
         except BrokenPipeError:
