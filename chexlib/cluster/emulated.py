@@ -50,7 +50,7 @@ class Host:
 
     def __init__(self, name: str, ip: str, tmp: Path, hosts_file: Path, processor: int | None = None):
         self.name, self.ip, self.tmp = name, ip, tmp
-        self._own = [] if processor is None else ["taskset", "--cpu-list", str(processor)]
+        self._pin = [] if processor is None else ["taskset", "--cpu-list", str(processor)]
         script = (
             f"hostname {name} && mount --bind {hosts_file} /etc/hosts && mount -t tmpfs none {tmp} && echo up; read"
         )
@@ -67,7 +67,7 @@ class Host:
         """`command` as it is run on this host, with our environment if none is given."""
         bare = ["-i", *env] if env is not None else []
         place = ["env", "-C", folder or os.getcwd(), *bare, f"TMPDIR={self.tmp}"]
-        return ["nsenter", f"--target={self.pid}", *NAMESPACES, "--", *self._own, *place, *command]
+        return ["nsenter", f"--target={self.pid}", *NAMESPACES, "--", *self._pin, *place, *command]
 
     def ip_command(self, words: str, *, tool: str = "ip") -> None:
         """For example "link set veth0 down"."""
