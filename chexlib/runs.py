@@ -228,11 +228,14 @@ def show_log(level: int = logging.INFO) -> None:
 
 @functools.cache
 def _commit() -> str | None:
+    """With "-dirty" if files differ from it; not for reference results, which a run that keeps them writes itself."""
+    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
     try:
-        answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+        commit = git(["git", "describe", "--always"]).stdout.strip()
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no", "--", ":!data/reference"]).stdout
     except OSError:  # no git here
         return None
-    return answer.stdout.strip() or None
+    return commit + "-dirty" * bool(changed) or None
 
 
 def _version(package: str) -> str | None:

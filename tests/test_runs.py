@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import subprocess
 from datetime import datetime
 
 import numpy as np
@@ -230,6 +231,32 @@ def test_a_machine_without_git_still_starts_a_run(tmp_path, monkeypatch):
     runs._commit.cache_clear()
     run = runs.start("x", run_dir=str(tmp_path / "run"))
     assert read(run.path / "environment.json")["commit"] is None
+
+
+def test_changed_code_makes_a_commit_dirty_and_kept_reference_results_do_not(project):
+    def commit():
+        runs._commit.cache_clear()
+        return runs.environment()["commit"]
+
+    def git(*words):
+        author = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", *author, *words], cwd=project, check=True, capture_output=True)
+
+    assert commit() is None  # no repository
+    result = project / "data" / "reference" / "03.json"
+    result.parent.mkdir(parents=True)
+    for file in (result, project / "code.py"):
+        file.write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "First")
+    clean = commit()
+    assert clean and "dirty" not in clean
+    result.write_text("2")
+    (project / "notes.txt").write_text("untracked")
+    assert commit() == clean
+    (project / "code.py").write_text("2")
+    assert commit() == f"{clean}-dirty"
 
 
 def test_the_watermark_names_versions_and_machine():
