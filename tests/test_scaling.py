@@ -1,5 +1,6 @@
 """The scaling model: against messages passed one by one, against hand-worked cases, and its fit."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -92,7 +93,10 @@ def tree(world):
 @pytest.mark.parametrize(
     ("algorithm", "simulate"), [("ring", ring), ("recursive doubling", recursive_doubling), ("tree", tree)]
 )
-@pytest.mark.parametrize(("nodes", "per_node"), [(2, 1), (3, 1), (4, 1), (7, 1), (1, 4), (2, 2), (4, 4), (8, 2)])
+@pytest.mark.parametrize(
+    ("nodes", "per_node"),
+    [(2, 1), (3, 1), (4, 1), (7, 1), (1, 3), (1, 4), (2, 2), (2, 3), (2, 6), (3, 2), (4, 4), (4, 5), (5, 3), (8, 2)],
+)
 @pytest.mark.parametrize("size", [4e3, 1e8])
 def test_an_allreduce_takes_what_its_messages_take(algorithm, simulate, nodes, per_node, size):
     world = Ranks(nodes, per_node, size, FABRIC)
@@ -106,6 +110,8 @@ def test_two_levels_send_the_gradients_over_the_card_once():
     alone = allreduce_seconds(1e8, nodes=4, per_node=1, fabric=FABRIC)
     inside = allreduce_seconds(1e8, nodes=1, per_node=8, fabric=FABRIC)
     assert hierarchical_seconds(1e8, nodes=4, per_node=8, fabric=FABRIC) == pytest.approx(alone + inside)
+    slow = dataclasses.replace(FABRIC, copying=1e-9)  # once into the fusion buffer and back
+    assert hierarchical_seconds(1e8, nodes=4, per_node=8, fabric=slow) == pytest.approx(alone + inside + 0.1)
 
 
 @pytest.mark.parametrize("wrong", [{"algorithm": "gossip"}, {"nodes": 0}])

@@ -69,6 +69,12 @@ def test_an_interrupted_sweep_goes_on_where_it_was(measured, tmp_path, monkeypat
     assert len(tune(sweep=sweep, progress=False)) == 3 == len(measured)
 
 
+def test_points_of_fewer_steps_do_not_count(measured, tmp_path):
+    for steps, calls in [(2, 3), (6, 6), (2, 6)]:
+        tune(sweep=tmp_path / "sweep.json", steps=steps, progress=False)
+        assert len(measured) == calls
+
+
 def test_points_of_another_machine_do_not_count(measured, tmp_path):
     tune(sweep=tmp_path / "sweep.json", progress=False)
     rows = json.loads((tmp_path / "sweep.json").read_text())
@@ -90,6 +96,9 @@ def test_a_layout_that_fails_is_left_out_and_said(measured, tmp_path, monkeypatc
     assert "no memory for two" in caplog.text
     assert table["images_per_second"].isna().tolist() == [False, False, True]
     assert save_winner(table, tmp_path / "tuned.yaml") == {"engines": 1, "threads": 2}
+    monkeypatch.setattr(module, "measure", whole)  # it was a bad hour: what failed is measured again, no more
+    assert tune(sweep=tmp_path / "sweep.json", progress=False)["images_per_second"].notna().all()
+    assert len(measured) == 3
     with pytest.raises(ConfigError, match="no layout"):
         save_winner(table[2:], tmp_path / "other.yaml")
 

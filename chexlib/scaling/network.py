@@ -8,8 +8,9 @@ each round of an algorithm all ranks wait for the slowest message.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from chexlib.errors import ConfigError
 
@@ -34,7 +35,7 @@ class Fabric:
 
 @dataclass(frozen=True)
 class Round:
-    """Messages that are sent at once: `inside` a node, and by how many ranks of each node to `outside`."""
+    """Messages that are sent at once: `inside` a node, and by how many ranks of a node, at most, to `outside`."""
 
     size: float  # bytes of each message
     inside: bool
@@ -52,20 +53,29 @@ def ring(size: float, nodes: int, per_node: int) -> Iterator[Round]:
 def recursive_doubling(size: float, nodes: int, per_node: int) -> Iterator[Round]:
     """Pairs at distances 1, 2, 4, ... exchange all they have; ranks beyond a power of two hand in and get back."""
     ranks = nodes * per_node
-    doublings = int(math.log2(ranks))
-    if ranks > 2**doublings:
-        yield Round(size, per_node > 1, int(per_node == 1 or per_node % 2), 2)
-    for i in range(doublings):
-        near = 2**i < per_node
-        yield Round(size, near, 0 if near else per_node)
+    power = 2 ** int(math.log2(ranks))
+    extra = ranks - power
+    active = [*range(1, 2 * extra, 2), *range(2 * extra, ranks)]
+    if extra:
+        yield _round(size, per_node, [(2 * i, 2 * i + 1) for i in range(extra)], times=2)
+    for i in range(int(math.log2(power))):
+        yield _round(size, per_node, [(rank, active[place ^ 2**i]) for place, rank in enumerate(active)])
 
 
 def tree(size: float, nodes: int, per_node: int) -> Iterator[Round]:
     """A binomial tree adds up towards one rank, and another hands out from it."""
     ranks = nodes * per_node
     for i in range(math.ceil(math.log2(ranks))):
-        near = 2**i < per_node
-        yield Round(size, near, int(not near), 2)
+        pairs = [(rank, rank + 2**i) for rank in range(0, ranks - 2**i, 2 ** (i + 1))]
+        yield _round(size, per_node, [(b, a) for a, b in pairs])
+        yield _round(size, per_node, pairs)
+
+
+def _round(size: float, per_node: int, pairs: Sequence[tuple[int, int]], times: int = 1) -> Round:
+    """Of messages from one rank to another, ranks being numbered node by node."""
+    nodes = [(a // per_node, b // per_node) for a, b in pairs]
+    leaving = Counter(a for a, b in nodes if a != b)
+    return Round(size, any(a == b for a, b in nodes), max(leaving.values(), default=0), times)
 
 
 ALGORITHMS = {"ring": ring, "recursive doubling": recursive_doubling, "tree": tree}
@@ -112,5 +122,5 @@ def hierarchical_seconds(size: float, *, nodes: int, per_node: int, fabric: Fabr
     Horovod's HOROVOD_HIERARCHICAL_ALLREDUCE: between the nodes each rank carries its own part of the gradients, and
     all share the card, so that the card carries them once.
     """
-    within = allreduce_seconds(size, nodes=1, per_node=per_node, fabric=fabric)
+    within = allreduce_seconds(size, nodes=1, per_node=per_node, fabric=replace(fabric, copying=0.0))
     return within + allreduce_seconds(size, nodes=nodes, per_node=1, fabric=fabric, algorithm=algorithm)

@@ -44,7 +44,8 @@ def tune(
     """Measure the training step in every layout, batch and precision that `sweep` does not hold yet.
 
     Each point is written when it is measured, so a sweep that was interrupted goes on where it was. Points of another
-    processor or number of cores are not taken for this machine's.
+    processor or number of cores are not taken for this machine's, and those that failed or had fewer steps are measured
+    again.
 
     Returns
     -------
@@ -66,7 +67,8 @@ def tune(
         dict(zip(KEYS, (topology, size, precision, batch, *layout), strict=True))
         for precision, batch, layout in itertools.product(precisions, batches, layouts())
     ]
-    missing = [point for point in wanted if not any(_same(row, point, machine) for row in known)]
+    measured = [row for row in known if row["images_per_second"] and row["steps"] >= steps]
+    missing = [point for point in wanted if not any(_same(row, point, machine) for row in measured)]
     for point in tqdm(missing, desc="layouts", unit="layout", disable=not progress, leave=False):
         settings = {name: point[name] for name in KEYS[:4]}
         try:
