@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from chexlib.cluster.emulated import EmulatedHosts, why_not
 from chexlib.cluster.profiles import find_mpi, thread_environment
 from chexlib.cluster.scripts import launch_script
 from chexlib.errors import ConfigError
+from chexlib.runs import ROOT
 
 # Takes srun's place: the ranks that it is asked for, on the hosts, with the environment that Slurm would hand over.
 SRUN = """#!/bin/bash
@@ -44,10 +46,38 @@ def test_the_script_asks_for_nodes_ranks_threads_and_time(script):
     assert {"--nodes=256", "--ntasks-per-node=2", "--cpus-per-task=24", "--time=01:15:00", "--partition=skx"} <= {
         *asked
     }
+    assert {"--exclusive", "--hint=nomultithread"} <= {*asked}  # whole nodes, and a core a thread
     exported = dict(line.removeprefix("export ").split("=", 1) for line in lines if line.startswith("export "))
     assert thread_environment(22).items() <= exported.items()
     assert exported["OMPI_MCA_btl_tcp_flags"] == "send"  # where its ranks speak over TCP
     assert any("'settings of mine.json'" in line for line in lines)
+
+
+# Takes srun's place: one rank that stops as trainings do.
+STOPPED = """#!PYTHON
+import time
+from chexlib.training import stopping
+stopping.listen()
+print("listening", flush=True)
+until = time.monotonic() + 60
+while not stopping.asked() and time.monotonic() < until:
+    time.sleep(0.05)
+time.sleep(0.5)  # its checkpoint
+print("stopped" if stopping.asked() else "time limit", flush=True)
+"""
+
+
+def test_what_slurm_sends_ahead_of_the_time_limit_stops_the_training(script, tmp_path):
+    lines = script.read_text().splitlines()
+    (sent,) = [line.split("B:")[1].split("@")[0] for line in lines if line.startswith("#SBATCH --signal=")]
+    (tmp_path / "srun").write_text(STOPPED.replace("PYTHON", sys.executable))
+    (tmp_path / "srun").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    job = subprocess.Popen(["bash", str(script)], env=environment, stdout=subprocess.PIPE, text=True)
+    assert job.stdout.readline() == "listening\n"
+    job.send_signal(signal.Signals[f"SIG{sent}"])  # to the script alone: that is what B: says
+    told, _ = job.communicate(timeout=60)
+    assert (told, job.returncode) == ("stopped\n", 0)  # the script waited for the checkpoint
 
 
 @pytest.mark.parametrize("wrong", [{"nodes": 0}, {"threads": 0}, {"hours": 0}, {"options": ["partition=skx"]}])

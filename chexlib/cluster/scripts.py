@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from chexlib.cluster.profiles import TCP_FLAGS, thread_environment
 from chexlib.errors import ConfigError
+from chexlib.training import stopping
 
 _SCRIPT = """#!/bin/bash
 # {ranks} ranks of {threads} threads on {nodes} nodes. Submit it in the project's folder: sbatch SCRIPT
@@ -15,17 +16,20 @@ _SCRIPT = """#!/bin/bash
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node={per_node}
 #SBATCH --cpus-per-task={cpus}
+#SBATCH --hint=nomultithread
+#SBATCH --exclusive
 #SBATCH --time={time}
 #SBATCH --output=chexlib-%j.out
-#SBATCH --signal=B:TERM@120
+#SBATCH --signal=B:{stop}@120
 {options}set -euo pipefail
 cd "${{SLURM_SUBMIT_DIR:-$PWD}}"
 {exports}
+export SLURM_MPI_TYPE="${{SLURM_MPI_TYPE:-pmix}}"  # by which Open MPI's ranks find each other; Intel MPI: pmi2
 # A node that fails ends the job; submit it again, and it goes on from its newest checkpoint.
 srun --kill-on-bad-exit=1 --nodes={nodes} --ntasks={ranks} --ntasks-per-node={per_node} --cpus-per-task={cpus} \\
   {python} -m chexlib train --config {config} --resume &
 step=$!
-trap 'kill -TERM "$step"' TERM  # two minutes before the limit: ranks write a checkpoint and end
+trap 'kill -{stop} "$step"' {stop}  # two minutes before the limit; srun tells all ranks to keep a checkpoint and end
 wait "$step" || wait "$step"
 """
 
@@ -41,10 +45,12 @@ def launch_script(
     python: str = ".venv/bin/python",
     options: Sequence[str] = (),
 ) -> str:
-    """The script for a training, `config` being a file with its settings in JSON.
+    """The script for a training. Nodes are its own, and a processor is a core, not one of its hardware threads.
 
     Parameters
     ----------
+    config : str
+        File with the training's settings in JSON, seen from the folder in which the script is submitted.
     nodes, per_node, threads : int
         Nodes, ranks on each, and threads of each rank.
     spare : int
@@ -52,7 +58,7 @@ def launch_script(
     hours : float
         Time limit.
     python : str
-        Seen from the folder in which the script is submitted.
+        Seen from there, too.
     options : sequence of str
         Further lines for #SBATCH, such as "--partition=skx".
 
@@ -68,9 +74,8 @@ def launch_script(
         raise ConfigError(f"hours={hours!r} is not accepted. Use a number above 0.")
     if wrong := [option for option in options if not option.startswith("-") or "\n" in option]:
         raise ConfigError(f"{wrong[0]!r} is no option of sbatch. Write for instance --partition=skx.")
-    # Slurm starts the ranks, by PMIx if Open MPI is to find its world; a waiting rank yields, as under our mpiexec.
-    own = {"SLURM_MPI_TYPE": "pmix", "OMPI_MCA_mpi_yield_when_idle": "1", "I_MPI_WAIT_MODE": "1"}
-    own["OMPI_MCA_btl_tcp_flags"] = TCP_FLAGS
+    # A waiting rank yields, as under our mpiexec.
+    own = {"OMPI_MCA_mpi_yield_when_idle": "1", "I_MPI_WAIT_MODE": "1", "OMPI_MCA_btl_tcp_flags": TCP_FLAGS}
     environment = {**thread_environment(threads), **own}
     minutes = math.ceil(hours * 60)
     return _SCRIPT.format(
@@ -81,6 +86,7 @@ def launch_script(
         cpus=threads + spare,
         time=f"{minutes // 60:02d}:{minutes % 60:02d}:00",
         options="".join(f"#SBATCH {option}\n" for option in options),
+        stop=stopping.SIGNAL.name.removeprefix("SIG"),
         exports="\n".join(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
         python=shlex.quote(python),
         config=shlex.quote(config),
