@@ -15,7 +15,9 @@ from chexlib.data.phantom import write_phantom
 from chexlib.evaluation.calibration import Calibration
 from chexlib.evaluation.operating import OperatingPoints
 from chexlib.execute import execute, find_notebooks
+from chexlib.runs import ROOT
 from chexlib.scaling.published import claims
+from chexlib.training.config import TrainConfig
 
 NOTEBOOKS = find_notebooks()
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -112,6 +114,13 @@ def test_the_training_notebooks_leave_what_the_contract_names(whole_run):
         assert metrics["ranks"] == ranks and len(metrics["auroc"]) == 15
     assert set(metrics["resumed"]) == {"last epoch on 1 rank", "last epoch on 3 ranks"}
     assert metrics["weights_equal"] is True and metrics["each_image_once"] is True
+
+
+def test_the_launch_script_finds_its_settings_from_the_projects_folder(whole_run):
+    folder = whole_run[1].parent / "08_scale_out"
+    (config,) = re.findall(r"--config (\S+)", (folder / "train.sbatch").read_text())
+    assert (ROOT / config).samefile(folder / "train.json")
+    assert TrainConfig(**json.loads((ROOT / config).read_text())).topology == "densenet121"
 
 
 def test_every_auroc_that_is_printed_has_the_name_and_hash_of_its_split(whole_run):

@@ -10,8 +10,8 @@ from chexlib.training.sweep import run_grid
 
 def test_seconds_are_summed_up_to_the_first_epoch_that_is_good_enough():
     history = [{"val_auroc": a, "images_per_second": s} for a, s in ((0.6, 10), (0.71, 20), (0.69, 5))]
-    assert time_to(history, images=100, auroc=0.7) == {"epochs": 2, "seconds": pytest.approx(15)}
-    assert time_to(history, images=100, auroc=0.8) == {"epochs": None, "seconds": None}
+    assert time_to(history, images=100, auroc=0.7) == {"epochs": 2, "seconds": pytest.approx(15), "images": 100}
+    assert time_to(history, images=100, auroc=0.8) == {"epochs": None, "seconds": None, "images": 100}
 
 
 def test_a_grid_of_trainings_gives_epochs_and_seconds(phantom, tmp_path):

@@ -30,7 +30,7 @@ from chexlib.scaling.network import Fabric, Link
 from chexlib.scaling.workload import Workload
 
 IMAGENET = 1_281_167  # training images
-FLOP_90_EPOCHS = 1.152e18  # the study's, of ResNet-50 for 90 epochs of ImageNet
+FLOP_90_EPOCHS = 1.152e18  # the study's, of ResNet-50 for 90 epochs of ImageNet: 10 GFLOP an image, `workload` has 23
 OMNI_PATH = Link(latency=1e-6, bandwidth=12.5e9)
 _MEMORY = Link(latency=0.5e-6, bandwidth=5e9)
 SPREAD = 0.16 / 6.4

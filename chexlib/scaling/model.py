@@ -135,8 +135,10 @@ def project(
     Raises
     ------
     ConfigError
-        A global batch that leaves a rank without an image.
+        A number of nodes or of ranks a node below 1; a global batch that leaves a rank without an image.
     """
+    if min([*nodes, job.per_node]) < 1:
+        raise ConfigError(f"{min(nodes)} nodes of {job.per_node} ranks are not accepted. Use at least 1 of each.")
     rows = [_row(job, cluster, horovod, n, global_batch) for n in nodes]
     alone = _row(job, cluster, horovod, 1, global_batch)["images_per_second"]
     table = pd.DataFrame(rows)

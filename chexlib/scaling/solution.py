@@ -36,7 +36,7 @@ def measure_solution(point: Mapping, folder: Path, *, data: Path) -> dict:
 
 
 def time_to(history: Sequence[dict], *, images: int, auroc: float) -> dict:
-    """Epochs and seconds of training after which validation first reached an AUROC; None if it never did.
+    """Epochs and seconds of training after which validation first reached an AUROC, or None; and images of an epoch.
 
     Parameters
     ----------
@@ -47,5 +47,5 @@ def time_to(history: Sequence[dict], *, images: int, auroc: float) -> dict:
     for epoch, row in enumerate(history, start=1):
         seconds += images / row["images_per_second"]
         if row["val_auroc"] >= auroc:
-            return {"epochs": epoch, "seconds": seconds}
-    return {"epochs": None, "seconds": None}
+            return {"epochs": epoch, "seconds": seconds, "images": images}
+    return {"epochs": None, "seconds": None, "images": images}

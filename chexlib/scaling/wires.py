@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 
-from chexlib.cluster.emulated import EmulatedHosts
+from chexlib.cluster.emulated import EmulatedHosts, why_not
 from chexlib.cluster.profiles import find_mpi, thread_environment
 from chexlib.errors import ClusterError
 from chexlib.machine import cores
@@ -74,8 +74,10 @@ def measure_wires(points: Sequence[Mapping], rates: Sequence[float], table: str 
     Raises
     ------
     ClusterError
-        The ranks ended or did not answer.
+        Hosts cannot be made here; the ranks ended or did not answer.
     """
+    if reason := why_not():
+        raise ClusterError(f"no networks can be emulated: {reason}. Without them the committed reference can be read.")
     how = {"rates": ",".join(f"{rate:g}" for rate in rates), "turns": turns, "spent": 5}
     asked = [{**point, **how} for point in points]
     rows = run_grid(asked, table, lambda point, folder: _launch(point))
