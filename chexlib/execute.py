@@ -20,6 +20,7 @@ from chexlib.report import build_report
 from chexlib.resuming import finished, run_folder
 from chexlib.runs import BATCH, ROOT, point_latest, show_log
 
+READERS = ("09", "10")  # notebooks that read what others of their run found
 log = logging.getLogger(__name__)
 
 
@@ -71,15 +72,19 @@ def execute(
     show_log()
 
     asked = {"notebooks": [path.stem for path in paths], "profile": profile, "settings": settings}
-    failed = []
+    failed, went_on = [], False
     with run_folder(asked, runs_dir=runs_dir, resume=resume) as run:
         log.info("Run folder: %s", run)
         for path in paths:
             own = {name: value for name, value in settings.items() if name in accepted[path]}
+            if went_on and path.stem[:2] in READERS:  # what it found is of before
+                (run / path.stem / "metrics.json").unlink(missing_ok=True)
             if finished(run / path.stem):
                 log.info("%s: done before", path.stem)
-            elif not _execute_one(path, run / path.stem, own):
-                failed.append(path.stem)
+            else:
+                went_on = True
+                if not _execute_one(path, run / path.stem, own):
+                    failed.append(path.stem)
             if reference and path.stem not in failed and finished(run / path.stem):
                 keep_reference(run / path.stem, profile, root=ROOT)
         point_latest(run)
@@ -89,7 +94,7 @@ def execute(
 def _execute_one(path: Path, folder: Path, parameters: dict) -> bool:
     """Whether the notebook came to its end; if not, the log and the notebook itself say why."""
     import papermill
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from nbclient.exceptions import CellTimeoutError
     from papermill.exceptions import PapermillExecutionError
 
     folder.mkdir(exist_ok=True)
@@ -108,7 +113,7 @@ def _execute_one(path: Path, folder: Path, parameters: dict) -> bool:
     except PapermillExecutionError as error:
         log.error("%s failed with %s: %s", path.stem, error.ename, error.evalue)
         return False
-    except (DeadKernelError, CellTimeoutError) as error:  # killed, for want of memory perhaps: no cell says so
+    except (RuntimeError, CellTimeoutError) as error:  # a kernel that did not start, or was killed: no cell says so
         log.error("%s failed: %s", path.stem, error)
         _note_death(folder / "notebook.ipynb", path, error)
         return False

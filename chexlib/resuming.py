@@ -15,8 +15,12 @@ ASKED = "run.json"  # what the run was asked for: notebooks, profile, settings
 
 
 def finished(folder: Path) -> bool:
-    """Whether a notebook came to its end here: it writes its metrics last, and at once."""
-    return (folder / "metrics.json").exists() and (folder / "notebook.ipynb").exists()
+    """Whether a notebook came to its end here: it left its metrics, and papermill noted its end and no error."""
+    try:
+        noted = json.loads((folder / "notebook.ipynb").read_text())["metadata"]["papermill"]
+    except (OSError, ValueError, KeyError):  # ValueError: killed while it was written
+        return False
+    return bool(noted["end_time"]) and not noted["exception"] and (folder / "metrics.json").exists()
 
 
 def asked_of(run: Path) -> dict:

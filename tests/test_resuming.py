@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import MappingProxyType
 
 import nbformat
 import psutil
@@ -13,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+import chexlib.execute
 from chexlib.__main__ import main
 from chexlib.errors import ConfigError
 from chexlib.reference import AGREES, APART, DIFFERS, compare_run
@@ -35,8 +37,8 @@ print("failed:", failed)
 """
 
 
-def project(root):
-    for name, last in (("00_done", "pass"), ("01_killed", SLEEP)):
+def project(root, notebooks=MappingProxyType({"00_done": "pass", "01_killed": SLEEP})):
+    for name, last in notebooks.items():
         cells = [BODY.replace("NAME", name), last, "run.finish(answer=1)"]
         first = new_code_cell("seed: int = 0  # seed\nrun_dir: str = ''  # folder", metadata={"tags": ["parameters"]})
         book = new_notebook(cells=[new_markdown_cell(f"# {name}"), first, *map(new_code_cell, cells)])
@@ -79,11 +81,14 @@ def test_a_run_that_is_killed_goes_on_in_its_folder_with_what_is_not_finished(tm
 ASKED = {"notebooks": ["03_train", "05_compare"], "profile": "standard", "settings": {"seed": 1, "rate": 0.5}}
 
 
+ENDED = {"metadata": {"papermill": {"end_time": "2026-11-26T10:00:00", "exception": None}}}
+
+
 def finish(run, *names):
     for name in names:
         (run / name).mkdir()
         write_json(run / name / "metrics.json", {})
-        (run / name / "notebook.ipynb").touch()
+        (run / name / "notebook.ipynb").write_text(json.dumps(ENDED))
 
 
 def test_a_run_goes_on_only_if_it_was_asked_for_the_same_and_is_not_finished(tmp_path):
@@ -102,6 +107,40 @@ def test_a_run_goes_on_only_if_it_was_asked_for_the_same_and_is_not_finished(tmp
     newer = folder()
     assert newer != first and folder() == newer
     assert folder(resume=False) not in (first, newer)
+
+
+@pytest.mark.parametrize("spoilt", [{"end_time": None}, {"exception": True}, None])
+def test_a_notebook_that_was_killed_while_it_was_written_is_not_finished(tmp_path, spoilt):
+    finish(tmp_path, "03_train")
+    assert finished(tmp_path / "03_train")
+    text = json.dumps({"metadata": {"papermill": {**ENDED["metadata"]["papermill"], **(spoilt or {})}}})
+    (tmp_path / "03_train" / "notebook.ipynb").write_text(text if spoilt else text[:-9])
+    assert not finished(tmp_path / "03_train")
+
+
+def test_a_kernel_that_does_not_start_fails_alone_and_what_reads_its_notebook_is_done_again(tmp_path, monkeypatch):
+    project(tmp_path, {"03_train": "pass", "05_other": "pass", "10_report": "pass"})
+    monkeypatch.setattr(chexlib.execute, "ROOT", tmp_path)
+    done, broken = [], ["03_train"]
+
+    def pretend(path, output, parameters, **settings):
+        done.append(path.stem)
+        if path.stem in broken:
+            raise RuntimeError("Kernel died before replying to kernel_info")
+        book = nbformat.read(path, as_version=4)
+        book.metadata.update(ENDED["metadata"])
+        nbformat.write(book, output)
+        for name in ("metrics", "params", "environment"):
+            write_json(output.with_name(f"{name}.json"), {})
+
+    monkeypatch.setattr("papermill.execute_notebook", pretend)
+    failed, report = chexlib.execute.execute(runs_dir=str(tmp_path / "runs"))
+    assert failed == ["03_train"] and done == ["03_train", "05_other", "10_report"]
+    assert "Kernel died before replying" in report.read_text()
+    done.clear()
+    broken.clear()
+    assert chexlib.execute.execute(runs_dir=str(tmp_path / "runs"), resume=True) == ([], report)
+    assert done == ["03_train", "10_report"]
 
 
 def test_two_processes_do_not_work_in_one_run(tmp_path):
