@@ -1,6 +1,7 @@
 """The ledger has every published figure once, and beside it what a run found: never a figure of ours that was typed."""
 
 import ast
+import dataclasses
 import functools
 import json
 import re
@@ -109,7 +110,7 @@ def test_figures_are_those_of_the_metrics_in_the_unit_of_the_ledger():
     assert tuple(table.loc["auroc/jrzech/Mass", ["ours", "low", "high"]]) == (row["auroc"], row["low"], row["high"])
     row = found["03"].metrics["auroc"]["Emphysema"]
     assert table.loc["baseline/emphysema", "low"] == pytest.approx(100 * row["low"])
-    row = recipes["ladder"]["1024"]["+ collapse"]  # the largest batch is that of the study's question
+    row = recipes["ladder"]["16"]["+ collapse"]  # the study's ladder ends at its figure for 8K, its smallest batch
     assert tuple(table.loc["ladder/+ collapse", ["ours", "high"]]) == pytest.approx(
         (100 * row["gain"], 100 * row["high"])
     )
@@ -122,6 +123,36 @@ def test_figures_are_those_of_the_metrics_in_the_unit_of_the_ledger():
     at_64k = next(r for r in recipes["losses"] if r["rung"] == "+ warm-up" and r["updates"] == 22)
     assert table.loc["large batches/Facebook/64K", "ours"] == at_64k["loss"]  # 1,281,167 / 65,536 is 20 updates
     assert table.loc["large batches/Facebook/64K", "compared with"] == pytest.approx(100 * (76.2 - 66) / 76.2)
+
+
+def test_a_loss_that_the_studys_recipe_keeps_small_is_not_reproduced_by_a_large_one():
+    for loss, word in ((1.0, "reproduced"), (30.0, "not reproduced")):
+        found = results(1)
+        found["06"].metrics["losses"] = [
+            {"rung": rung, "batch": 1024, "updates": 20, "loss": loss, "low": loss - 0.5, "high": loss + 0.5}
+            for rung in RUNGS
+        ]
+        table = ledger(found)
+        assert table.loc["large batches/the study/64K", "verdict"] == word
+        assert table.loc["large batches/Facebook/64K", "verdict"] == "reproduced"  # that such batches lose
+
+
+def test_what_the_deck_contradicts_itself_and_what_is_its_own_arithmetic_is_not_compared():
+    table = ledger(results(1))
+    for key, why in {
+        "scale/caffe-256/time": "107 images/s a node, where the deck's own node has 74",
+        "scale/caffe-512/time": "85 images/s a node",
+        "hardware/caffe-448/efficiency": "nothing is measured",
+    }.items():
+        assert table.loc[key, "verdict"] == "not comparable" and why in table.loc[key, "why"]
+    assert table.loc["scale/tensorflow-256/time", "verdict"] != "not comparable"
+
+
+def test_an_interval_that_holds_both_sides_is_called_undecided():
+    assert "undecided" in verdict(Measured(1.0, "", 2.3, -0.1, 2.1, rule="side of 0"))[1]
+    assert "undecided" in verdict(Measured(1.0, "", 2, 0.1, 2.1, rule="<"))[1]
+    assert "undecided" not in verdict(Measured(-1.0, "", 2.3, -1.5, -0.5, rule="side of 0"))[1]
+    assert "undecided" not in verdict(Measured(0.8, "", 0.83, 0.75, 0.82))[1]
 
 
 def test_points_of_a_shorter_training_answer_those_as_far_into_the_studys():
@@ -194,6 +225,22 @@ def test_what_this_run_has_comes_before_reference_results_which_are_named(tmp_pa
     assert both.loc["auroc/CheXNet/Mass", "origin"] == "this run"
     assert both.loc["ladder/+ warm-up", "origin"] == "reference results"
     assert both.loc["batch norm/vgg16", "verdict"] == "not measured" and np.isnan(both.loc["batch norm/vgg16", "ours"])
+
+
+def test_what_this_run_did_not_measure_is_answered_by_the_reference_which_is_named():
+    run, kept = results(1)["08"], results(2)["08"]
+    quick = Found(
+        "08", {**run.metrics, "solution": {}, "ratio": {}}, reference=dataclasses.replace(kept, origin="kept")
+    )
+    table = ledger({"08": quick})
+    for key, origin in {
+        "densenet/64/time": "kept",
+        "fine-tuning/keras": "kept",
+        "scale/caffe-256/speed": "this run",
+    }.items():
+        (name,) = [name for name in table.index if name.startswith(key)]
+        assert table.loc[name, "origin"] == origin
+    assert table.loc["densenet/64/time", "ours"] == kept.metrics["solution"]["densenet121"]["seconds"] / 60
 
 
 def test_results_of_another_version_of_a_notebook_are_not_measured_and_say_what_they_lack():

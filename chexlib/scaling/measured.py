@@ -18,6 +18,7 @@ class Found:
     params: Mapping = field(default_factory=dict)
     environment: Mapping = field(default_factory=dict)
     origin: str = "this run"
+    reference: Found | None = None  # the reference results of the same notebook, for what this run did not measure
 
     @property
     def scale(self) -> str:
