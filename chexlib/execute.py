@@ -72,17 +72,17 @@ def execute(
     show_log()
 
     asked = {"notebooks": [path.stem for path in paths], "profile": profile, "settings": settings}
-    failed, went_on = [], False
+    failed, any_executed = [], False
     with run_folder(asked, runs_dir=runs_dir, resume=resume) as run:
         log.info("Run folder: %s", run)
         for path in paths:
             own = {name: value for name, value in settings.items() if name in accepted[path]}
-            if went_on and path.stem[:2] in READERS:  # what it found is of before
+            if any_executed and path.stem[:2] in READERS:  # what it found is of before
                 (run / path.stem / "metrics.json").unlink(missing_ok=True)
             if finished(run / path.stem):
                 log.info("%s: done before", path.stem)
             else:
-                went_on = True
+                any_executed = True
                 if not _execute_one(path, run / path.stem, own):
                     failed.append(path.stem)
             if reference and path.stem not in failed and finished(run / path.stem):
