@@ -148,6 +148,15 @@ def test_what_the_deck_contradicts_itself_and_what_is_its_own_arithmetic_is_not_
     assert table.loc["scale/tensorflow-256/time", "verdict"] != "not comparable"
 
 
+def test_a_projection_is_labelled_as_the_models_and_not_by_what_its_notebook_trains():
+    found = results(1)
+    found["08"].params.update(topology="vgg16", size=64)
+    table = ledger(found)
+    assert table.loc["scale/caffe-256/speed", "scale"] == "the model: ResNet-50 on MareNostrum 4"
+    assert table.loc["scale/tensorflow-512/efficiency", "scale"] == "the model: ResNet-50 on Stampede2"
+    assert table.loc["densenet/64/time", "scale"] == found["08"].scale != ""
+
+
 def test_an_interval_that_holds_both_sides_is_called_undecided():
     assert "undecided" in verdict(Measured(1.0, "", 2.3, -0.1, 2.1, rule="side of 0"))[1]
     assert "undecided" in verdict(Measured(1.0, "", 2, 0.1, 2.1, rule="<"))[1]

@@ -120,11 +120,11 @@ def _row(claim: Claim, found: Mapping[str, Found]) -> list:
     ours = _answer(find, claim, own)
     if isinstance(ours, str) and own.reference and not isinstance(kept := _answer(find, claim, own.reference), str):
         own, ours = own.reference, kept
-    where = [own.notebook, own.origin, own.scale]
+    where = [own.notebook, own.origin]
     if isinstance(ours, str):
-        return [*head, *where, None, None, None, "", None, NOT_MEASURED, ours]
+        return [*head, *where, own.scale, None, None, None, "", None, NOT_MEASURED, ours]
     numbers = [ours.value, ours.low, ours.high, ours.unit, ours.published]
-    return [*head, *where, *numbers, *verdict(ours)]
+    return [*head, *where, ours.scale or own.scale, *numbers, *verdict(ours)]
 
 
 def _answer(find: Callable[[Claim, Found], Measured | str], claim: Claim, own: Found) -> Measured | str:

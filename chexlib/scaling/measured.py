@@ -41,6 +41,7 @@ class Measured:
     rule: str = "equal"  # or "side of 0", "<", ">": see `ledger`
     tolerance: float | None = None  # of a figure without an interval: 0 of a count, more of a projection
     differs: str = ""  # why the two cannot be compared
+    scale: str = ""  # at which ours was found, where that is not the notebook's
 
 
 def between(row: Mapping, name: str, times: float = 1.0) -> dict:

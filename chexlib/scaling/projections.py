@@ -21,13 +21,18 @@ def _projected(claim: Claim, found: Found) -> dict[int, dict]:
     return {int(nodes): row for nodes, row in table.items()}
 
 
+def _modelled(claim: Claim) -> str:
+    """At which scale: the model with the study's hardware in, nothing measured here."""
+    return f"the model: ResNet-50 on {SYSTEMS[claim.key.split('/')[1].split('-')[0]]}"
+
+
 def _nodes(claim: Claim) -> int:
     return int(claim.key.split("/")[1].split("-")[1])
 
 
 def _speed(claim: Claim, found: Found) -> Measured:
     speed = _projected(claim, found)[_nodes(claim)]["images_per_second"]
-    return Measured(speed, claim.unit, claim.value, tolerance=PERCENT / 100 * claim.value)
+    return Measured(speed, claim.unit, claim.value, tolerance=PERCENT / 100 * claim.value, scale=_modelled(claim))
 
 
 def _time(claim: Claim, found: Found) -> Measured:
@@ -39,23 +44,26 @@ def _time(claim: Claim, found: Found) -> Measured:
     )
     differs = f"{differs}: it is another number of epochs" if needed > study_speed() else ""
     tolerance = max(PERCENT / 100 * claim.value, 0.5)  # published in whole minutes or hours
-    return Measured(60 * hours / minutes, claim.unit, claim.value, tolerance=tolerance, differs=differs)
+    own = 60 * hours / minutes
+    return Measured(own, claim.unit, claim.value, tolerance=tolerance, differs=differs, scale=_modelled(claim))
 
 
 def _efficiency(claim: Claim, found: Found) -> Measured:
     """Over one node, or on 512 over 256 nodes."""
     table, nodes = _projected(claim, found), _nodes(claim)
     if nodes == 256:
-        return Measured(100 * table[nodes]["efficiency"], claim.unit, claim.value, tolerance=POINTS)
-    doubled = table[512]["images_per_second"] / table[256]["images_per_second"] / 2
-    return Measured(100 * doubled, claim.unit, claim.value, rule=claim.bound or "equal", tolerance=POINTS)
+        own, rule = table[nodes]["efficiency"], "equal"
+    else:
+        own, rule = table[512]["images_per_second"] / table[256]["images_per_second"] / 2, claim.bound or "equal"
+    return Measured(100 * own, claim.unit, claim.value, rule=rule, tolerance=POINTS, scale=_modelled(claim))
 
 
 def _peak_share(claim: Claim, found: Found) -> Measured:
     """By the formula, from minutes that were rounded to whole ones: the interval is what that leaves open."""
     row = found.metrics["peak_percent"][RUNS[claim.key.split("/")[1]]]
     differs = "nothing is measured: the deck's own operations, minutes and peak, put into its formula"
-    return Measured(row["formula"], claim.unit, claim.value, row["low"], row["high"], differs=differs)
+    own = (row["formula"], claim.unit, claim.value, row["low"], row["high"])
+    return Measured(*own, differs=differs, scale="the deck's formula")
 
 
 def _solution(claim: Claim, found: Found) -> Measured | str:
