@@ -1,5 +1,6 @@
 """The notebooks: their form, their manuals, and one whole headless run of all of them."""
 
+import ast
 import json
 import re
 import subprocess
@@ -121,6 +122,13 @@ def test_the_launch_script_finds_its_settings_from_the_projects_folder(whole_run
     (config,) = re.findall(r"--config (\S+)", (folder / "train.sbatch").read_text())
     assert (ROOT / config).samefile(folder / "train.json")
     assert TrainConfig(**json.loads((ROOT / config).read_text())).topology == "densenet121"
+
+
+def test_the_layout_that_is_called_best_is_the_one_measured_here_and_not_the_plans(whole_run):
+    folder = whole_run[1].parent / "08_scale_out"
+    layouts = json.loads((folder / "metrics.json").read_text())["layouts"]
+    ranks, threads = ast.literal_eval(max(layouts, key=layouts.get))
+    assert f"{ranks} ranks x {threads} threads are best" in (folder / "notebook.ipynb").read_text()
 
 
 def test_every_auroc_that_is_printed_has_the_name_and_hash_of_its_split(whole_run):
