@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,3 +160,25 @@ print(len(run_grid([{"seed": seed} for seed in range(12)], table, measure, progr
     assert lost == [0] and sorted(by_others) == list(range(12))
     assert len({pid for pid, _ in begun()}) == 3  # both of the others did some
     assert list((tmp_path / ".grid-work").iterdir()) == []
+
+
+def test_a_table_that_another_process_replaces_again_and_again_is_read_whole(tmp_path):
+    table, points = tmp_path / "grid.parquet", [{"name": "a"}, {"name": "b"}]
+    run_grid(points, table, lambda point, folder: {"value": 1}, progress=False)
+    shutil.copy(table, tmp_path / "short")
+    run_grid([{"name": 99 * "long"}], table, lambda point, folder: {"value": 1}, progress=False)
+    shutil.copy(table, tmp_path / "long")
+    code = """
+import os, shutil, sys
+while True:
+    for name in ("short", "long"):
+        shutil.copy(name, "spare")
+        os.replace("spare", "grid.parquet")
+"""
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    try:
+        for _ in range(300):
+            assert list(run_grid(points, table, None, progress=False)["name"]) == ["a", "b"]
+    finally:
+        other.kill()
+        other.wait()

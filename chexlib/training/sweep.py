@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import shutil
@@ -134,7 +135,8 @@ def _known(table: Path) -> dict[str, dict]:
     if not table.exists():
         return {}
     try:
-        rows = pd.read_parquet(table, columns=["key", "row"])
+        # In one go: by its name the file is opened several times, and another process may replace it in between.
+        rows = pd.read_parquet(io.BytesIO(table.read_bytes()), columns=["key", "row"])
     except (OSError, ValueError) as error:
         raise ConfigError(f"{table} is no table of a grid ({error}). Name another file, or move it away.") from error
     return {key: json.loads(row) for key, row in zip(rows["key"], rows["row"], strict=True)}
