@@ -62,7 +62,7 @@ def projection(tables: Mapping[str, pd.DataFrame], published: pd.DataFrame) -> F
     Parameters
     ----------
     published : DataFrame
-        system, nodes, efficiency (share, not percent).
+        system, nodes, efficiency (share, not percent), how; what is "at least" so much has an arrow upwards.
     """
     fig, ax = plt.subplots(figsize=(7.5, 3.8))
     for i, (name, table) in enumerate(tables.items()):
@@ -70,6 +70,9 @@ def projection(tables: Mapping[str, pd.DataFrame], published: pd.DataFrame) -> F
         points = published[published["system"] == name]
         style = {"marker": MARKERS[i], "linestyle": "", "color": f"C{i}", "markersize": 9, "markeredgecolor": "0.1"}
         ax.plot(points["nodes"], 100 * points["efficiency"], label=f"published, {name}", **style)
+        for _, point in points[points["how"].str.startswith("at least")].iterrows():
+            end = (point["nodes"], 100 * point["efficiency"])
+            ax.annotate("", (end[0], end[1] + 13), end, arrowprops={"arrowstyle": "->", "color": f"C{i}"})
     ax.set(xscale="log", xlabel="nodes", ylabel="efficiency (%)", ylim=(0, 105))
     ticks = sorted({n for table in tables.values() for n in table.index})
     ax.set_xticks(ticks, [str(n) for n in ticks])
@@ -82,13 +85,14 @@ def projection(tables: Mapping[str, pd.DataFrame], published: pd.DataFrame) -> F
 def time_and_cost(table: pd.DataFrame) -> Figure:
     """Hours to the solution and core-hours against nodes, from `project`."""
     fig, (hours, cost) = plt.subplots(1, 2, figsize=(9, 3.2))
-    for ax, column, label, color in (
-        (hours, "solution_hours", "hours to the end", "C0"),
-        (cost, "core_hours", "core-hours", "C1"),
+    for ax, column, label, color, scale in (
+        (hours, "solution_hours", "hours to the end", "C0", "log"),
+        (cost, "core_hours", "core-hours", "C1", "linear"),
     ):
         ax.plot(table.index, table[column], marker="o", color=color)
-        ax.set(xscale="log", yscale="log", xlabel="nodes", ylabel=label)
+        ax.set(xscale="log", yscale=scale, xlabel="nodes", ylabel=label)
         ax.set_xticks(list(table.index), [str(n) for n in table.index])
         ax.minorticks_off()
+    cost.set_ylim(bottom=0)
     plt.close(fig)
     return fig

@@ -294,7 +294,7 @@ def test_what_a_row_reads_is_what_its_notebook_saves(claim):
 def test_counts_add_up_to_the_figures():
     counts = count_verdicts(ledger(results(1)))
     assert counts.loc["all", list(VERDICTS)].sum() == len(claims())
-    assert counts.loc["all", "measured here"] == ledger(results(1))["ours"].notna().sum()
+    assert counts.loc["all", "with ours"] == ledger(results(1))["ours"].notna().sum()
 
 
 # --- the published figures

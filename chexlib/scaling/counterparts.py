@@ -80,9 +80,9 @@ def _rung(claim: Claim, found: Found) -> Measured | str:
 
 
 def _ensemble(claim: Claim, found: Found) -> Measured:
-    """The gain over the best member, its interval over seeds; of one seed that over patients."""
+    """The gain over the best member, its interval over seeds; of one seed there is none, as of any one training."""
     seeds = pd.DataFrame(found.metrics["ensemble"].values())
-    row = {"gain": seeds["gain"][0], "low": seeds["gain_low"][0], "high": seeds["gain_high"][0]}
+    row = {"gain": seeds["gain"][0], "low": None, "high": None}
     if len(seeds) > 1:
         row = over_seeds(seeds.assign(all=0), ["all"], ["gain"]).rename(columns={"mean": "gain"}).iloc[0]
     gained = claim.value - LADDER["+ collapse"]

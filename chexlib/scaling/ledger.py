@@ -74,10 +74,10 @@ def ledger(found: Mapping[str, Found]) -> pd.DataFrame:
 
 
 def count_verdicts(table: pd.DataFrame) -> pd.DataFrame:
-    """How many figures of each topic have which verdict, and how many of them are measured here at all."""
+    """How many figures of each topic have which verdict, and how many of them have a figure of ours beside them."""
     counts = pd.crosstab(table["topic"], table["verdict"]).reindex(columns=list(VERDICTS), fill_value=0)
     counts = counts.loc[list(dict.fromkeys(table["topic"]))]
-    counts["measured here"] = table["ours"].notna().groupby(table["topic"]).sum()
+    counts["with ours"] = table["ours"].notna().groupby(table["topic"]).sum()
     counts.loc["all"] = counts.sum()
     return counts.rename_axis(columns=None)
 
