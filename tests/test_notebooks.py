@@ -81,6 +81,7 @@ def whole_run(tmp_path_factory):
         tmp_path_factory.mktemp("data") / "phantom", n_images=80, size=48, min_prevalence=0.1, workers=1
     )
     parameters = {"data_dir": str(data), "topology": "vgg16", "size": 32, "epochs": 2, "engines": 2}
+    parameters["resume_ranks"] = "1,3"
     parameters |= {
         "norm_topologies": "resnet50,vgg16",
         "global_batches": "4,16",
