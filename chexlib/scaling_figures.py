@@ -93,6 +93,6 @@ def time_and_cost(table: pd.DataFrame) -> Figure:
         ax.set(xscale="log", yscale=scale, xlabel="nodes", ylabel=label)
         ax.set_xticks(list(table.index), [str(n) for n in table.index])
         ax.minorticks_off()
-    cost.set_ylim(bottom=0)
+    cost.set_ylim(0, 1.1 * table["core_hours"].max())
     plt.close(fig)
     return fig
