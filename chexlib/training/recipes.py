@@ -186,7 +186,10 @@ def scale(
     factor = peak / highest if peak else (global_batch / own_batch) ** RULES[rule]
     why = "as asked" if peak else f"{rule} rule, global batch {own_batch:,} -> {global_batch:,}"
     notes.append(f"rates: x {factor:.4g} ({why}), peak {highest:.4g} -> {highest * factor:.4g}")
-    notes.append("weight decay and momentum: as they were")
+    notes.append(
+        "weight decay and momentum: as they were; in a warm-up momentum is multiplied by the growth of the rate "
+        "(Goyal et al. 2017, remark 2)"
+    )
     scaled = scaled.multiply(factor)
     return dataclasses.replace(scaled, images=images, global_batch=global_batch, notes=tuple(notes))
 
