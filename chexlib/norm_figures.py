@@ -16,9 +16,9 @@ def norm_report(report) -> Figure:
     scores = report.scores[::-1]
     area.barh(scores.index, scores["auroc"], color=["C2", "C1", "C0"], height=0.6)
     for y, value in enumerate(scores["auroc"]):
-        area.text(value, y, f" {value:.3f}", va="center", **SMALL)
-    area.axvline(0.5, color="0.4", linestyle=":")
-    area.set(xlim=(0.4, 1.0), xlabel="mean AUROC, by statistics")
+        area.text(0.02, y, f"{value:.3f}", va="center", color="white", **SMALL)
+    area.axvline(0.5, color="0.2", linestyle=":")
+    area.set(xlim=(0.0, 1.0), xlabel="mean AUROC, by statistics (dotted: chance)")
     depth = np.arange(1, len(report.layers) + 1)
     named = {"drift_mean": "drift of the mean (SD)", "drift_variance": "drift of the variance (|ln|)"}
     named["disagreement"] = "disagreement of batches (SD)"
@@ -47,7 +47,7 @@ def by_setting(table: pd.DataFrame, x: str, *, line: str, label: str, judged: st
             half = rows["high"] - rows["mean"]  # NaN of one seed: no bar is drawn
             style = {"marker": MARKERS[i % len(MARKERS)], "linestyle": LINES[i % len(LINES)], "capsize": 3}
             ax.errorbar(rows[x], rows["mean"], yerr=half, label=str(name), **style)
-        ax.axhline(0.5, color="0.4", linestyle=":")
+        ax.axhline(0.5, color="0.4", linestyle=":", label="chance")
         ax.set(xscale="log", xlabel=label, title=title)
         ax.set_xticks(sorted(own[x].unique()), [f"{value:g}" for value in sorted(own[x].unique())])
         ax.minorticks_off()

@@ -204,7 +204,9 @@ def auroc_bars(table: pd.DataFrame, *, title: str = "", published: Mapping[str, 
         ax.plot(at, y, MARKERS[1 + i % 5], label=source, color=f"C{i + 2}", markerfacecolor="none")
     for row in y[~defined]:
         ax.text(0.51, row, f"undefined ({rows['positives'].iloc[row]:,.0f} positives)", va="center", **SMALL)
-    numbers = [f"{name.replace('_', ' ')} ({n:,.0f})" for name, n in rows["positives"].items()]
+    numbers = [
+        f"{name.replace('_', ' ')} ({n:,.0f}{' labels' * (name == 'mean')})" for name, n in rows["positives"].items()
+    ]
     ax.set(yticks=y, yticklabels=numbers, ylabel="finding (positives)", xlabel="AUROC", title=title)
     ax.set(
         xlim=(max(0, np.nanmin([0.45, rows[["auroc", "low"]].min().min() - 0.03])), 1.01), ylim=(-1.1, len(rows) - 0.4)

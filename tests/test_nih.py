@@ -304,7 +304,7 @@ def test_select_keeps_the_order_of_the_table_and_refuses_strangers(tiny_nih):
 
 def test_a_notebook_shows_counts_and_escapes_the_folder_name(tiny_nih):
     page = load_radiographs(tiny_nih("a<b>&c"))._repr_html_()
-    assert "24 of 24 images present, 10 patients" in page and "a&lt;b&gt;&amp;c" in page
+    assert "24 images of 24 listed, 10 patients" in page and "a&lt;b&gt;&amp;c" in page
     assert all(finding in page for finding in FINDINGS)
 
 

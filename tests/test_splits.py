@@ -273,7 +273,7 @@ def test_a_leak_is_refused_with_its_numbers_and_the_way_on(caplog):
     with pytest.raises(DataError) as caught:
         audit(LEAK, hand_worked())
     message = str(caught.value)
-    assert "train and validation share 1 patients (1 of 4 images in train, 1 of 2 in validation)" in message
+    assert "train and validation share 1 patient (1 of 4 images in train, 1 of 2 in validation)" in message
     assert "train and test share 2 patients (3 of 4 images in train, 4 of 4 in test)" in message
     assert "validation and test" not in message and "allow_leak=True" in message
     audit(LEAK, hand_worked(), allow_leak=True)

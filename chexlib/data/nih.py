@@ -68,7 +68,7 @@ class Radiographs:
 
     def __repr__(self) -> str:
         patients = self.table["patient"].nunique()
-        return f"{len(self):,} of {len(self.listed):,} images present, {patients:,} patients, {self.root}"
+        return f"{len(self):,} images of {len(self.listed):,} listed, {patients:,} patients, {self.root}"
 
     def _repr_html_(self) -> str:
         found = self.table[list(FINDINGS)]

@@ -82,7 +82,7 @@ class Audit:
 
     def __str__(self) -> str:
         found = [
-            f"{a} and {b} share {n:,} patients ({n_a:,} of {self.images[a]:,} images in {a}, "
+            f"{a} and {b} share {n:,} patient{'s'[: n != 1]} ({n_a:,} of {self.images[a]:,} images in {a}, "
             f"{n_b:,} of {self.images[b]:,} in {b})"
             for a, b, n, n_a, n_b in self.shared[self.shared["patients"] > 0].itertuples(index=False)
         ]

@@ -110,7 +110,8 @@ def verdict(terms: pd.DataFrame, mended: pd.DataFrame | None = None) -> str:
             ending = f"Its {start['mean']:.3f} at the smallest batch is not clearly above chance: no conclusion."
         net = _with_interval(table.loc["updates and rest"])
         said.append(
-            f"**{topology}** loses {_with_interval(loss)} AUROC at the largest global batch: {parts}. Updates and rest "
+            f"**{topology}** loses {_with_interval(loss)} AUROC at the largest global batch"
+            f"{', so it gains' * bool(loss['mean'] < 0)}: {parts}. Updates and rest "
             f"together, fewer but larger steps through the same images: {net}. {ending}"
         )
     totals = terms.pivot_table(index="seed", columns="topology", values="total")
@@ -125,7 +126,8 @@ def verdict(terms: pd.DataFrame, mended: pd.DataFrame | None = None) -> str:
     for topology, own in () if mended is None else mended.groupby("topology", sort=False):
         table = over_seeds(own, ["topology"], [name for name in own if name not in ("topology", "seed")])
         gains = "; ".join(f"{row['value']} {_with_interval(row)}" for _, row in table.iterrows())
-        said.append(f"**Remedies** for {topology} at the largest batch, AUROC that each adds: {gains}.")
+        one = " One seed: no interval, and no conclusion." * bool(table["seeds"].max() < 2)
+        said.append(f"**Remedies** for {topology} at the largest batch, AUROC that each adds: {gains}.{one}")
     return "\n\n".join(said)
 
 

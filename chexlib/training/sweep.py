@@ -84,8 +84,10 @@ def run_grid(
                 known = _append(table, {"key": key, **point, **found})
             shutil.rmtree(work / key, ignore_errors=True)
             done = sum(key in known for key in missing)
-            rest = (time.monotonic() - began) / done * (len(missing) - done) / 60
-            log.info("%s: row %d of %d, about %.0f minutes to go", table.stem, done, len(missing), rest)
+            rest = round((time.monotonic() - began) / done * (len(missing) - done) / 60)
+            log.info(
+                "%s: row %d of %d, about %d minute%s to go", table.stem, done, len(missing), rest, "s"[: rest != 1]
+            )
     rows = _known(table)
     shown = [rows[key] for key in wanted if key in rows]
     return pd.DataFrame(shown, columns=list(dict.fromkeys(name for row in shown for name in row)))
