@@ -67,7 +67,7 @@ def run_grid(
     for key in set(wanted) - set(missing):  # killed between writing the row and removing the folder
         shutil.rmtree(work / key, ignore_errors=True)
     began = time.monotonic()
-    bar = tqdm(total=len(missing), desc=table.stem, unit="row", disable=not progress, leave=False)
+    bar = tqdm(total=len(missing), desc=table.stem, unit="row", disable=not (progress and missing), leave=False)
     with bar, contextlib.closing(_unmeasured(missing, table, work, bar)) as ours:
         for key in ours:
             point = wanted[key]
