@@ -86,6 +86,32 @@ def test_a_script_that_cannot_run_is_refused(wrong):
         launch_script("train.json", **{"nodes": 2, "per_node": 2, "threads": 1, **wrong})
 
 
+def test_srun_is_asked_for_what_the_batch_system_was(script):
+    text = script.read_text()
+    asked = dict(line.removeprefix("#SBATCH ").partition("=")[::2] for line in text.splitlines() if "#SBATCH" in line)
+    (step,) = [line for line in text.replace("\\\n", " ").splitlines() if line.startswith("srun")]
+    flags = dict(word.partition("=")[::2] for word in shlex.split(step) if word.startswith("--"))
+    for name in ("--nodes", "--ntasks-per-node", "--cpus-per-task"):
+        assert flags[name] == asked[name], name
+    assert int(flags["--ntasks"]) == int(asked["--nodes"]) * int(asked["--ntasks-per-node"])
+    assert flags["--kill-on-bad-exit"] == "1" and '"${SLURM_MPI_TYPE:-pmix}"' in text
+
+
+def test_ranks_that_mpi_did_not_join_do_not_train_each_on_its_own(phantom, tmp_path):
+    """As where srun's --mpi does not fit the MPI of the ranks: each would take itself for the only one."""
+    config = config_for(phantom, tmp_path / "run", epochs=1, max_steps=1, batch_size=2)
+    (tmp_path / "train.json").write_text(json.dumps(config.to_dict()))
+    text = launch_script(f"{tmp_path}/train.json", nodes=2, per_node=2, threads=1, python=sys.executable)
+    (tmp_path / "train.sbatch").write_text(text)
+    (tmp_path / "srun").write_text('#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nexec "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "SLURM_STEP_NUM_TASKS": "4"}
+    command = ["bash", str(tmp_path / "train.sbatch")]
+    answer = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=300)
+    assert answer.returncode != 0 and "4 processes were started, but MPI joined 1 of them" in answer.stderr
+    assert not list((tmp_path / "run").glob("*.keras"))
+
+
 @pytest.mark.hosts
 @pytest.mark.skipif(bool(reason := why_not()), reason=reason)
 def test_the_script_trains_on_two_hosts(phantom, tmp_path):

@@ -112,6 +112,7 @@ def test_two_levels_send_the_gradients_over_the_card_once():
     assert hierarchical_seconds(1e8, nodes=4, per_node=8, fabric=FABRIC) == pytest.approx(alone + inside)
     slow = dataclasses.replace(FABRIC, copying=1e-9)  # once into the fusion buffer and back
     assert hierarchical_seconds(1e8, nodes=4, per_node=8, fabric=slow) == pytest.approx(alone + inside + 0.1)
+    assert hierarchical_seconds(1e8, nodes=1, per_node=8, fabric=slow) == pytest.approx(inside + 0.1)
 
 
 @pytest.mark.parametrize("wrong", [{"algorithm": "gossip"}, {"nodes": 0}])
@@ -135,6 +136,8 @@ THREE = Workload("three", 1.0, (1e8, 1e8, 1e8), (0.5, 0.75, 1.0))  # each takes 
         (1.0, Horovod(cycle=0.02, overlap=True), 0.11),  # half a cycle more
         (1.0, Horovod(cycle=0.0, overlap=True, request=0.01), 0.12),  # and two requests of the last
         (0.0, Horovod(cycle=0.0, overlap=True), 0.3),
+        (0.2, Horovod(cycle=0.02, overlap=True, fusion=1e8), 0.21),  # busy for longer than a cycle: it sleeps once
+        (1.0, Horovod(cycle=0.4, overlap=True), 0.3),  # it looks at 0.7, not before 1.1 again, and has two
     ],
 )
 def test_gradients_are_reduced_beside_the_backward_pass(compute, horovod, left):
@@ -145,6 +148,15 @@ def test_gradients_are_reduced_beside_the_backward_pass(compute, horovod, left):
 def test_one_rank_waits_for_nobody():
     place = {"nodes": 1, "per_node": 1, "fabric": FREE, "horovod": Horovod()}
     assert communication_left(THREE, 1.0, **place) == 0
+
+
+@pytest.mark.parametrize("per_node", [1, 2, 16])
+def test_a_node_waits_for_the_slowest_processor_however_many_ranks_share_them(per_node):
+    cluster = dataclasses.replace(SMALL, spread=0.1)
+    job = dataclasses.replace(JOB, per_node=per_node, batch=160 // per_node)
+    table = project(job, cluster, horovod=Horovod(), nodes=[1, 32])
+    lag = table["waiting"] / table["compute"]
+    assert lag[1] == pytest.approx(0.1 / math.sqrt(math.pi)) and lag[32] == pytest.approx(0.1 * expected_slowest(64))
 
 
 def test_the_slowest_of_many_is_that_of_drawn_ones():

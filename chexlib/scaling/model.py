@@ -47,6 +47,7 @@ class Cluster:
     watts: float  # of a node's processors
     fabric: Fabric
     spread: float = 0.0  # standard deviation of the processors' speeds over their mean
+    processors: int = 2  # of a node, each with a speed of its own
     source: str = ""
 
 
@@ -70,7 +71,7 @@ def hardware_efficiency(images: float, flop_per_image: float, seconds: float, pe
 
 @functools.cache
 def expected_slowest(n: int) -> float:
-    """Mean of the largest of `n` standard normal numbers: by so many deviations `n` ranks wait for the slowest."""
+    """Mean of the largest of `n` standard normal numbers: by so many deviations the slowest of `n` is behind."""
     density = stats.norm.pdf
     return integrate.quad(lambda z: n * z * density(z) * stats.norm.cdf(z) ** (n - 1), -8, 10, limit=200)[0]
 
@@ -93,9 +94,11 @@ def communication_left(
     latency = (fabric.between if nodes > 1 else fabric.inside).latency
     asking = ranks * latency if horovod.request else 2 * math.ceil(math.log2(ranks)) * latency
     ready = np.array(workload.ready) * compute if horovod.overlap else np.full(n, compute)
-    clock, i = 0.0, 0
+    clock, looked, i = 0.0, -math.inf, 0
     while i < n:
-        clock = max(clock, ready[i]) + horovod.cycle / 2  # the next cycle begins, in the mean
+        # Horovod sleeps for what is left of the cycle since it looked last: half of one in the mean after idling.
+        idle = ready[i] > max(clock, looked + horovod.cycle)
+        clock = looked = ready[i] + horovod.cycle / 2 if idle else max(clock, looked + horovod.cycle)
         until = int(np.searchsorted(ready, clock, side="right"))
         clock += asking + horovod.request * ranks * (until - i)
         clock += sum(map(reduce, _buffers(workload.sizes[i:until], horovod)))
@@ -154,7 +157,7 @@ def _row(job: Job, cluster: Cluster, horovod: Horovod, nodes: int, global_batch:
             f"a global batch of {global_batch} is less than an image for each of {ranks} ranks. Use fewer nodes."
         )
     compute = job.fixed + batch * job.per_node / job.speed
-    waiting = compute * cluster.spread * expected_slowest(ranks) if ranks > 1 else 0.0
+    waiting = compute * cluster.spread * expected_slowest(nodes * cluster.processors)
     place = {"nodes": nodes, "per_node": job.per_node, "fabric": cluster.fabric, "horovod": horovod}
     left = communication_left(job.workload, compute + waiting, **place)
     step = compute + waiting + left

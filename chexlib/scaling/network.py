@@ -119,8 +119,10 @@ def allreduce_seconds(size: float, *, nodes: int, per_node: int, fabric: Fabric,
 def hierarchical_seconds(size: float, *, nodes: int, per_node: int, fabric: Fabric, algorithm: str = "ring") -> float:
     """Seconds of an allreduce in three: added up inside each node, between the nodes, and handed out inside.
 
-    Horovod's HOROVOD_HIERARCHICAL_ALLREDUCE: between the nodes each rank carries its own part of the gradients, and
-    all share the card, so that the card carries them once.
+    Open MPI's module han works so (Horovod's HOROVOD_HIERARCHICAL_ALLREDUCE is for GPUs): between the nodes each rank
+    carries its own part of the gradients, and all share the card, so that the card carries them once.
     """
+    if nodes == 1:
+        return allreduce_seconds(size, nodes=1, per_node=per_node, fabric=fabric, algorithm=algorithm)
     within = allreduce_seconds(size, nodes=1, per_node=per_node, fabric=replace(fabric, copying=0.0))
     return within + allreduce_seconds(size, nodes=nodes, per_node=1, fabric=fabric, algorithm=algorithm)

@@ -125,14 +125,26 @@ def require_agreement(world: World, variables: dict, *, when: str) -> None:
 
 
 def join_world() -> World:
-    """Find the ranks this process belongs to, and start Horovod if an MPI launcher made more than one."""
-    launched = max((int(os.environ.get(name) or 1) for name in _LAUNCHERS), default=1)
-    if launched == 1:
+    """Find the ranks this process belongs to, and start Horovod if an MPI launcher made more than one.
+
+    Raises
+    ------
+    ClusterError
+        The launcher started more processes than found each other: each would train on its own, and write over all.
+    """
+    launched = {int(os.environ.get(name) or 1) for name in _LAUNCHERS}
+    if launched == {1}:
         return World()
     import horovod.tensorflow as hvd
 
     if not hvd.is_initialized():
         hvd.init()
+    if hvd.size() not in launched - {1}:
+        raise ClusterError(
+            f"{max(launched)} processes were started, but MPI joined {hvd.size()} of them. Start them with the MPI that "
+            "Horovod was built with; under srun set SLURM_MPI_TYPE to what `srun --mpi=list` offers (pmix for Open "
+            "MPI; pmi2 for Intel MPI, with I_MPI_PMI_LIBRARY naming Slurm's libpmi2.so)."
+        )
     return World(rank=hvd.rank(), ranks=hvd.size())
 
 
