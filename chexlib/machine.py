@@ -15,6 +15,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def kind() -> dict:
+    """Processor and cores: what a measured time belongs to."""
+    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return {"processor": next(names, "unknown"), "cores": cores()}
+
+
 @functools.cache
 def processor_flags() -> frozenset[str]:
     """Instruction sets, in the kernel's words, such as "avx2" or "amx_bf16"."""

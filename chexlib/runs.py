@@ -191,8 +191,7 @@ def environment() -> dict:
         "python": platform.python_version(),
         "packages": {name: v for name in PACKAGES if (v := _version(name))},
         "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": machine.cores(),
+        **machine.kind(),
         "topology": machine.topology(),
         "native_precision": machine.native_precision(),
         "mpi": mpi,
@@ -243,11 +242,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    with open("/proc/cpuinfo") as file:
-        return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "unknown")
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigError:

@@ -67,6 +67,12 @@ def results(seed, **changes):
             name: {str(n): dict(zip(rates, rng.uniform(size=3), strict=True)) for n in (256, 512)}
             for name in SYSTEMS.values()
         },
+        "sensitivity": [
+            {"system": name, "further": rng.uniform()}
+            | {f"{rate}_{n}": rng.uniform() for rate in rates for n in (256, 512)}
+            for name in SYSTEMS.values()
+            for _ in range(2)
+        ],
         "peak_percent": {name: estimate(rng, "formula") for name in RUNS.values()},
         "solution": {"densenet121": {"seconds": rng.uniform(100, 900)}},
         "ratio": {"ratio": rng.uniform(1, 9)},
@@ -183,6 +189,13 @@ def test_points_of_a_shorter_training_answer_those_as_far_into_the_studys():
         (Measured(120, "", 121, tolerance=0), "not reproduced"),
         (Measured(85.1, "", 90, tolerance=5), "reproduced"),
         (Measured(95.1, "", 90, tolerance=5), "not reproduced"),
+        (Measured(91, "", 90, 86, 94, tolerance=5), "reproduced"),
+        (Measured(70, "", 90, 60, 80, tolerance=5), "not reproduced"),
+        (Measured(91, "", 90, 60, 94, tolerance=5), "not comparable"),  # the study does not tell enough
+        (Measured(91, "", 85, 86, 94, rule=">", tolerance=5), "reproduced"),
+        (Measured(91, "", 85, 84, 94, rule=">", tolerance=5), "not comparable"),
+        (Measured(40, "", 40, rule="<=", tolerance=0), "reproduced"),
+        (Measured(41, "", 40, rule="<=", tolerance=0), "not reproduced"),
         (Measured(1.0, "", 2.3, 0.1, 1.9, rule="side of 0"), "reproduced"),
         (Measured(1.0, "", 2.3, -0.1, 2.1, rule="side of 0"), "not reproduced"),
         (Measured(1.0, "", -2.3, 0.1, 1.9, rule="side of 0"), "not reproduced"),
@@ -204,6 +217,7 @@ def test_the_verdict_follows_the_rule(ours, says):
         ({"data": "phantom of 100 (synthetic)"}, "Wang 2017", "synthetic"),
         ({"split": {"name": "patient", "images": {"train": 112120}}}, "Wang 2017", "another split"),
         ({"split": {"name": "patient", "images": {"train": 112120}}}, "CheXNet", "interval"),
+        ({"split": {"name": "image", "images": {"train": 112120}}}, "CheXNet", "another split"),
         ({"split": {"name": "official", "images": {"train": 999, "test": 100}}}, "Wang 2017", "1,099 of the release"),
         ({}, "Wang 2017", "interval"),
         ({}, "Dell DenseNet", "leaks"),
@@ -323,6 +337,34 @@ def test_the_figures_are_all_those_of_the_list():
     tops = {round(c.value * 100) for c in claims() if c.topic == "collapse"}
     points = text.split("Ensemble points")[1].split("64K converges")[0]
     assert tops == {round(100 * n) for n in numbers(points) if n > 60}
+
+
+@pytest.mark.skipif(PUBLISHED is None, reason="the list of published figures is not beside this project")
+@pytest.mark.parametrize(
+    ("line", "keys"),
+    [
+        (r"Caffe.*\| 256 \| (.*) img/s, (.*) % eff\w*, (.*) min, > (.*) / (.*) % \|",
+         "caffe-256/speed caffe-256/efficiency caffe-256/time caffe-256/top-1 caffe-256/top-5"),
+        (r"Caffe.*\| 512 \| (.*) min; > (.*) % eff\w* from 256 to 512 nodes, (.*) % \|",
+         "caffe-512/time caffe-512/efficiency caffe-512/top-1"),
+        (r"Stampede2 \| 256 / 512 \| (.*) / (.*) img/s \((.*) %\), about (.*) h on 256 \|",
+         "tensorflow-256/speed tensorflow-512/speed tensorflow-512/efficiency tensorflow-256/time"),
+        (r"this work.*\| 448 \| (.*) TF peak, (.*) min, (.*) % \|",
+         "caffe-448/peak caffe-448/time caffe-448/efficiency"),
+        (r"Facebook, P100 \| 32 .*\| (.*) TF, (.*) min, (.*) % \|",
+         "facebook-32/peak facebook-32/time facebook-32/efficiency"),
+        (r"You et al.*\| 1024 \| (.*) TF, (.*) min, (.*) % \|", "you-1024/peak you-1024/time you-1024/efficiency"),
+        (r"DenseNet-121.*\| 64 \| (.*) s/epoch, (.*) epochs, .*, (.*) % \|", "64/epoch 64/epochs 64/top-1"),
+        (r"DenseNet-121.*\| 128 \| (.*) s/epoch, (.*) epochs, .*, (.*) % \|", "128/epoch 128/epochs 128/top-1"),
+        (r"fine-tuning ResNet-50.*Keras (.*) s/epoch, TensorFlow (.*) s/epoch",
+         "fine-tuning/keras fine-tuning/tensorflow"),
+    ],
+)  # fmt: skip
+def test_the_figures_of_scale_are_each_at_its_place(line, keys):
+    (told,) = re.findall(line, Path(PUBLISHED).read_text())
+    values = {claim.key: claim.value for claim in claims()}
+    own = [[value for key, value in values.items() if f"/{key}".endswith(f"/{end}")] for end in keys.split()]
+    assert own == [[float(number.replace(",", ""))] for number in told]
 
 
 def test_the_ledger_is_plain_values_for_json():

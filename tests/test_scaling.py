@@ -14,7 +14,17 @@ import pytest
 
 from chexlib.cluster.emulated import EmulatedHosts, why_not
 from chexlib.errors import ConfigError
-from chexlib.scaling.clusters import FLOP_90_EPOCHS, PEAK_RUNS, study_clusters, study_horovod, study_job, study_speed
+from chexlib.models.topologies import build_model
+from chexlib.runs import ROOT
+from chexlib.scaling.clusters import (
+    FLOP_90_EPOCHS,
+    PEAK_RUNS,
+    study_clusters,
+    study_horovod,
+    study_job,
+    study_sensitivity,
+    study_speed,
+)
 from chexlib.scaling.model import (
     Cluster,
     Horovod,
@@ -26,7 +36,7 @@ from chexlib.scaling.model import (
 )
 from chexlib.scaling.network import Fabric, Link, allreduce_seconds, hierarchical_seconds
 from chexlib.scaling.timeline import read_timeline
-from chexlib.scaling.wires import fit_wires, launches, measure_wires, wire_seconds
+from chexlib.scaling.wires import fit_wires, held_back, hold_whole, launches, measure_wires, wire_seconds
 from chexlib.scaling.workload import Workload, workload_of
 
 FABRIC = Fabric(Link(2e-6, 4e9), Link(30e-6, 1e9))
@@ -231,6 +241,11 @@ def test_nothing_in_the_presets_was_taken_from_an_efficiency_that_is_predicted()
     }
     assert all(1 == found[1] > found[256] > found[512] > 0 for found in hits.values())
     assert hits["Stampede2"][512] < hits["MareNostrum 4"][512]  # the one whose rank 0 negotiates
+    table = study_sensitivity(workload, copying=0.0, request=2e-6)
+    for system, rows in table.groupby("system"):
+        assert rows["efficiency_512"].iloc[0] == pytest.approx(hits[system][512])  # what is projected comes first
+        assert rows["efficiency_512"].min() <= hits[system][512] < rows["efficiency_512"].max() < 1
+    assert (table["further"] == table["images_per_second_512"] / table["images_per_second_256"] / 2).all()
 
 
 # What is measured
@@ -280,6 +295,20 @@ def test_the_fit_finds_what_made_the_times_and_predicts_the_other_half():
     for name in ("payload", "handling", "copying"):
         assert unknowns.loc[name, "low"] < truth[name] < unknowns.loc[name, "high"], name
         assert unknowns.loc[name, "value"] == pytest.approx(truth[name], rel=0.1)
+
+
+def test_the_model_predicts_the_wires_of_the_reference():
+    """What was held back, from what was not, fitted anew: half of the settings, between and beyond those fitted."""
+    kept = json.loads((ROOT / "data" / "reference" / "08_scale_out.json").read_text())
+    rows = pd.DataFrame(kept["metrics"]["wires"]).T.infer_objects()
+    table = rows[["topology", "hosts", "per_host", "algorithm", "rate", "compute", "seconds"]]
+    workloads = {name: workload_of(build_model(name, size=224), name) for name in table["topology"].unique()}
+    assert len(table) >= 12 and len(workloads) >= 2
+    _, predicted = fit_wires(table, workloads, processors=kept["environment"]["cores"])
+    found = held_back(predicted)
+    assert found["held_back"] >= 12 and found["median"] <= 0.10 and found["worst"] <= 0.25
+    beyond = hold_whole(table, workloads, processors=kept["environment"]["cores"])
+    assert (beyond["median"] <= 0.25).all() and (beyond["held_back"] + 12 <= len(table)).all()
 
 
 @pytest.mark.hosts

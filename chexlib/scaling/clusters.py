@@ -20,12 +20,13 @@ Speed of a node
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from chexlib.scaling.model import Cluster, Horovod, Job, hardware_efficiency
+from chexlib.scaling.model import Cluster, Horovod, Job, hardware_efficiency, project
 from chexlib.scaling.network import Fabric, Link
 from chexlib.scaling.workload import Workload
 
@@ -146,6 +147,33 @@ def study_claims(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     }
     table = pd.DataFrame(rows, index=["published", "model"]).T
     return table.assign(miss=table["model"] - table["published"])
+
+
+def study_sensitivity(workload: Workload, *, copying: float, request: float) -> pd.DataFrame:
+    """The projection again, with what is not known of the study's clusters at other values.
+
+    The spread of processors is halved: its source gives the largest that was seen. A request is halved and doubled.
+    The images a rank are not printed for Stampede2. MareNostrum's 8,192 images are, and its Caffe had no requests.
+
+    Returns
+    -------
+    DataFrame
+        A row a combination, the first of a system the one that is projected: system, images_a_rank, request (seconds),
+        spread; images_per_second, efficiency and solution_hours on 256 and 512 nodes, such as efficiency_256; and
+        further, the speed on 512 nodes over twice that on 256.
+    """
+    rows = []
+    for name, usual in study_horovod(request).items():
+        batches, factors = ((16, 32, 64), (1, 0.5, 2)) if usual.request else ((16,), (1,))
+        for batch, factor, share in itertools.product(batches, factors, (1, 0.5)):
+            there = replace(study_clusters(copying)[name], spread=share * SPREAD)
+            horovod = replace(usual, request=factor * usual.request)
+            found = project(study_job(workload, batch=batch), there, horovod=horovod, nodes=(256, 512))
+            row = {"system": name, "images_a_rank": batch, "request": horovod.request, "spread": there.spread}
+            for value, nodes in itertools.product(("images_per_second", "efficiency", "solution_hours"), (256, 512)):
+                row[f"{value}_{nodes}"] = found.loc[nodes, value]
+            rows.append({**row, "further": row["images_per_second_512"] / row["images_per_second_256"] / 2})
+    return pd.DataFrame(rows)
 
 
 def peak_shares() -> pd.DataFrame:

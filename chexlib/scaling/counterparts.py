@@ -34,7 +34,7 @@ def _other_images(claim: Claim, metrics: Mapping) -> str:
         return "its split leaks patients" if claim.setting.startswith("leaks") else "its split is not printed"
     if images < 0.99 * RELEASE:
         return f"{images:,} of the release's {RELEASE:,} images"
-    if claim.setting.startswith("official") != (ours == "official"):
+    if ours != ("official" if claim.setting.startswith("official") else "patient"):
         return f"another split: ours is {ours}"
     return ""
 
@@ -142,7 +142,7 @@ def _rule_reach(claim: Claim, found: Found) -> Measured | str:
     if not kept:
         return "no batch of ours is known to lose less than 2 %"
     if claim.key.endswith("updates"):
-        return Measured(min(row["updates"] for row in kept), claim.unit, claim.value, rule="<", tolerance=0)
+        return Measured(min(row["updates"] for row in kept), claim.unit, claim.value, rule="<=", tolerance=0)
     differs = "fewer images: what makes a batch large is how few updates are left"
     return Measured(max(row["batch"] for row in kept), claim.unit, claim.value, differs=differs)
 

@@ -7,7 +7,8 @@ Published figures are in `published`, what of a run answers them in `counterpart
 - *not comparable*: it cannot be measured here, or it was measured under other conditions. The reason is given;
 - *reproduced* or *not reproduced*, for a figure: the published one lies in our interval (95 %, or what rounding leaves
   open), or does not; a count is equal, or not; a projection of the model is within 5 points of an efficiency and
-  5 % of a speed or a time (or half a unit of one in whole hours), or not; for a bound ("less than 2 %", or what the
+  5 % of a speed or a time (or half a unit of one in whole hours), or not, and not comparable if that depends on what
+  the study does not tell; for a bound ("less than 2 %", or what the
   study's recipe still lost): our whole interval keeps it;
   for a gain that was published in another measure, such as top-1 on ImageNet: our whole interval is on its side of 0.
 """
@@ -89,22 +90,38 @@ def verdict(ours: Measured) -> tuple[str, str]:
     if ours.tolerance is None and ours.low is None:
         return NOT_COMPARABLE, "one training, so that there is no interval"
     low, high = (ours.value, ours.value) if ours.low is None else (ours.low, ours.high)
+    if ours.tolerance:
+        return _projected(ours, low, high)
     if ours.rule == "equal":
-        slack = ours.tolerance or 0
-        holds, rule = low - slack <= ours.published <= high + slack, "is it within our interval"
-        if ours.low is None:
-            unit = "points" if ours.unit == "%" else ours.unit
-            rule = f"is it within {ours.tolerance:,.4g} {unit} of the projection" if slack else "is it equal"
+        holds, rule = low <= ours.published <= high, "is it within our interval" if low < high else "is it equal"
     elif ours.rule == "side of 0":
         holds, rule, edge = (low > 0) if ours.published > 0 else (high < 0), "is our interval on its side of 0", 0.0
     else:
-        holds = high < ours.published if ours.rule == "<" else low > ours.published
-        rule = f"is our {'interval' if low < high else 'figure'} {'below' if ours.rule == '<' else 'above'} it"
+        holds = {"<": high < ours.published, "<=": high <= ours.published, ">": low > ours.published}[ours.rule]
+        side = {"<": "below", "<=": "no more than", ">": "above"}[ours.rule]
+        rule = f"is our {'interval' if low < high else 'figure'} {side} it"
         edge = ours.published
     if holds:
         return REPRODUCED, f"{rule}: yes"
     open_ = ours.rule != "equal" and low < edge < high
     return NOT_REPRODUCED, f"{rule}: no" + ", it holds both sides: undecided" * open_
+
+
+def _projected(ours: Measured, low: float, high: float) -> tuple[str, str]:
+    """On a projection: where its span lies on both sides of what decides, the study does not tell enough."""
+    if ours.rule == "equal":
+        edges = (ours.published - ours.tolerance, ours.published + ours.tolerance)
+        unit = "points" if ours.unit == "%" else ours.unit
+        rule = f"is it within {ours.tolerance:,.4g} {unit} of the projection"
+    else:
+        edges = (ours.published, math.inf) if ours.rule == ">" else (-math.inf, ours.published)
+        rule = f"is the projection {'above' if ours.rule == '>' else 'below'} it"
+    if edges[0] <= low and high <= edges[1]:
+        return REPRODUCED, f"{rule}: yes"
+    if high < edges[0] or edges[1] < low:
+        return NOT_REPRODUCED, f"{rule}: no"
+    span = f"{low:,.3g} to {high:,.3g} {ours.unit}"
+    return NOT_COMPARABLE, f"{rule}: undecided, for what the study does not tell leaves {span} open"
 
 
 def _row(claim: Claim, found: Mapping[str, Found]) -> list:

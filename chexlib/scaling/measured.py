@@ -36,10 +36,10 @@ class Measured:
     value: float
     unit: str
     published: float | None = None
-    low: float | None = None  # of the 95 % interval
+    low: float | None = None  # of the 95 % interval; of a projection what it spans, the unknown being another
     high: float | None = None
-    rule: str = "equal"  # or "side of 0", "<", ">": see `ledger`
-    tolerance: float | None = None  # of a figure without an interval: 0 of a count, more of a projection
+    rule: str = "equal"  # or "side of 0", "<", "<=", ">": see `ledger`
+    tolerance: float | None = None  # 0 of a count, more of a projection
     differs: str = ""  # why the two cannot be compared
     scale: str = ""  # at which ours was found, where that is not the notebook's
 

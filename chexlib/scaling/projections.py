@@ -21,6 +21,13 @@ def _projected(claim: Claim, found: Found) -> dict[int, dict]:
     return {int(nodes): row for nodes, row in table.items()}
 
 
+def _span(claim: Claim, found: Found, value: str, times: float = 1.0) -> dict:
+    """Least and most that the model says where what is not known of the system is another: `study_sensitivity`."""
+    system = SYSTEMS[claim.key.split("/")[1].split("-")[0]]
+    own = [times * row[value] for row in found.metrics["sensitivity"] if row["system"] == system]
+    return {"low": min(own), "high": max(own)}
+
+
 def _modelled(claim: Claim) -> str:
     """At which scale: the model with the study's hardware in, nothing measured here."""
     return f"the model: ResNet-50 on {SYSTEMS[claim.key.split('/')[1].split('-')[0]]}"
@@ -32,7 +39,9 @@ def _nodes(claim: Claim) -> int:
 
 def _speed(claim: Claim, found: Found) -> Measured:
     speed = _projected(claim, found)[_nodes(claim)]["images_per_second"]
-    return Measured(speed, claim.unit, claim.value, tolerance=PERCENT / 100 * claim.value, scale=_modelled(claim))
+    how = {"tolerance": PERCENT / 100 * claim.value, "scale": _modelled(claim)}
+    how |= _span(claim, found, f"images_per_second_{_nodes(claim)}")
+    return Measured(speed, claim.unit, claim.value, **how)
 
 
 def _time(claim: Claim, found: Found) -> Measured:
@@ -44,18 +53,21 @@ def _time(claim: Claim, found: Found) -> Measured:
     )
     differs = f"{differs}: it is another number of epochs" if needed > study_speed() else ""
     tolerance = max(PERCENT / 100 * claim.value, 0.5)  # published in whole minutes or hours
-    own = 60 * hours / minutes
-    return Measured(own, claim.unit, claim.value, tolerance=tolerance, differs=differs, scale=_modelled(claim))
+    how = {"tolerance": tolerance, "differs": differs, "scale": _modelled(claim)}
+    how |= _span(claim, found, f"solution_hours_{_nodes(claim)}", 60 / minutes)
+    return Measured(60 * hours / minutes, claim.unit, claim.value, **how)
 
 
 def _efficiency(claim: Claim, found: Found) -> Measured:
     """Over one node, or on 512 over 256 nodes."""
     table, nodes = _projected(claim, found), _nodes(claim)
     if nodes == 256:
-        own, rule = table[nodes]["efficiency"], "equal"
+        own, rule, value = table[nodes]["efficiency"], "equal", "efficiency_256"
     else:
         own, rule = table[512]["images_per_second"] / table[256]["images_per_second"] / 2, claim.bound or "equal"
-    return Measured(100 * own, claim.unit, claim.value, rule=rule, tolerance=POINTS, scale=_modelled(claim))
+        value = "further"
+    how = {"rule": rule, "tolerance": POINTS, "scale": _modelled(claim), **_span(claim, found, value, 100)}
+    return Measured(100 * own, claim.unit, claim.value, **how)
 
 
 def _peak_share(claim: Claim, found: Found) -> Measured:

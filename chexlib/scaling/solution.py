@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from chexlib.training.config import TrainConfig
@@ -13,7 +14,7 @@ RATES = {"vgg16": 1e-4}  # Adam's; a VGG does not start at CheXNet's 1e-3
 
 
 def measure_solution(point: Mapping, folder: Path, *, data: Path) -> dict:
-    """Train as one point of a grid says and return `time_to`, for `chexlib.training.sweep.run_grid`.
+    """Train as one point of a grid says, for `chexlib.training.sweep.run_grid`: `time_to`, and the day of it.
 
     Parameters
     ----------
@@ -32,7 +33,8 @@ def measure_solution(point: Mapping, folder: Path, *, data: Path) -> dict:
         resume=True,
     )
     images = len(divide(config)[1]["train"])
-    return time_to(fit(config).history, images=images, auroc=point["auroc"])
+    found = time_to(fit(config).history, images=images, auroc=point["auroc"])
+    return {**found, "measured": f"{datetime.now(UTC):%Y-%m-%d}"}
 
 
 def time_to(history: Sequence[dict], *, images: int, auroc: float) -> dict:

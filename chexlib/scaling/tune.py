@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from chexlib.errors import ClusterError, ConfigError
 from chexlib.files import replacing
-from chexlib.machine import cores
-from chexlib.runs import ROOT, environment
+from chexlib.machine import cores, kind
+from chexlib.runs import ROOT
 from chexlib.scaling.throughput import measure
 from chexlib.training.config import TrainConfig
 
@@ -60,15 +60,15 @@ def tune(
     """
     for precision, batch in itertools.product(precisions, batches):
         TrainConfig(data_dir=".", run_dir=".", topology=topology, size=size, batch_size=batch, precision=precision)
-    machine = {name: value for name, value in environment().items() if name in ("processor", "cores")}
     path = Path(sweep or SWEEP)
     known = json.loads(path.read_text()) if path.exists() else []
     wanted = [
         dict(zip(KEYS, (topology, size, precision, batch, *layout), strict=True))
         for precision, batch, layout in itertools.product(precisions, batches, layouts())
     ]
+    here = kind()
     measured = [row for row in known if row["images_per_second"] and row["steps"] >= steps]
-    missing = [point for point in wanted if not any(_same(row, point, machine) for row in measured)]
+    missing = [point for point in wanted if not any(_same(row, point, here) for row in measured)]
     for point in tqdm(missing, desc="layouts", unit="layout", disable=not progress, leave=False):
         settings = {name: point[name] for name in KEYS[:4]}
         try:
@@ -76,11 +76,11 @@ def tune(
         except ClusterError as error:
             log.warning("%s", error)
             found = {"images_per_second": None, "gflop_per_image": None, "seconds": []}
-        known.append({**point, **machine, "steps": steps, **found})
+        known.append({**point, **here, "steps": steps, **found})
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             file.write(json.dumps(known, indent=1).encode())
-    rows = [next(row for row in reversed(known) if _same(row, point, machine)) for point in wanted]
+    rows = [next(row for row in reversed(known) if _same(row, point, here)) for point in wanted]
     table = pd.DataFrame(rows)[[*KEYS, "images_per_second", "gflop_per_image"]].astype({"images_per_second": float})
     table["gflops"] = table["images_per_second"] * table.pop("gflop_per_image").astype(float)
     return table.sort_values("images_per_second", ascending=False, kind="stable", ignore_index=True)
@@ -110,5 +110,5 @@ def save_winner(table: pd.DataFrame, path: str | Path = "") -> dict:
     return winner
 
 
-def _same(row: dict, point: dict, machine: dict) -> bool:
-    return all(row.get(name) == value for name, value in {**point, **machine}.items())
+def _same(row: dict, point: dict, here: dict) -> bool:
+    return all(row.get(name) == value for name, value in {**point, **here}.items())

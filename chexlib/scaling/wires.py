@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from scipy import optimize, stats
 from chexlib.cluster.emulated import EmulatedHosts, why_not
 from chexlib.cluster.profiles import find_mpi, thread_environment
 from chexlib.errors import ClusterError
-from chexlib.machine import cores
+from chexlib.machine import cores, kind
 from chexlib.scaling.model import Horovod, communication_left
 from chexlib.scaling.network import Fabric, Link
 from chexlib.scaling.workload import Workload
@@ -34,7 +35,7 @@ from chexlib.training.sweep import run_grid
 
 # Open MPI's numbers of the algorithms; without a fixed one it chooses by size, and its module han by level.
 _MCA = {"ring": 4, "recursive doubling": 3}
-SETTING = ["topology", "hosts", "per_host", "algorithm", "rate"]
+LAUNCH = ["topology", "hosts", "per_host", "algorithm"]  # whose ranks stay while the rate changes
 log = logging.getLogger(__name__)
 UNKNOWN = {  # where the fit begins, and between what it looks
     "latency": (1e-3, 1e-6, 1.0),
@@ -55,7 +56,7 @@ def launches(topologies: Sequence[str], hosts: Sequence[int], *, size: int, batc
 
 
 def measure_wires(points: Sequence[Mapping], rates: Sequence[float], table: str | Path, *, turns: int = 4):
-    """Seconds of a step in every launch at every rate; a launch that `table` has is not repeated.
+    """Seconds of a step in every launch at every rate; a launch that `table` has, of this machine, is not repeated.
 
     Parameters
     ----------
@@ -69,7 +70,7 @@ def measure_wires(points: Sequence[Mapping], rates: Sequence[float], table: str 
     -------
     DataFrame
         A row a setting: topology, size, batch, hosts, per_host, algorithm, rate, compute (seconds, of the same ranks at
-        the same time with nothing communicated), seconds.
+        the same time with nothing communicated), seconds; measured, the day of it.
 
     Raises
     ------
@@ -78,12 +79,12 @@ def measure_wires(points: Sequence[Mapping], rates: Sequence[float], table: str 
     """
     if reason := why_not():
         raise ClusterError(f"no networks can be emulated: {reason}. Without them the committed reference can be read.")
-    how = {"rates": ",".join(f"{rate:g}" for rate in rates), "turns": turns, "spent": 5}
+    how = {"rates": ",".join(f"{rate:g}" for rate in rates), "turns": turns, "spent": 5, **kind()}
     asked = [{**point, **how} for point in points]
     rows = run_grid(asked, table, lambda point, folder: _launch(point))
-    keep = ["topology", "size", "batch", "hosts", "per_host", "algorithm"]
+    keep = [*LAUNCH, "size", "batch", "measured"]
     long = pd.wide_to_long(rows, ["seconds", "compute"], keep, "rate", sep="_", suffix=".+").reset_index()
-    return long.sort_values(SETTING, ignore_index=True)[[*keep, "rate", "compute", "seconds"]]
+    return long.sort_values([*LAUNCH, "rate"], ignore_index=True)[[*keep, "rate", "compute", "seconds"]]
 
 
 def _launch(point: Mapping, timeout: float = 900) -> dict:
@@ -121,7 +122,7 @@ def _served(point: Mapping, timeout: float) -> dict:
         try:
             take(-2)
             take(2)
-            found = {}
+            found = {"measured": f"{datetime.now(UTC):%Y-%m-%d}"}
             for rate in map(float, point["rates"].split(",")):
                 hosts.limit(rate)  # in turns, so that a machine that slows down does so in both
                 n = max(1, min(5, int(point["spent"] / turns / take(2)[1])))
@@ -149,42 +150,76 @@ def wire_seconds(row: Mapping, workload: Workload, unknown: Mapping, processors:
 
 
 def fit_wires(
-    table: pd.DataFrame, workloads: Mapping[str, Workload], *, processors: int = 0
+    table: pd.DataFrame, workloads: Mapping[str, Workload], *, processors: int = 0, fitted: np.ndarray | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Fit the model to half of the settings, and predict all.
+    """Fit the model to some of the settings, and predict all.
 
-    The half is a chequerboard over topology, layout and rate, so that each of these is in both.
+    Parameters
+    ----------
+    fitted : array of bool, optional
+        To which rows. Else to half of them, a chequerboard over topology, layout and rate: each of these is in both.
 
     Returns
     -------
     unknowns : DataFrame
-        A row an unknown: value, and low and high of its 95 % interval (from the curvature, in logarithms): latency
-        (seconds a message), payload (share of the rate), handling and copying (seconds a byte, see `Fabric`).
+        A row an unknown: value, and low and high of its 95 % interval, no further than `UNKNOWN` looks: latency
+        (seconds a message), payload (share of the rate), handling and copying (seconds a byte, see `Fabric`). It is the
+        wider of two, in logarithms: from the curvature, and from the jackknife over launches (Tukey 1958), since the
+        settings of a launch share its processes and what the model misses of them.
     predicted : DataFrame
-        The table with fitted (bool), predicted (seconds) and error, predicted over measured less 1.
+        The table with fitted (bool), predicted (seconds) and error, predicted over measured less 1: of the step, and as
+        communication_error of what it has beside its compute, which was measured and not predicted.
     """
     processors = processors or cores()
-    layouts = table["hosts"].astype(str) + table["per_host"].astype(str) + table["algorithm"]
-    places = [pd.factorize(column, sort=True)[0] for column in (table["topology"], layouts, table["rate"])]
-    fitted = sum(places) % 2 == 0
-    rows, half = table.to_dict("records"), table[fitted].to_dict("records")
+    launch = table.groupby(LAUNCH, sort=False).ngroup().to_numpy()
+    if fitted is None:
+        layouts = table["hosts"].astype(str) + table["per_host"].astype(str) + table["algorithm"]
+        places = [pd.factorize(column, sort=True)[0] for column in (table["topology"], layouts, table["rate"])]
+        fitted = sum(places) % 2 == 0
+    rows = table.to_dict("records")
+    begin, least, most = np.log(list(UNKNOWN.values())).T
 
     def predict(logs, rows):
         unknown = dict(zip(UNKNOWN, np.exp(logs), strict=True))
         return np.array([wire_seconds(row, workloads[row["topology"]], unknown, processors) for row in rows])
 
-    measured = np.log([row["seconds"] for row in half])
-    begin, least, most = np.log(list(UNKNOWN.values())).T
-    found = optimize.least_squares(
-        lambda logs: np.log(predict(logs, half)) - measured, begin, bounds=(least, most), loss="soft_l1", f_scale=0.1
-    )
-    free = max(1, len(half) - len(UNKNOWN))
+    def fit(keep, begin):
+        own = list(itertools.compress(rows, keep))
+        measured = np.log([row["seconds"] for row in own])
+        how = {"bounds": (least, most), "loss": "soft_l1", "f_scale": 0.1}
+        return optimize.least_squares(lambda logs: np.log(predict(logs, own)) - measured, begin, **how)
+
+    found = fit(fitted, begin)
+    free = max(1, sum(fitted) - len(UNKNOWN))
     flat = 1e-9 * np.eye(len(UNKNOWN))  # what the settings say nothing of is left as wide as it was
     covariance = np.linalg.inv(found.jac.T @ found.jac + flat) * 2 * found.cost / free
     reach = stats.t.ppf(0.975, free) * np.sqrt(np.diag(covariance))
+    without = np.array([fit(fitted & (launch != one), found.x).x for one in np.unique(launch[fitted])])
+    if (n := len(without)) > 1:
+        jackknife = np.sqrt((n - 1) * without.var(axis=0))
+        reach = np.maximum(reach, stats.t.ppf(0.975, n - 1) * jackknife)
     ends = np.clip([found.x - reach, found.x + reach], least, most)
     values = {"value": np.exp(found.x), "low": np.exp(ends[0]), "high": np.exp(ends[1])}
     predicted = table.assign(fitted=fitted, predicted=predict(found.x, rows))
-    return pd.DataFrame(values, index=list(UNKNOWN)), predicted.assign(
-        error=predicted["predicted"] / predicted["seconds"] - 1
-    )
+    predicted["error"] = predicted["predicted"] / predicted["seconds"] - 1
+    ours, theirs = (predicted[name] - predicted["compute"] for name in ("predicted", "seconds"))
+    predicted["communication_error"] = (ours / theirs - 1).where(theirs > 0)
+    return pd.DataFrame(values, index=list(UNKNOWN)), predicted
+
+
+def held_back(predicted: pd.DataFrame) -> dict:
+    """How many settings there are and were held back, and median and worst error of these, from `fit_wires`."""
+    held = predicted[~predicted["fitted"].astype(bool)]
+    step, communication = (held[name].astype(float).abs() for name in ("error", "communication_error"))
+    told = {"settings": len(predicted), "held_back": len(held), "median": step.median(), "worst": step.max()}
+    return told | {"communication_median": communication.median(), "communication_worst": communication.max()}
+
+
+def hold_whole(table: pd.DataFrame, workloads: Mapping[str, Workload], *, processors: int = 0) -> pd.DataFrame:
+    """`held_back` where what is held back is not between settings that were fitted, but beyond all of them."""
+    most, fastest = table["hosts"] == table["hosts"].max(), table["rate"] == table["rate"].max()
+    kept = {f"all on {table['hosts'].max()} hosts": ~most, f"all at {table['rate'].max() / 1e9:g} Gbit/s": ~fastest}
+    fits = {
+        name: fit_wires(table, workloads, processors=processors, fitted=keep.to_numpy()) for name, keep in kept.items()
+    }
+    return pd.DataFrame({name: held_back(predicted) for name, (_, predicted) in fits.items()}).T

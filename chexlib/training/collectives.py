@@ -141,9 +141,9 @@ def join_world() -> World:
         hvd.init()
     if hvd.size() not in launched - {1}:
         raise ClusterError(
-            f"{max(launched)} processes were started, but MPI joined {hvd.size()} of them. Start them with the MPI that "
-            "Horovod was built with; under srun set SLURM_MPI_TYPE to what `srun --mpi=list` offers (pmix for Open "
-            "MPI; pmi2 for Intel MPI, with I_MPI_PMI_LIBRARY naming Slurm's libpmi2.so)."
+            f"{max(launched)} processes were started, but MPI joined {hvd.size()} of them. Start them with the "
+            "MPI that Horovod was built with; under srun set SLURM_MPI_TYPE to what `srun --mpi=list` offers (pmix for "
+            "Open MPI; pmi2 for Intel MPI, with I_MPI_PMI_LIBRARY naming Slurm's libpmi2.so)."
         )
     return World(rank=hvd.rank(), ranks=hvd.size())
 
