@@ -45,9 +45,9 @@ def build_ledger(run: str | Path, *, reference: str | Path = "") -> pd.DataFrame
     Returns
     -------
     DataFrame
-        A row a figure, index its key. Columns `COLUMNS`: published in `unit`; ours with its 95 % interval, or
-        what a projection spans, the unknown being another (NaN where there is none) in `our unit`, in which the published figure comes to `compared with`; origin: "this run",
-        "reference results" or ""; verdict: one of `VERDICTS`; why.
+        A row a figure, index its key. Columns `COLUMNS`: published in `unit`; ours with its 95 % interval, or what a
+        projection spans, the unknown being another (NaN where there is none), in `our unit`, in which the published
+        figure comes to `compared with`; origin: "this run", "reference results" or ""; verdict: one of `VERDICTS`; why.
     """
     return ledger(find_results(run, reference=reference))
 
