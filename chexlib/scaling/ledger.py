@@ -120,7 +120,8 @@ def _projected(ours: Measured, low: float, high: float) -> tuple[str, str]:
         return REPRODUCED, f"{rule}: yes"
     if high < edges[0] or edges[1] < low:
         return NOT_REPRODUCED, f"{rule}: no"
-    span = f"{low:,.3g} to {high:,.3g} {ours.unit}"
+    digits = 0 if high >= 100 else 1
+    span = f"{low:,.{digits}f} to {high:,.{digits}f} {ours.unit}"
     return NOT_COMPARABLE, f"{rule}: undecided, for what the study does not tell leaves {span} open"
 
 
