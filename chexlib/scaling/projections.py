@@ -15,22 +15,26 @@ SYSTEMS = {"caffe": "MareNostrum 4", "tensorflow": "Stampede2"}
 RUNS = {"caffe-448": "the study, SKX 8160", "facebook-32": "Facebook, P100", "you-1024": "You et al., SKX 8160"}
 
 
+def _system(claim: Claim) -> str:
+    """The system of a key such as "scale/caffe-256/time"."""
+    return SYSTEMS[claim.key.split("/")[1].split("-")[0]]
+
+
 def _projected(claim: Claim, found: Found) -> dict[int, dict]:
     """The projection of the claim's system, by number of nodes."""
-    table = found.metrics["projection"][SYSTEMS[claim.key.split("/")[1].split("-")[0]]]
+    table = found.metrics["projection"][_system(claim)]
     return {int(nodes): row for nodes, row in table.items()}
 
 
 def _span(claim: Claim, found: Found, value: str, times: float = 1.0) -> dict:
     """Least and most that the model says where what is not known of the system is another: `study_sensitivity`."""
-    system = SYSTEMS[claim.key.split("/")[1].split("-")[0]]
-    own = [times * row[value] for row in found.metrics["sensitivity"] if row["system"] == system]
+    own = [times * row[value] for row in found.metrics["sensitivity"] if row["system"] == _system(claim)]
     return {"low": min(own), "high": max(own)}
 
 
 def _modelled(claim: Claim) -> str:
     """At which scale: the model with the study's hardware in, nothing measured here."""
-    return f"the model: ResNet-50 on {SYSTEMS[claim.key.split('/')[1].split('-')[0]]}"
+    return f"the model: ResNet-50 on {_system(claim)}"
 
 
 def _nodes(claim: Claim) -> int:
