@@ -9,6 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export UV_PROJECT_ENVIRONMENT := $(CURDIR)/$(VENV)
 export UV_COMPILE_BYTECODE := 1
 export UV_PYTHON_DOWNLOADS := never
+HOROVOD ?= 1
 export JUPYTER_PREFER_ENV_PATH := 1
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
@@ -21,7 +22,7 @@ RESUME ?=
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
-	@echo "Settings: DATA=DIR (NIH layout)  PROFILE=quick|standard|cluster  ENGINES=N  RESUME=1"
+	@echo "Settings: DATA=DIR (NIH layout)  PROFILE=quick|standard|cluster  ENGINES=N  RESUME=1  PYTHON=3.13  HOROVOD=0"
 
 env: $(STAMP)  ## make the environment in .venv
 
@@ -54,17 +55,28 @@ clean:  ## end stray engines, remove the environment and all made data (runs/ st
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m chexlib clean || true; fi
 	rm -rf $(VENV) benchmarks/.torch data/phantom data/cache .pytest_cache .ruff_cache .coverage*
 
-# A Python that fits and a compiler are looked for before anything is made.
-$(STAMP): pyproject.toml uv.lock
-	@python=$$(for p in "$${PYTHON:-}" python3 python3.12 python3.11; do \
-	    [ -n "$$p" ] && "$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+# PYTHON is a program, or a version such as 3.13 that uv finds or fetches. Without a C++ compiler, or with HOROVOD=0,
+# Horovod is left out, and mpi4py carries what the ranks tell each other.
+$(STAMP): pyproject.toml uv.lock $(wildcard horovod-headers/horovod_headers/*.py)
+	@case "$${PYTHON:-}" in \
+	3.1[1-3]) python=$$PYTHON; export UV_PYTHON_DOWNLOADS=automatic; \
+	  command -v uv >/dev/null || { echo "Error: PYTHON=$$PYTHON needs uv, and uv was not found. Install it (pipx install uv), or name a program: make env PYTHON=/path/to/python3.13" >&2; exit 2; } ;; \
+	*) python=$$(for p in "$${PYTHON:-}" python3 python3.13 python3.12 python3.11; do \
+	    [ -n "$$p" ] && "$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	      && { echo "$$p"; break; }; done; true); \
-	[ -n "$$python" ] || { echo "Error: Python 3.11 or 3.12 is needed (found: $$(python3 --version 2>&1 || true)). Install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 2; }; \
-	command -v "$${CXX:-g++}" >/dev/null || { echo "Error: a C++ compiler is needed to build Horovod, and $${CXX:-g++} was not found. Install one (Debian: apt install g++)" >&2; exit 2; }; \
-	"$$python" -c 'import ensurepip, venv' 2>/dev/null || { echo "Error: $$python cannot make environments. Install its venv module (Debian: apt install python3-venv)" >&2; exit 2; }; \
-	[ -x $(BIN)/python ] || "$$python" -m venv $(VENV); \
-	if command -v uv >/dev/null; then uv=uv; else \
-	  echo "Fetching uv into $(VENV) ..."; $(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'; uv=$(BIN)/uv; fi; \
-	echo "Making the environment in $(VENV): a few minutes, Horovod is compiled ..."; \
-	"$$uv" sync --locked --quiet --python $(BIN)/python; \
+	  [ -n "$$python" ] || { echo "Error: Python 3.11, 3.12 or 3.13 is needed (found: $$(python3 --version 2>&1 || true)). Install one and name it (make env PYTHON=/path/to/python3.13), or let uv fetch one (pipx install uv, then make env PYTHON=3.13)" >&2; exit 2; }; \
+	  if ! command -v uv >/dev/null; then \
+	    "$$python" -c 'import ensurepip, venv' 2>/dev/null || { echo "Error: $$python cannot make environments. Install its venv module (Debian: apt install python3-venv)" >&2; exit 2; }; \
+	    [ -x $(BIN)/python ] || "$$python" -m venv $(VENV); \
+	    echo "Fetching uv into $(VENV) ..."; $(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'; \
+	    python=$(BIN)/python; \
+	  fi ;; \
+	esac; \
+	without=; said=", Horovod is compiled"; \
+	if [ "$$(uname -sm)" != "Linux x86_64" ] || [ "$(HOROVOD)" = 0 ]; then without="--no-install-package horovod"; said=; \
+	elif ! command -v "$${CXX:-g++}" >/dev/null; then without="--no-install-package horovod"; said=; \
+	  echo "No C++ compiler ($${CXX:-g++}): Horovod is left out, and mpi4py carries what the ranks tell each other. (Later: apt install g++, rm $(STAMP), make env)"; fi; \
+	echo "Making the environment in $(VENV): a few minutes$$said ..."; \
+	uv sync --locked --quiet --python "$$python" $$without \
+	  || { echo "Error: the environment was not made; uv's message stands above. If Horovod did not compile, make env HOROVOD=0 leaves it out, and mpi4py carries." >&2; exit 2; }; \
 	touch $@

@@ -112,7 +112,7 @@ def training(source, asked, *, skip: int, steps: int) -> dict:
     import tensorflow as tf
 
     from chexlib.models.weights import create_model
-    from chexlib.training.collectives import World
+    from chexlib.collectives import World
     from chexlib.training.optimizers import FusedAdam
     from chexlib.training.trainer import DataParallelTrainer
 

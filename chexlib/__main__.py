@@ -175,9 +175,9 @@ def train(config_file, resume):
     """Train as CONFIG says, on one process or under mpiexec or srun. SIGUSR1: stop, keep a checkpoint."""
     from pathlib import Path
 
+    from chexlib.collectives import join_world
     from chexlib.live import LiveLine
     from chexlib.runs import show_log
-    from chexlib.training.collectives import join_world
     from chexlib.training.config import TrainConfig
     from chexlib.training.fit import fit
 

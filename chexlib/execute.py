@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from chexlib import collectives
 from chexlib.errors import ConfigError
 from chexlib.reference import keep_reference
 from chexlib.report import build_report
@@ -75,6 +76,9 @@ def execute(
     failed, any_executed = [], False
     with run_folder(asked, runs_dir=runs_dir, resume=resume) as run:
         log.info("Run folder: %s", run)
+        carrier, why = collectives.expected_carrier()
+        if why:
+            log.info("%s carries what the ranks tell each other: %s.", carrier, why)
         for path in paths:
             own = {name: value for name, value in settings.items() if name in accepted[path]}
             if any_executed and path.stem[:2] in READERS:  # what it found is of before

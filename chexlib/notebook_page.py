@@ -5,6 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+# What TensorFlow 2.21 says at its start, before it reads TF_CPP_MIN_LOG_LEVEL.
+START = re.compile(
+    r"WARNING: All log messages before absl::InitializeLog.*\n?|I\d{4} \d\d:.*oneDNN custom operations.*\n?"
+)
+
 STYLE = """
 body.jp-Notebook { padding: 0 1rem 4rem; max-width: 68rem; margin: 0 auto; overflow-wrap: anywhere; }
 .jp-Notebook .jp-InputPrompt, .jp-Notebook .jp-OutputPrompt, .jp-Notebook .jp-Collapser { display: none; }
@@ -48,6 +53,12 @@ def write_page(notebook, path: Path, *, title: str) -> None:
         embed_images=True,
     )
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if output.get("name") == "stderr":
+                output["text"] = START.sub("", output["text"])
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if output.get("text", "shown")]
     page = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})[0]
     soup = BeautifulSoup(re.sub(r'<script src=""[^>]*></script>', "", page), "html.parser")
     _describe_pictures(soup, notebook, path.parent / "figures")

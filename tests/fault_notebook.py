@@ -170,9 +170,9 @@ def break_at(fault: dict, events: str) -> None:
 
     The engines that are started after a fault know nothing of it, so that it happens once.
     """
+    from chexlib.collectives import join_world
     from chexlib.errors import WeightsError
     from chexlib.training import resume
-    from chexlib.training.collectives import join_world
 
     if fault["how"] == "full":
         save = resume.save_checkpoint

@@ -112,10 +112,10 @@ def twenty_steps(data_dir):
     """Twenty steps of a start of its own on images of its own, by hand: checksums of both, and of the weights."""
     import keras
 
+    from chexlib.collectives import identify, join_world
     from chexlib.data.cache import ImageStore
     from chexlib.data.nih import load_radiographs
     from chexlib.data.pipeline import training_batches
-    from chexlib.training.collectives import identify, join_world
     from chexlib.training.steps import checksum
     from chexlib.training.trainer import DataParallelTrainer
 
@@ -146,7 +146,7 @@ def twenty_steps(data_dir):
 
 def hang(report):
     """Rank 1 waits in a collective for rank 0, which never comes."""
-    from chexlib.training.collectives import join_world
+    from chexlib.collectives import join_world
 
     world = join_world()
     report({"waiting": True})

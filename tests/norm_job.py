@@ -10,9 +10,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from chexlib.collectives import join_world
 from chexlib.models.normalization import FusedBatchNormalization
 from chexlib.models.statistics import population_statistics
-from chexlib.training.collectives import join_world
 
 KINDS = {
     "sync": lambda: FusedBatchNormalization(statistics="sync"),

@@ -10,11 +10,11 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from chexlib.collectives import join_world
 from chexlib.data.cache import ImageStore
 from chexlib.data.nih import load_radiographs
 from chexlib.data.pipeline import training_batches
 from chexlib.models.weights import create_model
-from chexlib.training.collectives import join_world
 from chexlib.training.optimizers import FusedAdam
 from chexlib.training.trainer import DataParallelTrainer
 

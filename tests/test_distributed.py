@@ -17,11 +17,11 @@ from sklearn.metrics import roc_auc_score
 from chexlib.cluster.engines import mpi_engines
 from chexlib.cluster.profiles import find_mpi, thread_environment
 from chexlib.cluster.watchdog import members
+from chexlib.collectives import identify
 from chexlib.data.phantom import write_phantom
 from chexlib.errors import ClusterError, ConfigError
 from chexlib.findings import FINDINGS
 from chexlib.models.weights import load_model
-from chexlib.training.collectives import identify
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 from chexlib.training.steps import seven_steps

@@ -1,12 +1,17 @@
 """The two ways in, `make env` (pyproject.toml, uv.lock) and conda (environment.yml), give the same environment."""
 
+import importlib.util
+import os
+import platform
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.markers import Marker
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,10 +23,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
 
 
+LINUX = {"platform_machine": "x86_64", "sys_platform": "linux"}  # where the conda way leads
+
+
 def direct_dependencies() -> set[str]:
-    """Names in pyproject.toml, for use and for development."""
-    lines = PROJECT["project"]["dependencies"] + PROJECT["dependency-groups"]["dev"]
-    return {re.match(r"[\w-]+", line)[0] for line in lines}
+    """Names in pyproject.toml, for use and for development, on Linux x86-64."""
+    lines = map(Requirement, PROJECT["project"]["dependencies"] + PROJECT["dependency-groups"]["dev"])
+    return {line.name for line in lines if line.marker is None or line.marker.evaluate(LINUX)}
 
 
 def conda_specs() -> dict[str, str]:
@@ -35,7 +43,7 @@ def conda_specs() -> dict[str, str]:
 
 def locked_versions(python: str) -> dict[str, str]:
     """Name to version of uv.lock on Linux x86-64; the lock may hold one version for each Python."""
-    machine = {"python_full_version": f"{python}.11", "platform_machine": "x86_64", "sys_platform": "linux"}
+    machine = {"python_full_version": f"{python}.11", **LINUX}
     versions = {}
     for package in tomllib.loads((ROOT / "uv.lock").read_text())["package"]:
         markers = package.get("resolution-markers", [])
@@ -73,3 +81,21 @@ def test_each_line_says_what_needs_it():
     text = (ROOT / "environment.yml").read_text().split("dependencies:\n")[1]
     silent = [line for line in text.splitlines() if line.strip() and not re.search(r"# \S+", line)]
     assert not silent
+
+
+def test_the_collectives_of_this_environment_are_those_that_it_could_build():
+    """Horovod wherever there was a compiler for it: its build must not fail unseen, and mpi4py carry in its place."""
+    built = importlib.util.find_spec("horovod") is not None
+    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    able = platform.system() == "Linux" and platform.machine() == "x86_64" and compiler is not None
+    assert built == able, f"Horovod {built}, compiler {compiler}: rm .venv/.made && make env"
+
+
+def test_the_headers_for_horovod_are_those_it_includes_and_hold_nothing():
+    """Only what Horovod's XLA file asks for, so that no other header of TensorFlow is hidden by an empty one."""
+    folder = ROOT / "horovod-headers" / "horovod_headers" / "include"
+    headers = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.h")}
+    headers.pop("older_habits.h")
+    assert len(headers) == 7 and all(name.startswith("tensorflow/compiler/") for name in headers)
+    for name, text in headers.items():
+        assert all(line.startswith("//") for line in text.splitlines()), name

@@ -20,9 +20,9 @@ from chexlib.cluster.emulated import INTERFACE, why_not
 from chexlib.cluster.engines import mpi_engines
 from chexlib.cluster.profiles import recognise_mpi
 from chexlib.cluster.sites import Site, find_site
+from chexlib.collectives import identify
 from chexlib.data.phantom import write_phantom
 from chexlib.errors import ClusterError, ConfigError
-from chexlib.training.collectives import identify
 
 REASON = why_not()
 ENGINE = "-m ipyparallel.engine "

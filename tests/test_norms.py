@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from chexlib.collectives import World
 from chexlib.errors import ConfigError, WeightsError
 from chexlib.evaluation.batch_norm import bn_report, judge_scores
 from chexlib.models.normalization import FusedBatchNormalization
 from chexlib.models.statistics import kept_statistics, norm_layers, population_statistics, recalibrate
 from chexlib.models.topologies import TOPOLOGIES, build_model, redraw
 from chexlib.models.weights import create_model, load_model, save_model
-from chexlib.training.collectives import World
 
 SIZE = {"densenet121": 121, "resnet50": 53, "vgg16": 0}
 

@@ -11,13 +11,13 @@ import pytest
 import tensorflow as tf
 from small_training import config_for
 
+from chexlib.collectives import World, require_agreement
 from chexlib.data.phantom import write_phantom
 from chexlib.errors import ClusterError, ConfigError, WeightsError
 from chexlib.files import replacing
 from chexlib.models.weights import load_model
 from chexlib.training import stopping
 from chexlib.training.checkpoints import checkpoint_files, load_checkpoint, newest_checkpoint, save_checkpoint
-from chexlib.training.collectives import World, require_agreement
 from chexlib.training.fit import fit
 
 TIMED = ("images_per_second", "skew")

@@ -94,7 +94,7 @@ def test_weights_of_another_topology_are_refused(trained, phantom, tmp_path):
 
 
 def test_more_ranks_than_images_is_one_clear_error(phantom, tmp_path, monkeypatch):
-    from chexlib.training.collectives import World
+    from chexlib.collectives import World
 
     monkeypatch.setattr("chexlib.training.fit.join_world", lambda: World(rank=0, ranks=1000))
     with pytest.raises(ConfigError, match="1000 ranks cannot share"):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from small_training import config_for
 
+from chexlib.collectives import World
 from chexlib.data.stream import stream_images
 from chexlib.errors import ConfigError, DataError, WeightsError
 from chexlib.models.weights import load_model
-from chexlib.training.collectives import World
 from chexlib.training.config import TrainConfig
 from chexlib.training.feed import Feed, drawing_of
 from chexlib.training.fit import fit

@@ -33,7 +33,7 @@ from chexlib.training import stopping
 
 
 class Engines:
-    """MPI engines that are one Horovod world: engine id = MPI rank = Horovod rank, checked at every start.
+    """MPI engines that are one MPI world: engine id = MPI rank, checked at every start.
 
     Made by `mpi_engines`. After a fault that leaves ranks stuck they are taken down; the next `run` starts them again.
     """
@@ -161,6 +161,8 @@ class Engines:
                 raise ClusterError(f"{self.n} MPI engines did not come up: {why}. {faults.last_lines(self)}")
             time.sleep(0.1)
         self.identities = one_world(self.client, self.cluster.controller, self.n)
+        if self._starts == 1 and (why := self.identities[0]["why"]):
+            self.log.warning("%s carries what the ranks tell each other: %s.", self.identities[0]["carrier"], why)
         sign(self.folder, [who["pid"] for who in self.identities if who["host"] == socket.gethostname()])
 
     def down(self) -> None:
@@ -194,8 +196,8 @@ class Engines:
         cells = [(w["rank"], html.escape(w["host"]), w["pid"], self.threads) for w in self.identities]
         rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells)
         hosts = len({w["host"] for w in self.identities})
-        who = self.identities[0] if self.identities else {"horovod": "", "built": ""}
-        build = html.escape(f"{self.mpi.version}; Horovod {who['horovod']} ({who['built']})")
+        carrier = self.identities[0]["carrier"] if self.identities else ""
+        build = html.escape(f"{self.mpi.version}; {carrier}")
         head = "<tr><th>rank</th><th>host</th><th>process</th><th>threads</th></tr>"
         return f"<table>{head}{rows}</table><p>{self.n} MPI engines on {hosts} host{'s'[: hosts > 1]}: {build}</p>"
 

@@ -41,7 +41,8 @@ def launcher_settings(site: Site, mpi: Mpi, threads: int, stall: int, folder: st
         launcher.batch_file_name = f"{folder}/engines.sbatch"
         launcher.engine_args = ["--mpi", "--log-level=ERROR"]  # its mpiexec launcher says --mpi by itself
     else:
-        passed_on = [name for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ]
+        names = ("PYTHONPATH", "LD_LIBRARY_PATH", "CHEXLIB_COLLECTIVES")
+        passed_on = [name for name in names if name in os.environ]
         export = ["IPP_PROFILE_DIR", "IPP_CLUSTER_ID", *environment, *passed_on]
         launcher.mpi_cmd = [mpi.command]
         launcher.mpi_args = [*mpi.flags(site.hosts, site.network, export), *site.options]
@@ -50,8 +51,8 @@ def launcher_settings(site: Site, mpi: Mpi, threads: int, stall: int, folder: st
 
 
 def one_world(client: ipp.Client, controller, n: int) -> list[dict]:
-    """Let every engine guard itself, and check that engine id = MPI rank = Horovod rank. Gives who each rank is."""
-    from chexlib.training.collectives import identify
+    """Let every engine guard itself, and check that engine id = MPI rank. Gives who each rank is."""
+    from chexlib.collectives import identify
 
     address = json.loads(Path(controller.connection_files["engine"]).read_text())
     door = (address["interface"].removeprefix("tcp://"), address["registration"])
@@ -61,7 +62,7 @@ def one_world(client: ipp.Client, controller, n: int) -> list[dict]:
         if engine != who["rank"] or who["ranks"] != n:
             raise ClusterError(
                 f"engine {engine} is rank {who['rank']} of {who['ranks']}, expected {engine} of {n}: the engines are "
-                "not one MPI world. Is the mpiexec found the one that Horovod was built with? (Slurm may need "
+                f"not one MPI world. Is the mpiexec found the one of {who['carrier']}? (Slurm may need "
                 "SLURM_MPI_TYPE=pmix.)"
             )
     return list(identities)

@@ -67,7 +67,7 @@ def bn_report(
         Images of the training part for the population's statistics, each rank's own; `images` if not given.
     batch : int
         Images normalised together, where it is by their own statistics.
-    world : chexlib.training.collectives.World, optional
+    world : chexlib.collectives.World, optional
     infer, forward : callable, optional
         `model(images, training=False)` and `training=True`, where they are compiled already.
 

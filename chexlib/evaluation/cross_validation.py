@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from chexlib.collectives import World
 from chexlib.data.folds import fold_kind
 from chexlib.errors import DataError
 from chexlib.evaluation.auroc import resample
@@ -18,7 +19,6 @@ from chexlib.evaluation.ensembles import mean_auroc, stack
 from chexlib.evaluation.resampling import draw_patients, interval_of, mean_of, patients_behind
 from chexlib.files import replacing
 from chexlib.findings import FINDINGS
-from chexlib.training.collectives import World
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import TrainResult
 from chexlib.training.monitor import pooled_scorer

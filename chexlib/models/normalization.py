@@ -5,13 +5,14 @@ pass and takes bfloat16 with float32 statistics. The layer here is Keras' own in
 results, so weights move freely between the two.
 
 Keras' own `BatchNormalization(synchronized=True)` asks TensorFlow's replica context for the other replicas. MPI ranks
-are no replicas of that context, so under Horovod it silently normalises each rank by itself.
+are no replicas of that context, so between ranks it silently normalises each rank by itself.
 """
 
 from __future__ import annotations
 
 import keras
 
+from chexlib.collectives import World, joined_world
 from chexlib.models.topologies import STATISTICS
 
 
@@ -24,7 +25,7 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
     Parameters
     ----------
     statistics : {"batch", "sync", "ghost", "frozen"}
-        What normalises in training. "sync": moments over all Horovod ranks, each image counting once however the ranks'
+        What normalises in training. "sync": moments over all ranks, each image counting once however the ranks'
         parts differ. "ghost": over virtual batches of `ghost_size` images of this rank, in their order (Hoffer et al.
         2017); the moving statistics move once a step, by the mean over virtual batches, as those of real ranks do when
         they are averaged. "frozen": the moving statistics, which stay as they are; scale and offset are trained.
@@ -96,7 +97,7 @@ def normalise_by_parts(x, gamma, beta, parts, epsilon, *, ranks: bool = False):
     parts : (n,) int32, ascending
         The part that each image belongs to, counted from 0.
     ranks : bool
-        The parts of all Horovod ranks are taken together, part by part.
+        The parts of all ranks are taken together, part by part.
 
     Returns
     -------
@@ -106,7 +107,10 @@ def normalise_by_parts(x, gamma, beta, parts, epsilon, *, ranks: bool = False):
     """
     import tensorflow as tf
 
-    gather, total = (_gathered, _summed) if ranks else (tf.identity, tf.identity)
+    world = joined_world() if ranks else World()
+
+    def total(values):
+        return world.sum([values])[0]
 
     def of_parts(values):  # sum over the pixels and images of each part
         return tf.math.segment_sum(tf.reduce_sum(values, [1, 2]), parts)
@@ -122,7 +126,7 @@ def normalise_by_parts(x, gamma, beta, parts, epsilon, *, ranks: bool = False):
         own_mean = of_parts(images) / own
         own_squares = of_parts(tf.math.squared_difference(images, to_images(own_mean)))
         channels = x.shape[-1]
-        each = gather(tf.concat([own, own_mean, own_squares], axis=1)[None])
+        each = world.stack(tf.concat([own, own_mean, own_squares], axis=1)[None])
         pixels_of, mean_of, squares_of = tf.split(each, [1, channels, channels], axis=2)
         count = tf.reduce_sum(pixels_of, 0)
         mean = tf.reduce_sum(pixels_of * mean_of, 0) / count
@@ -160,19 +164,3 @@ def _virtual_batches(inputs, size: int):
     large, more = images // parts + 1, images % parts  # the first `more` parts have one image more
     places = tf.range(images)
     return tf.where(places < more * large, places // large, (places - more) // (large - 1))
-
-
-def _several_ranks():
-    import horovod.tensorflow as hvd
-
-    return hvd if hvd.is_initialized() and hvd.size() > 1 else None
-
-
-def _gathered(tensor):  # along its first axis
-    hvd = _several_ranks()
-    return hvd.allgather(tensor) if hvd else tensor
-
-
-def _summed(tensor):
-    hvd = _several_ranks()
-    return hvd.allreduce(tensor, op=hvd.Sum) if hvd else tensor

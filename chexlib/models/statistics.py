@@ -52,7 +52,7 @@ def population_statistics(model, batches: Iterable, world=None, *, forward: Call
         Left as it is. Dropout is active, as in training.
     batches : iterable of (n, ...) float32 arrays
         Of this rank; each image counts once. With norm="sync", as many batches on every rank.
-    world : chexlib.training.collectives.World, optional
+    world : chexlib.collectives.World, optional
         The ranks whose batches are taken together, on all of them.
     forward : callable, optional
         `model(images, training=True)`, compiled.

@@ -21,9 +21,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from chexlib.cluster.profiles import find_mpi, thread_environment
 from chexlib.errors import ClusterError
+from chexlib.runs import ROOT
 from chexlib.scaling.timeline import read_timeline
 
 
@@ -118,6 +120,7 @@ def observe(
         In seconds: step; compute, of the mean rank; skew, from the mean to the slowest rank; input_wait, for the batch
         on rank 0; allreduce, with copy (to and from the fusion buffer), both from Horovod's timeline; rest. Besides
         allreduces and allreduce_bytes of a step, request (see `read_timeline`), images_per_second, gflop_per_image.
+        Under mpi4py the copies are part of rest (0 here), and request is NaN: there is no negotiation.
 
     Raises
     ------
@@ -128,7 +131,7 @@ def observe(
         file = Path(folder) / "timeline.json"
         own = {**environment, **({"HOROVOD_TIMELINE": str(file)} if ranks > 1 else {})}
         found = measure({**settings, "detail": True}, ranks=ranks, threads=threads, steps=steps, timeout=timeout, **own)
-        reduced, request = read_timeline(file) if ranks > 1 else (None, math.nan)
+        reduced, request = read_timeline(file) if file.exists() else (pd.DataFrame(found["sums"]), math.nan)
     busy = np.array(found["busy"])
     seen = {"step": statistics.median(found["seconds"]), "input_wait": statistics.median(found["wait"])}
     seen |= {"compute": float(np.median(busy.mean(axis=1)))}
@@ -146,15 +149,38 @@ def observe(
     return {**settings, "ranks": ranks, "threads": threads, **seen, **counts, "request": request, **told}
 
 
+def horovod_costs(observed: dict) -> tuple[float, float, str]:
+    """What Horovod costs beside the allreduce itself, for the scaling model.
+
+    Parameters
+    ----------
+    observed : dict
+        What `observe` found on two ranks or more.
+
+    Returns
+    -------
+    request, copying : float
+        Seconds that rank 0 takes for one gradient of one rank, and for a byte to the fusion buffer and back.
+    source : str
+        "measured here", or the file of the reference run where mpi4py carries and has neither.
+    """
+    source = "measured here"
+    if math.isnan(observed["request"]):
+        file = ROOT / "data" / "reference" / "08_scale_out.json"
+        observed = next(iter(json.loads(file.read_text())["metrics"]["observed"].values()))
+        source = f"from {file.relative_to(ROOT)}, since mpi4py carries here"
+    return observed["request"], observed["copy"] / observed["allreduce_bytes"], source
+
+
 def serve(settings: dict) -> None:
     """Be such a rank."""
     import keras
     import tensorflow as tf
 
+    from chexlib.collectives import World, join_world, seconds_of_sums
     from chexlib.data.cache import ImageStore
     from chexlib.data.pipeline import training_batches
     from chexlib.models.weights import create_model
-    from chexlib.training.collectives import World, join_world
     from chexlib.training.trainer import DataParallelTrainer
 
     class Observed(DataParallelTrainer):
@@ -212,7 +238,7 @@ def serve(settings: dict) -> None:
         if steps < 0:
             seconds = np.max(world.gather(np.subtract(ends[1:], [start for start, _ in began])), axis=0)
         if world.first:
-            detail = {"seconds": seconds.tolist(), "busy": busy, "wait": wait}
+            detail = {"seconds": seconds.tolist(), "busy": busy, "wait": wait, "sums": seconds_of_sums()}
             print(json.dumps(detail if settings.get("detail") else seconds.tolist()), flush=True)
 
 

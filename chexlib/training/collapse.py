@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
+from chexlib.collectives import World
 from chexlib.errors import ConfigError, WeightsError
 from chexlib.models.weights import create_model, save_model
 from chexlib.training.checkpoints import checkpoint_files, load_checkpoint, newest_checkpoint
-from chexlib.training.collectives import World
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import TrainResult, fit
 from chexlib.training.monitor import Position, pooled_scorer

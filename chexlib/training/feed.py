@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from chexlib.collectives import World
 from chexlib.data.cache import ImageStore
 from chexlib.data.nih import Radiographs
 from chexlib.data.pipeline import training_batches
 from chexlib.data.stream import stream_batches
 from chexlib.errors import DataError
 from chexlib.models.arrays import HEAD
-from chexlib.training.collectives import World
 from chexlib.training.config import TrainConfig
 from chexlib.training.monitor import Position
 

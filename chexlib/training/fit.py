@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from chexlib.collectives import join_world
 from chexlib.errors import ClusterError, ConfigError, WeightsError
 from chexlib.files import replacing
 from chexlib.models.statistics import recalibrate
@@ -25,7 +26,6 @@ from chexlib.models.weights import save_model
 from chexlib.runs import data_name
 from chexlib.training import stopping
 from chexlib.training.checkpoints import checkpoint_files
-from chexlib.training.collectives import join_world
 from chexlib.training.config import TrainConfig
 from chexlib.training.feed import Feed, start_head_at_prevalence
 from chexlib.training.monitor import EarlyStop, Plateau, PooledValidation, Position, Progress, pooled_scorer

@@ -10,11 +10,11 @@ import keras
 import numpy as np
 from sklearn.metrics import log_loss, roc_auc_score
 
+from chexlib.collectives import World
 from chexlib.data.cache import ImageStore
 from chexlib.data.pipeline import steps_per_epoch
 from chexlib.errors import DivergedError
 from chexlib.findings import FINDINGS
-from chexlib.training.collectives import World
 
 
 @dataclass

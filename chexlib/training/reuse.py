@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from chexlib.collectives import World
 from chexlib.models.arrays import HEAD
 from chexlib.models.topologies import redraw, stages_above
 from chexlib.models.weights import create_model, load_weights
-from chexlib.training.collectives import World
 from chexlib.training.config import FREE, TrainConfig
 from chexlib.training.optimizers import has_table, make_optimizer
 from chexlib.training.trainer import DataParallelTrainer

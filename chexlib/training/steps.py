@@ -6,10 +6,10 @@ import zlib
 
 import numpy as np
 
+from chexlib.collectives import join_world
 from chexlib.data.cache import ImageStore
 from chexlib.data.pipeline import partition
 from chexlib.models.weights import create_model
-from chexlib.training.collectives import join_world
 from chexlib.training.config import TrainConfig
 from chexlib.training.parts import divide
 

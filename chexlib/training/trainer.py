@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
-from chexlib.training.collectives import World
+from chexlib.collectives import World
 
 
 class DataParallelTrainer(keras.Model):

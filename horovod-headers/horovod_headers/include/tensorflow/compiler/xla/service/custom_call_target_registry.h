@@ -1,0 +1,1 @@
+// Empty on purpose: Horovod's XLA file includes this header, and uses it on GPUs only.
