@@ -14,7 +14,7 @@ packages=${PACKAGES:-$(grep -om1 'apt install [a-z0-9+. -]*' "$project/README.md
 
 if [ "${1:-}" = --suite ]; then
   suite=$2 && shift 2
-  root=$(mktemp -d)
+  root=$(mktemp -d) && chmod 755 "$root"  # the user has to enter it
   trap 'umount "$root"/{dev/shm,dev,proc} || true; rm -rf --one-file-system "$root"' EXIT
   debootstrap --variant=minbase --include="ca-certificates,$(tr -s ' ' , <<<"$packages")" \
     "$suite" "$root" ${MIRROR:+"$MIRROR"} >&2
