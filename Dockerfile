@@ -3,19 +3,21 @@
 #   docker build --tag ai-radiologist .
 #   docker run --rm --init --shm-size=1g -p 127.0.0.1:8888:8888 ai-radiologist
 #
-# Open the address with the token that it prints. JupyterLab listens on all addresses of the container, else nothing
-# outside could reach it. Keep "127.0.0.1:" in -p: it publishes the port to your own machine and to nobody else.
+# Open the address with the token that it prints. JupyterLab listens on all addresses of the
+# container, else nothing outside could reach it. Keep "127.0.0.1:" in -p: it publishes the port to
+# your own machine and to nobody else.
 # Ranks speak through shared memory, of which a container has 64 MB without --shm-size.
 # One run without JupyterLab: docker run ... ai-radiologist python -m chexlib run
 
 FROM python:3.13-slim-trixie AS build
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install --yes --no-install-recommends g++ make && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ make \
+    && rm -rf /var/lib/apt/lists/*
 WORKDIR /home/radiologist/project
 COPY . .
 RUN make env
 
-# The same Python at the same path, so that the environment works where it is copied to; without the compiler.
+# The same Python at the same path, so that the copied environment works; without the compiler.
 FROM python:3.13-slim-trixie
 RUN useradd --create-home --uid 1000 radiologist
 COPY --from=build --chown=1000:1000 /home/radiologist/project /home/radiologist/project

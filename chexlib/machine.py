@@ -18,7 +18,7 @@ _ARM_DESIGN = ("CPU implementer", "CPU variant", "CPU part")
 
 
 def processors() -> set[int]:
-    """Numbers of the processors that this process may use; all of them where the system does not tell, as macOS."""
+    """Numbers of the processors that this process may use; of all where, as on macOS, none are told."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
@@ -36,7 +36,7 @@ def kind() -> dict:
 
 @functools.cache
 def processor_flags() -> frozenset[str]:
-    """Instruction sets, in Linux' words, such as "avx2" or "amx_bf16"; none where there is no Linux."""
+    """Instruction sets in Linux' words, such as "avx2" or "amx_bf16"; elsewhere none."""
     facts = _cpuinfo()
     return frozenset(facts.get("flags", facts.get("Features", "")).split())  # of x86-64, of aarch64
 
@@ -46,7 +46,8 @@ def _processor_name() -> str:
     if "model name" in facts:
         return facts["model name"]
     if "CPU part" in facts:
-        return " ".join([platform.machine(), *(f"{name[4:]} {facts.get(name, '?')}" for name in _ARM_DESIGN)])
+        design = [f"{name.removeprefix('CPU ')} {facts.get(name, '?')}" for name in _ARM_DESIGN]
+        return " ".join([platform.machine(), *design])
     if platform.system() == "Darwin":
         ask = ["sysctl", "-n", "machdep.cpu.brand_string"]
         with contextlib.suppress(OSError):  # it is not on the PATH

@@ -1,4 +1,4 @@
-"""What chexlib does on a system that lacks what Linux alone has. Its facts of processors: test_machine.py."""
+"""chexlib on a system that lacks what Linux alone has. For processors see test_machine.py."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from chexlib.data.phantom import write_phantom
 from chexlib.data.stream import stream_batches
 from chexlib.models.predict import predict
 
-# Where each may be asked for: beside it stands what is done without it, or a reason why it is never reached.
+# Where each may be asked for: these places say what is done without it.
 LINUX_ONLY = {
     "sched_getaffinity": {"machine.py", "cluster/emulated.py"},
     "O_TMPFILE": {"files.py"},
@@ -29,8 +29,8 @@ LINUX_ONLY = {
 @pytest.mark.parametrize("word", LINUX_ONLY)
 def test_what_linux_alone_has_is_asked_for_in_known_places(word):
     root = Path(chexlib.__file__).parent
-    found = {str(path.relative_to(root)) for path in root.rglob("*.py") if re.search(word, path.read_text())}
-    assert found == LINUX_ONLY[word]
+    users = [path for path in root.rglob("*.py") if re.search(word, path.read_text())]
+    assert {str(path.relative_to(root)) for path in users} == LINUX_ONLY[word]
 
 
 @pytest.fixture
@@ -38,10 +38,9 @@ def without_affinity(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
 
 
-def test_images_are_checked_and_cached_by_all_processors(without_affinity, phantom, tmp_path, monkeypatch):
-    monkeypatch.setenv("CHEXLIB_CACHE", str(tmp_path))
-    radiographs = check_images(load_radiographs(phantom))
-    assert len(ImageStore(list(radiographs.table["path"][:4]), size=32)) == 4
+def test_images_are_checked_and_cached_by_all_processors(without_affinity, phantom, files):
+    assert len(check_images(load_radiographs(phantom))) == 90
+    assert len(ImageStore(files[0], size=20)) == 11
 
 
 def test_phantoms_are_drawn_by_all_processors(without_affinity, tmp_path):

@@ -1,4 +1,4 @@
-"""The files around the code: what git ignores, what is released, and that all recipes make one environment."""
+"""The files around the code: git's settings, the release, and recipes of one environment."""
 
 import json
 import re
@@ -52,7 +52,10 @@ def test_one_version_is_released():
     assert str(citation["version"]) == newest == version
 
 
-@pytest.mark.parametrize("name", ["Dockerfile", "apptainer.def", ".devcontainer/devcontainer.json", ".ci/run"])
+RECIPES = ("Dockerfile", "apptainer.def", ".devcontainer/devcontainer.json", ".ci/run")
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_makes_the_environment_by_make_env_and_installs_nothing_else(name):
     text = re.sub(r"^\s*(#|//).*$", "", (ROOT / name).read_text(), flags=re.M)
     assert len(re.findall(r"make env", text)) == 1
@@ -95,8 +98,8 @@ def test_files_that_contributors_are_sent_to_exist(path):
 
 
 def test_names_that_contributors_are_sent_to_exist():
-    source = [path.read_text() for folder in ("chexlib", "tests") for path in (ROOT / folder).rglob("*.py")]
-    words = set(re.findall(r"\w+", "\n".join(source)))
+    files = [*(ROOT / "chexlib").rglob("*.py"), *(ROOT / "tests").glob("*.py")]
+    words = set(re.findall(r"\w+", "\n".join(path.read_text() for path in files)))
     names = re.findall(r"`([A-Z]{5,}|_[a-z_]+|[A-Z][a-z]+[A-Z]\w+|[a-z]+_\w+)`", CONTRIBUTING)
     assert len(names) > 10
     assert not set(names) - words
