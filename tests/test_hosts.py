@@ -5,7 +5,6 @@ import itertools
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,14 +18,13 @@ from two_hosts import Recording, TwoHosts
 
 from chexlib.cluster.emulated import INTERFACE, why_not
 from chexlib.cluster.engines import mpi_engines
-from chexlib.cluster.profiles import recognise_mpi
+from chexlib.cluster.profiles import LOOPBACK, recognise_mpi
 from chexlib.cluster.sites import Site, find_site
 from chexlib.data.phantom import write_phantom
 from chexlib.errors import ClusterError, ConfigError
 from chexlib.training.collectives import identify
 
 REASON = why_not()
-LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 ENGINE = "-m ipyparallel.engine "
 
 
@@ -238,7 +236,7 @@ def flags(text, *hosts):
     [
         (OPEN_MPI_5, "--prtemca prte_if_include 10.0.0.0/24 --mca btl self,sm,tcp", "--mca btl self,sm"),
         (OPEN_MPI_4, "--mca oob_tcp_if_include 10.0.0.0/24 --mca btl self,vader,tcp", "--mca btl self,vader"),
-        (HYDRA, "-hosts a:2,b:1", "-iface lo"),
+        (HYDRA, "-hosts a:2,b:1", f"-iface {LOOPBACK}"),
         (INTEL, "-genv I_MPI_FABRICS shm:ofi", "-genv I_MPI_FABRICS shm"),
     ],
 )

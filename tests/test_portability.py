@@ -3,13 +3,14 @@
 import json
 import os
 import re
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
 import chexlib
-from chexlib.cluster import emulated
+from chexlib.cluster import emulated, profiles
 from chexlib.cluster.leftovers import OWNER, PREFIX, sign, sweep
 from chexlib.data.cache import ImageStore
 from chexlib.data.nih import check_images, load_radiographs
@@ -74,6 +75,14 @@ def test_a_cluster_without_proc_is_signed_and_swept_all_the_same(tmp_path, monke
     (folder / OWNER).write_text(json.dumps({**owner, "born": 0}))
     sweep(tmp_path)
     assert not folder.exists()
+
+
+def test_ranks_of_one_mac_speak_over_its_own_loopback(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    names = runpy.run_path(profiles.__file__)
+    mpich = names["recognise_mpi"]("mpiexec", "HYDRA build details:")
+    assert mpich.flags()[-2:] == ["-iface", "lo0"]
+    assert "lo0" in names["recognise_mpi"]("mpiexec", "mpiexec (OpenRTE) 4.1.4").flags()
 
 
 def test_hosts_are_not_emulated_where_there_is_no_linux_and_the_reason_is_told(monkeypatch):
