@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import statistics
 import subprocess
@@ -85,6 +86,12 @@ def frozen_workers(commands: dict[str, tuple]) -> Iterator[dict[str, Worker]]:
     finally:
         for worker in workers.values():
             worker.close()
+
+
+def peak_memory(who: int) -> int:
+    """Bytes that this process (resource.RUSAGE_SELF) or its children had at most."""
+    counted = resource.getrusage(who).ru_maxrss
+    return counted if sys.platform == "darwin" else counted * 1024  # elsewhere it is in KiB
 
 
 def take_turns(workers: dict[str, Worker], *, rounds: int, steps: int, of=statistics.median) -> dict[str, list[float]]:

@@ -16,6 +16,7 @@ import statistics
 import time
 
 import numpy as np
+from bench import peak_memory
 from sklearn.metrics import roc_auc_score
 
 from chexlib.evaluation.auroc import bootstrap_auroc
@@ -48,7 +49,7 @@ def main() -> None:
     line = {"images": asked.images, "findings": 14, "resamples": asked.resamples}
     line |= {"seconds": round(statistics.median(ours), 3), "scikit_learn_seconds": round(statistics.median(loop), 1)}
     line["ratio"] = round(statistics.median(b / a for a, b in zip(ours, loop, strict=True)), 1)
-    line["megabytes"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    line["megabytes"] = round(peak_memory(resource.RUSAGE_SELF) / 2**20)
     print(json.dumps({**line, "rounds": [round(seconds, 3) for seconds in ours]}))
 
 

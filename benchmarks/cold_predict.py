@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench import peak_memory
+
 from chexlib.data.pictures import find_pictures
 from chexlib.machine import cores
 from chexlib.models.cards import read_card
@@ -48,7 +50,7 @@ def main() -> None:
         card = read_card(weights)
     line = {"what": "cold predict", "topology": card["topology"], "size": card["size"], "cores": cores()}
     line |= {"images": len(json.loads(done.stdout)["probabilities"]), "seconds": round(statistics.median(seconds), 2)}
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    peak = peak_memory(resource.RUSAGE_CHILDREN) / 2**30
     print(json.dumps({**line, "rounds": [round(value, 2) for value in seconds], "peak_gib": round(peak, 2)}))
 
 

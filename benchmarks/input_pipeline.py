@@ -41,8 +41,10 @@ labels = np.zeros((len(store), 14), np.float32)
 for batch in training_batches(store, labels, global_batch=64, seed=0).take(-(-len(store) // 64)):
     pass
 """
-# Not ru_maxrss, which begins with what the parent had when it started this process.
+# Not Linux' ru_maxrss, which begins with what the parent had when it started this process.
 PEAK = "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+if sys.platform == "darwin":  # which counts in bytes
+    PEAK = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
 WORK = {"build": BUILD + PEAK, "epoch": BUILD + EPOCH + PEAK}
 
 

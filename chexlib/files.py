@@ -10,21 +10,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+_OPEN_FILES = "/proc/self/fd"  # Linux' links to what this process has open
+
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file for bytes that takes the place of `path` if the block succeeds.
 
-    It is synchronised to disk before. Where the file system can (Linux' O_TMPFILE) it has no name until it is whole,
-    so that not even SIGKILL leaves a draft; elsewhere, as on NFS, the draft lies beside `path` and is removed if the
-    block fails.
+    It is synchronised to disk before. Where the file system can (Linux' O_TMPFILE) it has no
+    name until it is whole, so that not even SIGKILL leaves a draft. Elsewhere, as on NFS or on
+    macOS, the draft lies beside `path` and is removed if the block fails.
     """
     path = Path(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
-    try:
-        number, named = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o644), False
-    except OSError:
-        number, named = os.open(draft, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644), True
+    number = _open_nameless(path.parent)
+    named = number is None
+    if named:
+        number = os.open(draft, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644)
     try:
         with os.fdopen(number, "w+b") as file:
             yield file
@@ -33,12 +35,22 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             if not named:
                 folder = os.open(path.parent, os.O_RDONLY)
                 try:  # the folder's number makes Python call linkat, which follows the link in /proc
-                    os.link(f"/proc/self/fd/{number}", draft.name, dst_dir_fd=folder, follow_symlinks=True)
+                    os.link(f"{_OPEN_FILES}/{number}", draft.name, dst_dir_fd=folder, follow_symlinks=True)
                 finally:
                     os.close(folder)
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _open_nameless(folder: Path) -> int | None:
+    """Number of an open file that has no name yet; None where the system has no such files."""
+    if not hasattr(os, "O_TMPFILE") or not os.path.isdir(_OPEN_FILES):
+        return None
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o644)
+    except OSError:
+        return None
 
 
 @contextlib.contextmanager

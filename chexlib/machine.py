@@ -1,32 +1,65 @@
-"""What the processors of this machine are, as Linux tells it."""
+"""What the processors of this machine are, as Linux or macOS tells it."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import platform
+import subprocess
 from pathlib import Path
 
 _SYSTEM = Path("/sys/devices/system")
 _CPUINFO = Path("/proc/cpuinfo")
 
 
+# Of aarch64, which names no model: what tells one design of a core from another.
+_ARM_DESIGN = ("CPU implementer", "CPU variant", "CPU part")
+
+
+def processors() -> set[int]:
+    """Numbers of the processors that this process may use; of all where, as on macOS, none are told."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
 def cores() -> int:
     """Processors that this process may use; two hardware threads of one core are two."""
-    return len(os.sched_getaffinity(0))
+    return len(processors())
 
 
 def kind() -> dict:
     """Processor and cores: what a measured time belongs to."""
-    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return {"processor": next(names, "unknown"), "cores": cores()}
+    return {"processor": _processor_name(), "cores": cores()}
 
 
 @functools.cache
 def processor_flags() -> frozenset[str]:
-    """Instruction sets, in the kernel's words, such as "avx2" or "amx_bf16"."""
-    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
-    return frozenset(next((line.split(":")[1] for line in lines if line.startswith("flags")), "").split())
+    """Instruction sets in Linux' words, such as "avx2" or "amx_bf16"; elsewhere none."""
+    facts = _cpuinfo()
+    return frozenset(facts.get("flags", facts.get("Features", "")).split())  # of x86-64, of aarch64
+
+
+def _processor_name() -> str:
+    facts = _cpuinfo()
+    if "model name" in facts:
+        return facts["model name"]
+    if "CPU part" in facts:
+        design = [f"{name.removeprefix('CPU ')} {facts.get(name, '?')}" for name in _ARM_DESIGN]
+        return " ".join([platform.machine(), *design])
+    if platform.system() == "Darwin":
+        ask = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        with contextlib.suppress(OSError):  # it is not on the PATH
+            return subprocess.run(ask, capture_output=True, text=True).stdout.strip() or "unknown"
+    return "unknown"
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What the kernel says of the first processor that it lists; empty where it lists none."""
+    first = _CPUINFO.read_text().split("\n\n")[0] if _CPUINFO.exists() else ""
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
 
 
 def native_precision() -> str:
@@ -34,7 +67,8 @@ def native_precision() -> str:
 
     AMX does, and so does AVX512_BF16 up to processors that have AVX512_FP16 too: on these (Sapphire Rapids and later
     without AMX, as some clouds offer them) a matrix product was measured at half of the speed of float32
-    (benchmarks/README.md). Without any of them bfloat16 is emulated, and far slower.
+    (benchmarks/README.md). Without any of them bfloat16 is emulated, and far slower. Processors of ARM have bfloat16
+    too, under other names; nothing was measured there, so they get float32.
     """
     flags = processor_flags()
     fast = "amx_bf16" in flags or ("avx512_bf16" in flags and "avx512_fp16" not in flags)
@@ -43,7 +77,7 @@ def native_precision() -> str:
 
 def topology() -> dict[str, int]:
     """Of the processors that this process may use: `sockets`, `numa_nodes`, `physical_cores`, `processors`."""
-    mine = sorted(os.sched_getaffinity(0))
+    mine = sorted(processors())
     packages = [_read(cpu, "physical_package_id") for cpu in mine]
     physical = [(package, _read(cpu, "core_id")) for package, cpu in zip(packages, mine, strict=True)]
     nodes = [_members(path / "cpulist") for path in (_SYSTEM / "node").glob("node[0-9]*")]

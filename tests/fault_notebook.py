@@ -201,7 +201,9 @@ def break_at(fault: dict, events: str) -> None:
 
 
 def shared_memory(pids: list[int]) -> list[tuple[str, int]]:
-    """The files in /dev/shm that these processes share, and their inodes."""
+    """The files in /dev/shm that these processes share, and their inodes; Linux alone has such files."""
+    if sys.platform != "linux":
+        return []
     maps = [line.split() for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
     return sorted({(words[5], int(words[4])) for words in maps if len(words) > 5 and words[5].startswith("/dev/shm/")})
 

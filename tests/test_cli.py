@@ -8,11 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import click
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from click.testing import CliRunner
 from sklearn.metrics import roc_auc_score
@@ -518,7 +518,7 @@ def test_clean_ends_what_a_notebook_left_behind_and_says_how_many(tmp_path, monk
         answer = call("clean")
         assert answer.exit_code == 0
         assert answer.output == "1 processes ended\n"
-        assert not Path(f"/proc/{left.pid}").exists()
+        assert not psutil.pid_exists(left.pid)
     finally:
         left.kill()
         left.wait()

@@ -18,7 +18,7 @@ from two_hosts import Recording, TwoHosts
 
 from chexlib.cluster.emulated import INTERFACE, why_not
 from chexlib.cluster.engines import mpi_engines
-from chexlib.cluster.profiles import recognise_mpi
+from chexlib.cluster.profiles import LOOPBACK, recognise_mpi
 from chexlib.cluster.sites import Site, find_site
 from chexlib.collectives import identify
 from chexlib.data.phantom import write_phantom
@@ -159,7 +159,7 @@ def slurm(tmp_path, monkeypatch):
 
 
 def test_engines_in_slurm_are_one_world_and_can_be_restarted(slurm):
-    site = find_site(slurm=True, interface="lo", options=["--partition=short", "--time=10"], shared=slurm)
+    site = find_site(slurm=True, interface=LOOPBACK, options=["--partition=short", "--time=10"], shared=slurm)
     with mpi_engines(2, threads=1, site=site) as engines:
         assert [who["rank"] for who in engines.run(identify)] == [0, 1]
         script = (slurm / "script").read_text()
@@ -179,7 +179,7 @@ def test_engines_in_slurm_are_one_world_and_can_be_restarted(slurm):
 def test_a_slurm_job_that_ends_early_says_why(slurm):
     (slurm / "broken").touch()
     began = time.monotonic()
-    site = find_site(slurm=True, interface="lo", shared=slurm)
+    site = find_site(slurm=True, interface=LOOPBACK, shared=slurm)
     with pytest.raises(ClusterError, match="no node wants this") as error, mpi_engines(2, threads=1, site=site):
         pytest.fail("engines came up")
     assert "launcher ended" in str(error.value) and time.monotonic() - began < 60
@@ -190,38 +190,38 @@ def test_a_slurm_job_that_ends_early_says_why(slurm):
 
 def test_one_host_needs_no_interface_and_no_encryption():
     assert find_site() == Site() and not Site().beyond_loopback
-    assert not find_site(slurm=True, interface="lo").beyond_loopback
+    assert not find_site(slurm=True, interface=LOOPBACK).beyond_loopback
     assert Site(address="10.77.0.1").beyond_loopback
 
 
 def test_hosts_are_understood_in_a_list_and_in_a_file(tmp_path):
     with pytest.raises(ConfigError, match=r"hostfile cannot be read \(No such file or directory\)"):
-        find_site(tmp_path / "hostfile", interface="lo")
+        find_site(tmp_path / "hostfile", interface=LOOPBACK)
     (file := tmp_path / "hostfile").write_text(
         "# rack 1\nnode1 slots=4 max_slots=8\n\nnode-2.lan slots = 2 # half\nnode3\n"
     )
     expected = (("node1", 4), ("node-2.lan", 2), ("node3", 1))
     for hosts in (file, str(file), ["node1:4", "node-2.lan:2", "node3"]):
-        site = find_site(hosts, interface="lo", shared=tmp_path, options=["--verbose"])
+        site = find_site(hosts, interface=LOOPBACK, shared=tmp_path, options=["--verbose"])
         assert site == Site(expected, "127.0.0.1", "127.0.0.0/8", False, ("--verbose",), str(tmp_path))
 
 
 @pytest.mark.parametrize("line", ["node1:0", "node1:", "node1:two", "node1 slots=0", "node1 4", "user@node1"])
 def test_a_host_that_is_not_understood_is_quoted(line):
     with pytest.raises(ConfigError, match=f"'{line}' is no host"):
-        find_site(["node0", line], interface="lo")
+        find_site(["node0", line], interface=LOOPBACK)
 
 
 @pytest.mark.parametrize("where", [{"hosts": ["node1"]}, {"slurm": True}])
 @pytest.mark.parametrize("interface", ["", "eth77"])
 def test_an_unknown_interface_is_answered_with_those_there_are(where, interface):
-    with pytest.raises(ConfigError, match=rf"interface='{interface}' has no IPv4 .*\blo\b"):
+    with pytest.raises(ConfigError, match=rf"interface='{interface}' has no IPv4 .*\b{LOOPBACK}\b"):
         find_site(**where, interface=interface)
 
 
 def test_more_engines_than_slots_are_refused_before_anything_starts(monkeypatch):
     monkeypatch.setattr("subprocess.Popen", lambda *args, **kwargs: pytest.fail("a process was started"))
-    site = find_site(["node1:2", "node2"], interface="lo")
+    site = find_site(["node1:2", "node2"], interface=LOOPBACK)
     with pytest.raises(ConfigError, match="engines=4, but the hosts have 3 slots"), mpi_engines(4, site=site):
         pytest.fail("engines came up")
 
@@ -236,7 +236,7 @@ def flags(text, *hosts):
     [
         (OPEN_MPI_5, "--prtemca prte_if_include 10.0.0.0/24 --mca btl self,sm,tcp", "--mca btl self,sm"),
         (OPEN_MPI_4, "--mca oob_tcp_if_include 10.0.0.0/24 --mca btl self,vader,tcp", "--mca btl self,vader"),
-        (HYDRA, "-hosts a:2,b:1", "-iface lo"),
+        (HYDRA, "-hosts a:2,b:1", f"-iface {LOOPBACK}"),
         (INTEL, "-genv I_MPI_FABRICS shm:ofi", "-genv I_MPI_FABRICS shm"),
     ],
 )

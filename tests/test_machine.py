@@ -1,14 +1,29 @@
 """What is read off a processor, and what follows from it."""
 
 import os
+import sys
 
 import pytest
 
 from chexlib import machine
-from chexlib.machine import cores, native_precision, processor_flags, topology
+from chexlib.machine import cores, kind, native_precision, processor_flags, topology
 from chexlib.training.config import TrainConfig
 
+ARM = """processor\t: 0
+BogoMIPS\t: 243.75
+Features\t: fp asimd sve bf16 i8mm
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: 0x0
+CPU part\t: 0xd4f
 
+processor\t: 1
+Features\t: fp
+CPU part\t: 0xd4e
+"""  # a Neoverse V2, as the kernel tells it on aarch64, with another core beside it
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS cannot bind a process to processors")
 def test_cores_are_those_this_process_may_use():
     mine = os.sched_getaffinity(0)
     try:
@@ -36,7 +51,7 @@ def pretend(tmp_path, monkeypatch):
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu avx2 {flags}\n")
         monkeypatch.setattr(machine, "_SYSTEM", tmp_path)
         monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(len(processors))))
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(len(processors))), raising=False)
         processor_flags.cache_clear()
 
     yield make
@@ -50,13 +65,56 @@ def test_two_sockets_of_two_cores_with_two_threads_each(pretend):
 
 def test_a_kernel_that_tells_nothing_has_one_socket_of_as_many_cores(pretend, monkeypatch):
     pretend()
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
     assert topology() == {"sockets": 1, "numa_nodes": 1, "physical_cores": 3, "processors": 3}
 
 
 def test_ranges_of_processors_are_read(tmp_path):
     (tmp_path / "cpulist").write_text("0-2,5,8-9\n")
     assert machine._members(tmp_path / "cpulist") == {0, 1, 2, 5, 8, 9}
+
+
+@pytest.fixture
+def mac(pretend, tmp_path, monkeypatch):
+    """What macOS lacks is away: affinity, /proc and /sys. It has 8 processors."""
+    pretend()
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "none")
+    monkeypatch.setattr(machine, "_SYSTEM", tmp_path / "none")
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+
+
+def test_a_mac_uses_all_its_processors_and_computes_in_float32(mac):
+    assert cores() == 8
+    assert topology() == {"sockets": 1, "numa_nodes": 1, "physical_cores": 8, "processors": 8}
+    assert processor_flags() == frozenset()
+    assert native_precision() == "float32"
+
+
+def test_a_mac_names_its_processor_by_sysctl(mac, tmp_path, monkeypatch):
+    sysctl = tmp_path / "sysctl"
+    sysctl.write_text('#!/bin/sh\n[ "$*" = "-n machdep.cpu.brand_string" ] && echo "Apple M4 Pro"\n')
+    sysctl.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert kind() == {"processor": "Apple M4 Pro", "cores": 8}
+    sysctl.unlink()
+    assert kind() == {"processor": "unknown", "cores": 8}
+
+
+def test_an_arm_processor_is_told_by_its_design_and_computes_in_float32(pretend, tmp_path, monkeypatch):
+    pretend((0, 0, 0), (0, 1, 0))
+    (tmp_path / "cpuinfo").write_text(ARM)
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert kind() == {"processor": "aarch64 implementer 0x41 variant 0x0 part 0xd4f", "cores": 2}
+    assert processor_flags() == {"fp", "asimd", "sve", "bf16", "i8mm"}
+    assert native_precision() == "float32"
+
+
+def test_a_processor_of_x86_goes_by_the_name_that_the_kernel_gives(pretend, tmp_path):
+    pretend((0, 0, 0))
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: AMD EPYC: 7763\nflags\t\t: avx2\n\n")
+    assert kind() == {"processor": "AMD EPYC: 7763", "cores": 1}
 
 
 @pytest.mark.parametrize(

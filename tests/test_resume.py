@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import shutil
+import sys
 
 import numpy as np
 import pandas as pd
@@ -170,10 +171,15 @@ def test_no_flipped_bit_and_no_cut_goes_unnoticed(tmp_path):
         newest_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("anonymous", [True, False])
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, anonymous):
-    if not anonymous:
-        monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY | os.O_WRONLY)  # refused, as on NFS
+@pytest.mark.parametrize("where", ["here", "NFS", "macOS", "a chroot without /proc"])
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, where):
+    anonymous = where == "here" and sys.platform == "linux"
+    if where == "NFS":  # which refuses it
+        monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY | os.O_WRONLY, raising=False)
+    if where == "macOS":
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    if where == "a chroot without /proc":
+        monkeypatch.setattr("chexlib.files._OPEN_FILES", str(tmp_path / "none"))
     path = tmp_path / "file.bin"
     for content in (b"old", b"new"):
         with replacing(path) as file:

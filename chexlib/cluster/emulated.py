@@ -33,6 +33,8 @@ QUEUE = "100ms"  # longest stay of a packet in a limited cable's queue
 
 def why_not() -> str:
     """Reason why hosts cannot be made here, "" if they can."""
+    if sys.platform != "linux":
+        return "hosts are made of Linux' namespaces, and this is another system"
     if os.geteuid() != 0:
         return "hosts can be made by root only"
     for tool in ("ip", "tc", "unshare", "nsenter", "mount", "bash", "taskset"):

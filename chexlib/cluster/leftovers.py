@@ -25,7 +25,7 @@ def sign(folder: str | Path, ranks: Sequence[int] = ()) -> None:
     """Note in a cluster's folder whose it is, and the shared memory that these ranks of this host have open."""
     shared = set()
     for rank in ranks:
-        with contextlib.suppress(OSError):  # it has just died
+        with contextlib.suppress(OSError):  # it has just died, or this is macOS, where MPI's files lie in the folder
             shared |= set(re.findall(rf"{SHARED_MEMORY}/\S+", Path(f"/proc/{rank}/maps").read_text()))
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "born": psutil.Process().create_time()}
     with replacing(Path(folder) / OWNER) as file:

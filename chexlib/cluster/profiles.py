@@ -25,6 +25,7 @@ _SIGNATURES = (
 # How Open MPI brings messages over TCP. With "put", which it prefers, two ranks that send to each other at once, as in
 # an allreduce, often have 0.65 of the cable, and 0.94 without: under Horovod on emulated hosts, 100 and 400 Mbit/s.
 TCP_FLAGS = "send"
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"  # the interface of this host alone
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Mpi:
             common += ["--map-by", ":OVERSUBSCRIBE"] if five else ["--oversubscribe"]
             through = "self,sm" if five else "self,vader"
             if not hosts:
-                local = [] if five else ["--mca", "oob_tcp_if_include", "lo"]
+                local = [] if five else ["--mca", "oob_tcp_if_include", LOOPBACK]
                 return [*root, *common, *local, "--mca", "btl", through]
             runtime = ["--prtemca", "prte_if_include"] if five else ["--mca", "oob_tcp_if_include"]
             wire = [*runtime, network, "--mca", "btl", f"{through},tcp", "--mca", "btl_tcp_flags", TCP_FLAGS]
@@ -69,7 +70,7 @@ class Mpi:
             settings = {"I_MPI_PIN": "0", "I_MPI_FABRICS": "shm:ofi" if hosts else "shm", "I_MPI_WAIT_MODE": "1"}
             flags = [word for name, value in settings.items() for word in ("-genv", name, value)]
             return [*flags, *(("-hosts", places) if hosts else ())]
-        return ["-bind-to", "none", *(("-hosts", places) if hosts else ("-iface", "lo"))]
+        return ["-bind-to", "none", *(("-hosts", places) if hosts else ("-iface", LOOPBACK))]
 
 
 @functools.cache

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from chexlib.data.nih import read_image
 from chexlib.errors import DataError
 from chexlib.files import replacing
+from chexlib.machine import cores
 from chexlib.runs import ROOT
 
 FOLDER = "CHEXLIB_CACHE"  # the environment variable that names another folder than data/cache
@@ -139,7 +140,7 @@ class ImageStore:
         builders, place = self._builders(gather)
         known: dict[str, pd.DataFrame] = {}
         with (
-            ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+            ThreadPoolExecutor(cores()) as pool,
             tqdm(desc=f"decoding to {self.size} px", unit="image", disable=not progress, leave=False) as bar,
         ):
             wanted = pd.DataFrame({"key": np.fromiter(map(_key, self.paths), np.uint64, len(self.paths))})

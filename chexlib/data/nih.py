@@ -17,6 +17,7 @@ from PIL import Image
 
 from chexlib.errors import ConfigError, DataError
 from chexlib.findings import ALIASES, FINDINGS, NO_FINDING
+from chexlib.machine import cores
 
 EDITIONS = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")  # the first one present is read
 COLUMNS = {  # column of the release: ours, in our order
@@ -149,7 +150,7 @@ def check_images(radiographs: Radiographs, *, skip_broken: bool = False) -> Radi
         except DataError as error:
             return str(error)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         problems = np.array(list(pool.map(problem, radiographs.table["path"])), dtype=object)
     broken = problems != ""
     if broken.any():

@@ -7,7 +7,6 @@ from `thorax.py` and `signs.py`), not learnt: they show no person, and say nothi
 import json
 import logging
 import multiprocessing
-import os
 import shutil
 import signal
 from collections import Counter
@@ -28,6 +27,7 @@ from chexlib.data.population import REPEAT, Description, Difficulty, level_of, s
 from chexlib.data.radiograph import render
 from chexlib.errors import ConfigError, DataError
 from chexlib.findings import FINDINGS, NO_FINDING
+from chexlib.machine import cores
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def write_phantom(
     DataError
         `directory` holds something else.
     """
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    workers = cores() if workers is None else workers
     for name, value, low, high in (
         ("n_images", n_images, 1, 10**7),
         ("size", size, 32, 1024),

@@ -29,6 +29,7 @@ from chexlib.data.population import level_of, sample_patient, stream
 from chexlib.data.radiograph import render
 from chexlib.errors import ConfigError, DataError
 from chexlib.findings import FINDINGS
+from chexlib.machine import cores
 
 FIRST_PATIENT = 10**8  # write_phantom has at most 10^7
 PATIENTS = 32  # in turn: each batch of up to so many images shows as many patients
@@ -138,7 +139,7 @@ def stream_batches(
     ConfigError
         A setting outside what is accepted.
     """
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    workers = cores() if workers is None else workers
     views = drawing.get("views", VIEWS)
     for name, value, low, high in (
         ("size", size, 32, 1024), ("workers", workers, 1, 1024), ("views", views, 1, 1024),

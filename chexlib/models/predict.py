@@ -16,6 +16,7 @@ from chexlib.data.frontal import frontal_doubt
 from chexlib.data.pictures import find_pictures, read_picture
 from chexlib.errors import DataError, WeightsError
 from chexlib.findings import FINDINGS
+from chexlib.machine import cores
 
 BATCH = 32  # images at once, of at most `BATCH_SIDE`
 BATCH_SIDE = 224  # px; of larger images as many as have no more pixels, as activations take memory by the pixel
@@ -112,7 +113,7 @@ def _score(paths: list[str], weights: str | Path, batch: int | None, *, each=Non
     size, model = read_card(weights)["size"], None
     batch = batch or batch_of(size)
     scores, names, doubts, errors = [], [], {}, {}
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for start in range(0, len(paths), batch):
             pixels = []
             chunk = paths[start : start + batch]
