@@ -113,8 +113,8 @@ def training(source, asked, *, skip: int, steps: int) -> dict:
     import keras
     import tensorflow as tf
 
-    from chexlib.models.weights import create_model
     from chexlib.collectives import World
+    from chexlib.models.weights import create_model
     from chexlib.training.optimizers import FusedAdam
     from chexlib.training.trainer import DataParallelTrainer
 

@@ -10,6 +10,8 @@ over the peer's in the same round. Without --ranks and --threads two layouts are
 one rank a core, and the last line of each peer compares the best of ours with the best of its own. --weak measures
 one rank of one thread too, alone on its core, and tells the efficiency of weak scaling from it to one rank a core, and
 what is left of it where these ranks step at the same time and communicate nothing: that loss is the machine's.
+--other PYTHON measures this very code in a second environment, such as one with an older TensorFlow, and --carriers
+the ranks' sums by Horovod and by mpi4py.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from pathlib import Path
 
 from bench import WORKERS, frozen_workers, take_turns
 
+from chexlib.cluster.profiles import find_mpi
+from chexlib.collectives import CARRIERS
 from chexlib.machine import cores
 from chexlib.models.topologies import TOPOLOGIES
 from chexlib.scaling.throughput import command
@@ -47,6 +51,14 @@ def parser(description: str) -> argparse.ArgumentParser:
 def ours(settings: dict, ranks: int, threads: int) -> tuple:
     """Our step on `ranks` MPI ranks of `threads` threads."""
     return *command(settings, ranks=ranks, threads=threads), ranks * settings["batch_per_rank"]
+
+
+def elsewhere(python: str, job: tuple) -> tuple:
+    """`job`, one of `ours`, by another environment's Python and its MPI."""
+    words, environment, images = job
+    beside = {sys.executable: python, find_mpi().command: str(Path(python).with_name("mpiexec"))}
+    here = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    return [beside.get(word, word) for word in words], {**environment, **here}, images
 
 
 def stock(settings: dict, precision: str | None = None) -> tuple:
@@ -78,6 +90,8 @@ def main() -> None:
     options.add_argument("--torch", default=str(peer) if peer.exists() else "", help="a Python that has PyTorch")
     options.add_argument("--no-stock", action="store_true", help="leave stock Keras out")
     options.add_argument("--weak", action="store_true", help="one rank of one thread too")
+    options.add_argument("--other", default="", metavar="PYTHON", help="this code in another environment too")
+    options.add_argument("--carriers", action="store_true", help="Horovod and mpi4py on one rank a core")
     asked = options.parse_args()
     settings = {
         "topology": asked.topology,
@@ -96,6 +110,12 @@ def main() -> None:
     jobs |= {f"chexlib {r}x{t}": ours(settings, r, t) for r, t in layouts}
     if asked.weak:
         jobs |= {one: ours(settings, 1, 1), apart: (*ours(settings, cores(), 1), -1)}
+    if asked.other:
+        jobs |= {f"other {r}x{t}": elsewhere(asked.other, ours(settings, r, t)) for r, t in layouts}
+    if asked.carriers:
+        words, environment, images = ours(settings, cores(), 1)
+        for carrier in CARRIERS:
+            jobs[f"{carrier} {cores()}x1"] = (words, {**environment, "CHEXLIB_COLLECTIVES": carrier}, images)
     if not asked.no_stock:
         jobs[stock_name(asked)] = stock(settings, asked.stock_precision)
     if asked.torch:
@@ -125,6 +145,10 @@ def main() -> None:
             other = best(peer)
             ratios = [a / b for a, b in zip(speeds[mine], speeds[other], strict=True)]
             report(f"{mine} over {other}", ratios)
+    pairs = [(f"chexlib {r}x{t}", f"other {r}x{t}") for r, t in layouts if asked.other]
+    pairs += [tuple(f"{carrier} {cores()}x1" for carrier in reversed(CARRIERS))] if asked.carriers else []
+    for first, second in pairs:
+        report(f"{first} over {second}", [a / b for a, b in zip(speeds[first], speeds[second], strict=True)])
     if asked.weak:
         for name, extra in ((many, ""), (apart, ", nothing communicated")):
             ratios = [a / (cores() * b) for a, b in zip(speeds[name], speeds[one], strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 
 import click
@@ -175,6 +176,10 @@ def train(config_file, resume):
     """Train as CONFIG says, on one process or under mpiexec or srun. SIGUSR1: stop, keep a checkpoint."""
     from pathlib import Path
 
+    from chexlib.machine import import_tensorflow
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import_tensorflow()
     from chexlib.collectives import join_world
     from chexlib.live import LiveLine
     from chexlib.runs import show_log

@@ -9,6 +9,7 @@ import sys
 import click
 
 from chexlib.errors import ConfigError
+from chexlib.machine import import_tensorflow
 
 
 @click.command("real-model")
@@ -26,6 +27,7 @@ def real_model(folders, out, quick, settings):
     import dataclasses
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import_tensorflow()
     from chexlib.evaluation.real_model import QUICK, RealModel, train_real_model
     from chexlib.models.cards import split_of
     from chexlib.runs import ROOT, plain, show_log
@@ -76,6 +78,7 @@ def predict(images, weights, form, heatmaps):
     read_by_card(pd.DataFrame(columns=FINDINGS), card, weights=weights)  # what is wrong is told before any scoring
     if heatmaps:
         from chexlib.evaluation.heat_files import HeatMapFiles
+    import_tensorflow()
     found = predict_all(images, weights=weights, each=HeatMapFiles(heatmaps, card=card) if heatmaps else None)
     for error in found.errors.values():
         click.echo(f"Error: {error}", err=True)

@@ -7,6 +7,8 @@ import functools
 import os
 import platform
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 _SYSTEM = Path("/sys/devices/system")
@@ -27,6 +29,26 @@ def processors() -> set[int]:
 def cores() -> int:
     """Processors that this process may use; two hardware threads of one core are two."""
     return len(processors())
+
+
+def import_tensorflow() -> None:
+    """Import TensorFlow without what 2.21 says at its start, before it reads TF_CPP_MIN_LOG_LEVEL.
+
+    What is written to standard error meanwhile is shown only if the import fails.
+    """
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as said:
+        stderr = os.dup(2)
+        os.dup2(said.fileno(), 2)
+        try:
+            import tensorflow  # noqa: F401
+        except BaseException:
+            said.seek(0)
+            os.write(stderr, said.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def kind() -> dict:

@@ -1,6 +1,7 @@
 """What is read off a processor, and what follows from it."""
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -134,3 +135,21 @@ def test_the_precision_of_a_training_follows_the_processor_unless_named(pretend,
     assert TrainConfig(**folders).precision == precision
     assert TrainConfig(**folders).to_dict()["precision"] == precision  # what is kept says what was used
     assert TrainConfig(**folders, precision="float32").precision == "float32"
+
+
+def test_tensorflow_starts_without_a_word():
+    code = (
+        "from chexlib.machine import import_tensorflow; import_tensorflow(); import sys; print('end', file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "end")
+
+
+def test_what_is_said_at_a_start_that_fails_is_shown(tmp_path):
+    (tmp_path / "tensorflow.py").write_text(
+        "import os; os.write(2, b'a library is missing\\n'); raise ImportError('no')"
+    )
+    code = "from chexlib.machine import import_tensorflow; import_tensorflow()"
+    own = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=own, cwd=tmp_path)
+    assert done.returncode == 1 and "a library is missing" in done.stderr and "ImportError: no" in done.stderr
