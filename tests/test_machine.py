@@ -142,7 +142,7 @@ def test_tensorflow_starts_without_a_word():
         "from chexlib.machine import import_tensorflow; import_tensorflow(); import sys; print('end', file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("", "end")
+    assert (done.stdout, done.stderr) == ("", "end\n")
 
 
 def test_what_is_said_at_a_start_that_fails_is_shown(tmp_path):
