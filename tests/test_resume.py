@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
-from small_training import config_for
+from small_training import config_for, with_a_tiny_network
 
 from chexlib.collectives import World, require_agreement
 from chexlib.data.phantom import write_phantom
@@ -20,6 +20,7 @@ from chexlib.models.weights import load_model
 from chexlib.training import stopping
 from chexlib.training.checkpoints import checkpoint_files, load_checkpoint, newest_checkpoint, save_checkpoint
 from chexlib.training.fit import fit
+from chexlib.training.snapshots import snapshots_of
 
 TIMED = ("images_per_second", "skew")
 
@@ -120,6 +121,41 @@ def test_with_another_batch_the_global_batch_or_the_rate_is_kept_as_asked(phanto
     taken = pd.read_parquet(tmp_path / "steps.parquet").groupby("epoch")["step"].count()
     images = first.split["images"]["train"]
     assert list(taken) == [-(-images // 8), -(-images // (8 if keeps == "global_batch" else 16))]
+
+
+def test_a_larger_batch_takes_no_more_than_the_images_of_a_shortened_epoch(phantom, tmp_path, monkeypatch):
+    """24 of the images, 8 of them in batches of 8: what is left goes in 10 and 6."""
+    with_a_tiny_network(monkeypatch)
+    settings = dict(epochs=1, max_steps=3, optimizer="sgd")
+    fit(config_for(phantom, tmp_path, **settings), report=ask_at(1, 1))
+    more = dict(resume=True, batch_size=10, resume_keeps="rank_batch")
+    fit(config_for(phantom, tmp_path, **settings, **more))
+    _, arrays, facts = newest_checkpoint(tmp_path / "checkpoints")
+    assert facts["position"]["image"] == 0 and facts["position"]["step"] == 3
+    assert arrays["tracker"][1] == 24  # images in the mean of the epoch's loss
+
+
+@pytest.mark.parametrize("where", [(1, 2), (2, 2)])
+def test_a_stream_resumed_after_an_odd_number_of_images_ends_at_the_same_bits(phantom, tmp_path, monkeypatch, where):
+    """Epochs of 21 images take 3 batches of 8, which are 24."""
+    with_a_tiny_network(monkeypatch)
+    settings = dict(epochs=3, stream_images=21, optimizer="sgd", learning_rate=0.1)
+    whole = fit(config_for(phantom, tmp_path / "whole", **settings))
+    stopped = fit(config_for(phantom, tmp_path / "run", **settings), report=ask_at(*where))
+    resumed = fit(config_for(phantom, tmp_path / "run", **settings, resume=True))
+    assert stopped.stopped and resumed.resumed_from
+    assert untimed(resumed) == untimed(whole)
+    assert_same_model(resumed, whole)
+
+
+def test_a_stream_that_goes_on_for_more_epochs_draws_no_image_twice(phantom, tmp_path, monkeypatch):
+    with_a_tiny_network(monkeypatch)
+    settings = dict(stream_images=21, optimizer="sgd", learning_rate=0.1, snapshots=True)
+    whole = fit(config_for(phantom, tmp_path / "whole", **settings, epochs=2))
+    fit(config_for(phantom, tmp_path / "run", **settings, epochs=1))
+    more = fit(config_for(phantom, tmp_path / "run", **settings, epochs=2, resume=True))
+    assert_same_model(more, whole)
+    assert snapshots_of(tmp_path / "run")["images"].tolist() == [24, 48]
 
 
 def test_ranks_that_do_not_agree_are_named_with_the_variable():
