@@ -112,8 +112,6 @@ def test_a_training_that_diverges_says_so(phantom, tmp_path):
 
 
 def test_labels_of_the_control_are_not_dealt_in_the_order_of_an_epoch(phantom, tmp_path, monkeypatch):
-    """Dealt in the order of epoch 0, the n-th image of that epoch has the label of the image that it shows, of n."""
-
     class DealtError(Exception):
         pass
 
