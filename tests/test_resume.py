@@ -135,27 +135,35 @@ def test_a_larger_batch_takes_no_more_than_the_images_of_a_shortened_epoch(phant
     assert arrays["tracker"][1] == 24  # images in the mean of the epoch's loss
 
 
-@pytest.mark.parametrize("where", [(1, 2), (2, 2)])
-def test_a_stream_resumed_after_an_odd_number_of_images_ends_at_the_same_bits(phantom, tmp_path, monkeypatch, where):
+STREAM = dict(epochs=3, stream_images=21, optimizer="sgd", learning_rate=0.1, snapshots=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_stream(phantom, tmp_path_factory):
     """Epochs of 21 images take 3 batches of 8, which are 24."""
+    with pytest.MonkeyPatch.context() as patch:
+        with_a_tiny_network(patch)
+        return fit(config_for(phantom, tmp_path_factory.mktemp("run"), **STREAM))
+
+
+@pytest.mark.parametrize("where", [(1, 2), (2, 2)])
+def test_a_stream_resumed_after_an_odd_number_of_images_ends_at_the_same_bits(
+    phantom, undisturbed_stream, tmp_path, monkeypatch, where
+):
     with_a_tiny_network(monkeypatch)
-    settings = dict(epochs=3, stream_images=21, optimizer="sgd", learning_rate=0.1)
-    whole = fit(config_for(phantom, tmp_path / "whole", **settings))
-    stopped = fit(config_for(phantom, tmp_path / "run", **settings), report=ask_at(*where))
-    resumed = fit(config_for(phantom, tmp_path / "run", **settings, resume=True))
+    stopped = fit(config_for(phantom, tmp_path, **STREAM), report=ask_at(*where))
+    resumed = fit(config_for(phantom, tmp_path, **STREAM, resume=True))
     assert stopped.stopped and resumed.resumed_from
-    assert untimed(resumed) == untimed(whole)
-    assert_same_model(resumed, whole)
+    assert untimed(resumed) == untimed(undisturbed_stream)
+    assert_same_model(resumed, undisturbed_stream)
 
 
-def test_a_stream_that_goes_on_for_more_epochs_draws_no_image_twice(phantom, tmp_path, monkeypatch):
+def test_a_stream_that_goes_on_for_more_epochs_draws_no_image_twice(phantom, undisturbed_stream, tmp_path, monkeypatch):
     with_a_tiny_network(monkeypatch)
-    settings = dict(stream_images=21, optimizer="sgd", learning_rate=0.1, snapshots=True)
-    whole = fit(config_for(phantom, tmp_path / "whole", **settings, epochs=2))
-    fit(config_for(phantom, tmp_path / "run", **settings, epochs=1))
-    more = fit(config_for(phantom, tmp_path / "run", **settings, epochs=2, resume=True))
-    assert_same_model(more, whole)
-    assert snapshots_of(tmp_path / "run")["images"].tolist() == [24, 48]
+    fit(config_for(phantom, tmp_path, **{**STREAM, "epochs": 1}))
+    more = fit(config_for(phantom, tmp_path, **{**STREAM, "epochs": 3}, resume=True))
+    assert_same_model(more, undisturbed_stream)
+    assert snapshots_of(tmp_path)["images"].tolist() == [24, 48, 72]
 
 
 def test_ranks_that_do_not_agree_are_named_with_the_variable():
