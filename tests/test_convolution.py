@@ -35,6 +35,25 @@ def test_convolutions_have_keras_outputs_and_gradients_without_avx512(
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.parametrize("side", [1, 3])
+def test_channels_first_is_convolved_along_rows_and_columns(side, monkeypatch):
+    """Also where an image is as wide as it has channels."""
+    monkeypatch.setattr(convolution, "processor_flags", lambda: frozenset({"avx2"}))
+    rng = np.random.default_rng(side)
+    images, kernel = rng.normal(size=(2, 4, 6, 4)), rng.normal(size=(side, side, 4, 3))
+    layer = convolution.Conv2D(3, side, padding="same", data_format="channels_first", use_bias=False)
+    layer.build(images.shape)
+    layer.kernel.assign(kernel)
+    pad = side // 2
+    padded = np.pad(images, [(0, 0), (0, 0), (pad, pad), (pad, pad)])
+    expected = sum(
+        np.einsum("nchw,co->nohw", padded[:, :, i : i + 6, j : j + 4], kernel[i, j])
+        for i in range(side)
+        for j in range(side)
+    )
+    np.testing.assert_allclose(layer(images.astype("float32")), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_products_take_the_place_of_onednns_kernel_where_it_is_slow_and_only_there(monkeypatch):
     def operations(flags, size=8, **settings):
         monkeypatch.setattr(convolution, "processor_flags", lambda: frozenset(flags))

@@ -1,12 +1,16 @@
 """The batch-norm study: which trainings it asks for, and that its verdict adds up and follows the numbers."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
-from small_training import config_for
+from small_training import Places, config_for
 
+from chexlib.collectives import World
 from chexlib.errors import ConfigError
+from chexlib.evaluation import norm_study
 from chexlib.evaluation.norm_study import norm_grid, training_order
 from chexlib.evaluation.norm_verdict import TERMS, decompose, remedies, verdict
 from chexlib.evaluation.student import over_seeds
@@ -170,3 +174,18 @@ def test_the_order_of_training_has_each_point_once_and_each_graph_in_one_go():
     graphs = [(p["topology"], p["norm"], p["norm_momentum"]) for p in order]
     changes = [a for a, b in zip(graphs, [*graphs[1:], None], strict=True) if a != b]
     assert len(changes) == len(set(graphs)) and changes[-1] == ("densenet121", "batch", 0.99)
+
+
+def test_the_population_is_a_random_part_of_the_images_and_not_the_lowest_patient_numbers(monkeypatch):
+    seen = []
+    monkeypatch.setattr(norm_study, "ImageStore", lambda paths, **_: Places(len(paths)))
+    monkeypatch.setattr(norm_study, "recalibrate", lambda model, batches, *_, **__: seen.append(list(batches)))
+    part = SimpleNamespace(table=pd.DataFrame({"path": range(4000)}))
+    trainer = SimpleNamespace(model=None, infer_by_batch=None)
+    for world in (World(), World(), World(0, 2), World(1, 2)):
+        norm_study.recalibrate_on(part, trainer, world, size=32, images=1000)
+    whole, again, *halves = [np.concatenate(batches).ravel() for batches in seen]
+    assert len(set(whole)) == 1000
+    assert stats.kstest(whole / 4000, "uniform").pvalue > 0.001
+    np.testing.assert_array_equal(whole, again)
+    assert set(whole) == set(np.concatenate(halves))

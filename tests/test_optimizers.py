@@ -155,7 +155,8 @@ def reference(kind):
             # Adam's epsilon is outside of the bias correction (Kingma and Ba 2015, end of section 2), Lamb's within.
             epsilon = 1e-7 / root if kind == "adamw" else 1e-7
             update = update / (np.sqrt(second[n]) / root + epsilon)
-            w = w * (1 - rate * own)
+            update = update + own * w
+            # You et al. 2020, algorithm 2: the ratio is of the update with its decay.
             trust = np.sqrt((w**2).sum()) / np.sqrt((update**2).sum()) if kind == "lamb" else 1.0
             parameters[n] = w - rate * trust * update
     return parameters
@@ -164,7 +165,8 @@ def reference(kind):
 @pytest.mark.parametrize("kind", ["sgd", "nesterov", "lars", "adamw", "lamb"])
 def test_20_steps_under_a_schedule_equal_a_float64_reference(kind):
     found = take_20_steps(create(kind, 0.0, values=VALUES))
-    atol = 1e-6 if kind in ("sgd", "nesterov", "lars") else 20 * 0.1 * APART
+    # Weights of about 1 in float32, 20 times rounded; the last step of the warm-up has momentum 1.125.
+    atol = 1.5e-6 if kind in ("sgd", "nesterov", "lars") else 20 * 0.1 * APART
     for ours, theirs, start in zip(found, reference(kind), small_net()[0], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
         assert np.abs(theirs - start).max() > 100 * atol
@@ -186,7 +188,9 @@ def test_batch_norm_and_bias_are_never_decayed_and_kernels_are(kind):
     for variable in model.trainable_variables:
         if variable.path.endswith("kernel"):
             ahead = 1.9 if kind == "nesterov" else 1  # the step, and momentum times it
-            np.testing.assert_allclose(variable.numpy(), 0.5 * (1 - ahead * 0.1 * 0.3), rtol=1e-6)
+            # Lamb's update is as long as the weights times the rate, whatever it is made of.
+            moved = 0.1 if kind == "lamb" else ahead * 0.1 * 0.3
+            np.testing.assert_allclose(variable.numpy(), 0.5 * (1 - moved), rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "nesterov", "adamw", "lamb"])

@@ -125,6 +125,16 @@ def test_follow_ups_repeat_findings_more_often_than_chance(population):
     assert all(a.sex == b.sex and 0 <= b.age - a.age <= 40 for a, b in pairs)
 
 
+@pytest.mark.parametrize(("min_prevalence", "share"), [(0, 0.40), (0.04, 0.34)])
+def test_34_to_40_percent_of_follow_ups_have_the_findings_before(min_prevalence, share):
+    films = [d for patient in range(1, 6001) for d in sample_patient(0, patient, min_prevalence=min_prevalence)]
+    pairs = [(a, b) for a, b in pairwise(films) if a.patient == b.patient]
+    same = [a.findings == b.findings for a, b in pairs]
+    assert np.mean(same) == pytest.approx(share, abs=0.01)
+    found = [agree for agree, (before, _) in zip(same, pairs, strict=True) if before.findings]
+    assert np.mean(found) == pytest.approx(1 / 6, abs=0.015)
+
+
 def test_min_prevalence_is_reached_by_every_finding():
     films = [d for patient in range(1, 3001) for d in sample_patient(2, patient, min_prevalence=0.08)]
     share = np.array([[f in d.findings for f in FINDINGS] for d in films]).mean(0)

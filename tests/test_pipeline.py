@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from chexlib.data.cache import ImageStore
-from chexlib.data.pipeline import AUGMENTATIONS, partition, random_boxes, steps_per_epoch, training_batches
+from chexlib.data.pipeline import (
+    AUGMENTATIONS,
+    PURPOSES,
+    generator_for,
+    partition,
+    random_boxes,
+    steps_per_epoch,
+    training_batches,
+)
 from chexlib.errors import ConfigError
 
 SIZES = [(n, batch) for n in (4, 10, 17, 64) for batch in (4, 5, 16)]
@@ -77,6 +85,17 @@ def test_another_epoch_or_seed_gives_another_order_and_mirroring_and_the_same_gi
         assert by_image[0] != by_image[1]
 
 
+def test_no_two_things_drawn_from_one_seed_are_drawn_alike():
+    orders = [generator_for(purpose, seed=7).permutation(100) for purpose in PURPOSES]
+    orders += [generator_for("order", seed=7, epoch=epoch).permutation(100) for epoch in (1, 2, 3)]
+    assert len({tuple(order) for order in orders}) == len(orders)
+
+
+def test_the_order_of_an_epoch_is_numpys_permutation_for_seed_and_epoch():
+    images = np.concatenate([share.indices for share in epoch_of(50, global_batch=10, epoch=3, seed=7)[0]])
+    np.testing.assert_array_equal(images, np.random.default_rng([7, 3]).permutation(50))
+
+
 def test_shuffle_mixes_the_whole_list():
     images = np.concatenate([share.indices for share in epoch_of(1000, global_batch=10)[0]])
     assert abs(np.corrcoef(images, np.arange(1000))[0, 1]) < 0.1
@@ -139,6 +158,14 @@ def test_an_epoch_cut_short_is_followed_by_the_next_epochs_shuffle(files):
     ]
     for (_, y, _), share in zip(batches, expected, strict=True):
         np.testing.assert_array_equal(y, labels[share.indices])
+
+
+def test_an_epoch_cut_short_ends_there_also_when_it_goes_on_in_larger_batches(files):
+    _, labels, batches = batches_of(files, 3, global_batch=4, seed=0, images=9, first_image=3)
+    order = np.random.default_rng([0, 0]).permutation(11)
+    following = np.random.default_rng([0, 1]).permutation(11)
+    for (_, y, _), images in zip(batches, (order[3:7], order[7:9], following[:4]), strict=True):
+        np.testing.assert_array_equal(y, labels[images])
 
 
 def test_a_rank_without_an_image_gets_a_stand_in_that_counts_nothing(files):

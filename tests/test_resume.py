@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
-from small_training import config_for
+from small_training import config_for, with_a_tiny_network
 
 from chexlib.collectives import World, require_agreement
 from chexlib.data.phantom import write_phantom
@@ -20,6 +20,7 @@ from chexlib.models.weights import load_model
 from chexlib.training import stopping
 from chexlib.training.checkpoints import checkpoint_files, load_checkpoint, newest_checkpoint, save_checkpoint
 from chexlib.training.fit import fit
+from chexlib.training.snapshots import snapshots_of
 
 TIMED = ("images_per_second", "skew")
 
@@ -120,6 +121,49 @@ def test_with_another_batch_the_global_batch_or_the_rate_is_kept_as_asked(phanto
     taken = pd.read_parquet(tmp_path / "steps.parquet").groupby("epoch")["step"].count()
     images = first.split["images"]["train"]
     assert list(taken) == [-(-images // 8), -(-images // (8 if keeps == "global_batch" else 16))]
+
+
+def test_a_larger_batch_takes_no_more_than_the_images_of_a_shortened_epoch(phantom, tmp_path, monkeypatch):
+    """24 of the images, 8 of them in batches of 8: what is left goes in 10 and 6."""
+    with_a_tiny_network(monkeypatch)
+    settings = dict(epochs=1, max_steps=3, optimizer="sgd")
+    fit(config_for(phantom, tmp_path, **settings), report=ask_at(1, 1))
+    more = dict(resume=True, batch_size=10, resume_keeps="rank_batch")
+    fit(config_for(phantom, tmp_path, **settings, **more))
+    _, arrays, facts = newest_checkpoint(tmp_path / "checkpoints")
+    assert facts["position"]["image"] == 0 and facts["position"]["step"] == 3
+    assert arrays["tracker"][1] == 24  # images in the mean of the epoch's loss
+
+
+STREAM = dict(epochs=3, stream_images=21, optimizer="sgd", learning_rate=0.1, snapshots=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_stream(phantom, tmp_path_factory):
+    """Epochs of 21 images take 3 batches of 8, which are 24."""
+    with pytest.MonkeyPatch.context() as patch:
+        with_a_tiny_network(patch)
+        return fit(config_for(phantom, tmp_path_factory.mktemp("run"), **STREAM))
+
+
+@pytest.mark.parametrize("where", [(1, 2), (2, 2)])
+def test_a_stream_resumed_after_an_odd_number_of_images_ends_at_the_same_bits(
+    phantom, undisturbed_stream, tmp_path, monkeypatch, where
+):
+    with_a_tiny_network(monkeypatch)
+    stopped = fit(config_for(phantom, tmp_path, **STREAM), report=ask_at(*where))
+    resumed = fit(config_for(phantom, tmp_path, **STREAM, resume=True))
+    assert stopped.stopped and resumed.resumed_from
+    assert untimed(resumed) == untimed(undisturbed_stream)
+    assert_same_model(resumed, undisturbed_stream)
+
+
+def test_a_stream_that_goes_on_for_more_epochs_draws_no_image_twice(phantom, undisturbed_stream, tmp_path, monkeypatch):
+    with_a_tiny_network(monkeypatch)
+    fit(config_for(phantom, tmp_path, **{**STREAM, "epochs": 1}))
+    more = fit(config_for(phantom, tmp_path, **{**STREAM, "epochs": 3}, resume=True))
+    assert_same_model(more, undisturbed_stream)
+    assert snapshots_of(tmp_path)["images"].tolist() == [24, 48, 72]
 
 
 def test_ranks_that_do_not_agree_are_named_with_the_variable():

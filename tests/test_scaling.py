@@ -214,6 +214,28 @@ def test_gradients_come_from_the_layers_of_the_network_last_first():
     assert len(workload_of(model, biases=False).sizes) == 4
 
 
+@pytest.mark.parametrize(("topology", "half"), [("densenet121", 0.424), ("resnet50", 0.437), ("vgg16", 0.404)])
+def test_half_of_the_gradients_are_ready_early_in_the_backward_pass(topology, half):
+    """The large kernels are those of the last layers, and the backward pass begins with these."""
+    work = workload_of(build_model(topology, size=224))
+    there = np.cumsum(work.sizes) / work.size
+    assert np.interp(0.5, there, work.ready) == pytest.approx(half, abs=1e-3)
+    assert work.ready[-1] == pytest.approx(1)
+
+
+def test_gradients_of_a_network_inside_a_network_come_in_its_place():
+    import keras
+
+    pixels = keras.Input((6, 6, 1))
+    parts = [keras.layers.Conv2D(4, 3, padding="same", use_bias=False), keras.layers.Conv2D(8, 3, use_bias=False)]
+    inner = keras.Sequential([keras.Input((6, 6, 1)), *parts])
+    head = keras.layers.Dense(14, use_bias=False)(keras.layers.Flatten()(inner(pixels)))
+    found = workload_of(keras.Model(pixels, head))
+    assert found.sizes == (128 * 14 * 4, 288 * 4, 36 * 4)
+    steps = np.cumsum([2 * (36 * 36 + 16 * 288 + 128 * 14), 4 * 128 * 14, 4 * 16 * 288, 2 * 36 * 36])
+    assert found.ready == pytest.approx(steps[1:] / steps[-1])
+
+
 # The study
 
 

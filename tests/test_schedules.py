@@ -42,6 +42,8 @@ def evaluate(solvers, kind):
                 rate, momentum = base * (1 - i / coded) ** power, 0.9
             else:
                 rate, momentum = base * (1 - (i - warm) / meant) ** power, 0.9
+                if i == warm > 0:  # the step that comes to the full rate (Goyal et al. 2017, remark 2)
+                    momentum *= rate / warming(i - 1)
             rows.append((rate, momentum, decay, augment, i == 0 and bool(rows)))
     return [np.array(column) for column in zip(*rows, strict=True)]
 
@@ -127,6 +129,22 @@ def test_the_decay_follows_its_own_places_whatever_the_rate_does():
     epoch = np.arange(900) / 10
     expected = np.select([epoch < 22.5, epoch < 45, epoch < 58.5], [5e-5, 1e-4, 2e-4], 4e-4)
     np.testing.assert_array_equal(values.weight_decay, expected)
+
+
+def test_velocity_is_that_of_a_constant_rate_through_the_whole_warm_up():
+    """Goyal et al. 2017, remark 2: v = m * v - rate * g is then rate * u, of u = m * u - g that knows no rate."""
+    phases = [{"kind": "warmup", "length": 4, "start": 0.1, "rate": 0.5}, {"kind": "constant", "length": 3}]
+    values, v, u = Schedule(phases=phases).compile(), 0.0, 0.0
+    assert values.rate.tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5])
+    for rate, momentum in zip(values.rate, values.momentum, strict=True):
+        v, u = momentum * v - rate, 0.9 * u - 1
+        assert v == pytest.approx(rate * u)
+
+
+def test_a_fresh_stage_after_a_warm_up_has_nothing_to_correct():
+    phases = [{"kind": "warmup", "length": 2, "start": 0.1, "rate": 0.5}]
+    phases.append({"kind": "constant", "length": 2, "rate": 0.5, "fresh": True})
+    assert Schedule(phases=phases).compile().momentum.tolist() == pytest.approx([0.9, 2.7, 0.9, 0.9])
 
 
 def test_phases_that_name_no_rate_go_on_where_the_one_before_ended():

@@ -1,16 +1,20 @@
 """`fit` in one process, whole, on a small phantom."""
 
+from types import SimpleNamespace
+
+import keras
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
-from small_training import config_for
+from small_training import config_for, with_a_tiny_network
 
 from chexlib.errors import ConfigError, DataError, WeightsError
 from chexlib.findings import FINDINGS
 from chexlib.models.predict import predict
 from chexlib.models.weights import load_model
 from chexlib.training.fit import fit
+from chexlib.training.monitor import Plateau
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +109,31 @@ def test_more_ranks_than_images_is_one_clear_error(phantom, tmp_path, monkeypatc
 def test_a_training_that_diverges_says_so(phantom, tmp_path):
     with pytest.raises(ConfigError, match=r"diverged in epoch 1: use a learning_rate below 1e\+30"):
         fit(config_for(phantom, tmp_path, optimizer="sgd", learning_rate=1e30, epochs=1))
+
+
+def test_labels_of_the_control_are_not_dealt_in_the_order_of_an_epoch(phantom, tmp_path, monkeypatch):
+    class DealtError(Exception):
+        pass
+
+    def look(config, world, train, labels):
+        order = np.random.default_rng([config.seed, 0]).permutation(len(labels))
+        assert sorted(labels.tolist()) == sorted(train.labels.tolist())
+        assert not np.array_equal(labels, train.labels[order]) and not np.array_equal(labels, train.labels)
+        raise DealtError
+
+    with_a_tiny_network(monkeypatch)
+    monkeypatch.setattr("chexlib.training.fit.Feed", look)
+    with pytest.raises(DealtError):
+        fit(config_for(phantom, tmp_path, shuffle_labels=True, seed=3))
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.5, 0.51, 0.8, 0.99, 1])
+def test_a_plateau_multiplies_the_rate_by_the_factor_that_was_asked_for(factor):
+    optimizer = keras.optimizers.SGD(0.1)
+    plateau = Plateau(factor, patience=1)
+    plateau.set_model(SimpleNamespace(optimizer=optimizer))
+    rates = []
+    for epoch, loss in enumerate([3.0, 2.0, 2.0, 2.5, 1.0]):
+        plateau.on_epoch_end(epoch, {"val_loss": loss})
+        rates.append(float(optimizer.learning_rate))
+    assert rates == pytest.approx([0.1, 0.1, 0.1 * factor, 0.1 * factor**2, 0.1 * factor**2])

@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from small_training import config_for
+from small_training import Places, config_for
 
 from chexlib.collectives import World
 from chexlib.data.stream import stream_images
@@ -79,7 +79,7 @@ def test_a_pretraining_that_was_ended_goes_on_to_the_same_weights(pretrained, ph
 def test_a_pretraining_eats_the_stream_from_where_it_stands(phantom, tmp_path):
     config = config_for(phantom, tmp_path, stream_images=16, seed=3)
     train = divide(config)[1]["train"]
-    at = Position(global_batch=8, images=16, epoch=1, image=8)
+    at = Position(global_batch=8, images=16, epoch=1, image=8, drawn=24)
     pixels, labels, _ = next(iter(Feed(config, World(), train, train.labels).batches(at, when=None)))
     expected = stream_images(range(24, 32), seed=3, size=32, **drawing_of(phantom))
     np.testing.assert_array_equal(pixels.numpy()[..., 0], expected[0])
@@ -182,6 +182,16 @@ def test_recalibration_gives_the_statistics_of_the_new_images_before_the_first_s
     np.testing.assert_allclose(seen[False], 0.1 * seen["mean"], rtol=1e-3, atol=1e-3)
     # Batches of 128 are more images than there are: the population is the one batch.
     np.testing.assert_allclose(seen[True], seen["mean"], rtol=1e-3, atol=1e-3)
+
+
+def test_recalibration_does_not_look_at_the_images_that_the_training_begins_with(phantom, tmp_path):
+    config = config_for(phantom, tmp_path, seed=3)
+    train = divide(config)[1]["train"]
+    feed = Feed(config, World(), train, train.labels)
+    feed.store = Places(1000)
+    seen = np.concatenate([batch.ravel() for batch in feed.first(100)]).astype(int)
+    epoch = np.random.default_rng([3, 0]).permutation(1000)
+    assert len(set(seen)) == 100 and len(set(seen) & set(epoch[:100])) < 30  # 10 by chance
 
 
 def test_training_ends_early_when_validation_stays_as_it_is(phantom, tmp_path):

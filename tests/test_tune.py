@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from collections import Counter
 
 import pytest
 import yaml
@@ -10,6 +13,7 @@ from click.testing import CliRunner
 import chexlib.execute
 from chexlib.__main__ import main
 from chexlib.errors import ClusterError, ConfigError
+from chexlib.runs import ROOT
 from chexlib.scaling import tune as module
 from chexlib.scaling.throughput import measure
 from chexlib.scaling.tune import layouts, save_winner, tune
@@ -41,6 +45,15 @@ def measured(monkeypatch):
     return calls
 
 
+SWEEPER = """
+import sys
+from chexlib.scaling import tune
+tune.measure = lambda settings, **layout: {"images_per_second": 1.0, "gflop_per_image": 2.0}
+tune.layouts = lambda: [(1, threads) for threads in range(1, 31)]
+tune.tune(sweep=sys.argv[1], batches=(int(sys.argv[2]),), progress=False)
+"""
+
+
 def test_every_layout_is_measured_once_and_the_fastest_comes_first(measured, tmp_path):
     table = tune(sweep=tmp_path / "sweep.json", progress=False)
     assert len(measured) == 3
@@ -67,6 +80,16 @@ def test_an_interrupted_sweep_goes_on_where_it_was(measured, tmp_path, monkeypat
     assert len(json.loads(sweep.read_text())) == 2
     monkeypatch.setattr(module, "measure", whole)
     assert len(tune(sweep=sweep, progress=False)) == 3 == len(measured)
+
+
+def test_sweeps_at_the_same_time_keep_each_others_points(tmp_path):
+    """Four processes, each with a batch of its own, write to one file 30 times."""
+    command = [sys.executable, "-c", SWEEPER, str(tmp_path / "sweep.json")]
+    sweepers = [subprocess.Popen([*command, str(batch)], cwd=ROOT) for batch in (1, 2, 3, 4)]
+    assert [sweeper.wait(120) for sweeper in sweepers] == [0] * 4
+    rows = json.loads((tmp_path / "sweep.json").read_text())
+    assert Counter(row["batch_per_rank"] for row in rows) == {batch: 30 for batch in (1, 2, 3, 4)}
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
 
 
 def test_points_of_fewer_steps_do_not_count(measured, tmp_path):

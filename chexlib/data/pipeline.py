@@ -22,6 +22,8 @@ AUGMENTATIONS = {
     "radiograph": (0.7, 9 / 10),  # most of the chest stays in view: a sign that is cut off would leave a false label
 }
 WHOLE = (0.0, 0.0, 1.0, 1.0)
+# What is drawn at random from one seed, each from a generator of its own.
+PURPOSES = ("order", "crops", "recalibration", "control")
 
 
 class Share(NamedTuple):
@@ -38,6 +40,15 @@ def steps_per_epoch(n: int, *, global_batch: int) -> int:
     return -(-n // global_batch)
 
 
+def generator_for(purpose: str, *, seed: int, epoch: int = 0) -> np.random.Generator:
+    """A generator for one of `PURPOSES` in one epoch.
+
+    NumPy fills a short list of seeds up with zeros: `default_rng(seed)`, `default_rng([seed, 0])`
+    and `default_rng([seed, 0, 0])` draw the same numbers, which here are the order of epoch 0.
+    """
+    return np.random.default_rng([seed, epoch, PURPOSES.index(purpose)])
+
+
 def partition(
     n: int,
     *,
@@ -50,13 +61,17 @@ def partition(
     mirror: bool = False,
     augment: str = "none",
     first_image: int = 0,
+    images: int = 0,
 ) -> Iterator[Share]:
-    """Yield a rank's share of every step of an epoch, or of what is left of it after its `first_image` images.
+    """Yield a rank's share of every step of an epoch, or of what is left after its first images.
 
-    All ranks take equally many steps. The union of their shares over an epoch is each of the `n` images exactly
-    once; the images of step s, their mirroring and crops, do not depend on the number of ranks. In the last step a rank
-    may hold fewer images than others, or one stand-in of weight 0. With `accumulation` a rank stands for as many
-    virtual ranks: its share is theirs, one after the other.
+    `first_image` images were used already; the epoch ends after `images` images, all `n` for 0.
+
+    All ranks take equally many steps. The union of their shares over an epoch is each of the `n`
+    images exactly once (the first `images` of its order, where asked for); the images of step s,
+    their mirroring and crops, do not depend on the number of ranks. In the last step a rank may
+    hold fewer images than others, or one stand-in of weight 0. With `accumulation` a rank stands
+    for as many virtual ranks: its share is theirs, one after the other.
 
     A stand-in has no part in loss and gradients, but a batch norm that sees it counts it as an image: of itself alone
     on its rank, and as one among all where statistics are of all ranks. That happens where the last global batch has
@@ -72,12 +87,14 @@ def partition(
         raise ConfigError(f"{ranks} ranks cannot share {n} images. Use at most {n} engines, or more images.")
     if global_batch < ranks:
         raise ConfigError(f"a global batch of {global_batch} leaves some of {ranks} ranks without an image.")
-    generator = np.random.default_rng([seed, epoch])
+    generator = generator_for("order", seed=seed, epoch=epoch)
     order = generator.permutation(n)
     flips = generator.random(n) < 0.5 if mirror else np.zeros(n, bool)
-    boxes = random_boxes(n, augment=augment, generator=np.random.default_rng([seed, epoch, 1]))
-    for start in range(first_image, n, global_batch):
-        parts = np.array_split(order[start : start + global_batch], ranks)[first : first + accumulation]
+    boxes = random_boxes(n, augment=augment, generator=generator_for("crops", seed=seed, epoch=epoch))
+    end = images or n
+    for start in range(first_image, end, global_batch):
+        batch = order[start : min(start + global_batch, end)]
+        parts = np.array_split(batch, ranks)[first : first + accumulation]
         weights = np.concatenate([np.full(max(1, len(part)), min(1, len(part)), np.float32) for part in parts])
         mine = np.concatenate([part if len(part) else order[:1] for part in parts])
         yield Share(mine, weights, flips[mine], boxes[mine])
@@ -137,15 +154,13 @@ def training_batches(
     import tensorflow as tf
 
     shares = {"global_batch": global_batch, "seed": seed, "rank": rank, "ranks": ranks, "mirror": mirror}
-    shares["accumulation"] = accumulation
+    shares |= {"accumulation": accumulation, "augment": augment, "images": images}
     cropping = np.array([True]) if when is None else when
 
     def draw():
         used, taken = first_image, itertools.count()
         for epoch in itertools.count(first_epoch):
-            steps = steps_per_epoch((images or len(store)) - used, global_batch=global_batch)
-            epoch_shares = partition(len(store), epoch=epoch, first_image=used, augment=augment, **shares)
-            for share in itertools.islice(epoch_shares, steps):
+            for share in partition(len(store), epoch=epoch, first_image=used, **shares):
                 on = cropping[min(next(taken), len(cropping) - 1)]
                 yield share if on else share._replace(boxes=np.tile(np.float32(WHOLE), (len(share.indices), 1)))
             used = 0

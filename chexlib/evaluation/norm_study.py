@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from chexlib.data.cache import ImageStore
+from chexlib.data.pipeline import generator_for
 from chexlib.errors import ConfigError, DivergedError
 from chexlib.evaluation.auroc import auroc
 from chexlib.evaluation.batch_norm import NormReport, bn_report, judge_scores
@@ -157,11 +158,20 @@ def measure_norms(config: TrainConfig, *, reuse: Reuse, population: int = 1024) 
 
 
 def recalibrate_on(part, trainer, world, *, size: int, images: int = 1024) -> None:
-    """`recalibrate` a trainer's model on the first so many images of a part, each rank on its share of them."""
+    """`recalibrate` a trainer's model on so many images of a part, each rank on its share of them.
+
+    They are drawn at random, the same ones for every training on this part.
+    """
     store = ImageStore(part.table["path"], size=size, gather=world.gather)
-    cuts = world.batches(min(images, len(store)), batch=EVALUATED)
-    batches = (store.take(cut)[..., None].astype(np.float32) for cut in cuts)
+    chosen = _drawn(len(store), images)
+    cuts = world.batches(len(chosen), batch=EVALUATED)
+    batches = (store.take(chosen[cut])[..., None].astype(np.float32) for cut in cuts)
     recalibrate(trainer.model, batches, world, forward=trainer.infer_by_batch)
+
+
+def _drawn(n: int, images: int) -> np.ndarray:
+    """Places of so many of n images, or of all: a table is in the order of its patients' numbers."""
+    return generator_for("recalibration", seed=0).permutation(n)[:images]
 
 
 def report_after(config: TrainConfig, *, reuse: Reuse, population: int = 1024) -> NormReport:
@@ -169,7 +179,8 @@ def report_after(config: TrainConfig, *, reuse: Reuse, population: int = 1024) -
     reports = []
 
     def look(trainer, parts, world):
-        chosen = {"test": parts["test"].table["path"], "train": parts["train"].table["path"][:population]}
+        paths = parts["train"].table["path"]
+        chosen = {"test": parts["test"].table["path"], "train": paths.iloc[_drawn(len(paths), population)]}
         stores = {part: ImageStore(paths, size=config.size, gather=world.gather) for part, paths in chosen.items()}
         pixels = {part: store.take(range(len(store)))[..., None].astype(np.float32) for part, store in stores.items()}
         given = {"population": pixels["train"], "batch": config.batch_size, "world": world}

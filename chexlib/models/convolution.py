@@ -16,13 +16,15 @@ from chexlib.machine import processor_flags
 class Conv2D(keras.layers.Conv2D):
     """Drop-in for `keras.layers.Conv2D`: the same outputs, and the same gradients to rounding.
 
-    Only convolutions with stride 1 that keep the size of their images differ, where a product is faster.
+    Only convolutions with stride 1, channels last, that keep the size of their images differ, where a
+    product is faster.
     """
 
     def convolution_op(self, inputs, kernel):
         side, other, channels, _ = kernel.shape
         keeps_size = self.strides == (1, 1) and side == other and side % 2 and (side == 1 or self.padding == "same")
-        plain = self.dilation_rate == (1, 1) and inputs.shape[-1] == channels and None not in inputs.shape[1:]
+        plain = self.dilation_rate == (1, 1) and self.data_format == "channels_last"
+        plain = plain and inputs.shape[-1] == channels and None not in inputs.shape[1:]
         if keeps_size and plain and _product_is_faster(side, inputs.shape[1] * inputs.shape[2], inputs.dtype):
             return _convolve(inputs, kernel)
         return super().convolution_op(inputs, kernel)

@@ -41,9 +41,36 @@ def training_gflop(model) -> float:
     model : keras.Model
         Built for images of a fixed size.
     """
-    counted = [layer_flops(layer) for layer in model._flatten_layers()]
-    first = next(forward for forward, _ in counted if forward)
-    return (sum(map(sum, counted)) - first) / 1e9
+    return sum(forward + backward for _, forward, backward in layer_costs(model)) / 1e9
+
+
+def layer_costs(model) -> list[tuple]:
+    """The layers of a network in the order of its forward pass, with what each costs a step.
+
+    Returns
+    -------
+    list of (keras.Layer, float, float)
+        Operations for one image, forward and backward. The backward pass of the first layer that
+        has any is that of its kernel alone: nothing needs the gradient of the pixels.
+    """
+    costs = [(layer, *layer_flops(layer)) for layer in _ordered_layers(model)]
+    for place, (layer, forward, backward) in enumerate(costs):
+        if forward:
+            costs[place] = (layer, forward, backward - forward)
+            break
+    return costs
+
+
+def _ordered_layers(model):
+    """The layers of a network, those of a network inside it in its place.
+
+    Keras' own `_flatten_layers` gives the layers of a network inside another one last layer first.
+    """
+    for layer in model.layers:
+        if hasattr(layer, "layers"):
+            yield from _ordered_layers(layer)
+        else:
+            yield layer
 
 
 def layer_flops(layer) -> tuple[float, float]:

@@ -12,7 +12,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from chexlib.errors import ClusterError, ConfigError
-from chexlib.files import replacing
+from chexlib.files import holding, replacing
 from chexlib.machine import cores, kind
 from chexlib.runs import ROOT
 from chexlib.scaling.throughput import measure
@@ -43,7 +43,8 @@ def tune(
 ) -> pd.DataFrame:
     """Measure the training step in every layout, batch and precision that `sweep` does not hold yet.
 
-    Each point is written when it is measured, so a sweep that was interrupted goes on where it was. Points of another
+    Each point is written when it is measured, so a sweep that was interrupted goes on where it was, and several at a
+    time lose none of each other's points (their speeds are those of a machine that they share). Points of another
     processor or number of cores are not taken for this machine's, and those that failed or had fewer steps are measured
     again.
 
@@ -61,7 +62,7 @@ def tune(
     for precision, batch in itertools.product(precisions, batches):
         TrainConfig(data_dir=".", run_dir=".", topology=topology, size=size, batch_size=batch, precision=precision)
     path = Path(sweep or SWEEP)
-    known = json.loads(path.read_text()) if path.exists() else []
+    known = _points(path)
     wanted = [
         dict(zip(KEYS, (topology, size, precision, batch, *layout), strict=True))
         for precision, batch, layout in itertools.product(precisions, batches, layouts())
@@ -76,10 +77,7 @@ def tune(
         except ClusterError as error:
             log.warning("%s", error)
             found = {"images_per_second": None, "gflop_per_image": None, "seconds": []}
-        known.append({**point, **here, "steps": steps, **found})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write(json.dumps(known, indent=1).encode())
+        known = _add(path, {**point, **here, "steps": steps, **found})
     rows = [next(row for row in reversed(known) if _same(row, point, here)) for point in wanted]
     table = pd.DataFrame(rows)[[*KEYS, "images_per_second", "gflop_per_image"]].astype({"images_per_second": float})
     table["gflops"] = table["images_per_second"] * table.pop("gflop_per_image").astype(float)
@@ -108,6 +106,20 @@ def save_winner(table: pd.DataFrame, path: str | Path = "") -> dict:
     with replacing(path or PROFILE) as file:
         file.write(("\n".join(lines) + "\n").encode())
     return winner
+
+
+def _points(path: Path) -> list[dict]:
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def _add(path: Path, point: dict) -> list[dict]:
+    """Write one more point after those that are in the file by now. Gives all of them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with holding(path.with_name(f".{path.name}.lock")):
+        points = [*_points(path), point]
+        with replacing(path) as file:
+            file.write(json.dumps(points, indent=1).encode())
+    return points
 
 
 def _same(row: dict, point: dict, here: dict) -> bool:

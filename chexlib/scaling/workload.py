@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chexlib.scaling.throughput import layer_flops
+from chexlib.scaling.throughput import layer_costs
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,14 @@ def workload_of(model, name: str = "", *, biases: bool = True) -> Workload:
     """
     import keras
 
-    counted = [(layer, *layer_flops(layer)) for layer in model._flatten_layers() if not _nested(layer)]
-    forward = sum(flops for _, flops, _ in counted)
-    first = next(flops for _, flops, _ in counted if flops)  # the gradient of the pixels is not made
-    total, done = sum(f + b for _, f, b in counted) - first, forward
+    costs = layer_costs(model)
+    done = sum(forward for _, forward, _ in costs)
+    total = done + sum(backward for _, _, backward in costs)
     sizes, ready = [], []
-    for layer, _, backward in reversed(counted):
-        done = min(total, done + backward)
+    for layer, _, backward in reversed(costs):
+        done += backward
         for variable in layer.trainable_variables:
             if biases or not isinstance(layer, keras.layers.Conv2D) or len(variable.shape) > 1:
                 sizes.append(4.0 * variable.value.shape.num_elements())
                 ready.append(done / total)
     return Workload(name or model.name, total / 1e9, tuple(sizes), tuple(ready))
-
-
-def _nested(layer) -> bool:
-    return any(part is not layer for part in layer._flatten_layers())

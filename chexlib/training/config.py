@@ -42,7 +42,9 @@ class TrainConfig:
     learning_rate: float = 1e-3
     plateau_factor: float = 0.1  # the rate is multiplied by this when validation stops improving
     plateau_patience: int = 1  # epochs without improvement before that
-    weight_decay: float = 0.0  # of kernels only: L2 in sgd, nesterov and lars, decoupled in adamw and lamb
+    weight_decay: float = (
+        0.0  # of kernels only: L2 in sgd, nesterov and lars, apart from the gradient in adamw and lamb
+    )
     schedule: str | dict = ""  # a preset's name, or a spec (chexlib.training.recipes.resolve): rate, momentum and decay
     augment: str = "none"  # random area and aspect: "none", "study" (0.08 to 1, 3/4), "radiograph" (0.7 to 1, 9/10)
     mirror: bool = True  # random horizontal flip

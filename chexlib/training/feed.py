@@ -11,7 +11,7 @@ import numpy as np
 from chexlib.collectives import World
 from chexlib.data.cache import ImageStore
 from chexlib.data.nih import Radiographs
-from chexlib.data.pipeline import training_batches
+from chexlib.data.pipeline import generator_for, training_batches
 from chexlib.data.stream import stream_batches
 from chexlib.errors import DataError
 from chexlib.models.arrays import HEAD
@@ -43,15 +43,19 @@ class Feed:
         common = {"global_batch": at.global_batch, "seed": config.seed}
         common |= {"rank": self.world.rank, "ranks": self.world.ranks}
         if config.stream_images:
-            first = at.epoch * at.images + at.image
-            return stream_batches(size=config.size, first_image=first, mirror=config.mirror, **common, **self.drawing)
+            place = {"size": config.size, "first_image": at.drawn, "mirror": config.mirror}
+            return stream_batches(**place, **common, **self.drawing)
         place = {"first_epoch": at.epoch, "first_image": at.image, "images": at.images, "when": when}
         how = {"accumulation": config.accumulation, "mirror": config.mirror, "augment": config.augment}
         return training_batches(self.store, self.labels, **common, **place, **how)
 
     def first(self, images: int) -> Iterator[np.ndarray]:
-        """So many images of the training part, or all there are, as (batch, size, size, 1) float32 of this rank."""
-        chosen = np.random.default_rng(self.config.seed).permutation(len(self.store))[:images]
+        """So many images of the training part, or all there are, as (batch, size, size, 1) float32 of this rank.
+
+        Drawn at random, and not those that epoch 0 begins with.
+        """
+        generator = generator_for("recalibration", seed=self.config.seed)
+        chosen = generator.permutation(len(self.store))[:images]
         for places in self.world.batches(len(chosen), batch=self.config.batch_size):
             yield self.store.take(chosen[places])[..., None].astype(np.float32)
 

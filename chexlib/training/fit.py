@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from chexlib.collectives import join_world
+from chexlib.data.pipeline import generator_for
 from chexlib.errors import ClusterError, ConfigError, WeightsError
 from chexlib.files import replacing
 from chexlib.models.statistics import recalibrate
@@ -132,7 +132,7 @@ def _fit_here(config: TrainConfig, report, verbose: int | str, reuse: Reuse, mea
     labels = train.labels
     start_head_at_prevalence(model, labels)
     if config.shuffle_labels:
-        labels = np.random.default_rng(config.seed).permutation(labels)
+        labels = generator_for("control", seed=config.seed).permutation(labels)
     world.broadcast([*model.variables, *trainer.optimizer.variables])
 
     global_batch = config.batch_size * ranks

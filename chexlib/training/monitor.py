@@ -26,6 +26,7 @@ class Position:
     epoch: int = 0  # counted from 0
     image: int = 0  # images of this epoch that have been used
     step: int = 0  # since the start of the training
+    drawn: int = 0  # images that a stream has given, whole batches also at the end of an epoch
 
     @property
     def steps_left(self) -> int:
@@ -69,8 +70,10 @@ class Plateau(keras.callbacks.ReduceLROnPlateau):
     """
 
     def __init__(self, factor: float, patience: int):
-        super().__init__("val_loss", min(factor, 0.5), patience, min_delta=0)
-        self.idle, self.best = factor == 1, None
+        self.idle = factor == 1
+        accepted = 0.5 if self.idle else factor  # Keras refuses 1
+        super().__init__("val_loss", accepted, patience, min_delta=0)
+        self.best = None
 
     def on_train_begin(self, logs=None):
         pass  # keep what is known
@@ -117,6 +120,7 @@ class Progress(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs):
         self.trained = now = time.perf_counter()
         self.at.step += 1
+        self.at.drawn += self.at.global_batch
         self.at.image = min(self.at.image + self.at.global_batch, self.at.images)
         told = self.model.told()
         self.step_rows.append([self.epoch, self.at.step, told["step_loss"], max(told["busy"]), min(told["busy"])])

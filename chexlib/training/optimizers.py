@@ -57,7 +57,31 @@ class AdamW(Decoupled, FusedAdam):
 
 
 class Lamb(Decoupled, keras.optimizers.Lamb):
-    """Keras' Lamb (You et al. 2020), its decoupled weight decay on weights only."""
+    """LAMB (You et al. 2020, algorithm 2), its weight decay within the trust ratio, on weights only.
+
+    With r = m / (sqrt(v) + epsilon) of the corrected moments, w <- w - rate * |w| / |u| * u for u = r + decay * w;
+    the ratio is 1 where a norm is 0. Keras' class has the decay apart, as AdamW. Without decay this is Keras'.
+    """
+
+    def update_step(self, gradient, variable, learning_rate):
+        import tensorflow as tf
+
+        place = self._get_variable_index(variable)
+        first, second = self._momentums[place], self._velocities[place]
+        first.assign_add((gradient - first) * (1 - self.beta_1))
+        second.assign_add((tf.square(gradient) - second) * (1 - self.beta_2))
+        step = tf.cast(self.iterations + 1, tf.float32)
+        mean = first / (1 - tf.pow(self.beta_1, step))
+        root = tf.sqrt(second / (1 - tf.pow(self.beta_2, step)))
+        update = mean / (root + self.epsilon)
+        if is_weight(variable) and (self.decay or self.tables):
+            update = update + self.decay_now() * variable
+        weight, length = tf.norm(variable), tf.norm(update)
+        trust = tf.where((weight > 0) & (length > 0), tf.math.divide_no_nan(weight, length), 1.0)
+        variable.assign_sub(tf.cast(learning_rate, tf.float32) * trust * update)
+
+    def _apply_weight_decay(self, variables):
+        pass  # it is in the update
 
 
 class Momentum(Scheduled, keras.optimizers.SGD):

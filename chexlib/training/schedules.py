@@ -67,7 +67,9 @@ class Values:
     """A schedule step by step, all of shape (steps,): float64 rate, momentum, weight_decay; bool augment, fresh.
 
     `phase` (steps,) int numbers the phases, named in `names`. Momentum is that of Keras' and Caffe's form, in which
-    the velocity holds the rate; in a warm-up it is multiplied by rate(i) / rate(i - 1) (Goyal et al. 2017, remark 2).
+    the velocity holds the rate; in a warm-up, and in the step after it that has the full rate, it is multiplied by
+    rate(i) / rate(i - 1) (Goyal et al. 2017, remark 2). A phase with count="stage" is one of the authors' solver as
+    coded, which stops a step earlier: there the step after the warm-up is not corrected.
     """
 
     rate: np.ndarray
@@ -176,12 +178,16 @@ class Schedule:
             ends[i] = min(max(ends[i], (ends[i - 1] if i else 0) + 1), ends[-1] - (len(ends) - 1 - i))
         starts = np.concatenate([[0], ends[:-1]])
         rates, momenta, last, stage = [], [], 0.0, 0
+        risen = 0.0  # rate of the last step of a warm-up that has just ended
         for part, first, after in zip(parts, starts, ends, strict=True):
             stage = first if part.fresh else stage
             rate = _rate(part, after - first, first - stage, scale, last)
             momentum = np.full(len(rate), self.momentum)
             if part.kind == "warmup":
                 momentum[1:] *= np.divide(rate[1:], rate[:-1], out=np.ones(len(rate) - 1), where=rate[:-1] > 0)
+            if risen and not part.fresh and part.count != "stage":
+                momentum[0] *= rate[0] / risen
+            risen = rate[-1] if part.kind == "warmup" else 0.0
             # A warm-up ends one step short of its peak, from where the next phase goes on.
             last = rate[-1] if part.kind != "warmup" or part.rate is None else part.rate
             rates.append(rate)

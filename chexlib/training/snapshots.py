@@ -31,7 +31,9 @@ class Snapshots(keras.callbacks.Callback):
         if self.at.epoch == epoch:
             return  # stopped within the epoch
         config, at = self.config, self.at
-        values = (at.step, at.epoch * at.images, float(logs["learning_rate"]), at.global_batch, at.epoch, config.epochs)
+        images = at.drawn if config.stream_images else at.epoch * at.images
+        rate = float(logs["learning_rate"])
+        values = (at.step, images, rate, at.global_batch, at.epoch, config.epochs)
         facts = dict(zip(FACTS, (*values, config.optimizer), strict=True))
         facts |= {name: float(logs[name]) for name in ("val_loss", "val_auroc")}
         card = {"topology": config.topology, "size": config.size, "normalization": NORMALIZATION[config.topology]}
