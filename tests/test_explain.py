@@ -183,7 +183,7 @@ def scored(n=300, patients=60):
 
 def test_shares_are_means_and_intervals_are_those_of_patients():
     table = scored()
-    judged = judge_boxes(table, resamples=2000).set_index(["finding", "measure", "threshold"])
+    judged = judge_boxes(table).set_index(["finding", "measure", "threshold"])
     pointing = judged.xs("pointing", level="measure").droplevel("threshold")
     assert pointing["share"]["all"] == pytest.approx(table["hit"].mean())
     assert pointing["share"]["Mass"] == pytest.approx(table["hit"][table["finding"] == "Mass"].mean())
@@ -206,7 +206,7 @@ def test_shares_are_means_and_intervals_are_those_of_patients():
 def test_of_fewer_than_five_patients_no_interval_is_given():
     table = scored()
     table.loc[table["finding"] == "Mass", "patient"] %= 4
-    judged = judge_boxes(table, resamples=50).set_index("finding")
+    judged = judge_boxes(table).set_index("finding")
     assert judged.loc["Mass", "low"].isna().all() and judged.loc["Mass", "share"].notna().all()
     assert judged.loc["all", "low"].notna().all()
 
@@ -242,7 +242,7 @@ def test_an_overlay_leaves_the_radiograph_readable():
 
 
 def test_the_pointing_figure_shows_every_share_beside_its_chance_level():
-    judged = judge_boxes(scored(), resamples=50)
+    judged = judge_boxes(scored())
     (axis,) = pointing_bars(judged).axes
     rows = judged[judged["measure"] == "pointing"].set_index("finding")
     names = [label.get_text().split(" ")[0] for label in axis.get_yticklabels()]
