@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
-import numpy as np
 
 from chexlib.errors import ConfigError
 from chexlib.runs import ROOT, command, write_json
@@ -52,7 +52,7 @@ class Estimate:
     @property
     def freedom(self) -> float:
         """Degrees of freedom of its interval."""
-        return np.inf if self.count is None else max(self.count - 1, 1)
+        return math.inf if self.count is None else max(self.count - 1, 1)
 
 
 def keep_reference(folder: Path, profile: str, *, root: Path = ROOT) -> None:
@@ -115,6 +115,7 @@ def compare_run(run: str | Path, *, reference: str | Path = "") -> dict[str, dic
     ConfigError
         No notebook is in both.
     """
+    import numpy as np
     import pandas as pd
 
     from chexlib.evaluation.paired import holm
@@ -152,12 +153,13 @@ def difference_p(one: Estimate, other: Estimate, seeds: list[float]) -> float:
 
     `seeds` are values of the first one with other seeds.
     """
+    import numpy as np
     from scipy.special import logit
     from scipy.stats import t
 
     if len(seeds) >= 2:
         values, value = np.array([one.value, *seeds]), other.value
-        if one.known and 0 < one.low and one.high < 1 and 0 < min(*values, value) and max(*values, value) < 1:
+        if one.known and one.low > 0 and one.high < 1 and min(*values, value) > 0 and max(*values, value) < 1:
             values, value = logit(values), logit(value)  # where those of an AUROC near 1 lie evenly
         apart, errors = value - values.mean(), [values.std(ddof=1) * np.sqrt(1 + 1 / len(values))]
         freedoms = [len(values) - 1]

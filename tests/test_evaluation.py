@@ -112,6 +112,8 @@ def test_table_has_every_finding_and_their_mean_with_positives_and_negatives():
     assert (table["low"] <= table["auroc"]).all()
     assert (table["auroc"] <= table["high"]).all()
     assert (table["low"] < table["high"]).all()
+    assert (table["ap_low"] <= table["ap"]).iloc[:14].all() and (table["ap"] <= table["ap_high"]).iloc[:14].all()
+    assert table.loc["mean", ["ap_low", "ap_high"]].isna().all()  # its bias is larger than they would be wide
 
 
 def test_undefined_findings_stay_in_the_table_with_their_counts_and_out_of_the_mean():

@@ -252,7 +252,7 @@ def test_a_figure_is_found_by_its_interval_whatever_it_is_named():
         "difference / difference": (0.1, None),
         "error / rms": (0.1, None),
         "member / gain": (0.0, None),
-        "of / gain_Mass": (1, None),
+        "member / gain_Mass": (1, None),
         "collapse / 5 / gain": (0.2, 3),
         "collapse / 5 / gain_later": (-0.1, 3),
         "collapse / 6 / gain": (0.2, 3),
