@@ -158,7 +158,7 @@ def bootstrap_auroc(
         `FEWEST_PATIENTS` patients with, or without, a finding its interval is NaN: resampling one positive again and
         again looks certain, and is not. The mean AUROC has an interval if a finding has one. The log names these
         findings. Average precision is too high with few positives: of one finding by less than its interval is wide,
-        but an interval of the mean would hold the truth in 0.86 to 0.89 of trials, so it has none.
+        but an interval of the mean would hold the truth in about 0.9 of trials, so it has none.
     """
     table = auroc_table(labels, scores, patients, resamples=resamples, level=level, seed=seed)
     findings = table.drop(index="mean")
