@@ -53,7 +53,7 @@ def main() -> None:
         errors = {"as trained": scores} | {method: own(scores) for method, own in fitted.items()}
         for how, judged in errors.items():
             errors[how] = calibration_error(labels, judged, test["patient"]).loc["mean"]
-            line[how] = {key: round(errors[how][key], 5) for key in ("ece", "ece_low", "ece_high", "brier")}
+            line[how] = {key: round(errors[how][key], 5) for key in ("rms", "rms_low", "rms_high", "ece", "brier")}
         line["chance"] = round(errors["as trained"]["ece_chance"], 5)
         line["chosen"] = chosen
         for name in better:

@@ -1,13 +1,34 @@
-"""Do 95 % intervals hold the truth 95 % of the time, and how often are two models of equal worth called different?
+"""Do 95 % intervals hold the truth 95 % of the time, and how often is chance called a difference?
 
 python benchmarks/coverage.py
 
+Every kind of interval that the project prints, with the function that makes it:
+
+| kind | function | where it is printed |
+| --- | --- | --- |
+| AUROC of a finding, and of their mean | `auroc.bootstrap_auroc` | 03, 04, 09, `evaluate`, subgroups |
+| average precision of a finding | `auroc.bootstrap_auroc` | 03, 04, 09, `evaluate` |
+| difference of AUROC, same images | `paired.paired_difference` | 04, 06 (ensembles, peaks), 09, leakage, `evaluate` |
+| difference of AUROC, mean of seeds | `cross_validation.arm_gains` | real model |
+| calibration error, Brier score | `calibration.calibration_error` | 09 |
+| difference of Brier scores | `calibration.brier_difference` | 09 |
+| sensitivity, specificity, PPV, NPV | `operating.rates_at` (`share`) | 09 |
+| pointing game, IoU, IoBB | `explain.judge_boxes` (`share`) | 09 |
+| mean over seeds or rounds | `student.mean_of_seeds`, `over_seeds` | 05, 06, 07, 08 |
+| what the wires cost | `wires.fit_wires` | 08 |
+
+The expected calibration error and the mean average precision have none, as they are biased. Spans that are no
+intervals: of rounded figures, of the lowest and highest round, of a projection's assumptions. The ledger scales
+intervals of the notebooks.
+
 Patients have 1 to 20 images each, as often as in the NIH release; a finding comes back in a patient, and so do the
 errors of the scores (correlation 0.5 within a patient). Scores are normal with variance 1 and a distance d between the
-classes, so that the true AUROC is Phi(d / sqrt 2). *coverage*: share of trials whose interval holds it, for each
-finding, and for comparison when images are resampled as if each were of another patient. *chance*: two models with the
-same d, whose errors are alike but not the same; share of trials in which any of 14 findings or their mean is called
-different, with Holm's correction and without. One JSON line a measurement.
+classes, so that the true AUROC is Phi(d / sqrt 2), and the true probability of a finding is known. One JSON line a kind
+and range of patients (effective number, `resampling.effective_number`, of the smaller class): *coverage*, the share of
+intervals that hold the truth, and *told*, "below 93 %" or "above 98 %".
+
+*chance*: two models of equal worth; share of trials in which any of 14 findings or their mean is called different, with
+Holm's correction and without. *compare*: the same of `chexlib compare` between two runs with patients of their own.
 """
 
 from __future__ import annotations
@@ -15,68 +36,230 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import defaultdict
+from itertools import pairwise
 
 import numpy as np
+import pandas as pd
+from scipy.special import expit, logit
 from scipy.stats import norm
 
 from chexlib.data.population import FILMS
+from chexlib.evaluation import calibration
 from chexlib.evaluation.auroc import bootstrap_auroc
-from chexlib.evaluation.paired import paired_difference
+from chexlib.evaluation.cross_validation import arm_gains
+from chexlib.evaluation.explain import judge_boxes
+from chexlib.evaluation.operating import RATES, OperatingPoints, rates_at
+from chexlib.evaluation.paired import holm, paired_difference
+from chexlib.evaluation.resampling import effective_number, patients_behind
+from chexlib.evaluation.student import mean_of_seeds
 from chexlib.findings import FINDINGS
+from chexlib.reference import difference_p, estimates
+from chexlib.scaling.wires import LAUNCH, fit_wires, launches, wire_seconds
+from chexlib.scaling.workload import Workload
 
 SHARES = np.geomspace(0.25, 0.02, len(FINDINGS))  # of images with the finding
-AUROC = np.tile([0.6, 0.75, 0.9, 0.85, 0.7], 3)[: len(FINDINGS)]  # true, of each finding
-NAIVE = 5  # every so many trials images are resampled, for comparison
+AUROC = np.tile([0.6, 0.75, 0.9, 0.97, 0.85], 3)[: len(FINDINGS)]  # true, of each finding
+APART = np.sqrt(2) * norm.ppf(AUROC)  # distance of the classes
+WORSE = 0.8  # of this distance, the other model's where two are not alike
 WITHIN = 0.5  # correlation of errors, and of what decides a label, between images of a patient
+SHARP = 1.5  # by how much the logits of miscalibrated scores are too large
+RANGES = (5, 8, 15, 40, 100, np.inf)  # effective patients
+GRID = np.linspace(-8, 12, 20_001)  # of scores, for what is true
 
 
-def simulate(rng, n_patients: int, models: int):
-    """Labels (n, 14), scores of each model (n, 14) and patients (n,)."""
+class Tally:
+    """How many intervals of each kind and range hold the truth."""
+
+    def __init__(self):
+        self.held = defaultdict(list)
+
+    def add(self, kind: str, truth, low, high, patients) -> None:
+        rows = np.broadcast_arrays(*(np.asarray(x, float) for x in (truth, low, high, patients)))
+        for true, one, other, n in zip(*(np.ravel(row) for row in rows), strict=True):
+            if not np.isnan([true, one, other]).any():
+                place = -1 if np.isnan(n) else int(np.searchsorted(RANGES, n, side="right"))
+                self.held[kind, place].append(one - 1e-12 <= true <= other + 1e-12)
+
+    def tell(self) -> None:
+        edges = ("below 5", *(f"{a} to {b}" for a, b in pairwise(RANGES)), "")
+        for (kind, place), held in sorted(self.held.items()):
+            share = np.mean(held)
+            told = "below 93 %" if share < 0.93 else "above 98 %" if share > 0.98 else ""
+            counts = {"kind": kind, "patients": edges[place].replace(" to inf", " and more"), "intervals": len(held)}
+            print(
+                json.dumps({"what": "coverage", **counts, "coverage": round(float(share), 4), "told": told}), flush=True
+            )
+
+
+def owners(rng, n_patients: int) -> np.ndarray:
     films = 1 + rng.choice(len(FILMS), n_patients, p=np.array(FILMS) / sum(FILMS))
-    patients = np.repeat(np.arange(n_patients), films)
+    return np.repeat(np.arange(n_patients), films)
 
-    def errors():
-        own = rng.normal(size=(n_patients, len(FINDINGS)))[patients]
-        return np.sqrt(WITHIN) * own + np.sqrt(1 - WITHIN) * rng.normal(size=(len(patients), len(FINDINGS)))
 
-    labels = (errors() < norm.ppf(SHARES)).astype(float)
-    shared = errors()
-    alike = [np.sqrt(0.8) * shared + np.sqrt(0.2) * errors() for _ in range(models)]
-    return labels, [np.sqrt(2) * norm.ppf(AUROC) * labels + error for error in alike], patients
+def alike(rng, patients: np.ndarray, columns: int) -> np.ndarray:
+    """Standard normal numbers (images, columns), correlated within a patient."""
+    own = rng.normal(size=(patients.max() + 1, columns))[patients]
+    return np.sqrt(WITHIN) * own + np.sqrt(1 - WITHIN) * rng.normal(size=own.shape)
+
+
+def simulate(rng, n_patients: int, *distances: np.ndarray):
+    """Labels (n, 14), scores (n, 14) of a model for each distance of the classes, and patients (n,)."""
+    patients = owners(rng, n_patients)
+    labels = (alike(rng, patients, len(FINDINGS)) < norm.ppf(SHARES)).astype(float)
+    shared = alike(rng, patients, len(FINDINGS))
+    errors = (np.sqrt(0.8) * shared + np.sqrt(0.2) * alike(rng, patients, len(FINDINGS)) for _ in distances)
+    return labels, [apart * labels + error for apart, error in zip(distances, errors, strict=True)], patients
+
+
+def probabilities(scores, *, sharp: float = 1.0) -> np.ndarray:
+    """Of the findings, given scores of `simulate`; with logits that are too large by `sharp`."""
+    return expit(sharp * (logit(SHARES) + APART * scores - APART**2 / 2))
+
+
+def true_values() -> dict[str, np.ndarray]:
+    """Average precision, Brier score and calibration error of each finding in the whole population."""
+    grid = GRID[:, None]
+    up, down = SHARES * norm.pdf(grid - APART), (1 - SHARES) * norm.pdf(grid)
+    step = GRID[1] - GRID[0]
+    above = [np.cumsum(part[::-1], axis=0)[::-1] for part in (up, down)]
+    found = {"ap": (above[0] / (above[0] + above[1]) * up).sum(axis=0) * step / SHARES}
+    place = np.minimum((np.cumsum(up + down, axis=0) * step * calibration.BINS).astype(int), calibration.BINS - 1)
+    for name, sharp in (("calibrated", 1.0), ("sharp", SHARP)):
+        p = probabilities(grid, sharp=sharp)
+        found[f"brier {name}"] = (up * (1 - p) ** 2 + down * p**2).sum(axis=0) * step
+        gaps = [np.where(place == b, up - (up + down) * p, 0).sum(axis=0) * step for b in range(calibration.BINS)]
+        found[f"rms {name}"] = np.sqrt(calibration.BINS * np.square(gaps).sum(axis=0))
+    return found
+
+
+def with_mean(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Of the findings, and their mean over those that are known."""
+    return np.append(values, values[known].mean())
+
+
+def predictions(labels, scores, patients) -> pd.DataFrame:
+    frame = pd.DataFrame({"image": np.arange(len(patients)), "patient": patients, "part": "test"})
+    for kind, values in (("label", labels), ("score", scores)):
+        frame[[f"{kind}_{finding}" for finding in FINDINGS]] = values
+    return frame
+
+
+def cohort(rng, tally: Tally, truth: dict, n_patients: int, resamples: int, seed: int) -> pd.DataFrame:
+    """All intervals over patients of one test part, of which the table of AUROC is given back."""
+    labels, (scores, same, worse), patients = simulate(rng, n_patients, APART, APART, WORSE * APART)
+    asked, behind = {"resamples": resamples, "seed": seed}, patients_behind(labels, patients)
+    table = bootstrap_auroc(labels, scores, patients, **asked)
+    known = table["auroc"].notna().to_numpy()[:-1]
+    tally.add("AUROC", AUROC, table["low"][:-1], table["high"][:-1], behind[:-1])
+    tally.add("AUROC, mean", with_mean(AUROC, known)[-1], table["low"].iloc[-1], table["high"].iloc[-1], behind[-1])
+    tally.add("average precision", truth["ap"], table["ap_low"][:-1], table["ap_high"][:-1], behind[:-1])
+    lost = AUROC - norm.cdf(WORSE * APART / np.sqrt(2))
+    for other, true in ((same, 0 * lost), (worse, lost)):
+        found = paired_difference(labels, scores, other, patients, **asked)
+        tally.add("difference of AUROC", with_mean(true, known), found["low"], found["high"], behind)
+    arms = [[predictions(labels, own, patients) for own in two] for two in ((scores, same), (worse, worse))]
+    found = arm_gains(*arms, fewest=0, **asked)
+    tally.add("difference of AUROC, mean of seeds", with_mean(lost, known), found["low"], found["high"], behind)
+
+    given = {"calibrated": probabilities(scores), "sharp": probabilities(scores, sharp=SHARP)}
+    every = np.ones(len(FINDINGS), bool)
+    for name, own in given.items():
+        found = calibration.calibration_error(labels, own, patients, **asked)
+        rms, brier = truth[f"rms {name}"], with_mean(truth[f"brier {name}"], every)
+        rms = np.append(rms, np.sqrt(np.square(rms).mean()))
+        tally.add(f"calibration error, {name}", rms, found["rms_low"], found["rms_high"], behind)
+        tally.add("Brier score", brier, found["brier_low"], found["brier_high"], behind)
+    found = calibration.brier_difference(labels, given["calibrated"], given["sharp"], patients, **asked)
+    true = with_mean(truth["brier calibrated"] - truth["brier sharp"], every)
+    tally.add("difference of Brier scores", true, found["low"], found["high"], behind)
+    rates(tally, labels, scores, patients)
+    return table
+
+
+def rates(tally: Tally, labels, scores, patients) -> None:
+    """Sensitivity and so on at thresholds that are given, as those of a validation part are."""
+    ninety = norm.ppf(0.9)
+    at = {"youden": APART / 2, "sensitivity": APART - ninety, "specificity": np.full(len(FINDINGS), ninety)}
+    chosen = {f: {rule: float(own[i]) for rule, own in at.items()} for i, f in enumerate(FINDINGS)}
+    table = rates_at(labels, scores, patients, OperatingPoints(0.9, 0.9, chosen))
+    for i, finding in enumerate(FINDINGS):
+        for rule, own in at.items():
+            row, called, y = table.loc[(finding, rule)], scores[:, i] >= own[i], labels[:, i] == 1
+            cells = {"tp": y & called, "fp": ~y & called, "fn": y & ~called, "tn": ~y & ~called}
+            sensitive, specific = norm.cdf(APART[i] - own[i]), norm.cdf(own[i])
+            mass = {"tp": SHARES[i] * sensitive, "fn": SHARES[i] * (1 - sensitive)}
+            mass |= {"tn": (1 - SHARES[i]) * specific, "fp": (1 - SHARES[i]) * (1 - specific)}
+            for rate, (success, of) in RATES.items():
+                n = effective_number(patients[cells[of[0]] | cells[of[1]]])
+                true = mass[success] / sum(mass[cell] for cell in of)
+                tally.add(rate, true, row[f"{rate}_low"], row[f"{rate}_high"], n)
+
+
+def pointing(rng, tally: Tally, n_patients: int) -> None:
+    """Boxes of two findings: half of the patients have the one, all the other."""
+    for finding, n in (("Mass", n_patients), ("Nodule", max(n_patients // 2, 5))):
+        patients = owners(rng, n)
+        p = rng.choice([0.1, 0.3, 0.5, 0.8, 0.95])
+        place = norm.cdf(alike(rng, patients, 1)[:, 0])  # uniform
+        overlap = 1 - place
+        scored = pd.DataFrame({"patient": patients, "finding": finding, "hit": place < p, "chance": 0.1})
+        table = judge_boxes(scored.assign(iou=overlap, iobb=overlap))
+        true = np.where(table["measure"] == "pointing", p, 1 - table["threshold"])
+        tally.add("pointing, IoU, IoBB", true, table["low"], table["high"], effective_number(patients))
+
+
+def seeds(rng, tally: Tally, trials: int) -> None:
+    """Means of AUROC over trainings, and of gains, each training's on the scale of logits normal."""
+    true = expit(logit(0.75) + 0.3 * rng.normal(size=200_000)).mean()
+    for _ in range(trials):
+        for n in (2, 3, 5):
+            values = expit(logit(0.75) + 0.3 * rng.normal(size=(2, n)))
+            for kind, x, mean in (("AUROC", values[0], true), ("gain", values[0] - values[1], 0.0)):
+                found = mean_of_seeds(pd.Series(x))
+                tally.add(f"mean over {n} seeds, {kind}", mean, found["low"], found["high"], np.nan)
+
+
+def wires(rng, tally: Tally, trials: int) -> None:
+    """Times of steps on emulated hosts, 1 % off each and 1 % off each launch."""
+    workloads = {"one": Workload("one", 1.0, (3e7,), (1.0,)), "two": Workload("two", 1.0, (9e7,), (1.0,))}
+    truth = {"latency": 4e-4, "payload": 0.93, "handling": 2e-9, "copying": 1.5e-9}
+    points = launches(["one", "two"], [2, 3, 4], size=64, batch=2)
+    rows = pd.DataFrame([{**point, "rate": rate, "compute": 0.3} for point in points for rate in (1e8, 1e9, 1e10)])
+    exact = [wire_seconds(row, workloads[row["topology"]], truth, processors=2) for row in rows.to_dict("records")]
+    launch = rows.groupby(LAUNCH, sort=False).ngroup().to_numpy()
+    for _ in range(trials):
+        noise = rng.normal(0, 0.01, launch.max() + 1)[launch] + rng.normal(0, 0.01, len(rows))
+        unknowns, _ = fit_wires(rows.assign(seconds=exact * (1 + noise)), workloads, processors=2)
+        tally.add("what the wires cost", list(truth.values()), unknowns["low"], unknowns["high"], np.nan)
 
 
 def coverage(asked) -> None:
-    rng, began = np.random.default_rng(asked.seed), time.perf_counter()
-    truth = np.append(AUROC, AUROC.mean())
-    held = {"patients": [], "images": []}
-    positives, undefined = [], 0
-    for trial in range(asked.trials):
-        labels, (scores,), patients = simulate(rng, asked.patients, 1)
-        units = {"patients": patients} | ({} if trial % NAIVE else {"images": np.arange(len(patients))})
-        for unit, owners in units.items():
-            table = bootstrap_auroc(labels, scores, owners, resamples=asked.resamples, seed=trial)
-            inside = (table["low"] <= truth) & (truth <= table["high"])
-            held[unit].append(inside.astype(float).where(table["low"].notna()))
-        positives.append(table["positives"])
-        undefined += held["patients"][-1].isna().sum()
-    for i, finding in enumerate([*FINDINGS, "mean"]):
-        line = {"what": "coverage", "finding": finding, "auroc": round(float(truth[i]), 4), "trials": asked.trials}
-        line |= {"positives": float(np.median([row.iloc[i] for row in positives]))}
-        for unit, rows in held.items():
-            known = [row.iloc[i] for row in rows if not np.isnan(row.iloc[i])]
-            line[f"{unit}_resampled"] = round(float(np.mean(known)), 4) if known else None
-        print(json.dumps(line), flush=True)
-    everything = np.array([row.to_numpy(float)[:-1] for row in held["patients"]])
-    line = {"what": "coverage", "finding": "all 14", "patients_resampled": round(float(np.nanmean(everything)), 4)}
-    line |= {"no_interval": int(undefined), "seconds": round(time.perf_counter() - began, 1)}
-    print(json.dumps(line), flush=True)
+    rng, began, tally, truth = np.random.default_rng(asked.seed), time.perf_counter(), Tally(), true_values()
+    called, pairs = 0, 0
+    for n_patients in asked.patients:
+        before = None
+        for trial in range(asked.trials):
+            table = cohort(rng, tally, truth, n_patients, asked.resamples, trial)
+            pointing(rng, tally, max(n_patients // 10, 5))
+            now = dict(estimates(json.loads(table.to_json(orient="index"))))
+            if before:
+                p = holm(np.array([difference_p(before[name], now[name], []) for name in now if name in before]))
+                called, pairs = called + bool((p < 0.05).any()), pairs + 1
+            before = None if before else now
+    seeds(rng, tally, 10 * asked.trials)
+    wires(rng, tally, asked.trials // 4)
+    tally.tell()
+    if pairs:
+        print(json.dumps({"what": "compare", "trials": pairs, "called_different": round(called / pairs, 4)}))
+    print(json.dumps({"what": "time", "seconds": round(time.perf_counter() - began, 1)}), flush=True)
 
 
 def chance(asked) -> None:
     rng, began = np.random.default_rng(asked.seed), time.perf_counter()
     corrected, uncorrected, single = 0, 0, []
     for trial in range(asked.pairs):
-        labels, (one, other), patients = simulate(rng, asked.patients, 2)
+        labels, (one, other), patients = simulate(rng, max(asked.patients), APART, APART)
         table = paired_difference(labels, one, other, patients, resamples=asked.resamples, seed=trial)
         corrected += bool((table["p_holm"] < 0.05).any())
         uncorrected += bool((table["p"] < 0.05).any())
@@ -88,10 +271,10 @@ def chance(asked) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--trials", type=int, default=2000, help="of the coverage; 0: none")
+    options.add_argument("--trials", type=int, default=200, help="of each number of patients; 0: no coverage")
     options.add_argument("--pairs", type=int, default=500, help="of models that differ by chance; 0: none")
-    options.add_argument("--patients", type=int, default=400)
-    options.add_argument("--resamples", type=int, default=1000)
+    options.add_argument("--patients", type=int, nargs="+", default=[60, 150, 400])
+    options.add_argument("--resamples", type=int, default=300)
     options.add_argument("--seed", type=int, default=0)
     asked = options.parse_args()
     if asked.trials:

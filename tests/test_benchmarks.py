@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from chexlib.models.topologies import build_model
@@ -67,12 +68,17 @@ def test_the_bootstrap_is_measured_against_scikit_learn():
 
 
 def test_coverage_and_chance_are_counted_over_trials():
-    *held, together, chance = lines_of("coverage", "--trials", 6, "--pairs", 4, "--patients", 60, "--resamples", 30)
-    assert len(held) == 15 and held[-1]["finding"] == "mean"
-    for line in held[:5]:  # the frequent ones
-        assert line["patients_resampled"] * 6 == pytest.approx(round(line["patients_resampled"] * 6), abs=0.01)
-        assert 0.4 < line["patients_resampled"] <= 1 and line["images_resampled"] in (0, 0.5, 1)
-    assert 0.6 < together["patients_resampled"] <= 1
+    *held, compared, _, chance = lines_of("coverage", "--trials", 8, "--pairs", 4, "--patients", 60, "--resamples", 30)
+    kinds = {line["kind"] for line in held}
+    assert {"AUROC", "AUROC, mean", "average precision", "difference of AUROC", "Brier score", "ppv"} < kinds
+    assert {"difference of AUROC, mean of seeds", "calibration error, calibrated", "pointing, IoU, IoBB"} < kinds
+    assert {"mean over 3 seeds, gain", "what the wires cost", "difference of Brier scores"} < kinds
+    for line in held:
+        inside = line["coverage"] * line["intervals"]
+        assert inside == pytest.approx(round(inside), abs=0.5)
+        assert (line["told"] == "below 93 %") == (line["coverage"] < 0.93)
+    assert np.average([line["coverage"] for line in held], weights=[line["intervals"] for line in held]) > 0.9
+    assert compared["trials"] == 4
     assert chance["trials"] == 4 and chance["called_different"] <= chance["without_correction"]
 
 

@@ -7,7 +7,7 @@ from scipy.stats import rankdata, spearmanr
 from sklearn.metrics import roc_auc_score
 
 from chexlib.errors import ConfigError, DataError
-from chexlib.evaluation.ensembles import choose, diversity, gain, mean_auroc, save_ensemble, stack
+from chexlib.evaluation.ensembles import choose, diversity, mean_auroc, save_ensemble, stack
 from chexlib.findings import FINDINGS
 from chexlib.models.combine import combine
 from chexlib.models.predict import predict
@@ -55,28 +55,6 @@ def test_diversity_is_one_less_spearmans_correlation(scored):
     expected = np.mean([1 - spearmanr(scores[0, :, f], scores[1, :, f]).statistic for f in range(14)])
     assert table.loc["a", "b"] == pytest.approx(expected, abs=1e-9)
     assert table.loc["a", "a squared"] == 0 and table.loc["guesser", "a"] == pytest.approx(1, abs=0.1)
-
-
-def test_the_gain_is_paired_over_the_same_patients(scored):
-    scores, labels, patients = scored
-    together = combine(scores[:3])
-    table = gain(labels, together, scores[0], patients, resamples=100)
-    for f, name in enumerate(FINDINGS):
-        ours, theirs = (roc_auc_score(labels[:, f], s[:, f]) for s in (together, scores[0]))
-        assert table.loc[name, "difference"] == pytest.approx(ours - theirs, abs=1e-6)
-        assert table.loc[name, "low"] < table.loc[name, "difference"] < table.loc[name, "high"]
-    assert table.loc["mean", "low"] > 0
-    # By hand: the same patients drawn for both, for the finding and the first draws.
-    rng = np.random.default_rng(0)
-    drawn = rng.multinomial(100, np.full(100, 0.01), size=100)
-    apart = []
-    for counts in drawn:
-        rows = np.repeat(np.arange(300), counts[patients])
-        ours, theirs = (roc_auc_score(labels[rows, 2], s[rows, 2]) for s in (together, scores[0]))
-        apart.append(ours - theirs)
-    np.testing.assert_allclose(table.iloc[2][["low", "high"]], np.quantile(apart, [0.025, 0.975]), atol=1e-4)
-    same = gain(labels, scores[0], scores[0], patients, resamples=50)
-    assert (same[["difference", "low", "high"]] == 0).all().all()
 
 
 def test_predictions_of_other_images_are_refused(scored):

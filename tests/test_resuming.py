@@ -9,15 +9,18 @@ import time
 from types import MappingProxyType
 
 import nbformat
+import numpy as np
 import psutil
 import pytest
 from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from scipy import stats
+from scipy.special import expit, logit
 
 import chexlib.execute
 from chexlib.__main__ import main
 from chexlib.errors import ConfigError
-from chexlib.reference import AGREES, APART, DIFFERS, compare_run
+from chexlib.reference import ALIKE, APART, UNKNOWN, Estimate, compare_run, difference_p, estimates, keep_reference
 from chexlib.resuming import finished, run_folder
 from chexlib.runs import ROOT, start, write_json
 
@@ -193,12 +196,13 @@ def test_each_figure_with_an_interval_is_compared_and_other_parameters_are_told(
     found = compare_run(run, reference=tmp_path / "reference")
     assert found["03_train"]["parameters"] == {"epochs": (3, 1)} and found["05_x"]["parameters"] == {}
     table = found["03_train"]["estimates"]
-    assert table.loc["auroc / Mass / auroc"].tolist() == [0.5, 0.4, 0.6, 0.8, pytest.approx(0.7), 0.9, APART]
+    row = table.loc["auroc / Mass / auroc"]
+    assert row.tolist()[:6] == [0.5, 0.4, 0.6, 0.8, pytest.approx(0.7), 0.9] and row["verdict"] == APART
     assert found["05_x"]["estimates"]["verdict"].to_dict() == {
-        "auroc / Mass / auroc": AGREES,
-        "gains / topology a, batch 16 / mean": DIFFERS,
-        "gains / topology b, batch 16 / mean": DIFFERS,
-        "e / 0 / gain": AGREES,
+        "auroc / Mass / auroc": ALIKE,
+        "gains / topology a, batch 16 / mean": UNKNOWN,
+        "gains / topology b, batch 16 / mean": UNKNOWN,
+        "e / 0 / gain": ALIKE,
     }
 
 
@@ -209,13 +213,152 @@ def test_compare_on_the_command_line_shows_what_is_apart_and_exits_with_1(tmp_pa
     monkeypatch.setattr("chexlib.reference.ROOT", tmp_path)
     answer = CliRunner().invoke(main, ["compare", str(run)])
     assert answer.exit_code == 1 and answer.output.count("auroc / Mass / auroc") == 1
-    assert (
-        "03_train, reference of profile standard: 1 intervals overlap, 1 INTERVALS APART, 2 no intervals"
-        in answer.output
-    )
+    assert "03_train, reference of profile standard: 1 no difference shown, 1 DIFFERENT, 2 no interval" in answer.output
     (run / "03_train" / "metrics.json").unlink()
     answer = CliRunner().invoke(main, ["compare", str(run), "--all"])
     assert answer.exit_code == 0 and answer.output.count("auroc / Mass / auroc") == 1
+
+
+def test_a_figure_is_found_by_its_interval_whatever_it_is_named():
+    rows = [
+        {"finding": "all", "measure": "iou", "threshold": t, "share": 0.5, "low": 0.4, "high": 0.6, "cases": n}
+        for n, t in enumerate((0.1, 0.2))
+    ]
+    later = {"gain": 0.2, "low": 0.1, "high": 0.3, "seeds": 3, "gain_later": -0.1, "low_later": -0.2, "high_later": 0.0}
+    last = {"gain": 0.2, "low": 0.1, "high": 0.3, "seeds": 3, "gain_later": None, "low_later": None, "high_later": None}
+    metrics = {
+        "pointing": rows,
+        "weak": {"ranks": 2, "images_per_second": 99.7, "efficiency": 0.9, "low": 0.8, "high": 1.0, "rounds": 3.0},
+        "rule": {"effect": 0.1, "low": 0.0, "high": 0.2, "seeds": 3},
+        "means": [{"batch": 16, "mean": 0.6, "seeds": 1, "low": None, "high": None}],
+        "difference": {"auroc": 0.9, "other": 0.8, "difference": 0.1, "low": 0.0, "high": 0.2, "p": 0.05},
+        "error": {"rms": 0.1, "rms_low": 0.0, "rms_high": 0.2, "ece": 0.1, "ece_chance": 0.1},
+        "member": {
+            "gain": 0.0,
+            "gain_low": 0.0,
+            "gain_high": 0.0,
+            "gain_Mass": 1,
+            "gain_low_Mass": 0,
+            "gain_high_Mass": 2,
+        },
+        "collapse": {"5": later, "6": last},
+    }
+    assert {name: (found.value, found.count) for name, found in estimates(metrics)} == {
+        "pointing / finding all, measure iou, threshold 0.1 / share": (0.5, None),
+        "pointing / finding all, measure iou, threshold 0.2 / share": (0.5, None),
+        "weak / efficiency": (0.9, 3),
+        "rule / effect": (0.1, 3),
+        "means / batch 16 / mean": (0.6, 1),
+        "difference / difference": (0.1, None),
+        "error / rms": (0.1, None),
+        "member / gain": (0.0, None),
+        "member / gain_Mass": (1, None),
+        "collapse / 5 / gain": (0.2, 3),
+        "collapse / 5 / gain_later": (-0.1, 3),
+        "collapse / 6 / gain": (0.2, 3),
+    }
+
+
+def test_two_means_over_seeds_differ_as_by_welchs_test():
+    one, other = np.array([0.70, 0.73, 0.71]), np.array([0.76, 0.75, 0.79, 0.80])
+    means = []
+    for values in (one, other):
+        half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+        means.append(Estimate(values.mean(), values.mean() - half, values.mean() + half, len(values)))
+    assert difference_p(*means, []) == pytest.approx(stats.ttest_ind(one, other, equal_var=False).pvalue)
+
+
+def test_the_sides_of_two_intervals_that_face_each_other_decide():
+    """By hand: 0.15 apart, standard errors 0.1 / 1.96 and 0.05 / 1.96, hence z = 2.63."""
+    one, other = Estimate(0.8, 0.5, 0.9), Estimate(0.95, 0.9, 0.99)
+    assert difference_p(one, other, []) == pytest.approx(2 * stats.norm.sf(0.15 * 1.96 / np.hypot(0.1, 0.05)), rel=1e-3)
+    assert difference_p(one, other, []) == difference_p(other, one, [])
+    assert np.isnan(difference_p(one, Estimate(0.9, 0.9, 0.9), []))  # one member was chosen: no interval
+
+
+BASELINE = json.loads((ROOT / "data" / "reference" / "03_train_baseline.json").read_text())
+BASELINE["metrics"] = {name: BASELINE["metrics"][name] for name in ("auroc", "control_auroc", "best_epoch")}
+
+
+def honest_run(rng, *, training=0.0):
+    """Metrics of notebook 03, as another draw of patients and another training give them, on the scale of logits."""
+
+    def drawn(value):
+        if not isinstance(value, dict):
+            return value
+        found = {name: drawn(own) for name, own in value.items()}
+        for name, low, high in (("auroc", "low", "high"), ("ap", "ap_low", "ap_high")):
+            if low in value:
+                low_end, high_end = logit([value[low], value[high]])
+                reach = (high_end - low_end) / 2
+                at = logit(value[name]) + reach / 1.96 * np.hypot(1, training) * rng.normal()
+                found |= {name: expit(at), low: expit(at - reach), high: expit(at + reach)}
+        return found
+
+    return drawn(BASELINE["metrics"])
+
+
+def called_different(tmp_path, before, now):
+    write_json(tmp_path / "reference" / "03_train_baseline.json", before)
+    write_json(tmp_path / "run" / "03_train_baseline" / "metrics.json", now)
+    table = compare_run(tmp_path / "run", reference=tmp_path / "reference")["03_train_baseline"]["estimates"]
+    return set(table.index[table["verdict"] == APART])
+
+
+@pytest.mark.parametrize("training", [0.0, 2.0])
+def test_two_honest_runs_are_rarely_called_different_over_all_figures(tmp_path, training):
+    """500 pairs, 32 figures each. With 5 % expected at most, 38 or more have a chance of 1 %.
+
+    Where trainings differ by more than patients do, the reference's other seeds have to say so.
+    """
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "run" / "03_train_baseline").mkdir(parents=True)
+    write_json(tmp_path / "run" / "03_train_baseline" / "params.json", BASELINE["params"])
+    rng, called = np.random.default_rng(0), 0
+    for _ in range(500):
+        before = {**BASELINE, "metrics": honest_run(rng, training=training)}
+        if training:
+            seeds = [dict(estimates(honest_run(rng, training=training))) for _ in range(3)]
+            before["seeds"] = {str(i + 1): {n: e.value for n, e in own.items()} for i, own in enumerate(seeds)}
+        called += bool(called_different(tmp_path, before, honest_run(rng, training=training)))
+    assert called < 38
+
+
+@pytest.mark.parametrize("seeds", [0, 3])
+def test_a_finding_whose_labels_were_swapped_is_found(tmp_path, seeds):
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "run" / "03_train_baseline").mkdir(parents=True)
+    write_json(tmp_path / "run" / "03_train_baseline" / "params.json", BASELINE["params"])
+    rng, found = np.random.default_rng(1), 0
+    for _ in range(20):
+        before, now = {**BASELINE, "metrics": honest_run(rng)}, honest_run(rng)
+        others = [dict(estimates(honest_run(rng))) for _ in range(seeds)]
+        before["seeds"] = {str(i + 1): {n: e.value for n, e in own.items()} for i, own in enumerate(others)}
+        row = now["auroc"]["Fibrosis"]  # the least sure but one
+        row |= {"auroc": 1 - row["auroc"], "low": 1 - row["high"], "high": 1 - row["low"]}
+        found += "auroc / Fibrosis / auroc" in called_different(tmp_path, before, now)
+    assert found >= 19
+
+
+def test_a_run_of_another_seed_is_added_to_the_reference_and_any_other_replaces_it(tmp_path):
+    def run(seed, mean, **other):
+        folder = tmp_path / "run" / "03_train"
+        folder.mkdir(parents=True, exist_ok=True)
+        found = results(mean)
+        params = {"epochs": 3, "seed": seed, "phantom": {"images": 9, "seed": seed}, **other}
+        for name, part in {**found, "params": params, "environment": {"commit": "abc"}}.items():
+            write_json(folder / f"{name}.json", part)
+        keep_reference(folder, "standard", root=tmp_path)
+        return json.loads((tmp_path / "data" / "reference" / "03_train.json").read_text())
+
+    assert "seeds" not in run(0, 0.5)
+    run(1, 0.6)
+    kept = run(2, 0.7)
+    assert kept["metrics"]["auroc"]["Mass"]["auroc"] == 0.5 and kept["params"]["seed"] == 0
+    assert {seed: own["auroc / Mass / auroc"] for seed, own in kept["seeds"].items()} == {"1": 0.6, "2": 0.7}
+    for other in ({"seed": 0}, {"seed": 3, "epochs": 4}):
+        fresh = run(mean=0.8, **other)
+        assert "seeds" not in fresh and fresh["metrics"]["auroc"]["Mass"]["auroc"] == 0.8
 
 
 def test_a_run_without_anything_to_compare_is_told(tmp_path):

@@ -13,11 +13,13 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
+from scipy.stats import norm
 from sklearn.isotonic import IsotonicRegression
 from sklearn.model_selection import GroupKFold
 
 from chexlib.errors import ConfigError
-from chexlib.evaluation.resampling import draw_patients, interval_of, mean_of, patients_behind
+from chexlib.evaluation.paired import difference_table
+from chexlib.evaluation.resampling import FEWEST_PATIENTS, draw_patients, interval_of, mean_of, patients_behind
 from chexlib.findings import FINDINGS
 
 METHODS = ("temperature", "isotonic")
@@ -58,7 +60,7 @@ def calibration_error(
     level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Expected calibration error and Brier score of each finding and their means, with intervals over patients.
+    """How far the scores are from probabilities: calibration error and Brier score of each finding and their means.
 
     Parameters
     ----------
@@ -68,26 +70,86 @@ def calibration_error(
     Returns
     -------
     DataFrame
-        Index the findings and "mean"; columns ece, ece_low, ece_high, ece_chance, brier, brier_low, brier_high,
-        positives, images. ECE is the mean distance of predicted and observed over the bins of `reliability_curve`.
-        Even perfect probabilities have one above 0 in a finite sample: `ece_chance` is what is to be expected of them,
-        from the standard error of each bin. Findings without `FEWEST_PATIENTS` patients of each class have no interval.
+        Index the findings and "mean"; columns rms, rms_low, rms_high, ece, ece_chance, brier, brier_low, brier_high,
+        positives, images. Findings without `FEWEST_PATIENTS` patients of each class have no interval.
+
+        All are of the distances of predicted and observed in the bins of `reliability_curve`. `ece` is their mean
+        without sign. Perfect probabilities have one above 0 too, about `ece_chance`, from the standard error of each
+        bin: it is biased, and so has no interval. `rms` is the root of their mean square, less what chance adds to
+        that (Broecker 2012; Kumar, Liang and Ma 2019); 0 where chance explains it all. Its interval holds the mean
+        squares q that the one found does not contradict: (found - q)^2 <= z^2 variance(q) (Wilson 1927), where
+        variance(q) = 2 trace(S^2) + 4 q s, S is the covariance of the bins over patients and s the variance
+        along the distances found. It begins at 0 where the scores may be perfect.
     """
     labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
     drawn, codes = draw_patients(patients, resamples=resamples, seed=seed)
-    weights = np.hstack([np.ones((len(drawn), 1)), drawn])
-    found = [_errors(y, s, codes, weights, bins) for y, s in zip(labels.T, scores.T, strict=True)]
-    values = np.stack([errors for errors, _ in found], axis=1)
-    chance = np.array([chance for _, chance in found])
-    values = np.concatenate([values, mean_of(values)[:, None]], axis=1)
-    points, samples = values[..., 0], values[..., 1:]
-    low, high = interval_of(points, samples, patients_behind(labels, codes), level)
-    chance = np.append(chance, mean_of(chance[None])[0])
+    behind = patients_behind(labels, codes)
+    gaps = [_gaps(y, s, codes, len(drawn), bins) for y, s in zip(labels.T, scores.T, strict=True)]
+    # A finding without labels has no part in the mean.
+    known = [own for own, y in zip(gaps, labels.T, strict=True) if not np.isnan(y).all()]
+    together = np.hstack(known) / np.sqrt(len(known)) if known else gaps[0]
+    squares = np.array([_mean_square(own, level) for own in (*gaps, together)])
+    squares[behind < FEWEST_PATIENTS, 1:] = np.nan
+    rms = np.sqrt(np.where(squares > 0, squares, np.where(np.isnan(squares), np.nan, 0.0))).T
+    distances = np.array([np.abs(own.sum(axis=0)).sum() / np.sqrt(bins) for own in gaps])
+    # The mean of |x| of a normal x around 0 is sqrt(2 / pi) of its standard deviation.
+    chance = np.array([np.sqrt(2 / np.pi / bins * np.diag(_covariance(own))).sum() for own in gaps])
+    ece, ece_chance = (np.append(x, mean_of(x[None])[0]) for x in (distances, chance))
+    points, samples = brier_scores(labels, scores, drawn, codes)
+    points, samples = np.append(points, mean_of(points[None])), np.vstack([samples, mean_of(samples[None])])
+    low, high = interval_of(points, samples, behind, level)
     counts = [np.append(n, n.sum()).astype(int) for n in ((labels == 1).sum(0), (~np.isnan(labels)).sum(0))]
-    low = np.maximum(low, 0)
-    columns = [points[0], low[0], high[0], chance, points[1], low[1], high[1], *counts]
-    names = ["ece", "ece_low", "ece_high", "ece_chance", "brier", "brier_low", "brier_high", "positives", "images"]
-    return pd.DataFrame(dict(zip(names, columns, strict=True)), index=pd.Index([*FINDINGS, "mean"], name="finding"))
+    names = ["rms", "rms_low", "rms_high", "ece", "ece_chance", "brier", "brier_low", "brier_high"]
+    columns = [*rms, ece, ece_chance, points, np.maximum(low, 0), high, *counts]
+    index = pd.Index([*FINDINGS, "mean"], name="finding")
+    return pd.DataFrame(dict(zip([*names, "positives", "images"], columns, strict=True)), index=index)
+
+
+def brier_difference(
+    labels: np.ndarray,
+    scores: np.ndarray,
+    others: np.ndarray,
+    patients: np.ndarray,
+    *,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Brier score of `scores` minus that of `others` on the same images: below 0 where `scores` are better.
+
+    The Brier score is proper: no scores have a lower one, on average, than the true probabilities.
+
+    Parameters
+    ----------
+    labels, scores, others : (n, 14), in the order of `FINDINGS`; a label may be NaN
+    patients : (n,)
+
+    Returns
+    -------
+    DataFrame
+        As of `paired.difference_table`.
+    """
+    labels = np.asarray(labels, np.float64)
+    drawn, codes = draw_patients(patients, resamples=resamples, seed=seed)
+    found = (brier_scores(labels, np.asarray(own, np.float64), drawn, codes) for own in (scores, others))
+    (points, samples), (other_points, other_samples) = found
+    behind = patients_behind(labels, codes)
+    return difference_table(points - other_points, samples - other_samples, behind, level=level)
+
+
+def brier_scores(
+    labels: np.ndarray, scores: np.ndarray, drawn: np.ndarray, codes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean squared distance of score and label of all findings, (14,), and of each resample, (14, resamples).
+
+    `drawn` and `codes` are those of `draw_patients`.
+    """
+    known = ~np.isnan(labels)
+    lost, images = np.zeros((2, len(drawn), labels.shape[1]))
+    np.add.at(lost, codes, np.where(known, (labels - scores) ** 2, 0.0))
+    np.add.at(images, codes, known)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return lost.sum(axis=0) / images.sum(axis=0), (lost.T @ drawn) / (images.T @ drawn)
 
 
 @dataclass(frozen=True)
@@ -244,15 +306,31 @@ def _bin(scores: np.ndarray, bins: int) -> np.ndarray:
     return place
 
 
-def _errors(labels, scores, codes, weights, bins) -> tuple[np.ndarray, float]:
-    """ECE and Brier score of one finding for each column of weights, (2, columns), and the ECE of perfect scores."""
+def _gaps(labels, scores, codes, patients: int, bins: int) -> np.ndarray:
+    """What each patient adds to the distance of observed and predicted in each bin of a finding, (patients, bins).
+
+    In such units that the squares of the bins' sums add up to the mean square over the bins.
+    """
     known = ~np.isnan(labels)
     labels, scores, codes = labels[known], scores[known], codes[known]
-    gaps, squares = np.zeros((len(weights), bins)), np.zeros((len(weights), 2))
+    gaps = np.zeros((patients, bins))
     np.add.at(gaps, (codes, _bin(scores, bins)), labels - scores)
-    np.add.at(squares, codes, np.column_stack([(labels - scores) ** 2, np.ones(len(labels))]))
-    total, images = squares.T @ weights
-    with np.errstate(invalid="ignore", divide="ignore"):
-        gaps = gaps.T @ weights / images
-        chance = np.sqrt(2 / np.pi) * gaps[:, 1:].std(axis=1).sum()  # the mean of |x| of a normal x around 0
-        return np.stack([np.abs(gaps).sum(axis=0), total / images]), float(chance)
+    return gaps * np.sqrt(bins) / len(labels) if len(labels) else np.full_like(gaps, np.nan)
+
+
+def _covariance(gaps: np.ndarray) -> np.ndarray:
+    """Of the sums over patients of `_gaps`, (bins, bins)."""
+    n = len(gaps)
+    return np.atleast_2d(np.cov(gaps, rowvar=False)) * n if n > 1 else np.zeros((gaps.shape[1],) * 2)
+
+
+def _mean_square(gaps: np.ndarray, level: float) -> tuple[float, float, float]:
+    """Mean squared distance of predicted and observed less what chance adds, low and high: see `calibration_error`."""
+    distances, covariance, z2 = gaps.sum(axis=0), _covariance(gaps), norm.ppf((1 + level) / 2) ** 2
+    total = distances @ distances
+    found = total - np.trace(covariance)
+    along = distances @ covariance @ distances / total if total > 0 else 0.0
+    middle = found + 2 * z2 * along
+    spread = middle**2 - found**2 + 2 * z2 * (covariance**2).sum()
+    reach = np.sqrt(np.maximum(spread, 0))
+    return found, middle - reach, middle + reach

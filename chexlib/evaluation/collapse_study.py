@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from chexlib.errors import ConfigError
-from chexlib.evaluation.ensembles import choose, diversity, gain, mean_auroc, save_ensemble, stack
+from chexlib.evaluation.ensembles import choose, diversity, mean_auroc, save_ensemble, stack
+from chexlib.evaluation.paired import paired_difference
 from chexlib.evaluation.student import mean_of_seeds
 from chexlib.models.combine import combine
 from chexlib.training.collapse import collapse, epoch_ends, score_checkpoints
@@ -60,7 +61,7 @@ def measure_collapses(config: TrainConfig, *, ensemble: Path, collapse_epochs: i
     test, test_labels, patients = stack(collapsed, part="test")
     chosen = choose(validation, labels)
     together, best = combine(test[chosen]), chosen[0]
-    apart = gain(test_labels, together, test[best], patients)
+    apart = paired_difference(test_labels, together, test[best], patients)
     members = [work / f"collapse-{i + 1}" / "model.keras" for i in chosen]
     ensemble.parent.mkdir(parents=True, exist_ok=True)
     save_ensemble(members, ensemble)

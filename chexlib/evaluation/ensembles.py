@@ -89,39 +89,6 @@ def diversity(scores: np.ndarray, names: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(np.nanmean(apart, axis=0).round(12), index=list(names), columns=list(names))
 
 
-def gain(
-    labels: np.ndarray,
-    scores: np.ndarray,
-    member: np.ndarray,
-    patients: np.ndarray,
-    *,
-    resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """AUROC of an ensemble less that of a member, per finding and for the mean, both in the same resampled patients.
-
-    Returns
-    -------
-    DataFrame
-        Index the findings and "mean"; columns auroc, other, difference, low, high. NaN where AUROC is undefined.
-    """
-    codes, names = pd.factorize(np.asarray(patients))
-    drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
-    weights = np.vstack([np.ones(len(names)), drawn])[:, codes]
-    ours, theirs = (
-        np.array([auroc(y, s, weights=weights) for y, s in zip(labels.T, one.T, strict=True)])
-        for one in (scores, member)
-    )
-    defined = ~np.isnan(ours[:, 0])
-    ours, theirs = (np.vstack([one, np.nanmean(one[defined], axis=0)]) for one in (ours, theirs))
-    apart = ours - theirs
-    low, high = np.nanquantile(apart[:, 1:], [(1 - level) / 2, (1 + level) / 2], axis=1)
-    low, high = (np.where(np.append(defined, True), edge, np.nan) for edge in (low, high))
-    columns = {"auroc": ours[:, 0], "other": theirs[:, 0], "difference": apart[:, 0], "low": low, "high": high}
-    return pd.DataFrame(columns, index=pd.Index([*FINDINGS, "mean"], name="finding"))
-
-
 def save_ensemble(
     members: Sequence[str | Path],
     path: str | Path,

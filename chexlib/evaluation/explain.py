@@ -15,7 +15,7 @@ import pandas as pd
 from chexlib.data.cache import ImageStore
 from chexlib.data.nih import Radiographs
 from chexlib.errors import ConfigError, DataError
-from chexlib.evaluation.auroc import FEWEST_PATIENTS
+from chexlib.evaluation.operating import share
 from chexlib.findings import FINDINGS
 from chexlib.models.predict import batch_of
 
@@ -199,8 +199,8 @@ def localize(model, radiographs: Radiographs, *, method: str = "layer_cam", cell
     return pd.concat([pairs, pd.concat(scored, ignore_index=True)], axis=1)
 
 
-def judge_boxes(scored: pd.DataFrame, *, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-    """What share of boxes is found, per finding and over all, with percentile intervals from resampling patients.
+def judge_boxes(scored: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
+    """What share of boxes is found, per finding and over all, with the interval of `operating.share` over patients.
 
     Parameters
     ----------
@@ -211,29 +211,19 @@ def judge_boxes(scored: pd.DataFrame, *, resamples: int = 1000, level: float = 0
     DataFrame
         Columns finding ("all" last), measure ("pointing", "iou", "iobb"), threshold (NaN for pointing), share, low,
         high, chance (mean share of the image in boxes, for pointing), cases (image and finding) and patients. Below
-        `FEWEST_PATIENTS` patients there is no interval, nor where all are hit or none.
+        `FEWEST_PATIENTS` patients there is no interval.
     """
     kinds = [("pointing", np.nan), *(("iou", t) for t in IOU), *(("iobb", t) for t in IOBB)]
-    right = np.column_stack([scored["hit"] if kind == "pointing" else scored[kind] > t for kind, t in kinds]).astype(
-        float
-    )
-    codes, names = pd.factorize(scored["patient"])
-    drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
-    rows = []
+    right = [scored["hit"] if kind == "pointing" else scored[kind] > t for kind, t in kinds]
+    codes, rows = pd.factorize(scored["patient"])[0], []
     for finding in (*(f for f in FINDINGS if f in set(scored["finding"])), "all"):
         mine = np.ones(len(scored), bool) if finding == "all" else (scored["finding"] == finding).to_numpy()
-        sums = np.zeros((len(names), len(kinds) + 1))
-        np.add.at(sums, codes[mine], np.c_[right[mine], np.ones(mine.sum())])
-        totals = drawn @ sums
-        totals = totals[totals[:, -1] > 0]
-        patients = len(np.unique(codes[mine]))
-        low, high = np.quantile(totals[:, :-1] / totals[:, -1:], [(1 - level) / 2, (1 + level) / 2], axis=0)
-        silent = (low == high) | (patients < FEWEST_PATIENTS)  # all hit, or none: nothing varies in resampling
-        low, high = np.where(silent, np.nan, [low, high])
-        for i, (kind, threshold) in enumerate(kinds):
+        cases = np.bincount(codes[mine])
+        for (kind, threshold), found in zip(kinds, right, strict=True):
+            hits = np.bincount(codes[mine], weights=found[mine], minlength=len(cases))
             chance = scored["chance"][mine].mean() if kind == "pointing" else np.nan
             rows.append(
-                (finding, kind, threshold, right[mine, i].mean(), low[i], high[i], chance, mine.sum(), patients)
+                (finding, kind, threshold, *share(hits, cases, level=level), chance, mine.sum(), (cases > 0).sum())
             )
     columns = ["finding", "measure", "threshold", "share", "low", "high", "chance", "cases", "patients"]
     return pd.DataFrame(rows, columns=columns)

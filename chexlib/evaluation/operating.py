@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
+from scipy.stats import norm, t
 from sklearn.metrics import roc_curve
 
 from chexlib.errors import ConfigError, WeightsError
@@ -119,7 +119,8 @@ def rates_at(
     -------
     DataFrame
         A row a finding and rule (those of `points`): threshold, tp, fp, fn, tn (images), and for each rate its value,
-        _low and _high. NaN where nothing is counted. The PPV and NPV hold for this part's share of positives alone.
+        _low and _high, as of `share`. NaN where nothing is counted. The PPV and NPV hold for this part's share of
+        positives alone.
     """
     labels, scores = np.asarray(labels, np.float64), np.asarray(scores)
     codes, rows = pd.factorize(np.asarray(patients))[0], []
@@ -149,17 +150,27 @@ def share(successes: np.ndarray, images: np.ndarray, *, level: float = 0.95) -> 
     Returns
     -------
     share, low, high : float
-        NaN without images. The effective number of images is share (1 - share) / variance, where the variance is
-        that of a ratio over patients (Korn and Graubard 1998), and never more than there are; at a share of 0 or 1,
-        where it says nothing, it is the number of patients.
+        NaN without images; no interval below `FEWEST_PATIENTS` patients. The images are worth share (1 - share) /
+        variance (Korn and Graubard 1998), and never more than there are; the variance is that of leaving out one
+        patient at a time (Tukey 1958). At a share of 0 or 1, where that says nothing, they are worth the
+        patients. The reach is Student's, with the effective number of patients (Kish 1965); with one
+        image a patient the variance is that of the share itself, and the interval the plain Wilson's.
     """
-    patients, n = int((images > 0).sum()), images.sum()
+    successes, images = successes[images > 0], images[images > 0]
+    patients, n = len(images), images.sum()
     if not n:
         return np.nan, np.nan, np.nan
     p = successes.sum() / n
-    variance = ((successes - p * images) ** 2).sum() / n**2 * patients / max(patients - 1, 1)
-    effective = min(n, p * (1 - p) / variance) if variance > 0 else patients
-    low, high = wilson(p, effective, norm.ppf((1 + level) / 2))
+    if patients < FEWEST_PATIENTS:
+        return float(p), np.nan, np.nan
+    worth, end = n, (1 + level) / 2
+    reach = norm.ppf(end)
+    if n > patients:
+        without = (successes.sum() - successes) / (n - images)
+        variance = ((without - p) ** 2).sum() * (patients - 1) / patients
+        worth = min(n, p * (1 - p) / variance) if variance > 0 else patients
+        reach = t.ppf(end, max(n**2 / (images**2).sum() - 1, 1))
+    low, high = wilson(p, worth, reach)
     return float(p), float(low), float(high)
 
 

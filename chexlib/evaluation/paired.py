@@ -41,16 +41,34 @@ def paired_difference(
     """
     drawn, codes = draw_patients(patients, resamples=resamples, seed=seed)
     (points, samples), (other_points, other_samples) = (resample(labels, s, drawn, codes) for s in (scores, others))
-    points, other_points = (np.append(p[0], mean_of(p)[0]) for p in (points, other_points))
-    samples, other_samples = (np.vstack([s[0], mean_of(s)[:1]]) for s in (samples, other_samples))
     behind = patients_behind(labels, codes)
-    apart, difference = samples - other_samples, points - other_points
-    low, high = interval_of(difference, apart, behind, level)
+    table = difference_table(points[0] - other_points[0], samples[0] - other_samples[0], behind, level=level)
+    for place, (name, found) in enumerate({"auroc": points, "other": other_points}.items()):
+        table.insert(place, name, np.append(found[0], mean_of(found)[0]))
+    return table
+
+
+def difference_table(points: np.ndarray, samples: np.ndarray, patients: np.ndarray, *, level: float) -> pd.DataFrame:
+    """Differences with interval and p, as `paired_difference` has them, from those of resamples.
+
+    Parameters
+    ----------
+    points : (14,), difference of each finding
+    samples : (14, resamples)
+    patients : (15,), as `patients_behind` counts them
+
+    Returns
+    -------
+    DataFrame
+        Index the findings and "mean"; columns difference, low, high, p and p_holm.
+    """
+    points, samples = np.append(points, mean_of(points[None])), np.vstack([samples, mean_of(samples[None])])
+    low, high = interval_of(points, samples, patients, level)
     with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = np.where(difference == 0, 0.0, np.abs(difference) / standard_error(apart, behind))
-    p = np.where(np.isnan(low), np.nan, 2 * t.sf(ratio, np.maximum(behind, 2) - 1))
-    columns = {"auroc": points, "other": other_points, "difference": difference, "low": low, "high": high, "p": p}
-    return pd.DataFrame(columns | {"p_holm": holm(p)}, index=pd.Index([*FINDINGS, "mean"], name="finding"))
+        ratio = np.where(points == 0, 0.0, np.abs(points) / standard_error(samples, patients))
+    p = np.where(np.isnan(low), np.nan, 2 * t.sf(ratio, np.maximum(patients, 2) - 1))
+    columns = {"difference": points, "low": low, "high": high, "p": p, "p_holm": holm(p)}
+    return pd.DataFrame(columns, index=pd.Index([*FINDINGS, "mean"], name="finding"))
 
 
 def holm(p: np.ndarray) -> np.ndarray:

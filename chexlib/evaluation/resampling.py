@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit, logit
 from scipy.stats import t
 
 FEWEST_PATIENTS = 5  # of each class, below which resampling says nothing about how uncertain an AUROC is
+EDGE = 1e-4  # shares of resamples are kept this far from 0 and 1, where logits are infinite
 
 
 def draw_patients(patients: np.ndarray, *, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -23,10 +25,23 @@ def draw_patients(patients: np.ndarray, *, resamples: int, seed: int) -> tuple[n
 
 
 def patients_behind(labels: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Patients of the smaller class of each finding, and for their mean the median of those with enough: (15,) int."""
-    fewer = np.array([min(len(np.unique(codes[y == value])) for value in (0, 1)) for y in np.asarray(labels).T])
-    enough = fewer[fewer >= FEWEST_PATIENTS]
-    return np.append(fewer, int(np.median(enough)) if len(enough) else 0)
+    """How many patients speak for each finding, and for the mean the median of those with enough: (15,) float.
+
+    Of the smaller class, and as `effective_number` counts them: one patient with most of the
+    positive images is worth little more than one patient.
+    """
+    fewer = [min(effective_number(codes[y == value]) for value in (0, 1)) for y in np.asarray(labels).T]
+    enough = [patients for patients in fewer if patients >= FEWEST_PATIENTS]
+    return np.append(fewer, np.median(enough) if enough else 0.0)
+
+
+def effective_number(codes: np.ndarray) -> float:
+    """Patients with equally many images that are worth as much as these (Kish 1965); 0 without images.
+
+    `codes` (images,) says whose each image is.
+    """
+    images = np.unique(codes, return_counts=True)[1].astype(float)
+    return float(images.sum() ** 2 / (images**2).sum()) if len(images) else 0.0
 
 
 def interval_of(
@@ -34,10 +49,10 @@ def interval_of(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Student's interval with the standard error of resamples, NaN below `FEWEST_PATIENTS` patients.
 
-    Percentiles of resamples hold the truth in 88 % instead of 95 % of trials where 16 patients have a finding. What
-    helps is Student's t for the few patients, and for what lies between 0 and 1, a `share`, Wilson's interval with as
-    many images as its standard error is worth (benchmarks/coverage.py). At an AUROC of 0.95 with some 15 patients the
-    truth is still held in about 89 % only.
+    What lies between 0 and 1, a `share`, has it on the scale of logits: an AUROC that is high by
+    luck seems more certain than it is, and the logit undoes that. At 0 or 1, where no resample
+    differs, it is Wilson's with as many cases as there are patients. `benchmarks/coverage.py`
+    measures how often these intervals hold the truth.
 
     Parameters
     ----------
@@ -45,14 +60,19 @@ def interval_of(
     samples : (..., rows, resamples)
     patients : (rows,), as `patients_behind` counts them
     """
-    quantile, error = t.ppf((1 + level) / 2, np.maximum(patients, 2) - 1), standard_error(samples, patients)
+    reach = t.ppf((1 + level) / 2, np.maximum(patients, 2) - 1)
     if share:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            worth = points * (1 - points) / error**2
-        edges = wilson(points, np.where(error > 0, worth, np.maximum(patients, 1)), quantile)
+        logits, centre = (logit(np.clip(x, EDGE, 1 - EDGE)) for x in (samples, points))
+        error = standard_error(logits, patients)
+        edges = expit(centre - reach * error), expit(centre + reach * error)
+        flat = wilson(points, np.maximum(patients, 1), reach)
+        edges = [np.where(error > 1e-9, edge, end) for edge, end in zip(edges, flat, strict=True)]
+        edges = np.fmin(edges[0], points), np.fmax(edges[1], points)
     else:
-        edges = points - quantile * error, points + quantile * error
-    return tuple(np.where(patients >= FEWEST_PATIENTS, edge, np.nan) for edge in edges)
+        error = standard_error(samples, patients)
+        edges = points - reach * error, points + reach * error
+    known = (patients >= FEWEST_PATIENTS) & ~np.isnan(points)
+    return tuple(np.where(known, edge, np.nan) for edge in edges)
 
 
 def with_interval(value: float, low: float, high: float, form: str = ".3f", *, without: str = "no interval") -> str:
@@ -62,10 +82,13 @@ def with_interval(value: float, low: float, high: float, form: str = ".3f", *, w
     return f"{value:{form}} ({without if np.isnan([low, high]).any() else f'{low:{form}} to {high:{form}}'})"
 
 
-def wilson(share, n, quantile) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's interval (1927) of a share of `n` independent things; its end is the share itself at 0 and 1."""
-    centre = (share + quantile**2 / (2 * n)) / (1 + quantile**2 / n)
-    half = quantile / (1 + quantile**2 / n) * np.sqrt(share * (1 - share) / n + quantile**2 / (4 * n**2))
+def wilson(share, n, reach) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's interval (1927) of a share of `n` independent things; its end is the share itself at 0 and 1.
+
+    `reach` is the quantile of the normal distribution, or of Student's, at the interval's end.
+    """
+    centre = (share + reach**2 / (2 * n)) / (1 + reach**2 / n)
+    half = reach / (1 + reach**2 / n) * np.sqrt(share * (1 - share) / n + reach**2 / (4 * n**2))
     return np.where(share == 0, 0.0, centre - half), np.where(share == 1, 1.0, centre + half)
 
 
