@@ -355,6 +355,22 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     assert (pixels.min(), pixels.max()) == (0, 255) and len(np.unique(pixels)) == 256
 
 
+@pytest.mark.parametrize("bits", range(8, 17))
+def test_films_of_fewer_bits_in_sixteen_have_white_where_their_bits_have_it(bits, tmp_path):
+    white = 2**bits - 1
+    stored = np.random.default_rng(bits).integers(0, white + 1, (40, 50))
+    stored[0, :2] = 0, white
+    Image.fromarray(stored.astype(np.uint16)).save(tmp_path / "film.png")
+    found = read_image(tmp_path / "film.png").astype(float)
+    assert np.abs(found - stored * 255.0 / white).max() <= 0.5
+    assert (found.min(), found.max()) == (0, 255)
+
+
+def test_a_black_film_of_sixteen_bits_is_black(tmp_path):
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "film.png")
+    assert not read_image(tmp_path / "film.png").any()
+
+
 def test_an_image_keeps_its_height_and_width(tmp_path):
     Image.fromarray(levels(20)[:7]).save(tmp_path / "wide.png")
     assert read_image(str(tmp_path / "wide.png")).shape == (7, 20)

@@ -125,14 +125,18 @@ def read_image(path: str | Path, content: bytes | None = None) -> np.ndarray:
     """Read a radiograph, PNG or JPEG of 1 to 16 bits, as grey levels of shape (height, width), uint8.
 
     With `content`, the file's bytes, `path` is for messages. Alpha is ignored: the release's RGBA files are opaque.
-    16-bit grey is divided by 257: white stays white. DataError if missing, empty, truncated, no image, or over 67 MP.
+    Files of 16 bits often hold 10 to 14: white is the greatest value of as many bits, 8 or more, as the file's greatest
+    value needs. DataError if missing, empty, truncated, no image, or over 67 MP.
     """
     try:
         with Image.open(path if content is None else io.BytesIO(content), formats=("PNG", "JPEG")) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} px, over the limit of {MAX_PIXELS:,} px")
             if image.mode.startswith("I"):
-                return ((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8)
+                values = np.asarray(image)
+                white = 2 ** max(8, int(values.max()).bit_length()) - 1
+                grey = (510 * np.arange(white + 1) + white) // (2 * white)  # of every value once, rounded half up
+                return grey.astype(np.uint8)[values]
             return np.array((image.convert("RGBA") if image.mode == "P" else image).convert("L"))
     except Exception as error:  # a damaged file makes PIL raise nearly anything
         reason = "it is empty" if os.path.isfile(path) and not os.path.getsize(path) else error
