@@ -40,15 +40,15 @@ _CHUNK = 64  # images decoded at a time
 _COLUMNS = {
     "key": np.uint64, "digest": np.uint64, "pixels": str, "row": np.int64, "crc": np.uint32, "dark": bool,
 }  # fmt: skip
-DARK = 100  # grey levels: 95 % of an image that is stored in fewer bits than its file says are below
+DARK = 100  # grey levels; an image of fewer bits than its file says has 95 % below
 log = logging.getLogger(__name__)
 
 
 def resize_area(image: np.ndarray, size: int) -> np.ndarray:
-    """Resize (h, w) uint8 pixels to (size, size): each output pixel is the mean of the area it covers.
+    """Resize (h, w) uint8 pixels to (size, size): each pixel is the mean of the area it covers.
 
-    A pixel that lies in the area by a part counts by that part. Pillow's box filter takes such a pixel whole or not
-    at all, so it serves only where `size` divides the sides, or they divide it.
+    A pixel that lies in the area by a part counts by that part. Pillow's box filter takes such a
+    pixel whole or not at all, so it serves only where `size` divides the sides, or they divide it.
     """
     if image.shape == (size, size):
         return image
@@ -61,10 +61,10 @@ def resize_area(image: np.ndarray, size: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def _shares(side: int, size: int) -> csr_array:
-    """How much of each output pixel is covered by each of `side` input pixels: (size, side) float32, rows sum to 1.
+    """Which share of each output pixel each input pixel covers: (size, side) float32, rows sum to 1.
 
-    In units in which all edges are whole numbers, an input pixel is `size` long and an output pixel `side`. Between
-    two neighbouring edges, of either kind, lie one input pixel and one output pixel.
+    In units in which all edges are whole numbers, an input pixel is `size` long and an output pixel
+    `side`. Between two neighbouring edges, of either kind, lie one input and one output pixel.
     """
     edges = np.union1d(np.arange(side + 1) * size, np.arange(size + 1) * side)
     starts, lengths = edges[:-1], np.diff(edges)
@@ -75,8 +75,8 @@ def _shares(side: int, size: int) -> csr_array:
 def too_dark(image: np.ndarray) -> bool:
     """Whether 95 % of an image, averaged to 16 x 16 px, are below `DARK`.
 
-    The brightest 5 % of each of 1,435 NIH radiographs and 1,200 phantoms have 143 or more. Images of 14 bits that were
-    converted as if of 16 have less than 64.
+    The brightest 5 % of each of 1,435 NIH radiographs and 1,200 phantoms have 143 or more. Images
+    of 14 bits that were converted as if of 16 have less than 64.
     """
     small = resize_area(image, 16)
     return int(np.partition(small, -13, axis=None)[-13]) < DARK
@@ -208,8 +208,9 @@ class ImageStore:
         if dark.any():
             named = first_few([self.paths[index] for index in np.flatnonzero(dark)])
             log.warning(
-                f"{dark.sum():,} of {len(dark):,} images are very dark, 95 % of each below {DARK} of 255 grey levels: "
-                f"{named}. Were films of fewer bits converted as if of 16? Export them again, or training suffers."
+                f"{dark.sum():,} of {len(dark):,} images are very dark, 95 % of each below {DARK} of "
+                f"255 grey levels: {named}. Were films of fewer bits converted as if of 16? Export "
+                "them again, or training suffers."
             )
 
     def _builders(self, gather: Callable) -> tuple[int, int | None]:

@@ -39,9 +39,9 @@ class Radiographs:
     ----------
     root : Path
     table : DataFrame
-        One row per present image, by name: image, path (absolute), patient (text, as image names are, however
-        many digits it has), follow_up (int), age (years or NaN), sex ("M"/"F"), view ("PA"/"AP"), then the 14
-        FINDINGS (int8, 0 or 1).
+        One row per present image, by name: image, path (absolute), patient (text, as image names
+        are, however many digits it has), follow_up (int), age (years or NaN), sex ("M"/"F"), view
+        ("PA"/"AP"), then the 14 FINDINGS (int8, 0 or 1).
     listed : DataFrame
         The same without ``path``, for every row of the CSV, image present or not.
     boxes : DataFrame
@@ -127,8 +127,8 @@ def read_image(path: str | Path, content: bytes | None = None) -> np.ndarray:
     """Read a radiograph, PNG or JPEG of 1 to 16 bits, as grey levels of shape (height, width), uint8.
 
     With `content`, the file's bytes, `path` is for messages. Alpha is ignored: the release's RGBA files are opaque.
-    Files of 16 bits often hold 10 to 14: white is the greatest value of as many bits, 8 or more, as the file's greatest
-    value needs. DataError if missing, empty, truncated, no image, or over 67 MP.
+    Files of 16 bits often hold 10 to 14: white is the greatest value of as many bits, 8 or more, as
+    the file's greatest value needs. DataError if missing, empty, truncated, no image, or over 67 MP.
     """
     try:
         with Image.open(path if content is None else io.BytesIO(content), formats=("PNG", "JPEG")) as image:
@@ -137,7 +137,8 @@ def read_image(path: str | Path, content: bytes | None = None) -> np.ndarray:
             if image.mode.startswith("I"):
                 values = np.asarray(image)
                 white = 2 ** max(8, int(values.max()).bit_length()) - 1
-                grey = (510 * np.arange(white + 1) + white) // (2 * white)  # of every value once, rounded half up
+                # The grey level of every value that can occur, rounded half up.
+                grey = (510 * np.arange(white + 1) + white) // (2 * white)
                 return grey.astype(np.uint8)[values]
             return np.array((image.convert("RGBA") if image.mode == "P" else image).convert("L"))
     except Exception as error:  # a damaged file makes PIL raise nearly anything
@@ -217,21 +218,23 @@ def _read_entries(path: Path) -> pd.DataFrame:
 
 
 def _patients(column: pd.Series, path: Path) -> pd.Series:
-    """Who is who, as text: numbers of 17 digits and more, such as PadChest's, are not told apart as float64."""
+    """Who is who, as text: float64 does not tell numbers of 17 digits apart, such as PadChest's."""
     patients = column.fillna("").str.strip()
-    # "13.0" is 13, written by a program that took it for a measurement. With more digits, or an exponent, it was
-    # rounded, and several people may have become one.
+    # "13.0" is 13, written by a program that took it for a measurement. With more digits, or an
+    # exponent, it was rounded, and several people may have become one.
     patients = patients.str.replace(r"^(\d{1,15})\.0*$", r"\1", regex=True)
     rounded = patients.str.fullmatch(r"\d+\.0*|\d+([.,]\d*)?[eE]\+\d+")
     if (bad := rounded | (patients == "")).any():
         raise DataError(
-            f"{path}, patient: {bad.sum()} rows have no patient, or a number that a spreadsheet has rounded: "
-            f"{first_few(patients[bad].unique())}. Accepted: any text. Use the file as it was released."
+            f"{path}, patient: {bad.sum()} rows have no patient, or a number that a spreadsheet has "
+            f"rounded: {first_few(patients[bad].unique())}. Accepted: any text. Use the file as it was "
+            "released."
         )
     short = patients.drop_duplicates().str.lstrip("0")
     if (alike := short.duplicated(keep=False)).any():
         named = first_few(patients[short.index[alike]].sort_values(key=lambda p: p.str.lstrip("0")).tolist())
-        _log.warning("%s: patients that differ by zeros in front are taken for different people: %s", path, named)
+        differ = "patients that differ by zeros in front are taken for different people"
+        _log.warning("%s: %s: %s", path, differ, named)
     return patients
 
 

@@ -108,8 +108,8 @@ class Audit:
 def official_split(radiographs: Radiographs, *, validation_fraction: float = 0.125, seed: int = 0) -> Split:
     """The release's split: test_list.txt tests; train_val_list.txt is cut by patient, stratified.
 
-    Only present images are kept. DataError for a missing list, one of which no name is in the label file, an
-    image in both, or an empty part.
+    Only present images are kept. DataError for a missing list, one of which no name is in the label
+    file, an image in both, or an empty part.
     """
     if not 0 < validation_fraction < 1:
         raise ConfigError(f"validation_fraction={validation_fraction} is not between 0 and 1, as 0.125 is.")
@@ -152,8 +152,8 @@ def make_split(radiographs: Radiographs, *, kind: str = "auto", seed: int = 0) -
     """A split by its kind: "official", "patient", "image" or "auto".
 
     "auto" is official if no part is then empty and at least 2 findings of the test part have both positives
-    and negatives; else patient. Where there are lists that are not used, that is told as a warning; lists of which
-    no name is in the label file are an error.
+    and negatives; else patient. Where there are lists that are not used, that is told as a warning;
+    lists of which no name is in the label file are an error.
     """
     makers = {"official": official_split, "patient": patient_split, "image": image_split}
     if kind in makers:
@@ -176,14 +176,16 @@ def make_split(radiographs: Radiographs, *, kind: str = "auto", seed: int = 0) -
 
 
 def audit(parts: Split | Mapping[str, Iterable[str]], radiographs: Radiographs, *, allow_leak=False) -> Audit:
-    """Count the patients that are in two parts, by the label file's patients; images need not be present.
+    """Count the patients that are in two parts, by the label file; images need not be present.
 
-    Names that the label file does not have are counted: the lists of the release are longer than a subset's labels.
+    Names that the label file does not have are counted: the lists of the release are longer than a
+    subset's labels.
 
     Raises
     ------
     DataError
-        A leak, with its numbers (`allow_leak` logs it instead); a part that is empty, or of which no name is known.
+        A leak, with its numbers (`allow_leak` logs it instead); a part that is empty, or of which no
+        name is known.
     """
     given = parts.parts if isinstance(parts, Split) else parts
     parts = {name: tuple(images) for name, images in given.items()}
@@ -197,7 +199,8 @@ def audit(parts: Split | Mapping[str, Iterable[str]], radiographs: Radiographs, 
         _refuse_strangers(images, place, name, radiographs)
         rows[name], unknown[name] = by_name.iloc[place[place >= 0]], int((place < 0).sum())
     if any(unknown.values()):
-        _log.warning("%s does not have all images of the parts: %s more", radiographs.root, unknown)
+        counted = ", ".join(f"{n:,} of {len(parts[name]):,} in {name}" for name, n in unknown.items() if n)
+        _log.warning("not checked, as the label file of %s does not have them: %s", radiographs.root, counted)
     patients = {name: part["patient"] for name, part in rows.items()}
     for a, b in itertools.combinations(parts, 2):
         both = set(patients[a]) & set(patients[b])
@@ -229,8 +232,8 @@ def read_list(path: str | Path, radiographs: Radiographs | None = None) -> tuple
     Raises
     ------
     DataError
-        The file cannot be read; or it has names, and `radiographs` lists none of them. Some that they do not list are
-        no error: the official lists are longer than a subset's labels.
+        The file cannot be read; or it has names, and `radiographs` lists none of them. Some that they
+        do not list are no error: the official lists are longer than a subset's labels.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -262,8 +265,8 @@ def _refuse_strangers(names: Sequence[str], place: np.ndarray, where, radiograph
     if not (place >= 0).any():
         raise DataError(
             f"{where}: none of its {len(names):,} images is in the label file of {radiographs.root}: "
-            f"{first_few(names)}. Names such as {radiographs.listed['image'].iloc[0]!r} are expected, one a line. Put "
-            "them right, or remove the list."
+            f"{first_few(names)}. Names such as {radiographs.listed['image'].iloc[0]!r} are expected. "
+            "Put them right, or remove the list."
         )
 
 
@@ -273,7 +276,7 @@ def stratify_patients(table: pd.DataFrame, fractions: Sequence[float], seed: int
     A patient counts with the images per finding and in all. The finding with the fewest images left goes
     first; each of its patients, in random order, goes to the part that lacks most of it, then most images.
     """
-    row, ids = pd.factorize(table["patient"])  # in the order of the table, which is that of the image names
+    row, ids = pd.factorize(table["patient"])  # in the table's order, that of the image names
     counts = np.zeros((len(ids), len(FINDINGS) + 1))
     np.add.at(counts, row, np.column_stack([table[list(FINDINGS)], np.ones(len(table))]))
     lack = np.outer(fractions, counts.sum(axis=0))

@@ -21,8 +21,8 @@ from chexlib.findings import ALIASES, FINDINGS
 
 IMAGE_COLUMNS = ("image", "Image Index", "path", "filename")
 TRUTH = "label_"  # prefix of the labels in our own predictions.parquet, which are not scores
-MOST_ALIKE = 0.95  # of the positives and of the negatives: scores of two values that agree so well are labels
-FEWEST_ALIKE = 10  # positives and negatives of one such finding that are enough; else more than half are such
+MOST_ALIKE = 0.95  # of positives and of negatives: scores of two values that agree so well are labels
+FEWEST_ALIKE = 10  # positives and negatives from which one such finding is enough to refuse a file
 _log = logging.getLogger(__name__)
 
 
@@ -86,8 +86,9 @@ def _matched(path: Path, radiographs: Radiographs, part: str) -> tuple[pd.DataFr
     also = f" These columns look like findings and are not used: {first_few(unused, 14)}." if unused else ""
     if copied := _labels_among(scores, labels):
         raise DataError(
-            f"{path}: the columns {first_few([columns[k] for k in copied], 3)} are the labels, not scores.{also} Name "
-            "the columns of scores as the findings, with a prefix or without, and leave the labels out."
+            f"{path}: the columns {first_few([columns[k] for k in copied], 3)} are the labels, not "
+            f"scores.{also} Name the columns of scores as the findings, with a prefix or without, and "
+            "leave the labels out."
         )
     if also:
         _log.warning("%s:%s", path, also)
@@ -104,7 +105,11 @@ def _matched(path: Path, radiographs: Radiographs, part: str) -> tuple[pd.DataFr
 
 
 def _labels_among(scores: np.ndarray, labels: np.ndarray) -> list[int]:
-    """Findings whose scores are the labels, in whatever two numbers: enough of them to refuse a file, or none."""
+    """Findings whose scores are the labels, in whatever two numbers they are written.
+
+    None if they are too few to be sure: fewer than `FEWEST_ALIKE` positives or negatives, and no more
+    than half of the findings. A model that decides, with few images, may be right on all of a finding.
+    """
     copied, enough, told = [], False, 0
     for k, has in enumerate(labels.T == 1):
         if has.all() or not has.any():
@@ -202,7 +207,7 @@ def _read_text(path: Path) -> pd.DataFrame:
 
 
 def _numbers(column: pd.Series) -> pd.Series:
-    """The numbers of a column, NaN for what is none; a comma that stands for the point of decimals is read so."""
+    """The numbers of a column, NaN for what is none. Decimals may have a comma for their point."""
     if pd.api.types.is_string_dtype(column):
         column = column.str.strip().str.replace(r"^([-+]?\d*),(\d+)$", r"\1.\2", regex=True)
     return pd.to_numeric(column, errors="coerce")
