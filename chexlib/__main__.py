@@ -111,17 +111,21 @@ def audit(data_dir, parts):
     from chexlib.data.splits import audit as check
     from chexlib.data.splits import read_list
 
-    lists = {}
+    paths = {}
     for item in parts:
         name, equals, path = item.partition("=")
         if not equals or not name or not path:
             raise ConfigError(f"{item!r} is not PART=LIST. Write for instance train=train_list.txt.")
-        if name in lists:
+        if name in paths:
             raise ConfigError(f"part {name!r} is given twice. Give each part one list.")
-        lists[name] = read_list(path)
-    found = check(lists, load_radiographs(data_dir, require_images=False), allow_leak=True)
+        paths[name] = path
+    radiographs = load_radiographs(data_dir, require_images=False)
+    lists = {name: read_list(path, radiographs) for name, path in paths.items()}
+    found = check(lists, radiographs, allow_leak=True)
     for part, images in found.images.items():
-        click.echo(f"{part}: {images} images of {found.patients[part]} patients")
+        unknown = found.unknown[part]
+        more = f", and {unknown} that the labels do not have" if unknown else ""
+        click.echo(f"{part}: {images} images of {found.patients[part]} patients{more}")
     click.echo((100 * found.prevalence).round(2).to_string(float_format=lambda x: f"{x:.2f} %"))
     for row in found.shared[found.shared["patients"] > 0].itertuples():
         click.echo(

@@ -1,5 +1,6 @@
 """Pixels come from the cache as they were decoded, never from another image, whatever happens to files and builders."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -14,7 +15,9 @@ from PIL import Image
 
 from chexlib.data import cache
 from chexlib.data.cache import ImageStore, cache_folder, resize_area
+from chexlib.data.phantom import phantom_images
 from chexlib.errors import DataError
+from chexlib.models.predict import _read
 
 
 @pytest.fixture
@@ -39,6 +42,68 @@ def test_resizing_is_the_mean_over_blocks(factor, shape):
     blocks = image.reshape(shape[0] // factor, factor, shape[1] // factor, factor).mean((1, 3))
     # Rows, then columns are rounded to 8 bits: together at most one grey level.
     assert np.abs(small - blocks).max() <= 1
+
+
+def area_means(image, size):
+    """Pixel by pixel in float64: the mean of the area of each output pixel, with the parts of pixels at its edges."""
+
+    def overlaps(side):
+        edges = np.linspace(0, side, size + 1)
+        return [
+            {i: min(end, i + 1) - max(start, i) for i in range(int(start), min(side, int(np.ceil(end))))}
+            for start, end in itertools.pairwise(edges)
+        ]
+
+    means = np.empty((size, size))
+    for y, rows in enumerate(overlaps(image.shape[0])):
+        for x, columns in enumerate(overlaps(image.shape[1])):
+            parts = [(image[i, j], h * w) for i, h in rows.items() for j, w in columns.items()]
+            means[y, x] = sum(float(value) * area for value, area in parts) / sum(area for _, area in parts)
+    return means
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [((64, 64), 56), ((128, 128), 28), ((100, 37), 16), ((30, 30), 32), ((7, 50), 20), ((5, 3), 4), ((48, 40), 16)],
+)  # 64 to 56 and 128 to 28 are 256 to 224 and 1024 to 224
+def test_resizing_is_the_mean_of_the_area_where_ratios_are_not_whole_too(shape, size):
+    image = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+    assert np.abs(resize_area(image, size) - area_means(image, size)).max() <= 0.501  # rounded once
+
+
+@pytest.mark.parametrize(("shape", "size"), [((64, 64), 16), ((96, 48), 16), ((8, 8), 24), ((60, 120), 30)])
+def test_resizing_by_whole_ratios_gives_the_bits_of_pillows_box_filter(shape, size):
+    image = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+    box = Image.fromarray(image).resize((size, size), Image.Resampling.BOX)
+    np.testing.assert_array_equal(resize_area(image, size), np.asarray(box))
+
+
+def test_training_and_prediction_resize_alike(tmp_path, own_cache):
+    image = np.random.default_rng(1).integers(0, 256, (64, 64), np.uint8)
+    Image.fromarray(image).save(tmp_path / "film.png")
+    trained = ImageStore([tmp_path / "film.png"], size=56).take([0])[0]
+    np.testing.assert_array_equal(trained, _read(str(tmp_path / "film.png"), 56)[0])
+    assert np.abs(trained - area_means(image, 56)).max() <= 0.501
+
+
+def test_a_folder_of_very_dark_films_is_told_each_time_it_is_opened(own_cache, tmp_path, caplog):
+    """16-bit colour of 12 or 14 bits, of which PIL keeps the upper 8 bits; or a mark in full white in such a film."""
+    paths = []
+    for i, (film, _) in enumerate(itertools.islice(phantom_images(0, size=64, difficulty="easy"), 6)):
+        film = film // 4 if i % 2 else film
+        paths.append(str(tmp_path / f"{i}.png"))
+        Image.fromarray(film).save(paths[-1])
+    for _ in range(2):  # decoded, then from the cache
+        caplog.clear()
+        ImageStore(paths, size=32)
+        assert "3 of 6 images are very dark" in caplog.text and "1.png" in caplog.text and "0.png" not in caplog.text
+    shutil.copy(paths[1], tmp_path / "copy.png")
+    caplog.clear()
+    ImageStore([str(tmp_path / "copy.png")], size=32)
+    assert "1 of 1 images are very dark" in caplog.text
+    caplog.clear()
+    ImageStore(paths[::2], size=32)
+    assert not caplog.records
 
 
 def test_resizing_covers_the_whole_of_an_oblong_image():

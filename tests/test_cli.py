@@ -224,6 +224,18 @@ def test_audit_names_an_image_that_is_listed_twice(lists):
     assert "00000001_001.png" in answer.output
 
 
+def test_audit_counts_images_that_the_labels_do_not_have(lists):
+    """The release's lists beside a subset's labels; with labels beside the names, as many lists have them."""
+    folder, write = lists
+    train = write("train", [f"images/{name} 0 1 0" for name in [*names(1, 0, 1), *names(99, 0, 1, 2)]])
+    answer = call("audit", "--data", folder, train, write("test", names(2, 0)))
+    assert answer.exit_code == 0, answer.output
+    assert "train: 2 images of 1 patients, and 3 that the labels do not have" in answer.output
+    assert "test: 1 images of 1 patients\n" in answer.output
+    answer = call("audit", "--data", folder, write("train", names(99, 0, 1)), write("test", names(2, 0)))
+    assert answer.exit_code == 2 and "train.txt: none of its 2 images is in the label file" in answer.stderr
+
+
 def test_audit_needs_labels_alone(lists):
     folder, write = lists
     for path in folder.rglob("*.png"):

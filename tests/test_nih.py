@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from chexlib.data.nih import Radiographs, check_images, load_radiographs, read_image
+from chexlib.data.splits import audit, image_split, make_split, patient_split
 from chexlib.errors import ConfigError, DataError
 from chexlib.findings import FINDINGS
 
@@ -44,7 +45,7 @@ def test_either_edition_gives_the_same_tables(tiny_nih, edition):
     assert list(radiographs.listed.columns) == [c for c in table.columns if c != "path"]
     assert table["image"].is_monotonic_increasing and list(table.index) == list(range(24))
     row = table[table["image"] == "00000001_002.png"].iloc[0]
-    assert (row["patient"], row["follow_up"], row["age"], row["sex"], row["view"]) == (1, 2, 43.0, "F", "PA")
+    assert (row["patient"], row["follow_up"], row["age"], row["sex"], row["view"]) == ("1", 2, 43.0, "F", "PA")
     assert [f for f in FINDINGS if row[f]] == ["Cardiomegaly", "Effusion"]
     assert table[list(FINDINGS)].dtypes.eq(np.int8).all() and table["age"].dtype == float
     assert all(os.path.isabs(path) and os.path.isfile(path) for path in table["path"])
@@ -219,7 +220,10 @@ def test_a_missing_column_is_named_with_those_present(tiny_nih):
         ("Pneumothorax", "", "unknown findings: ''"),
         ("00000010_001.png", "00000001_000.png", "occur twice: '00000001_000.png'"),
         ("00000010_001.png", "", "blank or occur twice: ''"),
-        (",1,10,", ",1,ten,", "patient: 1 rows are no whole numbers: 'ten'"),
+        (",1,10,", ",1,,", "patient: 1 rows have no patient, or a number that a spreadsheet has rounded: ''"),
+        (",1,10,", ",1,1.23457E+17,", r"spreadsheet has rounded: '1\.23457E\+17'.*as it was released"),
+        (",1,10,", ",1,12345678901234568.0,", r"spreadsheet has rounded: '12345678901234568\.0'"),
+        (",1,10,", ",one,10,", "follow_up: 1 rows are no whole numbers: 'one'"),
         (",0,10,", ",0.5,10,", "follow_up: 1 rows are no whole numbers: '0.5'"),
     ],
 )
@@ -228,6 +232,64 @@ def test_a_bad_cell_of_the_csv_is_named(tiny_nih, old, new, named):
     edit(root / CSV, old, new)
     with pytest.raises(DataError, match=named):
         load_radiographs(root)
+
+
+@pytest.mark.parametrize("first", [10**16, 2**53, 10**38])
+def test_patients_of_any_number_of_digits_are_told_apart(tiny_nih, first):
+    """PadChest's have up to 39; as float64 many of them are one."""
+    root, plain = tiny_nih(), load_radiographs(tiny_nih("plain")).table
+    lines = [line.split(",") for line in (root / CSV).read_text().splitlines()]
+    for cells in lines[1:]:
+        cells[3] = str(first + int(cells[3]))
+    (root / CSV).write_text("\n".join(map(",".join, lines)))
+    radiographs = load_radiographs(root)
+    assert radiographs.table["patient"].tolist() == [str(first + int(patient)) for patient in plain["patient"]]
+    for split in (patient_split(radiographs, seed=1), make_split(radiographs, kind="official")):
+        found = audit(split, radiographs)
+        assert sum(found.patients.values()) == 10 and not found.leaks
+    assert audit(image_split(radiographs), radiographs, allow_leak=True).leaks
+
+
+def test_patients_may_be_any_text(tiny_nih, caplog):
+    root = tiny_nih()
+    edit(root / CSV, ",1,10,", ",1, P-10/ä ,")  # with blanks around it
+    edit(root / CSV, ",0,9,", ",0,9.0,")  # by a program that took it for a measurement
+    edit(root / CSV, ",1,6,", ",1,12e34,")  # no number with an exponent, which have a sign
+    patients = load_radiographs(root).table.set_index("image")["patient"]
+    assert patients["00000010_001.png"] == "P-10/ä" and patients["00000010_000.png"] == "10"
+    assert patients["00000009_000.png"] == patients["00000009_001.png"] == "9"
+    assert patients["00000006_001.png"] == "12e34"
+    assert not caplog.records
+
+
+def test_patients_that_differ_by_zeros_in_front_are_different_and_named(tiny_nih, caplog):
+    root = tiny_nih()
+    edit(root / CSV, ",1,10,", ",1,0010,")
+    assert load_radiographs(root).table["patient"].nunique() == 11
+    assert "zeros in front" in caplog.text and "'10'" in caplog.text and "'0010'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("OriginalImage[Width", "Patient Sex"),
+        ("OriginalImage[Width", " Patient ID "),
+        ("Height]", "Image Index"),
+        ("y]", "Finding Labels"),
+    ],
+)
+def test_two_columns_for_one_thing_are_refused(tiny_nih, old, new):
+    root = tiny_nih()
+    edit(root / CSV, old, new)
+    with pytest.raises(DataError, match=f"several columns for one thing: .*{new.strip()}.*Leave one"):
+        load_radiographs(root)
+
+
+def test_columns_that_are_not_read_may_have_one_name_or_none(tiny_nih):
+    root = tiny_nih()
+    edit(root / CSV, "OriginalImage[Width,Height]", ",")
+    edit(root / CSV, "OriginalImagePixelSpacing[x,y]", "more,more")
+    assert len(load_radiographs(root)) == 24
 
 
 def test_a_row_given_twice_with_the_same_labels_is_refused(tiny_nih):
@@ -353,6 +415,22 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     pixels = read_image(tmp_path / "deep.png")
     np.testing.assert_array_equal(pixels, np.rint(deep / 257))
     assert (pixels.min(), pixels.max()) == (0, 255) and len(np.unique(pixels)) == 256
+
+
+@pytest.mark.parametrize("bits", range(8, 17))
+def test_films_of_fewer_bits_in_sixteen_have_white_where_their_bits_have_it(bits, tmp_path):
+    white = 2**bits - 1
+    stored = np.random.default_rng(bits).integers(0, white + 1, (40, 50))
+    stored[0, :2] = 0, white
+    Image.fromarray(stored.astype(np.uint16)).save(tmp_path / "film.png")
+    found = read_image(tmp_path / "film.png").astype(float)
+    assert np.abs(found - stored * 255.0 / white).max() <= 0.5
+    assert (found.min(), found.max()) == (0, 255)
+
+
+def test_a_black_film_of_sixteen_bits_is_black(tmp_path):
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "film.png")
+    assert not read_image(tmp_path / "film.png").any()
 
 
 def test_an_image_keeps_its_height_and_width(tmp_path):

@@ -282,6 +282,21 @@ def test_upright_films_are_not_doubted(films):
     assert sum(bool(frontal_doubt(film)) for film in films) <= 1
 
 
+@pytest.mark.parametrize("bits", [10, 12, 14])
+def test_sixteen_bit_films_of_fewer_bits_are_read_right_and_doubted_where_they_cannot_be(tmp_path, films, bits):
+    right = dark = 0
+    for film in films:
+        stored = ((film.astype(np.uint32) * 257) >> (16 - bits)).astype(np.uint16)
+        Image.fromarray(stored).save(tmp_path / "film.png")
+        found = read_picture(tmp_path / "film.png")[0]
+        right += np.abs(found.astype(int) - film).max() <= 255 / 2**bits + 1
+        stored[:3, :12] = 65535  # a mark in full white, as viewers burn it in: the bits cannot be told
+        Image.fromarray(stored).save(tmp_path / "marked.png")
+        dark += bool(frontal_doubt(read_picture(tmp_path / "marked.png")[0]))
+    assert right >= 0.95 * len(films)  # a film without anything above half of white is shown lighter
+    assert dark == len(films)
+
+
 @pytest.mark.parametrize("turns", [1, 2, 3])
 def test_turned_films_are_noticed(films, turns):
     turned = [frontal_doubt(np.rot90(film, -turns)) for film in films]

@@ -115,7 +115,8 @@ def test_images_of_the_training_list_are_told(table, radiographs, folder, tmp_pa
 @pytest.mark.parametrize(
     ("fault", "naming"),
     [
-        (lambda t: t.assign(image=["x.png", *t["image"][1:]]), ["1 of", "'x.png'", "'image'"]),
+        (lambda t: t.assign(image="x" + t["image"]), ["none of", "'x0000", "'image'"]),
+        (lambda t: t.assign(image=np.arange(len(t))), ["none of", "'0'"]),
         (lambda t: t.assign(image=[t["image"][1], *t["image"][1:]]), ["1 images occur twice"]),
         (lambda t: t.drop(columns="Hernia"), ["'Hernia'", "one a finding"]),
         (lambda t: t.rename(columns={"Mass": "score_Mass"}), ["'Mass'"]),
@@ -134,6 +135,164 @@ def test_scores_that_cannot_be_judged_are_refused_by_name(fault, naming, table, 
     assert answer.exit_code == 2 and answer.stdout == ""
     for word in ["scores.csv", *naming]:
         assert word in answer.stderr
+
+
+def labels_of(table, radiographs):
+    return radiographs.listed.set_index("image").loc[table["image"], list(FINDINGS)].reset_index(drop=True)
+
+
+def corner(table):
+    """The first row's first three cells."""
+    mask = np.zeros(table.shape, bool)
+    mask[0, :3] = True
+    return mask
+
+
+FORMS_OF_LABELS = {
+    "labels under the names, scores with a suffix": lambda t, y: pd.concat([t.add_suffix("_pred"), y], axis=1),
+    "labels whole, one score misspelt": lambda t, y: pd.concat(
+        [t.rename(columns={"Pleural_Thickening": "Pleural_thickening"}), y.add_prefix("gt_")], axis=1
+    ),
+    "labels in per cent": lambda t, y: 100 * y,
+    "labels smoothed": lambda t, y: 0.05 + 0.9 * y,
+    "labels inverted": lambda t, y: 1 - y,
+    "labels but for one image of three findings": lambda t, y: y.mask(corner(y), 1 - y),
+    "the labels of one finding": lambda t, y: t.assign(Infiltration=y["Infiltration"]),
+}
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("form", FORMS_OF_LABELS)
+def test_labels_are_not_judged_as_scores(form, kind, table, radiographs, folder, tmp_path):
+    """Scores here are noise: they were judged to have a mean AUROC of 1.000."""
+    rng = np.random.default_rng(5)
+    noise = pd.DataFrame(rng.random((len(table), 14)), columns=list(FINDINGS))
+    made = FORMS_OF_LABELS[form](noise, labels_of(table, radiographs))
+    made.insert(0, "image", table["image"])
+    file = tmp_path / f"scores.{kind}"
+    made.to_csv(file, index=False) if kind == "csv" else made.to_parquet(file, index=False)
+    answer = call(file, "--data", folder)
+    assert answer.exit_code == 2 and "are the labels, not scores" in answer.stderr and not answer.stdout
+    also = {"suffix": ["'Hernia_pred'"], "misspelt": ["'Pleural_thickening'", "'Hernia'"]}
+    assert all(name in answer.stderr for name in also.get(form.split()[-1], ()))
+
+
+@pytest.mark.parametrize("form", ["decisions", "nothing found", "three right"])
+def test_scores_of_two_values_or_one_are_judged(form, table, radiographs, folder, tmp_path):
+    labels, rng = labels_of(table, radiographs), np.random.default_rng(0)
+    wrong = rng.random(labels.shape) < 0.1
+    scores = table[list(FINDINGS)]
+    decided = {
+        "decisions": labels.mask(wrong, 1 - labels),
+        "nothing found": 0 * labels,
+        "three right": scores.mask(corner(scores), labels),
+    }[form]
+    made = pd.concat([table["image"], decided], axis=1)
+    made.to_csv(tmp_path / "scores.csv", index=False)
+    pd.testing.assert_frame_equal(evaluate(tmp_path / "scores.csv", folder)["auroc"], expected_of(made, radiographs))
+
+
+def test_columns_that_look_like_findings_and_are_not_used_are_named(table, radiographs, folder, tmp_path, caplog):
+    like = {"old_Mass": 0.5, "PNEUMOTHORAX (raw)": 0.5, "Cardiomegly": 0.5}
+    made = table.assign(**like, model="theirs", age=50, **{"No Finding": 1})
+    made.to_csv(tmp_path / "scores.csv", index=False)
+    answer = call(tmp_path / "scores.csv", "--data", folder)
+    assert answer.exit_code == 0
+    assert caplog.text.endswith("are not used: 'old_Mass', 'PNEUMOTHORAX (raw)', 'Cardiomegly'.\n")
+    found = json.loads(call(tmp_path / "scores.csv", "--data", folder, "--json").stdout)
+    assert found["left_out"] == {"images": 0, "first": [], "columns": list(like)}
+    pd.testing.assert_frame_equal(evaluate(tmp_path / "scores.csv", folder)["auroc"], expected_of(table, radiographs))
+
+
+def test_rows_whose_image_is_unknown_or_not_named_are_left_out(table, radiographs, folder, tmp_path, caplog):
+    means = table[list(FINDINGS)].mean().to_frame().T
+    strangers = table[:3].assign(image=["x.png", "y.png", "x.png"], Mass="?")
+    pd.concat([table, strangers, means]).to_csv(tmp_path / "scores.csv", index=False)
+    with open(tmp_path / "scores.csv", "a") as file:
+        file.write("," * 14 + "\n")  # a blank row is none
+    answer = call(tmp_path / "scores.csv", "--data", folder)
+    assert answer.exit_code == 0 and f"4 of {len(table) + 4} rows are left out" in caplog.text
+    assert "'x.png'" in caplog.text and "'(no name)'" in caplog.text
+    found = evaluate(tmp_path / "scores.csv", folder)
+    assert found["left_out"] == {"images": 4, "first": ["x.png", "y.png", "x.png", ""], "columns": []}
+    pd.testing.assert_frame_equal(found["auroc"], expected_of(table, radiographs))
+
+
+@pytest.mark.parametrize(("separator", "decimal"), [(";", ","), (";", "."), ("\t", ","), (",", ",")])
+def test_a_spreadsheets_separators_and_decimal_commas_are_read(
+    separator, decimal, table, radiographs, folder, tmp_path
+):
+    table.to_csv(tmp_path / "scores.csv", index=False, sep=separator, decimal=decimal)
+    pd.testing.assert_frame_equal(evaluate(tmp_path / "scores.csv", folder)["auroc"], expected_of(table, radiographs))
+
+
+@pytest.mark.parametrize("fault", ["a comma after each row", "a header without the first name", "a column twice"])
+def test_rows_that_do_not_fit_their_header_are_refused(fault, table, folder, tmp_path):
+    header, *rows = table.to_csv(index=False).splitlines()
+    if fault == "a comma after each row":
+        rows = [row + "," for row in rows]
+    else:
+        header = header.removeprefix("image,") if fault == "a header without the first name" else header + ",Mass"
+        rows = rows if "first" in fault else [row + ",0.5" for row in rows]
+    (tmp_path / "scores.csv").write_text("\n".join([header, *rows]))
+    answer = call(tmp_path / "scores.csv", "--data", folder)
+    assert answer.exit_code == 2 and "scores.csv" in answer.stderr and "Traceback" not in answer.output
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_image_names_are_text_however_much_they_look_like_numbers(kind, table, folder, tmp_path):
+    """Names of digits alone, of more than float64 tells apart, and with zeros in front."""
+    root = tmp_path / "labels"
+    root.mkdir()
+    lines = (folder / "Data_Entry_2017_v2020.csv").read_text().splitlines()
+    names = [f"{10**17 + i // 2}" if i % 2 else f"{i:05d}" for i in range(len(lines) - 1)]
+    rows = [f"{name},{line.partition(',')[2]}" for name, line in zip(names, lines[1:], strict=True)]
+    (root / "Data_Entry_2017.csv").write_text("\n".join([lines[0], *rows]))
+    radiographs = load_radiographs(root, require_images=False)
+    scores = np.random.default_rng(0).random((len(names), 14))
+    made = pd.concat([pd.DataFrame({"image": names}), pd.DataFrame(scores, columns=list(FINDINGS))], axis=1)
+    file = tmp_path / f"scores.{kind}"
+    made.to_csv(file, index=False) if kind == "csv" else made.to_parquet(file, index=False)
+    found = read_scores(file, radiographs)
+    assert found["image"].tolist() == names
+    np.testing.assert_allclose(found[[f"score_{f}" for f in FINDINGS]], scores, rtol=1e-14)
+
+
+def write_lists(folder, root, form):
+    """The folder's label file and lists, each line of the lists in another form."""
+    root.mkdir()
+    for path in folder.glob("*.*"):
+        text = path.read_text()
+        if path.suffix == ".txt":
+            text = "".join(form.format(name) + "\n" for name in text.split())
+        (root / path.name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{} 0 0 1 0 0 0 0 0 0 0 0 0 0 0",
+        "images_001/images/{}",
+        "images\\{}\t0\t1",
+        "{},Mass|Nodule,0,58",
+        '"{}"',
+        "{};0;1",
+    ],
+)
+def test_lists_with_labels_or_folders_beside_the_names_are_understood(form, table, folder, tmp_path):
+    root = write_lists(folder, tmp_path / "other", form)
+    table.loc[:6, "image"] = read_list(folder / "train_val_list.txt")[:7]
+    table.to_csv(tmp_path / "scores.csv", index=False)
+    plain, other = (call(tmp_path / "scores.csv", "--data", data).stdout.splitlines()[0] for data in (folder, root))
+    assert "7 of the official TRAINING list" in plain and other == plain
+
+
+def test_official_lists_of_which_no_name_is_known_are_refused(table, folder, tmp_path):
+    root = write_lists(folder, tmp_path / "other", "x{}")
+    table.to_csv(tmp_path / "scores.csv", index=False)
+    answer = call(tmp_path / "scores.csv", "--data", root)
+    assert answer.exit_code == 2 and "train_val_list.txt: none of its" in answer.stderr and "'x0000" in answer.stderr
 
 
 @pytest.mark.parametrize(
@@ -206,7 +365,7 @@ def test_the_means_of_a_traits_groups_are_over_the_same_findings(radiographs):
 
 
 def test_a_group_that_is_too_small_does_not_speak(radiographs):
-    rows = radiographs.listed[radiographs.listed["patient"] < 4]
+    rows = radiographs.listed[radiographs.listed["patient"].isin(["1", "2", "3"])]
     frame = rows[["image", "patient"]].assign(part="test")
     frame[[f"label_{f}" for f in FINDINGS]] = rows[list(FINDINGS)].to_numpy()
     frame[[f"score_{f}" for f in FINDINGS]] = 0.5

@@ -10,6 +10,7 @@ import pytest
 
 from chexlib.data.nih import Radiographs, load_radiographs
 from chexlib.data.splits import (
+    LISTS,
     PARTS,
     Split,
     audit,
@@ -211,6 +212,51 @@ def test_an_image_in_both_official_lists_is_named(tiny_nih):
         official_split(load_radiographs(root))
 
 
+def rewrite(path, form):
+    path.write_text("".join(form.format(name) + "\n" for name in path.read_text().split()))
+
+
+def test_official_lists_longer_than_the_labels_split_as_if_they_were_not(tiny_nih):
+    root, plain = tiny_nih(), load_radiographs(tiny_nih("plain"))
+    for name in LISTS:
+        rewrite(root / name, "{0}\n9{0}")
+    split = make_split(load_radiographs(root), kind="auto", seed=2)
+    assert split.name == "official" and split.digest == official_split(plain, seed=2).digest
+
+
+@pytest.mark.parametrize("form", ["{} 0 1 0 0", "images/{}", "C:\\nih\\{}", "{}\t1", '"{}",Mass,58', "{} "])
+def test_lists_with_labels_or_folders_beside_the_names_split_officially(tiny_nih, form):
+    root, plain = tiny_nih(), load_radiographs(tiny_nih("plain"))
+    for name in LISTS:
+        rewrite(root / name, form)
+    split = make_split(load_radiographs(root), seed=2)
+    assert split.name == "official" and split.digest == official_split(plain, seed=2).digest
+
+
+@pytest.mark.parametrize("name", ["train_val_list.txt", "test_list.txt"])
+def test_a_list_of_which_no_name_is_known_is_an_error_not_a_split_by_patient(tiny_nih, name):
+    root = tiny_nih()
+    rewrite(root / name, "x{}")
+    radiographs = load_radiographs(root)
+    for kind in ("auto", "official"):
+        with pytest.raises(DataError, match=rf"{name}: none of its \d+ images is in the label file.*'x0000"):
+            make_split(radiographs, kind=kind)
+    assert make_split(radiographs, kind="patient").name == "patient"
+
+
+def test_official_lists_that_are_not_used_are_told_aloud(tiny_nih, caplog):
+    root = tiny_nih()
+    training = load_radiographs(root)
+    training = training.select(read_list(root / "train_val_list.txt"))
+    assert make_split(training).name == "patient"
+    assert "splitting by patient, not officially" in caplog.text
+    for name in LISTS:
+        (root / name).write_text("")
+    caplog.clear()
+    assert make_split(load_radiographs(root)).name == "patient"
+    assert "not officially" not in caplog.text  # told only where one asks for it
+
+
 @pytest.mark.parametrize("fraction", [0, 1, -0.5])
 def test_a_bad_validation_fraction_is_named(tiny_nih, fraction):
     with pytest.raises(ConfigError, match=f"validation_fraction={fraction}"):
@@ -296,9 +342,19 @@ def test_an_image_listed_twice_is_named(parts):
     assert result.leaks and result.duplicates == ("f",)
 
 
-def test_names_that_the_csv_does_not_list_are_named():
-    with pytest.raises(DataError, match=r"Not in the CSV of by-hand: 'nobody\.png'"):
-        audit({"train": ["a", "nobody.png"], "test": ["d"]}, hand_worked())
+def test_names_that_the_labels_do_not_have_are_counted_and_not_checked(caplog):
+    result = audit({"train": ["a", "nobody.png", "x.png"], "test": ["d", "e"]}, hand_worked())
+    assert result.unknown == {"train": 2, "test": 0} and result.images == {"train": 1, "test": 2}
+    assert result.patients == {"train": 1, "test": 1} and not result.leaks
+    assert "not checked, as the label file does not have them: 2 in train" in str(result)
+    assert "2 of 3 in train" in caplog.text
+    leak = audit({"train": ["a", "nobody.png"], "test": ["b"]}, hand_worked(), allow_leak=True)
+    assert leak.leaks and "1 in train" in str(leak) and leak.shared["patients"].tolist() == [1]
+
+
+def test_a_part_of_which_no_name_is_known_is_refused():
+    with pytest.raises(DataError, match=r"test: none of its 1 images is in the label file of by-hand: 'A\.png'.*'a'"):
+        audit({"train": ["a", "nobody.png"], "test": ["A.png"]}, hand_worked())
 
 
 @pytest.mark.parametrize("parts", [{}, {"train": ("a",), "test": ()}])
@@ -332,6 +388,31 @@ def test_a_list_is_read_with_any_line_ending_and_without_blank_lines(tmp_path):
     for name in ("list.txt", "nowhere.txt"):
         with pytest.raises(DataError, match=rf"{name} cannot be read"):
             read_list(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("my film.png 0 1", "my film.png"),
+        ("a,b.png", "a,b.png"),
+        ("x.png.png 1", "x.png.png"),
+        ("folder/deep/00000001_000 0 0.5 1", "00000001_000"),
+        ("'a.JPG', 1", "a.JPG"),
+        ("00000001_000;Mass", "00000001_000"),
+        ("17", "17"),
+    ],
+)
+def test_the_name_in_a_line_of_a_list_is_found(tmp_path, line, name):
+    (tmp_path / "list.txt").write_text(line)
+    assert read_list(tmp_path / "list.txt") == (name,)
+
+
+def test_a_line_that_is_a_name_of_the_labels_is_taken_as_it_is(tmp_path):
+    radiographs = hand_worked()
+    listed = radiographs.listed.assign(image=["a 1", "b,c", "d;e", *"defghij"])
+    (tmp_path / "list.txt").write_text("a 1\nb,c\nd;e\nf 0 1\nnobody\n")
+    names = read_list(tmp_path / "list.txt", dataclasses.replace(radiographs, listed=listed))
+    assert names == ("a 1", "b,c", "d;e", "f", "nobody")
 
 
 # ---- real data

@@ -10,6 +10,7 @@ pixels are never read. Every pair is written atomically: a build that was killed
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -23,28 +24,63 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
+from scipy.sparse import csr_array
 from tqdm.auto import tqdm
 
-from chexlib.data.nih import read_image
+from chexlib.data.nih import first_few, read_image
 from chexlib.errors import DataError
 from chexlib.files import replacing
 from chexlib.machine import cores
 from chexlib.runs import ROOT
 
 FOLDER = "CHEXLIB_CACHE"  # the environment variable that names another folder than data/cache
-VERSION = 3  # of the files' layout and of how pixels are made: a new one begins a new cache
+VERSION = 4  # of the files' layout and of how pixels are made: a new one begins a new cache
 ROUND = 5.0  # seconds after which a pair of files is closed and kept
 _ROWS = 1024  # images after which it is too, so that a build's memory does not grow with them
 _CHUNK = 64  # images decoded at a time
-_COLUMNS = {"key": np.uint64, "digest": np.uint64, "pixels": str, "row": np.int64, "crc": np.uint32}
+_COLUMNS = {
+    "key": np.uint64, "digest": np.uint64, "pixels": str, "row": np.int64, "crc": np.uint32, "dark": bool,
+}  # fmt: skip
+DARK = 100  # grey levels; an image of fewer bits than its file says has 95 % below
 log = logging.getLogger(__name__)
 
 
 def resize_area(image: np.ndarray, size: int) -> np.ndarray:
-    """Box-average (h, w) uint8 pixels to (size, size); each output pixel is the mean of the area it covers."""
+    """Resize (h, w) uint8 pixels to (size, size): each pixel is the mean of the area it covers.
+
+    A pixel that lies in the area by a part counts by that part. Pillow's box filter takes such a
+    pixel whole or not at all, so it serves only where `size` divides the sides, or they divide it.
+    """
     if image.shape == (size, size):
         return image
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BOX))
+    if all(side % size == 0 or size % side == 0 for side in image.shape):
+        return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BOX))
+    rows, columns = (_shares(side, size) for side in image.shape)
+    means = columns @ np.ascontiguousarray((rows @ image.astype(np.float32)).T)
+    return np.rint(means.T, order="C").astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=64)
+def _shares(side: int, size: int) -> csr_array:
+    """Which share of each output pixel each input pixel covers: (size, side) float32, rows sum to 1.
+
+    In units in which all edges are whole numbers, an input pixel is `size` long and an output pixel
+    `side`. Between two neighbouring edges, of either kind, lie one input and one output pixel.
+    """
+    edges = np.union1d(np.arange(side + 1) * size, np.arange(size + 1) * side)
+    starts, lengths = edges[:-1], np.diff(edges)
+    share = (lengths / side).astype(np.float32)
+    return csr_array((share, (starts // side, starts // size)), shape=(size, side))
+
+
+def too_dark(image: np.ndarray) -> bool:
+    """Whether 95 % of an image, averaged to 16 x 16 px, are below `DARK`.
+
+    The brightest 5 % of each of 1,435 NIH radiographs and 1,200 phantoms have 143 or more. Images
+    of 14 bits that were converted as if of 16 have less than 64.
+    """
+    small = resize_area(image, 16)
+    return int(np.partition(small, -13, axis=None)[-13]) < DARK
 
 
 def cache_folder(size: int) -> Path:
@@ -150,6 +186,8 @@ class ImageStore:
                 missing = wanted[found["digest"].isna().to_numpy()].drop_duplicates()
                 if not any(gather(len(missing))):
                     self._sweep(index)
+                    if place == 0:
+                        self._doubt(found["dark"].to_numpy(bool))
                     return found
                 bar.total = bar.n + len(missing)
                 added, error = 0, None
@@ -165,6 +203,16 @@ class ImageStore:
                 bar.update(sum(count for count, _ in told))
                 if not any(count for count, _ in told):
                     time.sleep(0.5)  # a file system that is slow to show another host's files
+
+    def _doubt(self, dark: np.ndarray) -> None:
+        """Tell of images that are too dark, each time they are opened."""
+        if dark.any():
+            named = first_few([self.paths[index] for index in np.flatnonzero(dark)])
+            log.warning(
+                f"{dark.sum():,} of {len(dark):,} images are very dark, 95 % of each below {DARK} of "
+                f"255 grey levels: {named}. Were films of fewer bits converted as if of 16? Export "
+                "them again, or training suffers."
+            )
 
     def _builders(self, gather: Callable) -> tuple[int, int | None]:
         """How many ranks build in this folder, one of each host, and which of them this one is, if it is one."""
@@ -204,7 +252,7 @@ class ImageStore:
     def _add(self, pool: ThreadPoolExecutor, missing: pd.DataFrame, index: pd.DataFrame) -> int:
         """Write one pair of files with as many of the missing images as a round gives time for. Gives their number."""
         until, rows, name = time.monotonic() + ROUND, [], uuid.uuid4().hex
-        places = index.drop_duplicates("digest").set_index("digest")[["pixels", "row", "crc"]]
+        places = index.drop_duplicates("digest").set_index("digest")[["pixels", "row", "crc", "dark"]]
         with replacing(self.folder / f"{name}.pixels") as file:
             written = 0
             for start in range(0, min(len(missing), _ROWS), _CHUNK):
@@ -212,11 +260,11 @@ class ImageStore:
                 contents = pool.map(lambda i: content(self.paths[i], self.size, places.index), chunk.index)
                 for key, (digest, pixels) in zip(chunk["key"], contents, strict=True):
                     if pixels is None:
-                        pair, row, crc = places.loc[digest]
-                        rows.append((key, digest, self._files[pair], row, crc))
+                        pair, *kept = places.loc[digest]
+                        rows.append((key, digest, self._files[pair], *kept))
                     else:
                         file.write(pixels)
-                        rows.append((key, digest, name, written, zlib.crc32(pixels)))
+                        rows.append((key, digest, name, written, zlib.crc32(pixels), too_dark(pixels)))
                         written += 1
                 if time.monotonic() > until:
                     break

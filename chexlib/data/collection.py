@@ -39,7 +39,8 @@ def collect(folders: Sequence[str | Path], directory: str | Path) -> Path:
     Raises
     ------
     DataError
-        A folder cannot be read; or the folders do not agree on whose image it is, so that they are of two releases.
+        A folder cannot be read; its labels know no name of one of its lists; or the folders do not agree on
+        whose image it is, so that they are of two releases.
     """
     directory, parts = Path(directory).absolute(), [load_radiographs(folder) for folder in folders]
     if not parts:
@@ -74,7 +75,7 @@ def _entries(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _listed(part: Radiographs, name: str) -> tuple[str, ...]:
-    return read_list(part.root / name) if (part.root / name).is_file() else ()
+    return read_list(part.root / name, part) if (part.root / name).is_file() else ()
 
 
 def _write(path: Path, table: pd.DataFrame) -> None:

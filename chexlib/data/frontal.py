@@ -13,7 +13,7 @@ import itertools
 
 import numpy as np
 
-from chexlib.data.cache import resize_area
+from chexlib.data.cache import DARK, resize_area, too_dark
 from chexlib.data.phantom import phantom_images
 
 SIDE = 16  # px; fine enough for lungs, too coarse for disease
@@ -42,7 +42,7 @@ def frontal_doubt(image: np.ndarray, *, colour: float = 0.0) -> str:
         return f"it has hardly any contrast (standard deviation {small.std():.1f} grey levels)"
     likeness = [float((_template() * np.rot90(_standard(small), turns)).mean()) for turns in range(4)]
     if likeness[0] >= LEAST_LIKENESS and likeness[0] == max(likeness):
-        return ""
+        return f"it is very dark (95 % of it is below {DARK} of 255 grey levels)" if too_dark(image) else ""
     turns = int(np.argmax(likeness))
     if -likeness[0] > max(LEAST_LIKENESS, likeness[turns]):
         return f"it seems to be inverted, white for black (likeness {likeness[0]:.2f})"

@@ -23,6 +23,7 @@ EDITIONS = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")  # the first one
 COLUMNS = {  # column of the release: ours, in our order
     "Image Index": "image", "Patient ID": "patient", "Follow-up #": "follow_up", "Patient Age": "age",
     "Patient Gender": "sex", "View Position": "view", "Finding Labels": "labels"}  # fmt: skip
+RENAMED = {"Patient Sex": "Patient Gender"}  # by NIH, in 2026
 BOX_COLUMNS = ["image", "finding", "x", "y", "width", "height"]
 BOX_SIDE = 1024  # px: the space of the release's box coordinates, whatever the size of the images here
 OLDEST = 120  # years: the 2017 edition has ages up to 414
@@ -39,8 +40,9 @@ class Radiographs:
     ----------
     root : Path
     table : DataFrame
-        One row per present image, by name: image, path (absolute), patient, follow_up (int), age (years or
-        NaN), sex ("M"/"F"), view ("PA"/"AP"), then the 14 FINDINGS (int8, 0 or 1).
+        One row per present image, by name: image, path (absolute), patient (text, as image names
+        are, however many digits it has), follow_up (int), age (years or NaN), sex ("M"/"F"), view
+        ("PA"/"AP"), then the 14 FINDINGS (int8, 0 or 1).
     listed : DataFrame
         The same without ``path``, for every row of the CSV, image present or not.
     boxes : DataFrame
@@ -116,7 +118,7 @@ def load_radiographs(data_dir: str | Path, *, max_images=0, seed=0, require_imag
         _log.warning("%d images have no row in %s: %s", len(strangers), editions[0].name, first_few(strangers))
     radiographs = Radiographs(root, table, listed, _read_boxes(root / "BBox_List_2017.csv", present))
     if 0 < max_images < len(table):
-        patients, row = np.unique(table["patient"], return_inverse=True)
+        row, patients = pd.factorize(table["patient"])
         place = np.random.default_rng(seed).permutation(len(patients))[row]
         radiographs = radiographs.select(table["image"].iloc[np.argsort(place, kind="stable")[:max_images]])
     return radiographs
@@ -126,14 +128,19 @@ def read_image(path: str | Path, content: bytes | None = None) -> np.ndarray:
     """Read a radiograph, PNG or JPEG of 1 to 16 bits, as grey levels of shape (height, width), uint8.
 
     With `content`, the file's bytes, `path` is for messages. Alpha is ignored: the release's RGBA files are opaque.
-    16-bit grey is divided by 257: white stays white. DataError if missing, empty, truncated, no image, or over 67 MP.
+    Files of 16 bits often hold 10 to 14: white is the greatest value of as many bits, 8 or more, as
+    the file's greatest value needs. DataError if missing, empty, truncated, no image, or over 67 MP.
     """
     try:
         with Image.open(path if content is None else io.BytesIO(content), formats=("PNG", "JPEG")) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} px, over the limit of {MAX_PIXELS:,} px")
             if image.mode.startswith("I"):
-                return ((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8)
+                values = np.asarray(image)
+                white = 2 ** max(8, int(values.max()).bit_length()) - 1
+                # The grey level of every value that can occur, rounded half up.
+                grey = (510 * np.arange(white + 1) + white) // (2 * white)
+                return grey.astype(np.uint8)[values]
             return np.array((image.convert("RGBA") if image.mode == "P" else image).convert("L"))
     except Exception as error:  # a damaged file makes PIL raise nearly anything
         reason = "it is empty" if os.path.isfile(path) and not os.path.getsize(path) else error
@@ -167,6 +174,11 @@ def first_few(values: Sequence, n: int = 5) -> str:
     return ", ".join(repr(str(value)) for value in values[:n]) + more
 
 
+def base_name(text: str) -> str:
+    """The name of an image, without the folder that a list or a table may have before it."""
+    return re.split(r"[\\/]", text.strip())[-1]
+
+
 def rows_of(images: Iterable[str], table: pd.DataFrame) -> pd.DataFrame:
     """The rows of a table with an ``image`` column that are of these images (faster than `isin`)."""
     wanted = set(images)
@@ -181,10 +193,15 @@ def _read_csv(path: Path, **options) -> pd.DataFrame:
 
 
 def _read_entries(path: Path) -> pd.DataFrame:
-    header = [c.strip().replace("Patient Sex", "Patient Gender") for c in _read_csv(path, nrows=0)]  # NIH's since 2026
+    names = [str(name).strip() for name in _read_csv(path, header=None, nrows=1).iloc[0]]
+    header = [RENAMED.get(name, name) for name in names]
+    if twice := [name for name in COLUMNS if header.count(name) > 1]:
+        columns = first_few([name for name, ours in zip(names, header, strict=True) if ours in twice])
+        raise DataError(f"{path} has several columns for one thing: {columns}. Leave one of each.")
     if missing := [column for column in COLUMNS if column not in header]:
         has = f"has no column {first_few(missing)} (columns: {', '.join(header)})"
         raise DataError(f"{path} {has}. Use the file of the NIH release.")
+    header = [name if name in COLUMNS else f"column {i}" for i, name in enumerate(header)]
     entries = _read_csv(path, header=0, names=header, usecols=list(COLUMNS)).rename(columns=COLUMNS)
     for column in ("image", "sex", "view"):
         entries[column] = entries[column].fillna("").str.strip()
@@ -192,13 +209,34 @@ def _read_entries(path: Path) -> pd.DataFrame:
     if len(twice) or entries.empty:
         fault = f"image names that are blank or occur twice: {first_few(twice)}" if len(twice) else "no rows"
         raise DataError(f"{path} has {fault}. Accepted: one row per image. Use the NIH release's file.")
-    for column in ("patient", "follow_up"):
-        entries[column] = _numbers(entries[column], f"{path}, {column}", whole=True).astype(int)
+    entries["patient"] = _patients(entries["patient"], path)
+    entries["follow_up"] = _numbers(entries["follow_up"], f"{path}, follow_up", whole=True).astype(int)
     years = entries["age"].map({age: _years(age) for age in entries["age"].dropna().unique()}).astype(float)
     if len(lost := entries.loc[years.isna() & entries["age"].notna(), "age"]):
         _log.warning("%s: %d impossible ages set to unknown: %s", path, len(lost), first_few(lost.unique()))
     labels = pd.DataFrame(_label_matrix(entries["labels"], path), columns=list(FINDINGS))
     return pd.concat([entries.assign(age=years)[list(COLUMNS.values())[:-1]], labels], axis=1)
+
+
+def _patients(column: pd.Series, path: Path) -> pd.Series:
+    """Who is who, as text: float64 does not tell numbers of 17 digits apart, such as PadChest's."""
+    patients = column.fillna("").str.strip()
+    # "13.0" is 13, written by a program that took it for a measurement. With more digits, or an
+    # exponent, it was rounded, and several people may have become one.
+    patients = patients.str.replace(r"^(\d{1,15})\.0*$", r"\1", regex=True)
+    rounded = patients.str.fullmatch(r"\d+\.0*|\d+([.,]\d*)?[eE]\+\d+")
+    if (bad := rounded | (patients == "")).any():
+        raise DataError(
+            f"{path}, patient: {bad.sum()} rows have no patient, or a number that a spreadsheet has "
+            f"rounded: {first_few(patients[bad].unique())}. Accepted: any text. Use the file as it was "
+            "released."
+        )
+    short = patients.drop_duplicates().str.lstrip("0")
+    if (alike := short.duplicated(keep=False)).any():
+        named = first_few(patients[short.index[alike]].sort_values(key=lambda p: p.str.lstrip("0")).tolist())
+        differ = "patients that differ by zeros in front are taken for different people"
+        _log.warning("%s: %s: %s", path, differ, named)
+    return patients
 
 
 def _years(age: str) -> float:

@@ -9,6 +9,7 @@ import html
 import itertools
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from chexlib.data.nih import NEXT_STEP, Radiographs, first_few, rows_of
+from chexlib.data.nih import NEXT_STEP, Radiographs, base_name, first_few, rows_of
 from chexlib.errors import ConfigError, DataError
 from chexlib.findings import FINDINGS
 
@@ -59,6 +60,9 @@ class Audit:
     Attributes
     ----------
     images, patients : dict, part to count
+        Of the images that the label file has, as all that follows.
+    unknown : dict, part to count
+        Images of the part that the label file does not have, for instance as it is a subset's.
     shared : DataFrame
         One row per pair of parts: part_a, part_b, patients (in both), images_a, images_b (of those patients).
     duplicates : tuple of image names that are listed more than once
@@ -69,6 +73,7 @@ class Audit:
 
     images: dict[str, int]
     patients: dict[str, int]
+    unknown: dict[str, int]
     shared: pd.DataFrame
     duplicates: tuple[str, ...]
     prevalence: pd.DataFrame
@@ -88,7 +93,11 @@ class Audit:
         ]
         if self.duplicates:
             found.append(f"{len(self.duplicates):,} images are listed repeatedly: {first_few(self.duplicates)}")
-        return "; ".join(found) or "no patient is in two parts, no image is listed twice"
+        found = found or ["no patient is in two parts, no image is listed twice"]
+        unknown = [f"{n:,} in {part}" for part, n in self.unknown.items() if n]
+        if unknown:
+            found.append(f"not checked, as the label file does not have them: {', '.join(unknown)}")
+        return "; ".join(found)
 
     def _repr_html_(self) -> str:
         verdict = f"<p><b>{'LEAK' if self.leaks else 'No leak'}</b>: {html.escape(str(self))}</p>"
@@ -99,11 +108,12 @@ class Audit:
 def official_split(radiographs: Radiographs, *, validation_fraction: float = 0.125, seed: int = 0) -> Split:
     """The release's split: test_list.txt tests; train_val_list.txt is cut by patient, stratified.
 
-    Only present images are kept. DataError for a missing list, an image in both, or an empty part.
+    Only present images are kept. DataError for a missing list, one of which no name is in the label
+    file, an image in both, or an empty part.
     """
     if not 0 < validation_fraction < 1:
         raise ConfigError(f"validation_fraction={validation_fraction} is not between 0 and 1, as 0.125 is.")
-    training, testing = (read_list(radiographs.root / name) for name in LISTS)
+    training, testing = (read_list(radiographs.root / name, radiographs) for name in LISTS)
     if both := sorted(set(training) & set(testing)):
         raise DataError(f"{' and '.join(LISTS)} share images: {first_few(both)}. Use the release's lists.")
     table = radiographs.table
@@ -142,13 +152,16 @@ def make_split(radiographs: Radiographs, *, kind: str = "auto", seed: int = 0) -
     """A split by its kind: "official", "patient", "image" or "auto".
 
     "auto" is official if no part is then empty and at least 2 findings of the test part have both positives
-    and negatives; else patient.
+    and negatives; else patient. Where there are lists that are not used, that is told as a warning;
+    lists of which no name is in the label file are an error.
     """
     makers = {"official": official_split, "patient": patient_split, "image": image_split}
     if kind in makers:
         return makers[kind](radiographs, seed=seed)
     if kind != "auto":
         raise ConfigError(f"There is no split of kind {kind!r}. Use one of auto, {', '.join(makers)}.")
+    files = [radiographs.root / name for name in LISTS if (radiographs.root / name).is_file()]
+    listed = [read_list(file, radiographs) for file in files]
     try:
         split = official_split(radiographs, seed=seed)
         share = radiographs.select(split.images("test")).labels.mean(axis=0)
@@ -157,17 +170,22 @@ def make_split(radiographs: Radiographs, *, kind: str = "auto", seed: int = 0) -
         reason = "fewer than 2 findings have both positives and negatives in its test part"
     except DataError as error:
         reason = str(error)
-    _log.info("splitting by patient, not officially: %s", reason)
+    level = logging.WARNING if any(listed) else logging.INFO
+    _log.log(level, "splitting by patient, not officially: %s", reason)
     return patient_split(radiographs, seed=seed)
 
 
 def audit(parts: Split | Mapping[str, Iterable[str]], radiographs: Radiographs, *, allow_leak=False) -> Audit:
-    """Count the patients that are in two parts, by the CSV's patient numbers; images need not be present.
+    """Count the patients that are in two parts, by the label file; images need not be present.
+
+    Names that the label file does not have are counted: the lists of the release are longer than a
+    subset's labels.
 
     Raises
     ------
     DataError
-        A leak, with its numbers (`allow_leak` logs it instead); a name not in the CSV; an empty part.
+        A leak, with its numbers (`allow_leak` logs it instead); a part that is empty, or of which no
+        name is known.
     """
     given = parts.parts if isinstance(parts, Split) else parts
     parts = {name: tuple(images) for name, images in given.items()}
@@ -175,16 +193,23 @@ def audit(parts: Split | Mapping[str, Iterable[str]], radiographs: Radiographs, 
         raise DataError(f"No part may be empty: { {p: len(i) for p, i in parts.items()} }. Add image names.")
     by_name = radiographs.listed.set_index("image")
     every = pd.Series([image for images in parts.values() for image in images], dtype=object)
-    if len(unknown := every[by_name.index.get_indexer(every) < 0].unique()):
-        raise DataError(f"Not in the CSV of {radiographs.root}: {first_few(unknown)}. Give names of its first column.")
-    rows = {name: by_name.loc[list(images)] for name, images in parts.items()}
-    patients, pairs = {name: part["patient"].to_numpy() for name, part in rows.items()}, []
+    rows, unknown, pairs = {}, {}, []
+    for name, images in parts.items():
+        place = by_name.index.get_indexer(pd.Index(images, dtype=object))
+        _refuse_strangers(images, place, name, radiographs)
+        rows[name], unknown[name] = by_name.iloc[place[place >= 0]], int((place < 0).sum())
+    if any(unknown.values()):
+        counted = ", ".join(f"{n:,} of {len(parts[name]):,} in {name}" for name, n in unknown.items() if n)
+        _log.warning("not checked, as the label file of %s does not have them: %s", radiographs.root, counted)
+    patients = {name: part["patient"] for name, part in rows.items()}
     for a, b in itertools.combinations(parts, 2):
-        both = np.intersect1d(patients[a], patients[b])
-        pairs.append((a, b, len(both), np.isin(patients[a], both).sum(), np.isin(patients[b], both).sum()))
+        both = set(patients[a]) & set(patients[b])
+        touched = (int(patients[part].isin(both).sum()) for part in (a, b))
+        pairs.append((a, b, len(both), *touched))
     result = Audit(
-        images={name: len(images) for name, images in parts.items()},
-        patients={name: len(np.unique(ids)) for name, ids in patients.items()},
+        images={name: len(part) for name, part in rows.items()},
+        patients={name: ids.nunique() for name, ids in patients.items()},
+        unknown=unknown,
         shared=pd.DataFrame(pairs, columns=["part_a", "part_b", "patients", "images_a", "images_b"]),
         duplicates=tuple(sorted(every[every.duplicated()].unique())),
         prevalence=pd.DataFrame({name: part[list(FINDINGS)].mean() for name, part in rows.items()}),
@@ -199,15 +224,50 @@ def audit(parts: Split | Mapping[str, Iterable[str]], radiographs: Radiographs, 
     return result
 
 
-def read_list(path: str | Path) -> tuple[str, ...]:
-    """Image names of a text file, one a line; blank lines are ignored. DataError if it cannot be read."""
+def read_list(path: str | Path, radiographs: Radiographs | None = None) -> tuple[str, ...]:
+    """Image names of a text file, one a line; blank lines are ignored.
+
+    A folder before a name is left out, and what follows it: many lists have the 14 labels there.
+
+    Raises
+    ------
+    DataError
+        The file cannot be read; or it has names, and `radiographs` lists none of them. Some that they
+        do not list are no error: the official lists are longer than a subset's labels.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"The image list {path} cannot be read: {error}. Name a text file with one image name a line."
         ) from error
-    return tuple(line.strip() for line in lines if line.strip())
+    lines = [line.strip() for line in lines if line.strip()]
+    if radiographs is None:
+        return tuple(_name_in(line) for line in lines)
+    known = pd.Index(radiographs.listed["image"])
+    names = tuple(line if line in known else _name_in(line) for line in lines)
+    if names:
+        _refuse_strangers(names, known.get_indexer(pd.Index(names, dtype=object)), path, radiographs)
+    return names
+
+
+def _name_in(line: str) -> str:
+    """The image name in a line of a list, such as `images/00000001_000.png 0 1 0`."""
+    picture = re.match(r"""["']?(.*?\.(?:png|jpe?g|dcm|dicom))(?=["'\s,;]|$)""", line, re.IGNORECASE)
+    if picture:
+        return base_name(picture[1])
+    first = re.split(r"[,;\t]", line)[0]
+    return base_name(re.sub(r"(\s+[-+]?\d+(\.\d*)?)+\s*$", "", first).strip("\"'"))
+
+
+def _refuse_strangers(names: Sequence[str], place: np.ndarray, where, radiographs: Radiographs) -> None:
+    """DataError if none of the names has a place in the label file."""
+    if not (place >= 0).any():
+        raise DataError(
+            f"{where}: none of its {len(names):,} images is in the label file of {radiographs.root}: "
+            f"{first_few(names)}. Names such as {radiographs.listed['image'].iloc[0]!r} are expected. "
+            "Put them right, or remove the list."
+        )
 
 
 def stratify_patients(table: pd.DataFrame, fractions: Sequence[float], seed: int) -> np.ndarray:
@@ -216,7 +276,7 @@ def stratify_patients(table: pd.DataFrame, fractions: Sequence[float], seed: int
     A patient counts with the images per finding and in all. The finding with the fewest images left goes
     first; each of its patients, in random order, goes to the part that lacks most of it, then most images.
     """
-    ids, row = np.unique(table["patient"], return_inverse=True)
+    row, ids = pd.factorize(table["patient"])  # in the table's order, that of the image names
     counts = np.zeros((len(ids), len(FINDINGS) + 1))
     np.add.at(counts, row, np.column_stack([table[list(FINDINGS)], np.ones(len(table))]))
     lack = np.outer(fractions, counts.sum(axis=0))

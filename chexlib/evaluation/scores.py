@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import logging
 import os
+import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from chexlib.data.nih import Radiographs, first_few, load_radiographs
+from chexlib.data.nih import Radiographs, base_name, first_few, load_radiographs
 from chexlib.data.splits import LISTS, Split, read_list
 from chexlib.errors import DataError
 from chexlib.evaluation.auroc import judge
@@ -17,18 +21,23 @@ from chexlib.findings import ALIASES, FINDINGS
 
 IMAGE_COLUMNS = ("image", "Image Index", "path", "filename")
 TRUTH = "label_"  # prefix of the labels in our own predictions.parquet, which are not scores
+MOST_ALIKE = 0.95  # of positives and of negatives: scores of two values that agree so well are labels
+FEWEST_ALIKE = 10  # positives and negatives from which one such finding is enough to refuse a file
+_log = logging.getLogger(__name__)
 
 
 def read_scores(path: str | Path, radiographs: Radiographs, *, part: str = "test") -> pd.DataFrame:
-    """Read scores and put the folder's labels beside them.
+    """Read scores and put the folder's labels beside them; what is left out is told as a warning.
 
     Parameters
     ----------
     path : path of a CSV or Parquet file
-        A row an image: its name, or path, in a column `image`, `Image Index`, `path` or `filename`, or else in the
-        first one; and a column a finding, in any order, named as in `FINDINGS`, with or without a prefix they share.
+        A row an image: its name, or path, in a column `image`, `Image Index`, `path` or `filename`, or
+        else in the first one; and a column a finding, in any order, named as in `FINDINGS`, with or
+        without a prefix they share. A CSV may have `;` or tabs between columns, and then decimal commas.
     radiographs : Radiographs
-        Of which the labels of all listed images are used, be the images there or not.
+        Of which the labels of all listed images are used, be the images there or not. Rows of images
+        that it does not list, or without a name, are left out.
     part : str
         If the file has a column `part`, only its rows of this part are read.
 
@@ -40,10 +49,14 @@ def read_scores(path: str | Path, radiographs: Radiographs, *, part: str = "test
     Raises
     ------
     DataError
-        No such file, no column of a finding or two, images that occur twice or that the folder does not list, scores
-        that are no numbers.
+        No such file; no column of a finding, or two; images that occur twice; not one that the folder
+        lists; scores that are no numbers, or that are the labels.
     """
-    path = Path(path)
+    return _matched(Path(path), radiographs, part)[0]
+
+
+def _matched(path: Path, radiographs: Radiographs, part: str) -> tuple[pd.DataFrame, dict]:
+    """As `read_scores`, and what was left out: number and first names of images, and columns."""
     table = _read(path)
     if "part" in table:
         rows = table[table["part"] == part]
@@ -52,24 +65,63 @@ def read_scores(path: str | Path, radiographs: Radiographs, *, part: str = "test
             raise DataError(f"{path} has no rows of part {part!r} (parts: {parts}). Name one of these.")
         table = rows
     column = next((name for name in IMAGE_COLUMNS if name in table), table.columns[0])
-    images = table[column].astype(str).map(lambda name: Path(name.strip()).name).reset_index(drop=True)
+    images = table[column].map(lambda name: "" if pd.isna(name) else base_name(str(name)))
+    place = pd.Index(radiographs.listed["image"]).get_indexer(pd.Index(images, dtype=object))
+    known = place >= 0
+    if not known.any():
+        raise DataError(
+            f"{path}: none of {len(images):,} images is in the label file of {radiographs.root}: "
+            f"{first_few(images.tolist())}. Image names are expected in column {column!r}."
+        )
+    strangers = images[~known].tolist()
+    table, images, place = table[known], images[known], place[known]
     if len(twice := images[images.duplicated()].unique()):
         raise DataError(f"{path}: {len(twice)} images occur twice: {first_few(twice)}. Accepted: one row an image.")
-    place = pd.Index(radiographs.listed["image"]).get_indexer(images)
-    if (unknown := place < 0).any():
-        raise DataError(
-            f"{path}: {unknown.sum():,} of {len(images):,} images are not in the label file of {radiographs.root}: "
-            f"{first_few(images[unknown].tolist())}. Image names are expected in column {column!r}."
-        )
     listed = radiographs.listed.iloc[place].reset_index(drop=True)
-    frame = listed[["image", "patient"]].assign(part=part)
-    frame[[f"label_{f}" for f in FINDINGS]] = listed[list(FINDINGS)].to_numpy()
-    columns = _columns_of_findings(path, [str(name) for name in table.columns if name not in (column, "part")])
-    scores = table[columns].apply(pd.to_numeric, errors="coerce").to_numpy(float)
-    if missing := int((scores != scores).sum()):
+    labels = listed[list(FINDINGS)].to_numpy()
+    columns, unused = _columns_of_findings(path, [str(name) for name in table if name not in (column, "part")])
+    scores = table[columns].apply(_numbers).to_numpy(float)
+    if missing := int(np.isnan(scores).sum()):
         raise DataError(f"{path}: {missing:,} scores are missing or no numbers. Give every image all 14 scores.")
+    also = f" These columns look like findings and are not used: {first_few(unused, 14)}." if unused else ""
+    if copied := _labels_among(scores, labels):
+        raise DataError(
+            f"{path}: the columns {first_few([columns[k] for k in copied], 3)} are the labels, not "
+            f"scores.{also} Name the columns of scores as the findings, with a prefix or without, and "
+            "leave the labels out."
+        )
+    if also:
+        _log.warning("%s:%s", path, also)
+    if strangers:
+        named = first_few([name or "(no name)" for name in strangers])
+        _log.warning(
+            "%s: %s of %s rows are left out, as the label file of %s does not have their images: %s",
+            path, f"{len(strangers):,}", f"{len(known):,}", radiographs.root, named,
+        )  # fmt: skip
+    frame = listed[["image", "patient"]].assign(part=part)
+    frame[[f"label_{f}" for f in FINDINGS]] = labels
     frame[[f"score_{f}" for f in FINDINGS]] = scores
-    return frame
+    return frame, {"images": len(strangers), "first": strangers[:5], "columns": unused}
+
+
+def _labels_among(scores: np.ndarray, labels: np.ndarray) -> list[int]:
+    """Findings whose scores are the labels, in whatever two numbers they are written.
+
+    None if they are too few to be sure: fewer than `FEWEST_ALIKE` positives or negatives, and no more
+    than half of the findings. A model that decides, with few images, may be right on all of a finding.
+    """
+    copied, enough, told = [], False, 0
+    for k, has in enumerate(labels.T == 1):
+        if has.all() or not has.any():
+            continue
+        told += 1
+        values = np.unique(scores[:, k])
+        high = scores[:, k] == values[-1]
+        agreed = np.array([high[has].mean(), 1 - high[~has].mean()])
+        if len(values) == 2 and (agreed.min() >= MOST_ALIKE or agreed.max() <= 1 - MOST_ALIKE):
+            copied.append(k)
+            enough |= min(has.sum(), (~has).sum()) >= FEWEST_ALIKE
+    return copied if enough or 2 * len(copied) > told else []
 
 
 def where_from(predictions: pd.DataFrame, radiographs: Radiographs) -> dict:
@@ -81,7 +133,7 @@ def where_from(predictions: pd.DataFrame, radiographs: Radiographs) -> dict:
     images, files = tuple(predictions["image"]), [radiographs.root / name for name in LISTS]
     name = "images of the file"
     if all(file.is_file() for file in files):
-        training, testing = (set(read_list(file)) for file in files)
+        training, testing = (set(read_list(file, radiographs)) for file in files)
         seen, tested = len(training.intersection(images)), len(testing.intersection(images))
         name = f"{tested:,} of the {len(testing):,} images of the official test list"
         name += f", and {seen:,} of the official TRAINING list" if seen else ""
@@ -95,11 +147,14 @@ def evaluate(path: str | Path, data_dir: str | Path, *, against: str | Path = ""
     Returns
     -------
     dict
-        split (as `where_from` says), auroc (the table of `judge`) and, with `against`, difference (that of `compare`).
+        split (as `where_from` says), left_out (the number of `images` in the file that have no labels, the
+        `first` of their names, and `columns` that look like findings and were not used), auroc (the table
+        of `judge`) and, with `against`, difference (that of `compare`).
     """
     radiographs = load_radiographs(data_dir, require_images=False)
-    scores = read_scores(path, radiographs, part=part)
-    found = {"split": where_from(scores, radiographs), "auroc": judge(scores, part=part, seed=seed)}
+    scores, left_out = _matched(Path(path), radiographs, part)
+    found = {"split": where_from(scores, radiographs), "left_out": left_out}
+    found["auroc"] = judge(scores, part=part, seed=seed)
     if against:
         found["difference"] = compare(scores, read_scores(against, radiographs, part=part), part=part, seed=seed)
     return found
@@ -124,21 +179,45 @@ def judged_in(run: str | Path | None, data: str) -> dict[str, dict]:
 
 
 def _read(path: Path) -> pd.DataFrame:
+    """The table of a file; of a CSV all as text, since names of images may be digits alone."""
     if not path.is_file():
         raise DataError(f"there is no file {path}. Name a CSV or Parquet file of scores.")
     try:
-        table = pd.read_parquet(path) if path.suffix in (".parquet", ".pq") else pd.read_csv(path)
+        table = pd.read_parquet(path) if path.suffix in (".parquet", ".pq") else _read_text(path)
     except Exception as error:  # pandas and Arrow raise many kinds
         raise DataError(
             f"{path} cannot be read: {error}. Accepted: CSV, or Parquet with the ending .parquet."
         ) from error
+    names = table.columns.astype(str)
+    if names.has_duplicates:
+        raise DataError(f"{path} has several columns {first_few(names[names.duplicated()])}. Leave one of each.")
+    table = table.dropna(how="all")
     if table.empty:
         raise DataError(f"{path} has no rows. Accepted: a row an image, and a header.")
     return table
 
 
-def _columns_of_findings(path: Path, columns: list[str]) -> list[str]:
-    """The column of each finding, in our order: all 14 with one prefix, which may be empty."""
+def _read_text(path: Path) -> pd.DataFrame:
+    with open(path, encoding="utf-8-sig") as file:
+        first = file.readline()
+    separator = max(",;\t", key=first.count)
+    lines = pd.read_csv(path, sep=separator, header=None, dtype=str, encoding="utf-8-sig", skipinitialspace=True)
+    header = [f"column {i + 1}" if pd.isna(name) else name for i, name in enumerate(lines.iloc[0])]
+    return lines[1:].set_axis(header, axis=1)
+
+
+def _numbers(column: pd.Series) -> pd.Series:
+    """The numbers of a column, NaN for what is none. Decimals may have a comma for their point."""
+    if pd.api.types.is_string_dtype(column):
+        column = column.str.strip().str.replace(r"^([-+]?\d*),(\d+)$", r"\1.\2", regex=True)
+    return pd.to_numeric(column, errors="coerce")
+
+
+def _columns_of_findings(path: Path, columns: list[str]) -> tuple[list[str], list[str]]:
+    """The column of each finding, in our order: all 14 with one prefix, which may be empty.
+
+    And the columns that look like findings and are not used.
+    """
     found: dict[str, dict[str, list[str]]] = {}
     for column in columns:
         name = column.strip()
@@ -161,4 +240,14 @@ def _columns_of_findings(path: Path, columns: list[str]) -> list[str]:
         raise DataError(f"{path} has no column {first_few([prefix + f for f in missing], 14)}. Needed: one a finding.")
     if twice := [columns for columns in found[prefix].values() if len(columns) > 1]:
         raise DataError(f"{path} has two columns for one finding: {first_few(twice[0])}. Leave one of them.")
-    return [found[prefix][finding][0] for finding in FINDINGS]
+    used = [found[prefix][finding][0] for finding in FINDINGS]
+    ours = {TRUTH + finding for finding in FINDINGS}
+    return used, [name for name in columns if name not in used and name not in ours and _like_a_finding(name)]
+
+
+def _like_a_finding(column: str) -> bool:
+    plain, findings = (
+        [re.sub("[^a-z]", "", name.lower()) for name in names] for names in ([column], (*FINDINGS, *ALIASES))
+    )
+    within = any(finding in plain[0] for finding in findings)
+    return within or bool(difflib.get_close_matches(plain[0], findings, 1, 0.8))
