@@ -128,7 +128,7 @@ def earlier_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
         Index the snapshot; columns images, effect, low, high, seeds, pairs (complete ones), diverged (trainings).
     """
     own = rows[rows["rate"] == DEFAULT]
-    table = own.pivot(index=["warmup", "seed"], columns="snapshot", values="auroc")
+    table = _areas(own, ["warmup", "seed"], "snapshot")
     last = table.pop(table.columns.max())
     return _gains_over(last, table, rows, level)
 
@@ -149,7 +149,7 @@ def pretraining_gains(rows: pd.DataFrame, scratch: pd.DataFrame, *, level: float
         Index the snapshot; columns as those of `earlier_gains`.
     """
     own = rows[(rows["rate"] == DEFAULT) & (rows["warmup"] > 0)]
-    table = own.pivot(index="seed", columns="snapshot", values="auroc")
+    table = _areas(own, ["seed"], "snapshot")
     return _gains_over(scratch.set_index("seed")["auroc"], table, rows, level)
 
 
@@ -162,6 +162,11 @@ def _gains_over(other: pd.Series, table: pd.DataFrame, rows: pd.DataFrame, level
         pairs = pd.DataFrame({"one": table[snapshot], "other": other})
         found.append({"images": images[snapshot], **_mean_of_pairs(pairs, apart)})
     return pd.DataFrame(found, index=pd.Index(table.columns, name="snapshot"))
+
+
+def _areas(rows: pd.DataFrame, index: Sequence[str], columns: str) -> pd.DataFrame:
+    """AUROC of each training, NaN where it diverged: a pivot table would leave rows of these out."""
+    return rows.pivot(index=list(index), columns=columns, values="auroc")  # noqa: PD010
 
 
 def _mean_of_pairs(pairs: pd.DataFrame, level: float) -> dict:
@@ -201,7 +206,7 @@ def rule_effects(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     found = {"earlier": _mean_of_pairs(none, level) if best is None else gains.loc[best].drop("images").to_dict()}
     found["rate"] = _rate_gain(rows, level)
     warm = rows.assign(start=rows["warmup"].gt(0).map({True: "warm-up", False: "none"}))
-    by_warmup = warm.pivot(index=["snapshot", "rate", "seed"], columns="start", values="auroc")
+    by_warmup = _areas(warm, ["snapshot", "rate", "seed"], "start")
     found["warm-up"] = _mean_of_pairs(by_warmup[["warm-up", "none"]], level)
     table = pd.DataFrame(found).T
     table.insert(0, "rule", pd.Series(RULES))
@@ -238,7 +243,7 @@ def rate_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
 
 
 def _rate_gain(rows: pd.DataFrame, level: float) -> dict:
-    by_rate = rows.pivot(index=["snapshot", "warmup", "seed"], columns="rate", values="auroc")
+    by_rate = _areas(rows, ["snapshot", "warmup", "seed"], "rate")
     return _mean_of_pairs(by_rate[[OWN, DEFAULT]], level)
 
 
