@@ -89,6 +89,16 @@ def test_earlier_snapshots_are_compared_with_the_last_at_the_same_warmup():
     assert gains["diverged"].tolist() == [2] * 5
 
 
+def test_one_snapshot_or_a_last_one_that_diverged_leaves_the_rule_of_earlier_ones_undecided():
+    one = study.rule_effects(rows_of(lambda p: 0.8 + 0.02 * (p["rate"] == study.OWN), snapshots=1))
+    assert one["verdict"].tolist() == ["undecided", "reproduced", "undecided"] and one.loc["earlier", "seeds"] == 0
+    rows = rows_of(lambda p: 0.8 + 0.02 * (p["rate"] == study.OWN))
+    rows.loc[rows["snapshot"] == 6, "auroc"] = np.nan
+    without = study.rule_effects(rows)
+    assert without["verdict"].tolist() == ["undecided", "reproduced", "undecided"]
+    assert without["pairs"].tolist() == [0, 30, 30] and without["diverged"].tolist() == [6, 12, 12]
+
+
 def test_no_rule_has_a_verdict_where_nothing_was_learnt():
     found = study.rule_effects(rows_of(lambda p: 0.6 + 0.02 * (p["rate"] == study.OWN)))
     assert found["verdict"].tolist() == ["not measured"] * 3

@@ -201,9 +201,13 @@ def rule_effects(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
         no fine-tuning has learnt.
     """
     gains = earlier_gains(rows, level=level)
-    best = gains["effect"].idxmax() if gains["effect"].notna().any() else None
-    none = pd.DataFrame({"one": [], "other": []}, index=pd.Index([], name="seed"), dtype=float)
-    found = {"earlier": _mean_of_pairs(none, level) if best is None else gains.loc[best].drop("images").to_dict()}
+    if len(gains):
+        best = gains["effect"].fillna(-np.inf).idxmax()
+        earlier = gains.loc[best].drop("images").to_dict()
+    else:
+        none = pd.Index([], name="seed")
+        earlier = _mean_of_pairs(pd.DataFrame({"one": [], "other": []}, none, dtype=float), level)
+    found = {"earlier": earlier}
     found["rate"] = _rate_gain(rows, level)
     warm = rows.assign(start=rows["warmup"].gt(0).map({True: "warm-up", False: "none"}))
     by_warmup = _areas(warm, ["snapshot", "rate", "seed"], "start")
@@ -211,7 +215,7 @@ def rule_effects(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     table = pd.DataFrame(found).T
     table.insert(0, "rule", pd.Series(RULES))
     table["verdict"] = [verdict_on_gain(low, high) for low, high in zip(table["low"], table["high"], strict=True)]
-    if best is not None and table.loc["earlier", "verdict"] == CONTRADICTED and not (gains["high"] < 0).all():
+    if table.loc["earlier", "verdict"] == CONTRADICTED and not (gains["high"] < 0).all():
         table.loc["earlier", "verdict"] = UNDECIDED  # contradicted only where the last beats every earlier one
     highest = float(along(rows).max(axis=None))
     if not has_learnt(highest):
