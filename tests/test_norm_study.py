@@ -119,7 +119,17 @@ def test_the_verdict_says_nothing_of_a_network_that_has_not_learned():
     scores = rows.filter(like="auroc").columns
     rows[scores] -= 0.3
     rows["auroc_recalibrated"] += 0.01 * (rows["seed"] - 1)
-    assert "0.500 at the smallest batch is not clearly above chance" in verdict(decompose(rows))
+    said = verdict(decompose(rows))
+    assert "At the smallest batch nothing was learnt: a mean AUROC of 0.500 is below 0.7" in said
+    assert said.count("no conclusion") == 1 and "largest of" not in said.split("no conclusion")[1]
+
+
+def test_the_studys_claim_has_no_verdict_where_one_of_its_networks_learnt_nothing():
+    rows = pd.DataFrame(study("densenet121", 0.70, 0.76, (0.60, 0.73)) + study("resnet50", 0.7, 0.76, (0.65, 0.7)))
+    scores = rows.filter(like="auroc").columns
+    rows.loc[rows["topology"] == "resnet50", scores] -= 0.2  # learnt a little, to 0.6
+    said = verdict(decompose(rows))
+    assert "bears large batches better is not measured, since resnet50 learnt nothing" in said
 
 
 def test_a_training_that_diverged_takes_its_seed_out_of_the_causes_and_no_other_batch_takes_its_place(caplog):
@@ -141,11 +151,11 @@ def test_the_verdict_holds_the_studys_claim_against_paired_seeds_and_says_what_m
     assert own["recalibration"].tolist() == pytest.approx([0.13] * 3)
     assert own["momentum 0.9"].tolist() == pytest.approx([0.04] * 3)
     said = verdict(decompose(rows), mended)
-    assert "densenet121 less that of resnet50 is +0.050 (+0.050 to +0.050)" in said and "better is kept" in said
+    assert "densenet121 less that of resnet50 is +0.050 (+0.050 to +0.050)" in said and "better is reproduced" in said
     assert "for resnet50 at the largest batch, AUROC that each adds: recalibration +0.050 (+0.050 to +0.050)" in said
     assert "momentum 0.9 -0.010" in said
     other = verdict(decompose(rows.replace({"resnet50": "densenet121", "densenet121": "resnet50"})))
-    assert "better is reversed" in other
+    assert "better is contradicted" in other
 
 
 @pytest.mark.parametrize(("images", "epochs"), [(75_700, 10), (384, 10), (256, 3)])

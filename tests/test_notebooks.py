@@ -160,7 +160,8 @@ def test_the_three_rules_are_judged_by_the_numbers_beside_them(whole_run):
     found = json.loads((folder / "metrics.json").read_text())
     assert [row["images"] for row in found["snapshots"].values()] == [32, 64]
     assert set(found["rules"]) == {"earlier", "rate", "warm-up"}
-    assert {row["verdict"] for row in found["rules"].values()} == {"open"}  # of one seed nothing follows
+    verdicts = {row["verdict"] for row in found["rules"].values()}
+    assert len(verdicts) == 1 and verdicts <= {"undecided", "not measured"}  # of one seed nothing follows
     own, default = (
         [found["auroc_along"][n][f"{rate} rate, {w}"] for n in ("32", "64") for w in ("warm-up", "no warm-up")]
         for rate in ("the checkpoint's", "the default")
@@ -172,7 +173,7 @@ def test_the_three_rules_are_judged_by_the_numbers_beside_them(whole_run):
         for output in cell.get("outputs", [])
         if "data" in output
     )
-    assert "*start at the rate it was being trained at*: **open**" in text
+    assert f"*start at the rate it was being trained at*: **{found['rules']['rate']['verdict']}**" in text
     assert f"{found['rules']['rate']['effect']:+.3f}" in text
     assert [row["updates"] for row in found["updates"].values()] == [2, 1]
 

@@ -73,7 +73,7 @@ def test_gains_of_rungs_are_paired_by_seed():
     assert np.isnan(ladder_gains(rows[rows["seed"] == 0])["low"]).all()
 
 
-def test_what_a_batch_loses_is_in_percent_of_the_smallest_paired_by_seed():
+def test_what_a_batch_loses_is_in_percent_of_the_skill_of_the_smallest_paired_by_seed():
     smallest, large = np.array([0.80, 0.70, 0.75]), np.array([0.76, 0.68, 0.70])
     rows = [
         {"rung": "+ collapse", "seed": seed, "batch": batch, "auroc": area}
@@ -81,12 +81,25 @@ def test_what_a_batch_loses_is_in_percent_of_the_smallest_paired_by_seed():
         for seed, area in enumerate(areas)
     ]
     table = batch_losses(pd.DataFrame(rows), images=2000)
-    lost = 100 * (1 - large / smallest)
-    low, high = stats.ttest_1samp(lost, 0).confidence_interval()
     (row,) = table.to_dict("records")
     assert (row["rung"], row["batch"], row["updates"], row["seeds"]) == ("+ collapse", 1024, 2, 3)
-    assert (row["loss"], row["low"], row["high"]) == pytest.approx((lost.mean(), low, high))
+    assert row["baseline"] == pytest.approx(0.75)
+    assert row["loss"] == pytest.approx(100 * 0.11 / 0.75)  # 0.11 lost in three seeds, of 0.75 above chance
+    for end in ("low", "high"):  # where a paired t test begins to refuse the ratio
+        rest = (smallest - large) - row[end] / 100 * (smallest - 0.5)
+        assert stats.ttest_1samp(rest, 0).pvalue == pytest.approx(0.05)
     assert batch_losses(pd.DataFrame(rows[3:]), images=2000).empty  # the smallest alone loses nothing
+    untrained = pd.DataFrame(rows).assign(auroc=lambda own: own["auroc"] - 0.15)
+    (row,) = batch_losses(untrained, images=2000).to_dict("records")
+    assert np.isnan([row["loss"], row["low"], row["high"]]).all()
+
+
+def test_each_rung_and_batch_has_its_loss_and_a_rung_without_its_smallest_batch_has_none():
+    areas = {("a", 16): 0.8, ("a", 64): 0.77, ("a", 256): 0.74, ("b", 16): 0.9, ("b", 64): 0.8, ("c", 64): 0.9}
+    rows = pd.DataFrame([{"rung": r, "batch": b, "seed": 0, "auroc": a} for (r, b), a in areas.items()])
+    table = batch_losses(rows, images=1000).set_index(["rung", "batch"])
+    assert table["loss"].round(6).to_dict() == {("a", 64): 10, ("a", 256): 20, ("b", 64): 25}
+    assert table["updates"].to_dict() == {("a", 64): 16, ("a", 256): 4, ("b", 64): 16}
 
 
 def test_the_best_rate_is_chosen_on_validation_and_judged_on_test():

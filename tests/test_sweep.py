@@ -1,5 +1,6 @@
 """A grid's rows are each measured once, whatever ends the process, and one table serves several grids."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,11 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
 
+from chexlib import runs
 from chexlib.errors import ConfigError
-from chexlib.training.sweep import run_grid
+from chexlib.runs import ROOT
+from chexlib.training import sweep
+from chexlib.training.config import TrainConfig
+from chexlib.training.sweep import MADE_BY, deciding_settings, point_key, run_grid
 
 POINTS = [{"batch": batch, "seed": seed} for batch in (16, 64) for seed in (0, 1, 2)]
 
@@ -42,7 +48,8 @@ def test_grids_with_other_settings_share_a_table_and_keep_their_types(tmp_path):
     theirs = run_grid([{"rate": 0.1, "norm": None}], table, lambda point, folder: {"auroc": 0.5}, progress=False)
     again = run_grid([{"seed": 1}], table, None, progress=False)
     pd.testing.assert_frame_equal(ours, again)
-    assert list(theirs) == ["key", "rate", "norm", "auroc"] and list(again) == ["key", "seed", "steps"]
+    assert list(theirs) == ["key", "rate", "norm", "auroc", *MADE_BY]
+    assert list(again) == ["key", "seed", "steps", *MADE_BY]
     assert again["steps"].dtype == int
 
 
@@ -65,9 +72,143 @@ def test_a_row_that_was_stopped_is_not_kept_and_ends_the_grid(tmp_path):
 def test_results_that_hide_a_setting_and_files_that_are_no_grid_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="seed"):
         run_grid(POINTS, tmp_path / "grid.parquet", lambda point, folder: {"seed": 3}, progress=False)
+    with pytest.raises(ConfigError, match="commit"):
+        run_grid(POINTS, tmp_path / "grid.parquet", lambda point, folder: {"commit": "a"}, progress=False)
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "other.parquet")
     with pytest.raises(ConfigError, match=r"other\.parquet is no table of a grid"):
         run_grid(POINTS, tmp_path / "other.parquet", counted([]), progress=False)
+
+
+def test_a_row_of_another_training_version_or_precision_is_trained_anew_and_told_in_one_line(
+    tmp_path, monkeypatch, caplog
+):
+    calls, table = [], tmp_path / "grid.parquet"
+    caplog.set_level("INFO", logger="chexlib")
+    monkeypatch.setattr(sweep, "native_precision", lambda: "float32")
+    first = run_grid(POINTS, table, counted(calls), progress=False)
+    assert set(first["training_version"]) == {sweep.TRAINING_VERSION} and set(first["precision"]) == {"float32"}
+    named = [{**point, "precision": "float32"} for point in POINTS]  # what they were trained in, by name
+    assert list(run_grid(named, table, counted(calls), progress=False)["key"]) == list(first["key"])
+    assert len(calls) == 6 and "not of training version" not in caplog.text
+    monkeypatch.setattr(sweep, "native_precision", lambda: "mixed_bfloat16")  # another processor
+    assert set(run_grid(POINTS, table, counted(calls), progress=False)["precision"]) == {"mixed_bfloat16"}
+    assert len(calls) == 12
+    monkeypatch.setattr(sweep, "TRAINING_VERSION", 99)
+    caplog.clear()
+    again = run_grid(POINTS[:2], table, counted(calls), progress=False)
+    assert len(calls) == 14 and set(again["training_version"]) == {99}
+    told = [message for message in caplog.messages if "not of training version" in message]
+    assert told == ["grid: 12 of 12 rows are not of training version 99 and are not used; 2 to be trained"]
+    assert len(pd.read_parquet(table)) == 14
+
+
+def test_rows_that_name_no_version_are_stale(tmp_path, caplog):
+    """As release 0.1.0 wrote them: the key is the hash of the settings alone."""
+    calls, table = [], tmp_path / "grid.parquet"
+    caplog.set_level("INFO", logger="chexlib")
+    old = [{"key": hashlib.sha256(json.dumps(p, sort_keys=True).encode()).hexdigest()[:16], **p} for p in POINTS]
+    frame = pd.DataFrame([{**row, "auroc": 0.1} for row in old])
+    frame.assign(row=[json.dumps({**row, "auroc": 0.1}) for row in old]).to_parquet(table, index=False)
+    rows = run_grid(POINTS, table, counted(calls), progress=False)
+    assert len(calls) == 6 and (rows["auroc"] != 0.1).all()
+    assert sum("6 of 6 rows are not of training version" in message for message in caplog.messages) == 1
+
+
+def test_commit_and_machine_are_told_in_a_row_and_are_no_part_of_its_key(tmp_path, monkeypatch):
+    calls, table, about = [], tmp_path / "grid.parquet", {"processor": "A", "cores": 2, "commit": "abc"}
+    monkeypatch.setattr(runs, "environment", lambda: about)
+    (row,) = run_grid(POINTS[:1], table, counted(calls), progress=False).to_dict("records")
+    assert (row["commit"], row["machine"]) == ("abc", "A, 2 cores")
+    about.update(commit="def", processor="B")
+    (again,) = run_grid(POINTS[:1], table, counted(calls), progress=False).to_dict("records")
+    assert again == row and len(calls) == 1
+
+
+def test_every_setting_that_decides_a_training_is_in_its_key_and_no_folder_is(tmp_path):
+    base = TrainConfig(data_dir=str(tmp_path), run_dir=str(tmp_path))
+    free = {"data_dir": "/a", "run_dir": "/b", "checkpoint_steps": 5, "keep_checkpoints": 1, "resume": True}
+    free |= {"resume_keeps": "rank_batch", "skip_broken": True, "allow_leak": True}
+    key = point_key(deciding_settings(base))
+    for name, value in free.items():
+        assert point_key(deciding_settings(base.replace(**{name: value}))) == key, name
+    schedule = {"preset": "step decay", "peak": 0.1, "epochs": 10}
+    numbers = dict.fromkeys(("size", "batch_size", "accumulation", "epochs", "max_steps", "plateau_patience"), 48)
+    numbers |= dict.fromkeys(("recalibrate", "early_stop", "max_images", "stream_images", "seed", "split_seed"), 48)
+    numbers |= dict.fromkeys(("learning_rate", "plateau_factor", "weight_decay", "norm_momentum", "stage_rate"), 0.5)
+    words = {"topology": "vgg16", "weights": "w", "optimizer": "sgd", "augment": "study", "split": "patient"}
+    words |= {"precision": "mixed_bfloat16" if base.precision == "float32" else "float32", "schedule": schedule}
+    flags = {"mirror": False, "fresh_head": True, "snapshots": True, "shuffle_labels": True}
+    norms = {"norm": "ghost", "ghost_size": 4}  # which go together
+    assert {*free, *numbers, *words, *flags, *norms} == set(base.to_dict())
+    keys = {point_key(deciding_settings(base.replace(**norms)))}
+    for name, value in {**numbers, **words, **flags}.items():
+        keys.add(point_key(deciding_settings(base.replace(**{name: value}))))
+    assert len(keys - {key}) == len(numbers) + len(words) + len(flags) + 1
+    flat = deciding_settings(base.replace(schedule=schedule))
+    assert not [value for value in flat.values() if isinstance(value, dict | list)]
+
+
+EDITS = {
+    "05_compare_topologies": ["plateau_factor=1, ", 'precision="float32"'],
+    "06_large_batch_recipes": ['optimizer="sgd"', 'precision="float32"'],
+    "07_transfer_learning": ["recalibrate=256", '"length": 0.25', "default, share = pretrain_rate", "batch_size=32"],
+}
+ANOTHER = {
+    "plateau_factor=1, ": "plateau_factor=0.5, ",
+    'precision="float32"': 'precision="mixed_bfloat16"',
+    'optimizer="sgd"': 'optimizer="nesterov"',
+    "recalibrate=256": "recalibrate=128",
+    '"length": 0.25': '"length": 0.5',
+    "default, share = pretrain_rate": "default, share = 2 * pretrain_rate",
+    "batch_size=32": "batch_size=16",
+}
+
+
+class Asked(Exception):
+    """Ends a notebook at its first grid."""
+
+
+def first_grid(notebook, phantom, folder, edit=""):
+    """The keys of the first grid that a notebook asks for, with one edit in its cells; nothing is trained."""
+
+    def ask(points, *args, **kwargs):
+        raise Asked({point_key(point) for point in points})
+
+    stubs = {"run_grid": ask, "pretrain": lambda *args, **kwargs: None}
+    stubs["snapshots_of"] = lambda folder: pd.DataFrame(
+        {"step": [1], "images": [9], "learning_rate": [1e-4], "val_loss": [0.1], "val_auroc": [0.5], "path": ["p"]}
+    )
+    space, edited = {}, 0
+    (path,) = (ROOT / "notebooks").glob(f"{notebook}.ipynb")
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type != "code" or ("save_figure" in cell.source or "TOPOLOGIES}" in cell.source):
+            continue
+        source = cell.source
+        if edit in source and edit:
+            source, edited = source.replace(edit, ANOTHER[edit], 1), edited + 1
+        try:
+            exec(source, space)
+        except Asked as asked:
+            assert edited == bool(edit)
+            return asked.args[0]
+        if "parameters" in cell.metadata.get("tags", []):
+            space |= {
+                "data_dir": str(phantom),
+                "run_dir": str(folder),
+                "global_batches": "4,16",
+                "local_batches": "4,16",
+            }
+            space |= {"phantom_images": 80}
+        space |= {name: stub for name, stub in stubs.items() if name in space}
+    raise AssertionError("no grid")
+
+
+@pytest.mark.parametrize("notebook", EDITS)
+def test_what_a_reader_edits_in_a_cell_makes_other_rows(notebook, phantom, tmp_path):
+    known = first_grid(notebook, phantom, tmp_path)
+    assert known == first_grid(notebook, phantom, tmp_path)
+    for edit in EDITS[notebook]:
+        assert not known & first_grid(notebook, phantom, tmp_path, edit), edit
 
 
 JOB = """
@@ -117,8 +258,10 @@ def test_a_grid_of_trainings_killed_three_times_gives_the_table_of_an_undisturbe
     with start(killed) as process:
         process.communicate()
     assert process.returncode == 0
-    pd.testing.assert_frame_equal(pd.read_parquet(calm), pd.read_parquet(killed))
-    assert json.loads(pd.read_parquet(calm)["row"][0])["seed"] == 0
+    tables = [pd.read_parquet(table) for table in (calm, killed)]
+    rows = [[{**json.loads(row), "commit": ""} for row in table["row"]] for table in tables]
+    assert rows[0] == rows[1] and rows[0][0]["seed"] == 0  # of other commits, where somebody works meanwhile
+    pd.testing.assert_frame_equal(*(table.drop(columns=["commit", "row"]) for table in tables))
 
 
 def test_two_processes_share_a_grid_and_one_that_is_killed_leaves_its_row_to_the_other(tmp_path):

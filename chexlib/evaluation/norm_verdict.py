@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from chexlib.evaluation.student import over_seeds
+from chexlib.evaluation.verdicts import CHANCE, NOT_MEASURED, has_learnt, nothing_learnt, verdict_on_gain
 
 TERMS = ("total", "updates", "lag", "local batch", "rest")
 log = logging.getLogger(__name__)
@@ -94,39 +95,43 @@ def verdict(terms: pd.DataFrame, mended: pd.DataFrame | None = None) -> str:
     terms : of `decompose`
     mended : of `remedies`, optional
     """
-    said = []
+    said, learnt = [], {}
     for topology, own in terms.groupby("topology", sort=False):
         own = own.assign(**{"updates and rest": own["updates"] + own["rest"]})
         table = over_seeds(own, ["topology"], [*TERMS, "updates and rest", "start"]).set_index("value")
         causes, loss, start = table.loc[list(TERMS[1:4])], table.loc["total"], table.loc["start"]
+        learnt[topology] = has_learnt(start["mean"]) and not start["low"] <= CHANCE
         parts = "; ".join(f"{name} {_with_interval(row)}" for name, row in table.loc[list(TERMS[1:])].iterrows())
         clear = [name for name, row in causes.iterrows() if row["low"] > 0]
         ending = f"Apart from 0 with 95 % confidence: {', '.join(clear) or 'none of the three'}."
         if loss["low"] > 0:
             ending = f"The largest of the three causes is {causes['mean'].idxmax()}. {ending}"
+        so = ", so it gains" if loss["mean"] < 0 else ""
         if loss["seeds"] < 2:
             ending = "One seed: no interval, and no conclusion."
-        elif not start["low"] > 0.5:
-            ending = f"Its {start['mean']:.3f} at the smallest batch is not clearly above chance: no conclusion."
+        elif not learnt[topology]:
+            ending = f"At the smallest batch {nothing_learnt(start['mean'])}: no conclusion."
         net = _with_interval(table.loc["updates and rest"])
         said.append(
-            f"**{topology}** loses {_with_interval(loss)} AUROC at the largest global batch"
-            f"{', so it gains' * bool(loss['mean'] < 0)}: {parts}. Updates and rest "
-            f"together, fewer but larger steps through the same images: {net}. {ending}"
+            f"**{topology}** loses {_with_interval(loss)} AUROC at the largest global batch{so}: "
+            f"{parts}. Updates and rest together, fewer but larger steps through the same images: {net}. {ending}"
         )
     totals = terms.pivot_table(index="seed", columns="topology", values="total")
     if {"densenet121", "resnet50"} <= set(totals):
         more = (totals["densenet121"] - totals["resnet50"]).rename("more").to_frame().assign(topology="")
         row = over_seeds(more, ["topology"], ["more"]).iloc[0]
-        kept = "is kept" if row["low"] > 0 else "is reversed" if row["high"] < 0 else "is not shown either way"
+        untrained = [name for name in ("densenet121", "resnet50") if not learnt[name]]
+        judged = f"is {verdict_on_gain(row['low'], row['high'])}"
+        if untrained:
+            judged = f"is {NOT_MEASURED}, since {' and '.join(untrained)} learnt nothing at the smallest batch"
         said.append(
             f"**The study's claim.** The loss of densenet121 less that of resnet50 is {_with_interval(row)}: that "
-            f"ResNet-50 bears large batches better {kept}."
+            f"ResNet-50 bears large batches better {judged}."
         )
     for topology, own in () if mended is None else mended.groupby("topology", sort=False):
         table = over_seeds(own, ["topology"], [name for name in own if name not in ("topology", "seed")])
         gains = "; ".join(f"{row['value']} {_with_interval(row)}" for _, row in table.iterrows())
-        one = " One seed: no interval, and no conclusion." * bool(table["seeds"].max() < 2)
+        one = " One seed: no interval, and no conclusion." if table["seeds"].max() < 2 else ""
         said.append(f"**Remedies** for {topology} at the largest batch, AUROC that each adds: {gains}.{one}")
     return "\n\n".join(said)
 

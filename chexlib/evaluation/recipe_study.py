@@ -13,6 +13,7 @@ from chexlib.evaluation.batch_norm import judge_scores
 from chexlib.evaluation.ensembles import mean_auroc
 from chexlib.evaluation.norm_study import recalibrate_on
 from chexlib.evaluation.student import mean_of_seeds, over_seeds
+from chexlib.evaluation.verdicts import percent_lost
 from chexlib.findings import FINDINGS
 from chexlib.training.config import OPTIMIZERS, TrainConfig
 from chexlib.training.fit import fit
@@ -161,7 +162,7 @@ def ladder_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
 
 
 def batch_losses(rows: pd.DataFrame, *, images: int) -> pd.DataFrame:
-    """What each global batch loses against the smallest, in % of its mean test AUROC, paired by seed.
+    """What each global batch loses against the smallest, in % of that one's skill above chance, paired by seed.
 
     Parameters
     ----------
@@ -171,14 +172,18 @@ def batch_losses(rows: pd.DataFrame, *, images: int) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        A row a rung and batch above the smallest: rung, batch, updates (an epoch), loss, low, high, seeds.
+        A row a rung and batch above the smallest: rung, batch, updates (an epoch); baseline, mean AUROC of the
+        smallest batch, loss, low, high, seeds, as of `percent_lost`: NaN where the baseline has not learnt.
     """
-    table = rows.pivot_table(index=["rung", "seed"], columns="batch", values="auroc")
-    losses = 100 * (1 - table.drop(columns=table.columns[0]).div(table.iloc[:, 0], axis=0))
-    long = losses.melt(ignore_index=False, var_name="batch", value_name="loss").reset_index()
-    found = over_seeds(long, ["rung", "batch"], ["loss"]).drop(columns="value").rename(columns={"mean": "loss"})
-    found.insert(2, "updates", -(-images // found["batch"].astype(int)))
-    return found
+    table = rows.pivot_table(index="seed", columns=["batch", "rung"], values="auroc")
+    smallest = table.columns.levels[0].min()
+    found = []
+    for batch, rung in table:
+        if batch > smallest and (smallest, rung) in table:
+            lost = percent_lost(table[smallest, rung], table[batch, rung])
+            updates = -(-images // int(batch))
+            found.append({"rung": rung, "batch": batch, "updates": updates, **lost})
+    return pd.DataFrame(found, columns=["rung", "batch", "updates", "baseline", "loss", "low", "high", "seeds"])
 
 
 def peaks_tried(rows: pd.DataFrame) -> pd.DataFrame:

@@ -10,6 +10,15 @@ import pandas as pd
 from chexlib.errors import ConfigError, DivergedError
 from chexlib.evaluation.batch_norm import judge_scores
 from chexlib.evaluation.student import mean_of_seeds
+from chexlib.evaluation.verdicts import (
+    CONTRADICTED,
+    NOT_MEASURED,
+    UNDECIDED,
+    has_learnt,
+    nothing_learnt,
+    percent_lost,
+    verdict_on_gain,
+)
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 from chexlib.training.monitor import pooled_scorer
@@ -106,23 +115,28 @@ def measure_transfer(
 def earlier_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     """What each earlier snapshot gains over the last one at the default rate, paired by seed and warm-up.
 
+    Complete pairs only: where one of the two trainings diverged, the other is left out too.
     The intervals hold together: each is at 1 - (1 - level) / (number of earlier snapshots), after Bonferroni.
+
+    Parameters
+    ----------
+    rows : of `transfer_grid`, those of trainings that diverged too: their AUROC is NaN
 
     Returns
     -------
     DataFrame
-        Index the snapshot; columns images, effect, low, high, seeds.
+        Index the snapshot; columns images, effect, low, high, seeds, pairs (complete ones), diverged (trainings).
     """
     own = rows[rows["rate"] == DEFAULT]
-    by_seed = own.pivot_table(index="seed", columns="snapshot", values="auroc")
-    last = by_seed.pop(by_seed.columns.max())
-    return _gains_over(last, by_seed, rows, level)
+    table = _areas(own, ["warmup", "seed"], "snapshot")
+    last = table.pop(table.columns.max())
+    return _gains_over(last, table, rows, level)
 
 
 def pretraining_gains(rows: pd.DataFrame, scratch: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     """What each snapshot gains over random weights, both at the default rate with a warm-up, paired by seed.
 
-    The intervals hold together, as those of `earlier_gains` do.
+    The pairs are complete and the intervals hold together, as those of `earlier_gains`.
 
     Parameters
     ----------
@@ -132,57 +146,109 @@ def pretraining_gains(rows: pd.DataFrame, scratch: pd.DataFrame, *, level: float
     Returns
     -------
     DataFrame
-        Index the snapshot; columns images, effect, low, high, seeds.
+        Index the snapshot; columns as those of `earlier_gains`.
     """
     own = rows[(rows["rate"] == DEFAULT) & (rows["warmup"] > 0)]
-    by_seed = own.pivot_table(index="seed", columns="snapshot", values="auroc")
-    return _gains_over(scratch.set_index("seed")["auroc"], by_seed, rows, level)
+    table = _areas(own, ["seed"], "snapshot")
+    return _gains_over(scratch.set_index("seed")["auroc"], table, rows, level)
 
 
-def _gains_over(other: pd.Series, by_seed: pd.DataFrame, rows: pd.DataFrame, level: float) -> pd.DataFrame:
-    """What each snapshot, a column of `by_seed`, gains over `other`; intervals that hold together, after Bonferroni."""
-    apart = 1 - (1 - level) / max(by_seed.shape[1], 1)
+def _gains_over(other: pd.Series, table: pd.DataFrame, rows: pd.DataFrame, level: float) -> pd.DataFrame:
+    """What each snapshot, a column of `table`, gains over `other`, with simultaneous intervals."""
+    apart = 1 - (1 - level) / max(table.shape[1], 1)
     images = rows.groupby("snapshot")["images"].first()
-    found = [{"images": images[s], **mean_of_seeds(by_seed[s] - other, level=apart)} for s in by_seed]
-    return pd.DataFrame(found, index=pd.Index(by_seed.columns, name="snapshot"))
+    found = []
+    for snapshot in table:
+        pairs = pd.DataFrame({"one": table[snapshot], "other": other})
+        found.append({"images": images[snapshot], **_mean_of_pairs(pairs, apart)})
+    return pd.DataFrame(found, index=pd.Index(table.columns, name="snapshot"))
+
+
+def _areas(rows: pd.DataFrame, index: Sequence[str], columns: str) -> pd.DataFrame:
+    """AUROC of each training, NaN where it diverged: a pivot table would leave rows of these out."""
+    return rows.pivot(index=list(index), columns=columns, values="auroc")  # noqa: PD010
+
+
+def _mean_of_pairs(pairs: pd.DataFrame, level: float) -> dict:
+    """The mean gain of the first column over the second: of the pairs of a seed first, then over seeds.
+
+    Parameters
+    ----------
+    pairs : two columns of AUROC, NaN where a training diverged; the index has the seed
+
+    Returns
+    -------
+    dict
+        effect, low, high, seeds; pairs, the complete ones; diverged, the trainings that did.
+    """
+    gains = (pairs.iloc[:, 0] - pairs.iloc[:, 1]).dropna()
+    counts = {"pairs": len(gains), "diverged": int(pairs.isna().sum().sum())}
+    return {**mean_of_seeds(gains.groupby(level="seed").mean(), level=level), **counts}
 
 
 def rule_effects(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     """The three rules: what following each gains in test AUROC, with an interval over seeds, and a verdict.
 
     "earlier" is the earlier snapshot that gains most over the last, with the interval that holds for all of them
-    together; "rate" and "warm-up" are means over all snapshots, paired by seed.
+    together; "rate" and "warm-up" are means over all snapshots. Complete pairs only, as in `earlier_gains`: a mean of
+    what is left after a cell of the grid diverged would compare other snapshots on either side.
 
     Returns
     -------
     DataFrame
-        Index `RULES`; columns rule, effect, low, high, seeds, verdict: confirmed, contradicted, or open where the
-        interval holds 0 or there is none.
+        Index `RULES`; columns rule, effect, low, high, seeds, pairs, diverged, verdict, why. The verdict is one of
+        `chexlib.evaluation.verdicts`: undecided where the interval holds 0 or there is none, and not measured where
+        no fine-tuning has learnt.
     """
     gains = earlier_gains(rows, level=level)
-    best = gains["effect"].idxmax() if len(gains) else None
-    found = {"earlier": gains.loc[best].drop("images").to_dict() if best else mean_of_seeds(pd.Series(dtype=float))}
+    if len(gains):
+        best = gains["effect"].fillna(-np.inf).idxmax()
+        earlier = gains.loc[best].drop("images").to_dict()
+    else:
+        none = pd.Index([], name="seed")
+        earlier = _mean_of_pairs(pd.DataFrame({"one": [], "other": []}, none, dtype=float), level)
+    found = {"earlier": earlier}
     found["rate"] = _rate_gain(rows, level)
-    by_warmup = rows.assign(warm=rows["warmup"] > 0).pivot_table(index="seed", columns="warm", values="auroc")
-    found["warm-up"] = mean_of_seeds(by_warmup[True] - by_warmup[False], level=level)
+    warm = rows.assign(start=rows["warmup"].gt(0).map({True: "warm-up", False: "none"}))
+    by_warmup = _areas(warm, ["snapshot", "rate", "seed"], "start")
+    found["warm-up"] = _mean_of_pairs(by_warmup[["warm-up", "none"]], level)
     table = pd.DataFrame(found).T
     table.insert(0, "rule", pd.Series(RULES))
-    against = table["high"] < 0
-    if len(gains):  # this rule is contradicted where the last is better than every earlier one
-        against["earlier"] = bool((gains["high"] < 0).all())
-    table["verdict"] = np.where(table["low"] > 0, "confirmed", np.where(against, "contradicted", "open"))
-    return table.astype({"seeds": int})
+    table["verdict"] = [verdict_on_gain(low, high) for low, high in zip(table["low"], table["high"], strict=True)]
+    if table.loc["earlier", "verdict"] == CONTRADICTED and not (gains["high"] < 0).all():
+        table.loc["earlier", "verdict"] = UNDECIDED  # contradicted only where the last beats every earlier one
+    highest = float(along(rows).max(axis=None))
+    if not has_learnt(highest):
+        table["verdict"] = NOT_MEASURED
+    table["why"] = [_why(row, highest) for row in table.to_dict("records")]
+    return table.astype({"seeds": int, "pairs": int, "diverged": int})
+
+
+def _why(rule: dict, highest: float) -> str:
+    """What a reader of a verdict must know besides the interval."""
+    if not has_learnt(highest):
+        return nothing_learnt(highest)
+    said = ["one seed: there is no interval"] if rule["seeds"] == 1 else []
+    if rule["diverged"]:
+        said.append(f"trainings that diverged, left out with their pairs: {rule['diverged']:.0f}")
+    return "; ".join(said)
 
 
 def rate_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
-    """What each snapshot's own rate gains over the default: index the snapshot; columns effect, low, high, seeds."""
+    """What each snapshot's own rate gains over the default.
+
+    Returns
+    -------
+    DataFrame
+        Index the snapshot; columns effect, low, high, seeds, pairs, diverged.
+    """
     found = {snapshot: _rate_gain(own, level) for snapshot, own in rows.groupby("snapshot")}
     return pd.DataFrame(found).T.rename_axis("snapshot")
 
 
 def _rate_gain(rows: pd.DataFrame, level: float) -> dict:
-    by_rate = rows.pivot_table(index="seed", columns="rate", values="auroc")
-    return mean_of_seeds(by_rate[OWN] - by_rate[DEFAULT], level=level)
+    by_rate = _areas(rows, ["snapshot", "warmup", "seed"], "rate")
+    return _mean_of_pairs(by_rate[[OWN, DEFAULT]], level)
 
 
 def along(rows: pd.DataFrame) -> pd.DataFrame:
@@ -197,13 +263,16 @@ def by_updates(rows: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Index the batch; columns updates, auroc, effect (over the smallest batch), low, high, seeds.
+        Index the batch; columns updates, auroc, effect (over the smallest batch), low, high, seeds; loss, loss_low,
+        loss_high: `percent_lost` of the smallest batch's skill above chance, NaN where that has not learnt.
     """
     table = rows.pivot_table(index="seed", columns="batch", values="auroc")
-    smallest = table.columns.min()
+    smallest = table[table.columns.min()]
     updates = rows.groupby("batch")["updates"].first()
-    found = [
-        {"updates": int(updates[b]), "auroc": table[b].mean(), **mean_of_seeds(table[b] - table[smallest])}
-        for b in table
-    ]
+    found = []
+    for batch in table:
+        lost = percent_lost(smallest, table[batch])
+        row = {"updates": int(updates[batch]), "auroc": table[batch].mean()}
+        row |= mean_of_seeds(table[batch] - smallest)
+        found.append(row | {"loss": lost["loss"], "loss_low": lost["low"], "loss_high": lost["high"]})
     return pd.DataFrame(found, index=pd.Index(table.columns, name="batch"))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import pandas as pd
 
 from chexlib.evaluation.student import over_seeds
+from chexlib.evaluation.verdicts import has_learnt, nothing_learnt
 from chexlib.scaling import projections
 from chexlib.scaling.measured import Found, Measured, between
 from chexlib.scaling.published import BATCHES, COLLAPSES, IMAGENET, LADDER, LARGE_BATCHES, Claim
@@ -75,13 +76,19 @@ def _rung(claim: Claim, found: Found) -> Measured | str:
     place = trained.index(name)
     if not place:
         return Measured(100 * climbed[name]["auroc"], "% AUROC", claim.value, differs=TOP_1)
-    gained = LADDER[name] - LADDER[trained[place - 1]]
+    before = trained[place - 1]
+    highest = max(climbed[rung]["auroc"] for rung in (before, name))
+    if not has_learnt(highest):
+        return nothing_learnt(highest)
+    gained = LADDER[name] - LADDER[before]
     return Measured(**between(climbed[name], "gain", 100), unit="% AUROC", published=gained, rule="side of 0")
 
 
-def _ensemble(claim: Claim, found: Found) -> Measured:
+def _ensemble(claim: Claim, found: Found) -> Measured | str:
     """The gain over the best member, its interval over seeds; of one seed there is none, as of any one training."""
     seeds = pd.DataFrame(found.metrics["ensemble"].values())
+    if not has_learnt(member := seeds["member"].mean()):
+        return nothing_learnt(member)
     row = {"gain": seeds["gain"][0], "low": None, "high": None}
     if len(seeds) > 1:
         row = over_seeds(seeds.assign(all=0), ["all"], ["gain"]).rename(columns={"mean": "gain"}).iloc[0]
@@ -89,19 +96,30 @@ def _ensemble(claim: Claim, found: Found) -> Measured:
     return Measured(**between(row, "gain", 100), unit="% AUROC", published=gained, rule="side of 0")
 
 
-def _collapse(claim: Claim, found: Found) -> Measured:
-    """From the epoch that is as far into our training as the point is into theirs."""
+def _collapse(claim: Claim, found: Found) -> Measured | str:
+    """From the epoch that is as far into our training as the point is into theirs.
+
+    A collapse is one epoch more, so it is judged over what the training itself had reached by then (`gain_later`), and
+    the study's over what it had reached at its next point. Neither is known of the end of a training.
+    """
     point, when = int(claim.key.split("/")[2]), claim.key.split("/")[3]
     epochs = sorted(found.metrics["collapse"], key=int)
     row = found.metrics["collapse"][epochs[math.ceil(point / len(COLLAPSES) * len(epochs)) - 1]]
     if when == "before":
         return Measured(100 * row["before"], "% AUROC", claim.value, differs=TOP_1)
     before, after = COLLAPSES[point - 1]
-    return Measured(**between(row, "gain", 100), unit="% AUROC", published=after - before, rule="side of 0")
+    if row["gain_later"] is None or point == len(COLLAPSES):
+        differs = "what one more epoch without a collapse had given is not known of the end of a training"
+        return Measured(**between(row, "gain", 100), unit="% AUROC", published=after - before, differs=differs)
+    highest = max(own["after"] for own in found.metrics["collapse"].values())
+    if not has_learnt(highest):
+        return nothing_learnt(highest)
+    later = between(row, "gain_later", 100, ends=("low_later", "high_later"))
+    return Measured(**later, unit="% AUROC", published=after - COLLAPSES[point][0], rule="side of 0")
 
 
 def _losses(found: Found, rung: str) -> list[dict]:
-    """What each batch above the smallest loses, in % of the smallest's AUROC, the smallest batch first."""
+    """What each batch above the smallest loses, in % of the smallest's skill above chance, the smallest batch first."""
     return [row for row in found.metrics["losses"] if row["rung"] == rung]
 
 
@@ -111,6 +129,13 @@ def _at_updates(rows: list[dict], updates: float) -> dict | str:
     if not near:
         return f"no batch of ours has about {updates:.0f} updates an epoch"
     return min(near, key=lambda row: abs(math.log(row["updates"] / updates)))
+
+
+def _lost(row: dict, **how) -> Measured | str:
+    """A row of `_losses` beside a published loss, where the smallest batch had learnt something that can be lost."""
+    if row["loss"] is None or not has_learnt(row["baseline"]):
+        return nothing_learnt(row["baseline"])
+    return Measured(**between(row, "loss"), unit="% of skill lost", **how)
 
 
 def _large_batch(claim: Claim, found: Found) -> Measured | str:
@@ -124,23 +149,25 @@ def _large_batch(claim: Claim, found: Found) -> Measured | str:
     row = _at_updates(_losses(found, RUNGS[source]), IMAGENET / BATCHES[size])
     if isinstance(row, str):
         return row
-    lost = 100 * (1 - claim.value / LARGE_BATCHES[source][0])
-    rule = "<" if source == "the study" else "side of 0"  # whose point is how little, and how much, is lost
-    return Measured(**between(row, "loss"), unit="% lost", published=lost, rule=rule)
+    lost = 100 * (1 - claim.value / LARGE_BATCHES[source][0])  # chance is 0.1 % of top-1
+    # The point of the study's figure is how little is lost, that of the others that something is.
+    return _lost(row, published=lost, rule="<" if source == "the study" else "side of 0")
 
 
 def _rule_loss(claim: Claim, found: Found) -> Measured | str:
     row = _at_updates(_losses(found, RUNGS["the study"]), 40)
-    if isinstance(row, str):
-        return row
-    return Measured(**between(row, "loss"), unit="% lost", published=claim.value, rule="<")
+    return row if isinstance(row, str) else _lost(row, published=claim.value, rule="<")
 
 
 def _rule_reach(claim: Claim, found: Found) -> Measured | str:
     """The largest batch, or the fewest updates an epoch, that loses less than 2 % with its whole interval."""
-    kept = [row for row in _losses(found, RUNGS["the study"]) if row["high"] is not None and row["high"] < 2]
+    losses = _losses(found, RUNGS["the study"])
+    learnt = [row for row in losses if row["loss"] is not None and has_learnt(row["baseline"])]
+    if losses and not learnt:
+        return nothing_learnt(losses[0]["baseline"])
+    kept = [row for row in learnt if row["high"] is not None and row["high"] < 2]
     if not kept:
-        return "no batch of ours is known to lose less than 2 %"
+        return "no batch of ours is known to lose less than 2 % of the skill above chance"
     if claim.key.endswith("updates"):
         return Measured(min(row["updates"] for row in kept), claim.unit, claim.value, rule="<=", tolerance=0)
     differs = "fewer images: what makes a batch large is how few updates are left"
@@ -155,8 +182,8 @@ def _tuned_loss(claim: Claim, found: Found) -> Measured | str:
     row = _at_updates(rows[1:], 10)
     if isinstance(row, str):
         return row
-    loss, low, high = (None if row[n] is None else -100 * row[n] / rows[0]["auroc"] for n in ("effect", "high", "low"))
-    return Measured(loss, "% lost", claim.value, low, high, rule="<")
+    own = {"loss": row["loss"], "low": row["loss_low"], "high": row["loss_high"]}
+    return _lost({**own, "baseline": rows[0]["auroc"]}, published=claim.value, rule="<")
 
 
 def _tuned_updates(claim: Claim, found: Found) -> Measured | str:

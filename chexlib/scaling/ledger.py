@@ -3,14 +3,16 @@
 Published figures are in `published`, what of a run answers them in `counterparts`. A verdict is the first that applies:
 
 - *not measured*: the notebook that measures it has no results, neither in this run nor among the reference results, or
-  none at a setting that answers it;
-- *not comparable*: it cannot be measured here, or it was measured under other conditions. The reason is given;
-- *reproduced* or *not reproduced*, for a figure: the published one lies in our interval (95 %, or what rounding leaves
-  open), or does not; a count is equal, or not; a projection of the model is within 5 points of an efficiency and
-  5 % of a speed or a time (or half a unit of one in whole hours), or not, and not comparable if that depends on what
-  the study does not tell; for a bound ("less than 2 %", or what the
-  study's recipe still lost): our whole interval keeps it;
-  for a gain that was published in another measure, such as top-1 on ImageNet: our whole interval is on its side of 0.
+  none at a setting that answers it, or its network learnt nothing (`chexlib.evaluation.verdicts.LEARNT`);
+- *not comparable*: it cannot be measured here, it was measured under other conditions, or the comparison is no test,
+  such as a projection far above a lower bound, or one number told twice. The reason is given;
+- *undecided*: what is known of ours allows both answers: an interval holds both sides of a bound or of 0, or a
+  projection depends on what the study does not tell;
+- *reproduced* or *contradicted*, for a figure: the published one lies in our interval (95 %, or what rounding leaves
+  open), or does not; a count is equal, or not; a projection of the model is within 5 points of an efficiency and 5 % of
+  a speed, or not; for a bound ("less than 2 %", or what the study's recipe still lost): our whole interval keeps it, or
+  breaks it; for a gain that was published in another measure, such as top-1 on ImageNet: our whole interval is on its
+  side of 0, or on the other. What is lost is in % of the skill above chance.
 """
 
 from __future__ import annotations
@@ -22,14 +24,20 @@ from pathlib import Path
 
 import pandas as pd
 
+from chexlib.evaluation.verdicts import (
+    CONTRADICTED,
+    NOT_COMPARABLE,
+    NOT_MEASURED,
+    REPRODUCED,
+    UNDECIDED,
+    VERDICTS,
+    verdict_on_gain,
+)
 from chexlib.runs import ROOT
 from chexlib.scaling.counterparts import COUNTERPARTS, NO_COUNTERPART
 from chexlib.scaling.measured import Found, Measured
 from chexlib.scaling.published import Claim, claims
 
-REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
-NOT_COMPARABLE, NOT_MEASURED = "not comparable", "not measured"
-VERDICTS = (REPRODUCED, NOT_REPRODUCED, NOT_COMPARABLE, NOT_MEASURED)
 COLUMNS = ["topic", "claim", "bound", "published", "unit", "setting", "source", "notebook", "origin", "scale",
            "ours", "low", "high", "our unit", "compared with", "verdict", "why"]  # fmt: skip
 
@@ -93,36 +101,42 @@ def verdict(ours: Measured) -> tuple[str, str]:
     if ours.tolerance:
         return _projected(ours, low, high)
     if ours.rule == "equal":
-        holds, rule = low <= ours.published <= high, "is it within our interval" if low < high else "is it equal"
+        rule = "is it within our interval" if low < high else "is it equal"
+        word = REPRODUCED if low <= ours.published <= high else CONTRADICTED
     elif ours.rule == "side of 0":
-        holds, rule, edge = (low > 0) if ours.published > 0 else (high < 0), "is our interval on its side of 0", 0.0
+        rule = "is our interval on its side of 0"
+        word = verdict_on_gain(low, high) if ours.published > 0 else verdict_on_gain(-high, -low)
     else:
-        holds = {"<": high < ours.published, "<=": high <= ours.published, ">": low > ours.published}[ours.rule]
-        side = {"<": "below", "<=": "no more than", ">": "above"}[ours.rule]
-        rule = f"is our {'interval' if low < high else 'figure'} {side} it"
-        edge = ours.published
-    if holds:
-        return REPRODUCED, f"{rule}: yes"
-    open_ = ours.rule != "equal" and low < edge < high
-    return NOT_REPRODUCED, f"{rule}: no" + ", it holds both sides: undecided" * open_
+        strict = ours.rule == "<"
+        rule = f"is our {'interval' if low < high else 'figure'} {'below' if strict else 'no more than'} it"
+        kept = high < ours.published if strict else high <= ours.published
+        broken = low >= ours.published if strict else low > ours.published
+        word = REPRODUCED if kept else CONTRADICTED if broken else UNDECIDED
+    answers = {REPRODUCED: "yes", CONTRADICTED: "no", UNDECIDED: "it holds both sides"}
+    return word, f"{rule}: {answers[word]}"
 
 
 def _projected(ours: Measured, low: float, high: float) -> tuple[str, str]:
     """On a projection: where its span lies on both sides of what decides, the study does not tell enough."""
-    if ours.rule == "equal":
-        edges = (ours.published - ours.tolerance, ours.published + ours.tolerance)
-        unit = "points" if ours.unit == "%" else ours.unit
-        rule = f"is it within {ours.tolerance:,.4g} {unit} of the projection"
-    else:
-        edges = (ours.published, math.inf) if ours.rule == ">" else (-math.inf, ours.published)
-        rule = f"is the projection {'above' if ours.rule == '>' else 'below'} it"
-    if edges[0] <= low and high <= edges[1]:
-        return REPRODUCED, f"{rule}: yes"
-    if high < edges[0] or edges[1] < low:
-        return NOT_REPRODUCED, f"{rule}: no"
     digits = 0 if high >= 100 else 1
     span = f"{low:,.{digits}f} to {high:,.{digits}f} {ours.unit}"
-    return NOT_COMPARABLE, f"{rule}: undecided, for what the study does not tell leaves {span} open"
+    if ours.rule == ">":
+        rule = "is the projection above it"
+        if low > ours.published:  # the bound can be broken, but keeping it says little of a model
+            says = f"no test of a model that says {ours.value:,.0f} {ours.unit}"
+            return NOT_COMPARABLE, f"{says}: anything above {ours.published:g} would do"
+        reproduced, contradicted = False, high <= ours.published
+    else:
+        unit = "points" if ours.unit == "%" else ours.unit
+        rule = f"is it within {ours.tolerance:,.4g} {unit} of the projection"
+        edges = (ours.published - ours.tolerance, ours.published + ours.tolerance)
+        reproduced = edges[0] <= low and high <= edges[1]
+        contradicted = high < edges[0] or edges[1] < low
+    if reproduced:
+        return REPRODUCED, f"{rule}: yes"
+    if contradicted:
+        return CONTRADICTED, f"{rule}: no"
+    return UNDECIDED, f"{rule}: what the study does not tell leaves {span} open"
 
 
 def _row(claim: Claim, found: Mapping[str, Found]) -> list:

@@ -38,13 +38,15 @@ class Measured:
     published: float | None = None
     low: float | None = None  # of the 95 % interval; of a projection what it spans, the unknown being another
     high: float | None = None
-    rule: str = "equal"  # or "side of 0", "<", "<=", ">": see `ledger`
+    rule: str = "equal"  # or "side of 0", "<", "<=", of a projection ">": see `ledger`
     tolerance: float | None = None  # 0 of a count, more of a projection
     differs: str = ""  # why the two cannot be compared
     scale: str = ""  # at which ours was found, where that is not the notebook's
 
 
-def between(row: Mapping, name: str, times: float = 1.0) -> dict:
-    """Value and interval of an estimate in `metrics.json`."""
-    ends = {end: None if row[end] is None else times * row[end] for end in ("low", "high")}
-    return {"value": math.nan if row[name] is None else times * row[name], **ends}
+def between(row: Mapping, name: str, times: float = 1.0, *, ends: tuple[str, str] = ("low", "high")) -> dict:
+    """Value and interval of an estimate in `metrics.json`, whose ends are in the columns `ends`."""
+    found = {
+        end: None if row[own] is None else times * row[own] for end, own in zip(("low", "high"), ends, strict=True)
+    }
+    return {"value": math.nan if row[name] is None else times * row[name], **found}

@@ -2,6 +2,9 @@
 
 Any number of processes may work on one grid, on all hosts that see its folder: where a training is too small to keep
 all cores busy, two processes with half of the cores each are done sooner than one.
+
+A row names what made it. The version of the training and the precision are part of its key: a row of another version is
+stale, and its point is trained anew. Commit and machine are told in the row only.
 """
 
 from __future__ import annotations
@@ -19,9 +22,14 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
+from chexlib import runs
 from chexlib.errors import ConfigError
 from chexlib.files import holding, replacing
+from chexlib.machine import native_precision
+from chexlib.training import TRAINING_VERSION
+from chexlib.training.config import FREE, TrainConfig
 
+MADE_BY = ("training_version", "precision", "commit", "machine")  # what a row tells of its training
 log = logging.getLogger(__name__)
 
 
@@ -34,8 +42,9 @@ def run_grid(
 ) -> pd.DataFrame:
     """Measure every point that `table` does not hold yet, and return the rows of all points in their order.
 
-    Each row is written when it is measured. The file may hold rows of other grids too: a point is known by the hash of
-    all its settings, whatever their order, so these must name all that decides its outcome, data and seed among them.
+    Each row is written when it is measured. The file may hold rows of other grids too: a point is known by `point_key`,
+    so its settings must name all that decides its outcome: data, seed, and what `deciding_settings` has of a config.
+    Rows of another version of the training stay in the file, unused, and are counted in the log.
     A point that another process is measuring is left to it, waited for, and taken over if that process ends without it.
 
     Parameters
@@ -53,17 +62,26 @@ def run_grid(
     Returns
     -------
     DataFrame
-        Columns key, the settings, the results; fewer rows than points if the grid was stopped.
+        Columns key, the settings, the results, `MADE_BY`; fewer rows than points if the grid was stopped.
 
     Raises
     ------
     ConfigError
-        Settings and results have a name in common, or the table is no such table.
+        Results are named as settings or `MADE_BY` are, or the table is no such table.
     """
     table, wanted = Path(table), {point_key(point): dict(point) for point in points}
     table.parent.mkdir(parents=True, exist_ok=True)
     work = table.with_name(f".{table.stem}-work")
-    missing = [key for key in wanted if key not in _known(table)]
+    known = _known(table)
+    missing = [key for key in wanted if key not in known]
+    stale = sum(row.get("training_version") != TRAINING_VERSION for row in known.values())
+    if missing and stale:
+        log.info(
+            "%s: %d of %d rows are not of training version %d and are not used; %d to be trained",
+            *(table.stem, stale, len(known), TRAINING_VERSION, len(missing)),
+        )
+    settings = list(dict.fromkeys(name for point in wanted.values() for name in point))
+    varied = [name for name in settings if len({str(p.get(name)) for p in wanted.values()}) > 1]
     for key in set(wanted) - set(missing):  # killed between writing the row and removing the folder
         shutil.rmtree(work / key, ignore_errors=True)
     began = time.monotonic()
@@ -71,23 +89,22 @@ def run_grid(
     with bar, contextlib.closing(_unmeasured(missing, table, work, bar)) as ours:
         for key in ours:
             point = wanted[key]
-            bar.set_postfix_str(", ".join(f"{k}={value}" for k, value in point.items() if k != "data_dir")[:80])
+            bar.set_postfix_str(", ".join(f"{k}={point[k]}" for k in varied if k in point)[:80])
             (work / key).mkdir(parents=True, exist_ok=True)
             with _only_warnings():
                 found = measure(dict(point), work / key)
             if found is None:
                 log.info("%s was stopped with %d rows to go: run it again to go on", table, len(missing) - bar.n)
                 break
-            if clash := sorted({"key", *point} & set(found)):
+            if clash := sorted({"key", *point, *MADE_BY} & set(found)):
                 raise ConfigError(f"results may not be named as settings are: {', '.join(clash)}.")
             with holding(work / "table.lock"):
-                known = _append(table, {"key": key, **point, **found})
+                known = _append(table, {"key": key, **point, **found, **_made_by(point)})
             shutil.rmtree(work / key, ignore_errors=True)
             done = sum(key in known for key in missing)
             rest = round((time.monotonic() - began) / done * (len(missing) - done) / 60)
-            log.info(
-                "%s: row %d of %d, about %d minute%s to go", table.stem, done, len(missing), rest, "s"[: rest != 1]
-            )
+            unit = "minute" if rest == 1 else "minutes"
+            log.info("%s: row %d of %d, about %d %s to go", table.stem, done, len(missing), rest, unit)
     rows = _known(table)
     shown = [rows[key] for key in wanted if key in rows]
     return pd.DataFrame(shown, columns=list(dict.fromkeys(name for row in shown for name in row)))
@@ -121,15 +138,43 @@ def _only_warnings() -> Iterator[None]:
         own.setLevel(before)
 
 
+def deciding_settings(config: TrainConfig) -> dict:
+    """The settings of a config that decide what comes of a training, as flat plain values for the points of a grid.
+
+    Left out is what `TrainConfig.require_same` lets a resumed training change, but for epochs and batches: folders,
+    checkpoints, how to resume.
+    """
+    decide = {"epochs", "batch_size", "accumulation"}
+    found = {name: value for name, value in config.to_dict().items() if name in decide or name not in FREE}
+    if isinstance(found["schedule"], dict):
+        found["schedule"] = json.dumps(found["schedule"], sort_keys=True)
+    return found
+
+
 def point_key(point: Mapping) -> str:
-    """16 hexadecimal digits of SHA-256 of a point's settings, by name.
+    """16 hexadecimal digits of SHA-256 of what decides a row: settings by name, training version and precision.
+
+    The precision is the point's own, or else the one that `TrainConfig` takes on this processor.
 
     Examples
     --------
     >>> point_key({"seed": 0, "norm": "batch"}) == point_key({"norm": "batch", "seed": 0})
     True
     """
-    return hashlib.sha256(json.dumps(dict(point), sort_keys=True).encode()).hexdigest()[:16]
+    decide = {**point, "training_version": TRAINING_VERSION, "precision": _precision(point)}
+    return hashlib.sha256(json.dumps(decide, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _precision(point: Mapping) -> str:
+    asked = point.get("precision", "auto")
+    return native_precision() if asked == "auto" else asked
+
+
+def _made_by(point: Mapping) -> dict:
+    """`MADE_BY` of a row that is measured now."""
+    about = runs.environment()
+    values = (TRAINING_VERSION, _precision(point), about["commit"], f"{about['processor']}, {about['cores']} cores")
+    return dict(zip(MADE_BY, values, strict=True))
 
 
 def _known(table: Path) -> dict[str, dict]:

@@ -1,0 +1,72 @@
+"""Verdicts on the claims of the study: their names, when there is one, and the percentage lost that they are about."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from chexlib.evaluation.student import half_width
+
+REPRODUCED, CONTRADICTED, UNDECIDED = "reproduced", "contradicted", "undecided"
+NOT_COMPARABLE, NOT_MEASURED = "not comparable", "not measured"
+VERDICTS = (REPRODUCED, CONTRADICTED, UNDECIDED, NOT_COMPARABLE, NOT_MEASURED)
+
+CHANCE = 0.5  # AUROC of scores that know nothing of the labels
+# Least mean AUROC of a baseline of which something is concluded. From 0.7 discrimination is called
+# acceptable (Hosmer and Lemeshow, Applied Logistic Regression, 2nd edition, 2000, section 5.2.4).
+# There 0.01 of AUROC are 5 % of the skill; nearer to chance the noise of seeds is most of a loss.
+LEARNT = 0.7
+
+
+def has_learnt(auroc: float) -> bool:
+    """Whether a mean AUROC is high enough for a gain or a loss to mean something: `LEARNT`."""
+    return bool(auroc >= LEARNT)
+
+
+def nothing_learnt(auroc: float) -> str:
+    """The reason for no verdict, where `has_learnt` is false or the interval of the AUROC holds chance."""
+    return f"nothing was learnt: a mean AUROC of {auroc:.3f} is below {LEARNT} or not apart from chance"
+
+
+def verdict_on_gain(low: float, high: float) -> str:
+    """The verdict on a gain that is claimed to be above 0, from its interval. NaN, as of one seed, leaves it open."""
+    if low > 0:
+        return REPRODUCED
+    return CONTRADICTED if high < 0 else UNDECIDED
+
+
+def percent_lost(baseline: pd.Series, other: pd.Series, *, level: float = 0.95) -> dict:
+    """How much of the skill above chance is lost: 100 (A0 - A) / (A0 - 0.5), with A0 the baseline's AUROC.
+
+    The ratio of the two means over seeds. Its interval is Fieller's (1954), for paired normal values: every ratio r
+    for which Student's t test finds the mean of (A0 - A) - r (A0 - 0.5) not apart from 0. It is finite exactly where
+    the interval of A0 does not hold 0.5.
+
+    Parameters
+    ----------
+    baseline, other : Series
+        AUROC by seed. A seed that one of them lacks is left out of both.
+
+    Returns
+    -------
+    dict
+        baseline, its mean AUROC; loss, low, high (in %), seeds. The loss is NaN where nothing was learnt: the baseline
+        is below `LEARNT`, or its interval holds 0.5. The interval is NaN for one seed too.
+    """
+    pairs = pd.DataFrame({"baseline": baseline, "other": other}).dropna()
+    n, mean = len(pairs), pairs["baseline"].mean()
+    found = {"baseline": mean, "loss": np.nan, "low": np.nan, "high": np.nan, "seeds": n}
+    skill, lost = pairs["baseline"] - CHANCE, pairs["baseline"] - pairs["other"]
+    if not has_learnt(mean) or (n > 1 and skill.mean() <= half_width(skill.std(), n, level=level)):
+        return found
+    found["loss"] = 100 * lost.mean() / skill.mean()
+    if n == 1:
+        return found
+    # The ends solve a r^2 - 2 h r + c = 0.
+    squared = half_width(1.0, n, level=level) ** 2
+    covariance = squared * np.cov(skill, lost)
+    a = skill.mean() ** 2 - covariance[0, 0]
+    h = skill.mean() * lost.mean() - covariance[0, 1]
+    c = lost.mean() ** 2 - covariance[1, 1]
+    root = np.sqrt(max(h**2 - a * c, 0.0))
+    return found | {"low": 100 * (h - root) / a, "high": 100 * (h + root) / a}
