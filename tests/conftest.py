@@ -91,13 +91,14 @@ def phantom(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def vgg_file(tmp_path_factory):
-    """A `model.keras` of an untrained VGG-16 for 32-pixel radiographs, in a run folder `run/03_train_baseline`."""
+    """A `model.keras` of a quarter VGG-16, untrained, for 32-pixel radiographs, in `run/03_train_baseline`."""
     from chexlib.models.weights import create_model, save_model
 
     folder = tmp_path_factory.mktemp("runs") / "run" / "03_train_baseline"
     folder.mkdir(parents=True)
-    card = {"topology": "vgg16", "size": 32, "split": {"name": "patient"}}
-    return save_model(create_model("vgg16", size=32, seed=1), folder / "model.keras", card=card)
+    network = {"topology": "vgg16", "width": 0.25, "stem": "small", "size": 32}
+    card = {**network, "split": {"name": "patient"}}
+    return save_model(create_model(**network, seed=1), folder / "model.keras", card=card)
 
 
 @pytest.fixture(autouse=True)
