@@ -26,6 +26,14 @@ TINY_PATIENTS = [
 TINY_TEST_PATIENTS = (3, 6, 8)
 
 
+def pytest_collection_modifyitems(items):
+    """The long tier is run by `make test-long`, which sets CHEXLIB_LONG."""
+    if not os.environ.get("CHEXLIB_LONG"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="of the long tier: make test-long"))
+
+
 @pytest.fixture
 def tiny_nih(tmp_path):
     """A function that writes 24 images of 10 patients in the NIH layout and returns the folder."""

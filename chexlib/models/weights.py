@@ -114,7 +114,7 @@ def load_weights(
     else:
         if path.suffix == ".keras":
             card = read_card(path, any_findings=True)
-            _require_network(path, card, topology, stem=getattr(model, "stem", PUBLISHED["stem"]))
+            _require_network(path, card, topology, **_stem_of(model))
             fresh_head |= card["findings"] != list(FINDINGS)
         arrays, places = _arrays(path, topology), layout(model)
         if fresh_head or head_differs(places, arrays):
@@ -248,6 +248,11 @@ def _require_network(path: Path, card: dict, topology: str, **asked) -> None:
     for name, value in asked.items():
         if (theirs := card.get(name, PUBLISHED[name])) != value:
             raise _misfit(path, topology, f"they are of {name}={theirs!r:.80}, not {value!r}")
+
+
+def _stem_of(model) -> dict:
+    """The stem that `build_model` noted, which no array of a file tells; a network of another making has none."""
+    return {"stem": model.stem} if hasattr(model, "stem") else {}
 
 
 def _misfit(path: Path, topology: str, why: str) -> WeightsError:
