@@ -172,7 +172,7 @@ def test_recalibration_gives_the_statistics_of_the_new_images_before_the_first_s
         seen[bool(seen)] = norm.moving_mean.numpy()
         if len(seen) == 2:
             model = trainer.model
-            stem = keras.Model(model.inputs, model.get_layer("conv1_conv").output)
+            stem = keras.Model(model.input, model.get_layer("conv1_conv").output)
             pixels = Feed(config, World(), train, train.labels).store.take(range(len(train)))
             seen["mean"] = np.mean(stem(pixels[..., None].astype(np.float32)), axis=(0, 1, 2))
         return {}
