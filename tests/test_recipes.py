@@ -155,6 +155,7 @@ def test_with_another_global_batch_the_schedule_goes_on_at_the_same_epoch_with_t
     assert len(after) - 80 == (len(whole) - 80) // 2
 
 
+@pytest.mark.cores
 def test_a_training_goes_on_with_its_schedule_on_two_ranks(undisturbed, phantom, tmp_path):
     config, result = undisturbed
     only(checkpoints_of(config)[-2], tmp_path)
