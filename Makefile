@@ -18,7 +18,7 @@ DATA ?=
 ENGINES ?=
 RESUME ?=
 
-.PHONY: help env run test faults peer lab lint clean real-model
+.PHONY: help env run test test-long check faults peer lab lint clean real-model
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,8 +29,23 @@ env: $(STAMP)  ## make the environment in .venv
 run: $(STAMP)  ## execute every notebook headless and write the report
 	@exec $(BIN)/python -m chexlib run --profile $(PROFILE) $(if $(DATA),--data '$(DATA)') $(if $(ENGINES),--engines $(ENGINES)) $(if $(RESUME),--resume)
 
-test: $(STAMP)  ## run the tests, with coverage of chexlib
-	$(BIN)/python -m pytest --cov=chexlib --cov-report=term --cov-fail-under=90
+# Two test processes of a thread each; then, alone, the tests that start ranks, engines or notebooks of their own.
+TOGETHER := OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not cores'
+COUNTED := --durations=20 --cov=chexlib
+
+test: $(STAMP)  ## run the tests, with coverage of chexlib: ten minutes on 2 cores
+	@failed=0; \
+	$(TOGETHER) $(COUNTED) --cov-report= || failed=1; \
+	$(BIN)/python -m pytest -m cores $(COUNTED) --cov-append --cov-report=term --cov-fail-under=90 || failed=1; \
+	exit $$failed
+
+test-long: export CHEXLIB_LONG := 1
+test-long: test faults  ## run the tests, their long forms too, and 20 fault trials: an hour or two
+
+check: $(STAMP)  ## run the tests of what the change since main touches: two minutes at most
+	@$(BIN)/ruff check .
+	@tests=$$($(BIN)/python tests/touched.py) || exit $$?; \
+	[ -z "$$tests" ] || $(TOGETHER) -q --durations=5 --durations-min=1 $$tests || [ $$? = 5 ]
 
 real-model: $(STAMP)  ## train on the real radiographs in DATA=DIR or DIR:DIR, an hour
 	@[ -n '$(DATA)' ] || { echo "Error: name the radiographs: make real-model DATA=DIR (or DIR:DIR)" >&2; exit 2; }

@@ -26,6 +26,14 @@ TINY_PATIENTS = [
 TINY_TEST_PATIENTS = (3, 6, 8)
 
 
+def pytest_collection_modifyitems(items):
+    """The long tier is run by `make test-long`, which sets CHEXLIB_LONG."""
+    if not os.environ.get("CHEXLIB_LONG"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="of the long tier: make test-long"))
+
+
 @pytest.fixture
 def tiny_nih(tmp_path):
     """A function that writes 24 images of 10 patients in the NIH layout and returns the folder."""
@@ -91,13 +99,14 @@ def phantom(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def vgg_file(tmp_path_factory):
-    """A `model.keras` of an untrained VGG-16 for 32-pixel radiographs, in a run folder `run/03_train_baseline`."""
+    """A `model.keras` of a quarter VGG-16, untrained, for 32-pixel radiographs, in `run/03_train_baseline`."""
     from chexlib.models.weights import create_model, save_model
 
     folder = tmp_path_factory.mktemp("runs") / "run" / "03_train_baseline"
     folder.mkdir(parents=True)
-    card = {"topology": "vgg16", "size": 32, "split": {"name": "patient"}}
-    return save_model(create_model("vgg16", size=32, seed=1), folder / "model.keras", card=card)
+    network = {"topology": "vgg16", "width": 0.25, "stem": "small", "size": 32}
+    card = {**network, "split": {"name": "patient"}}
+    return save_model(create_model(**network, seed=1), folder / "model.keras", card=card)
 
 
 @pytest.fixture(autouse=True)

@@ -93,6 +93,8 @@ def train(engines, data_dir, run_dir):
         data_dir=data_dir,
         run_dir=run_dir,
         topology="vgg16",
+        width=0.25,
+        stem="small",
         size=32,
         epochs=1,
         max_steps=20,

@@ -12,6 +12,8 @@ from chexlib.models.topologies import build_model
 from chexlib.runs import ROOT
 from chexlib.scaling.throughput import training_gflop
 
+pytestmark = pytest.mark.cores
+
 
 def lines_of(name, *options, **environment):
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *map(str, options)]
@@ -34,6 +36,7 @@ def test_the_training_step_is_measured_in_turns_with_its_peer():
     assert ours["peak_fraction"] == pytest.approx(spent / ours["peak_gflops"], abs=0.002)
 
 
+@pytest.mark.long
 def test_weak_scaling_is_told_from_a_rank_alone_and_stock_keras_may_have_its_own_precision():
     found = {line["what"]: line for line in lines_of("train_step", *SMALL, "--weak", "--stock-precision", "bf16")}
     alone = found["chexlib 1x1"]["rounds"]
@@ -51,6 +54,7 @@ def test_end_to_end_reads_files_on_both_sides(phantom):
     assert ratio["ratio"] > 0 and ratio["cache_seconds"] > 0
 
 
+@pytest.mark.long
 def test_the_input_is_measured_against_its_peers():
     options = ("--size", 32, "--source", 64, "--images", 130, "--rounds", 1, "--batch-per-rank", 2, "--steps", 2)
     what = ["build", "read", "training", "draw", "stream"]

@@ -16,6 +16,8 @@ BAD = {
     "run_dir": [None, 3],
     "topology": ["densenet", "", None, "DenseNet121"],
     "size": [31, 0, -1, 64.0, "64", True, None],
+    "width": [0.3, 0, "1", None, True],
+    "stem": ["tiny", "", None, True],
     "weights": [5, True],
     "batch_size": [0, -1, 1.5, "16", True],
     "epochs": [0, -3, 2.0, "3", False],
@@ -191,3 +193,16 @@ def test_a_preset_is_stretched_over_the_epochs_so_resuming_with_others_is_refuse
         config(schedule="goyal-2017", epochs=8).require_same(there, where="it")
     fixed = {"preset": "goyal-2017", "epochs": 8}
     config(schedule=fixed, epochs=8).require_same(config(schedule=fixed, epochs=6).to_dict(), where="it")
+
+
+def test_a_training_of_version_0_1_which_had_the_published_networks_only_can_be_resumed():
+    there = {name: value for name, value in config().to_dict().items() if name not in ("width", "stem")}
+    config().require_same(there, where="it")
+    with pytest.raises(ConfigError, match=r"width=1\.0 there and 0\.25 now"):
+        config(width=0.25).require_same(there, where="it")
+
+
+def test_width_and_stem_are_settings_and_travel_with_the_network():
+    made = config(topology="resnet50", size=32, width=0.25, stem="small")
+    assert made.network() == {"topology": "resnet50", "width": 0.25, "stem": "small", "size": 32}
+    assert config(width=1) == config() and isinstance(config(width=1).width, float)

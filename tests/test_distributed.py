@@ -13,6 +13,7 @@ import pandas as pd
 import psutil
 import pytest
 from sklearn.metrics import roc_auc_score
+from small_training import config_for
 
 from chexlib.cluster.engines import mpi_engines
 from chexlib.cluster.profiles import find_mpi, thread_environment
@@ -26,6 +27,7 @@ from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 from chexlib.training.steps import seven_steps
 
+pytestmark = pytest.mark.cores
 TESTS = Path(__file__).parent
 TOPOLOGIES = ("densenet121", "resnet50", "vgg16")
 LONG = bool(os.environ.get("CHEXLIB_LONG"))
@@ -66,8 +68,15 @@ def distances(a, b):
     return [np.linalg.norm(x - y) / np.linalg.norm(y) if y.ndim > 1 else 10 * np.abs(x - y).max() for x, y in pairs]
 
 
-VGG = {"name": "vgg16", "topology": "vgg16", "steps": 10}
-FROZEN = [{"name": t, "topology": t, "steps": 10, "freeze": True} for t in ("resnet50", "densenet121")]
+# How ranks agree does not depend on the number of channels. Building and tracing a network takes longer than its steps.
+VGG = {"name": "vgg16", "topology": "vgg16", "width": 0.25, "steps": 10}
+NETWORKS = ("resnet50", "densenet121") if LONG else ("resnet50",)
+FROZEN = [{"name": t, "topology": t, "width": 0.25, "steps": 10, "freeze": True} for t in NETWORKS]
+BITS = {"width": 1.0 if LONG else 0.25, "steps": 50 if LONG else 5, "batch": 3}
+KINDS = [("resnet50", "mixed_bfloat16"), ("densenet121", "float32")]
+if LONG:
+    KINDS = [(topology, precision) for topology in TOPOLOGIES for precision in ("float32", "mixed_bfloat16")]
+SAME_BITS = [{"name": f"{t}-{p}", "topology": t, "precision": p, **BITS} for t, p in KINDS]
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +93,12 @@ def two_ranks(phantom, tmp_path_factory):
     return run_ranks(tmp_path_factory.mktemp("two"), phantom, trainings, ranks=2)
 
 
+@pytest.fixture(scope="module")
+def three_ranks(phantom, tmp_path_factory):
+    uneven = {**VGG, "name": "uneven", "batch": 11}
+    return run_ranks(tmp_path_factory.mktemp("three"), phantom, [uneven, *SAME_BITS], ranks=3)
+
+
 def test_ranks_fed_different_data_end_with_identical_weights_unlike_one_rank(one_rank, two_ranks):
     first, second = two_ranks["own start"]
     assert not np.array_equal(first["fed"], second["fed"])
@@ -92,7 +107,7 @@ def test_ranks_fed_different_data_end_with_identical_weights_unlike_one_rank(one
     assert max(distances(first, one_rank["vgg16"][0])) > 5e-4  # what counts as equal below is 1e-4
 
 
-@pytest.mark.parametrize("name", ["vgg16", "resnet50", "densenet121"])
+@pytest.mark.parametrize("name", ["vgg16", *NETWORKS])
 def test_two_ranks_of_8_equal_one_rank_of_16_after_10_steps(one_rank, two_ranks, name):
     """VGG-16 has no batch norm; the others have theirs frozen, as each rank would normalise its own images only."""
     first, alone = two_ranks[name][0], one_rank[name][0]
@@ -101,22 +116,18 @@ def test_two_ranks_of_8_equal_one_rank_of_16_after_10_steps(one_rank, two_ranks,
     np.testing.assert_allclose(first["losses"], alone["losses"], rtol=1e-4)
 
 
-def test_the_last_smaller_batch_counts_by_its_images(phantom, one_rank, tmp_path):
+def test_the_last_smaller_batch_counts_by_its_images(one_rank, three_ranks):
     """70 images in global batches of 33: the third has 4, so the equality must hold over uneven shares as well."""
-    three = run_ranks(tmp_path, phantom, [{**VGG, "name": "uneven", "batch": 11}], ranks=3)["uneven"]
+    three = three_ranks["uneven"]
     assert [len(r["fed"]) for r in three] == [24, 23, 23]
     assert max(distances(three[2], one_rank["uneven"][0])) <= 1e-4
 
 
 @pytest.mark.parametrize("ranks", [2, 3] if LONG else [3])
-def test_steps_leave_the_same_bits_on_all_ranks_for_each_topology_and_precision(phantom, tmp_path, ranks):
+def test_steps_leave_the_same_bits_on_all_ranks_for_each_topology_and_precision(phantom, three_ranks, tmp_path, ranks):
     """50 steps of all six with CHEXLIB_LONG=1, some 20 minutes where bfloat16 is emulated; else 5 steps of two."""
-    kinds = [(topology, precision) for topology in TOPOLOGIES for precision in ("float32", "mixed_bfloat16")]
-    trainings = [
-        {"name": f"{t}-{p}", "topology": t, "precision": p, "steps": 50 if LONG else 5, "batch": 3}
-        for t, p in (kinds if LONG else [kinds[3], kinds[4]])
-    ]
-    found = run_ranks(tmp_path, phantom, trainings, ranks=ranks)
+    trained = three_ranks if ranks == 3 else run_ranks(tmp_path, phantom, SAME_BITS, ranks=ranks)
+    found = {settings["name"]: trained[settings["name"]] for settings in SAME_BITS}
     assert len(found) == (6 if LONG else 2)
     for name, (first, *others) in found.items():
         assert first["types"] == ("bfloat16" if "bfloat16" in name else "float32")
@@ -135,9 +146,7 @@ def nothing_left(marker, seconds=20):
 
 
 def test_engines_train_in_one_world_and_are_gone_afterwards(phantom, tmp_path):
-    config = TrainConfig(
-        data_dir=str(phantom), run_dir=str(tmp_path), topology="vgg16", size=32, epochs=2, batch_size=8, split="patient"
-    )
+    config = config_for(phantom, tmp_path, learning_rate=1e-3, precision="auto")
     told = []
     with mpi_engines(2, threads=1) as engines:
         profile = engines.cluster.profile_dir

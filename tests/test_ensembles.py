@@ -77,8 +77,9 @@ def test_predictions_of_other_images_are_refused(scored):
 
 @pytest.mark.parametrize("how", ["probability", "logit", "rank"])
 def test_one_file_predicts_what_its_members_say_together(how, files, tmp_path):
-    card = {"topology": "vgg16", "size": 32, "split": {"name": "patient"}}
-    models = [build_model("vgg16", size=32, seed=seed) for seed in (0, 1)]
+    network = {"topology": "vgg16", "width": 0.25, "size": 32}
+    card = {**network, "split": {"name": "patient"}}
+    models = [build_model(**network, seed=seed) for seed in (0, 1)]
     members = [save_model(model, tmp_path / f"{seed}.keras", card=card) for seed, model in enumerate(models)]
     alone = np.stack([predict(files[0], weights=member).to_numpy() for member in members])
     assert np.abs(alone[0] - alone[1]).max() > 0.05

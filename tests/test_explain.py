@@ -33,7 +33,7 @@ def enlarged(maps, size):
 
 @pytest.fixture(scope="module", params=TOPOLOGIES)
 def model(request):
-    model = build_model(request.param, size=64, seed=2)
+    model = build_model(request.param, size=64, width=0.25, seed=2)
     kernel, bias = model.get_layer("findings").get_weights()
     model.get_layer("findings").set_weights([RNG.normal(size=kernel.shape), bias])  # of both signs
     return model
@@ -122,7 +122,7 @@ def test_the_hottest_place_is_where_the_signal_is(method):
 
 @pytest.mark.parametrize("how", ["probability", "rank"])
 def test_the_map_of_an_ensemble_is_the_mean_of_its_members(how, tmp_path):
-    members, pixels = [build_model("vgg16", size=32, seed=seed) for seed in (0, 1)], PIXELS[:, :32, :32]
+    members, pixels = [build_model("vgg16", size=32, width=0.25, seed=seed) for seed in (0, 1)], PIXELS[:, :32, :32]
     together = combine_models(members, how=how, reference=RNG.random((2, 9, 14)))
     each = np.stack([heat_maps(member, pixels, ASKED) for member in members])
     assert np.abs(each[0] - each[1]).max() > 0.1

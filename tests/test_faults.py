@@ -4,6 +4,8 @@ import pytest
 from fault_notebook import prepare
 from faults import KINDS, Trial, kinds_of
 
+pytestmark = pytest.mark.cores
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):

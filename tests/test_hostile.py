@@ -40,6 +40,9 @@ class Boom:
         return os.mkdir, (self.marker,)
 
 
+MEMBER = {"topology": "vgg16", "width": 0.25, "stem": "small"}
+
+
 def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -188,12 +191,12 @@ def hostile(kind, path, source):
     elif kind == "pickled members":
         change(source, path, **{CARD: pickle.dumps(Boom(path.parent / "executed"))})
     elif kind == "lambda":
-        model = build_model("vgg16", size=32)
+        model = build_model(**MEMBER, size=32)
         code = f"__import__('os').mkdir({str(path.parent / 'executed')!r})"
         shout = keras.layers.Lambda(eval(f"lambda x: ({code}, x)[1]"), output_shape=(14,))
         outputs = keras.Model(model.input, model.output)
         doctored = keras.Sequential([outputs, shout])
-        save_model(doctored, path, card={"topology": "vgg16", "size": 32})
+        save_model(doctored, path, card={**MEMBER, "size": 32})
         # The weights fit; only the description has the layer.
         change(source, path.with_name("b"), **{"config.json": zipfile.ZipFile(path).read("config.json")})
         path.with_name("b").replace(path)
@@ -237,20 +240,23 @@ def test_hostile_weights_are_refused_and_nothing_in_them_runs(kind, tmp_path, vg
     assert not (tmp_path / "executed").exists()
 
 
-ENSEMBLE = {"topology": "ensemble", "how": "probability", "members": [{"topology": "vgg16"}]}
+ENSEMBLE = {"topology": "ensemble", "how": "probability", "members": [MEMBER]}
 CARDS = {
     "no members": {"topology": "ensemble"},
     "no way to combine": {**ENSEMBLE, "how": None},
     "empty": {**ENSEMBLE, "members": []},
-    "members by name": {**ENSEMBLE, "members": {"a": {"topology": "vgg16"}}},
+    "members by name": {**ENSEMBLE, "members": {"a": MEMBER}},
     "members of text": {**ENSEMBLE, "members": ["vgg16"]},
     "an ensemble of ensembles": {**ENSEMBLE, "members": [ENSEMBLE]},
-    "more members than the file has room for": {**ENSEMBLE, "members": [{"topology": "vgg16"}] * 1000},
-    "a member's config of text": {**ENSEMBLE, "members": [{"topology": "vgg16", "config": "x"}]},
+    "more members than the file has room for": {**ENSEMBLE, "members": [MEMBER] * 100},
+    "a member's config of text": {**ENSEMBLE, "members": [{**MEMBER, "config": "x"}]},
     "config of text": {"config": "x"},
     "an unknown norm": {"config": {"norm": "x"}},
     "a ghost size of text": {"config": {"norm": "ghost", "ghost_size": "x"}},
     "topologies": {"topology": ["vgg16"]},
+    "a width of text": {"width": "x"},
+    "a width without end": {"width": 1e9},
+    "stems": {"stem": ["small"]},
 }
 
 

@@ -18,6 +18,7 @@ from chexlib.data.phantom import write_phantom
 from chexlib.runs import ROOT
 from chexlib.training.checkpoints import newest_checkpoint
 
+pytestmark = pytest.mark.cores
 PLOT = "document.querySelector('.jupyter-widgets.widget-image')?.src"
 STOP = "[...document.querySelectorAll('button.jupyter-button')].find(b => b.textContent.includes('Stop'))"
 SAYS = "document.querySelector('.jupyter-widgets.widget-label')?.textContent"

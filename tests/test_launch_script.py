@@ -112,6 +112,7 @@ def test_ranks_that_mpi_did_not_join_do_not_train_each_on_its_own(phantom, tmp_p
     assert not list((tmp_path / "run").glob("*.keras"))
 
 
+@pytest.mark.cores
 @pytest.mark.hosts
 @pytest.mark.skipif(bool(reason := why_not()), reason=reason)
 def test_the_script_trains_on_two_hosts(phantom, tmp_path):

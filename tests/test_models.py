@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import zipfile
+import zlib
 
 import keras
 import numpy as np
@@ -20,6 +21,7 @@ from chexlib.errors import ConfigError, DataError, WeightsError
 from chexlib.findings import FINDINGS
 from chexlib.models.normalization import FusedBatchNormalization
 from chexlib.models.predict import newest_weights, predict
+from chexlib.models.statistics import norm_layers
 from chexlib.models.topologies import TOPOLOGIES, build_model
 from chexlib.models.weights import CARD, create_model, load_model, save_model
 
@@ -94,7 +96,7 @@ def test_the_backbone_is_fed_with_normalised_pixels_and_its_features_are_pooled(
 @pytest.mark.parametrize(("topology", "count"), [("densenet121", 121), ("resnet50", 53), ("vgg16", 0)])
 def test_all_batch_norm_layers_are_there_and_fused(models, topology, count):
     layers = norms(models(topology))
-    assert len(layers) == count
+    assert len(layers) == len(norm_layers(models(topology))) == count
     assert {type(layer) for layer in layers} <= {FusedBatchNormalization}
 
 
@@ -150,6 +152,107 @@ def test_batch_norm_momentum_is_as_asked(models):
 def test_an_impossible_model_is_refused_with_the_value(settings, named, weights):
     with pytest.raises(ConfigError, match=named):
         create_model(**{"topology": "vgg16", "size": 32, "weights": weights, **settings})
+
+
+# --- small networks
+
+# CRC-32 of all weights in their order, and of their names, of size=32 and seed=1 as chexlib 0.1 built them.
+VERSION_0_1 = {
+    "densenet121": (378831982, 1353684931),
+    "resnet50": (261973801, 4190800738),
+    "vgg16": (2110973382, 1291771785),
+}
+COUNTS = {"densenet121": 121, "resnet50": 53, "vgg16": 0}
+
+
+@pytest.fixture(scope="module")
+def small_models():
+    """A function that builds a topology of a quarter's width with the small stem once."""
+    made = {}
+
+    def get(topology):
+        if topology not in made:
+            made[topology] = build_model(topology, size=32, width=0.25, stem="small", seed=1)
+        return made[topology]
+
+    return get
+
+
+def backbone_of(model):
+    return next(layer for layer in model.layers if isinstance(layer, keras.Model))
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_the_published_width_and_stem_give_the_weights_of_version_0_1_to_the_bit(models, topology):
+    values = names = 0
+    for variable in models(topology).weights:
+        values = zlib.crc32(np.ascontiguousarray(variable.numpy()).tobytes(), values)
+        names = zlib.crc32(variable.path.encode(), names)
+    assert (values, names) == VERSION_0_1[topology]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_a_quarter_network_has_the_same_layers_and_a_quarter_of_the_channels_in_each(models, small_models, topology):
+    whole, small = backbone_of(models(topology)), backbone_of(small_models(topology))
+    named = [[layer.name for layer in network.layers if layer.weights] for network in (small, whole)]
+    assert named[0] == named[1]
+    assert [type(layer) for layer in small.layers] == [type(layer) for layer in whole.layers]
+    assert len(norms(small)) == COUNTS[topology]
+    for ours, theirs in zip(small.layers, whole.layers, strict=True):
+        if ours.weights:  # not the input, nor the padding of three colours
+            assert 4 * ours.output.shape[-1] == theirs.output.shape[-1], ours.name
+    share = small_models(topology).count_params() / models(topology).count_params()
+    assert share == pytest.approx(1 / 16, rel=0.09)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_the_small_stem_keeps_maps_of_2_by_2_where_the_last_convolution_works(small_models, topology):
+    convolutions = [layer for layer in backbone_of(small_models(topology)).layers if hasattr(layer, "kernel_size")]
+    assert convolutions[0].output.shape[1:3] == (32, 32)
+    assert convolutions[-1].output.shape[1:3] == (2, 2)
+    assert small_models(topology).input_shape == (None, 32, 32, 1)
+
+
+def test_each_residual_branch_of_a_small_resnet_starts_as_nothing(models, small_models):
+    last = [layer for layer in norms(small_models("resnet50")) if layer.name.endswith("_3_bn")]
+    assert len(last) == 16 and not any(layer.gamma.numpy().any() for layer in last)
+    others = [layer for layer in norms(small_models("resnet50")) if layer not in last]
+    assert all((layer.gamma.numpy() == 1).all() for layer in [*others, *norms(models("resnet50"))])
+    assert all((layer.gamma.numpy() == 1).all() for layer in norms(small_models("densenet121")))
+
+
+def test_a_small_network_with_group_norm_has_groups_of_as_many_channels():
+    def sizes(**settings):
+        model = build_model("resnet50", size=32, norm="group", **settings)
+        layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.GroupNormalization)]
+        assert not any(layer.gamma.numpy().any() for layer in layers if layer.name.endswith("_3_bn")) or not settings
+        return [layer.gamma.shape[0] // layer.groups for layer in layers]
+
+    assert sizes(width=0.25, stem="small") == sizes()
+
+
+@pytest.mark.parametrize(("settings", "named"), [({"width": 0.3}, "0.3"), ({"stem": "tiny"}, "tiny")])
+def test_another_width_or_stem_is_refused_with_the_value(settings, named):
+    with pytest.raises(ConfigError, match=named):
+        build_model("vgg16", size=32, **settings)
+
+
+@pytest.mark.parametrize("settings", [{"width": 0.25}, {"stem": "small"}])
+def test_imagenet_weights_are_for_the_published_networks_only(settings):
+    with pytest.raises(WeightsError, match="published network"):
+        create_model("resnet50", size=32, weights="imagenet", **settings)
+
+
+def test_weights_load_into_the_width_and_stem_that_their_card_names(small_models, tmp_path):
+    network = {"topology": "vgg16", "size": 32, "width": 0.25, "stem": "small"}
+    path = save_model(small_models("vgg16"), tmp_path / "model.keras", card=network)
+    loaded, card = load_model(path)
+    assert card["width"] == 0.25 and card["stem"] == "small"
+    assert weights_equal(loaded, small_models("vgg16"))
+    assert weights_equal(create_model(**network, weights=str(path), seed=9), small_models("vgg16"))
+    for changes, named in (({"width": 1.0}, r"width=0\.25, not 1\.0"), ({"stem": "full"}, "stem='small', not 'full'")):
+        with pytest.raises(WeightsError, match=named):
+            create_model(**{**network, **changes}, weights=str(path))
 
 
 # --- ImageNet weights
@@ -349,9 +452,10 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(models, tmp_path, mo
 
 
 def test_weights_of_a_model_file_fill_a_model_of_another_input_size(vgg_file):
-    model = create_model("vgg16", size=64, weights=str(vgg_file), seed=7)
+    network = {"topology": "vgg16", "width": 0.25, "stem": "small"}
+    model = create_model(**network, size=64, weights=str(vgg_file), seed=7)
     assert model.input_shape == (None, 64, 64, 1)
-    assert weights_equal(model, build_model("vgg16", size=32, seed=1))
+    assert weights_equal(model, build_model(**network, size=32, seed=1))
 
 
 def small(findings=14):

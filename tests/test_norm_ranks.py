@@ -13,6 +13,7 @@ from test_distributed import run_ranks
 from chexlib.cluster.profiles import find_mpi, thread_environment
 from chexlib.data.phantom import write_phantom
 
+pytestmark = pytest.mark.cores
 NAMES = ("outputs", "inputs", "gamma", "beta", "mean", "variance")
 
 
@@ -21,7 +22,20 @@ def phantom(tmp_path_factory):
     return write_phantom(tmp_path_factory.mktemp("data") / "phantom", n_images=40, size=64, workers=1)
 
 
-def on_ranks(parts, folder):
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory):
+    """A function that starts ranks with so many images each once, and gives their `outcomes_on`."""
+    made = {}
+
+    def get(parts):
+        if parts not in made:
+            made[parts] = outcomes_on(parts, tmp_path_factory.mktemp("ranks"))
+        return made[parts]
+
+    return get
+
+
+def outcomes_on(parts, folder):
     """`norm_job.outcomes` of ranks with so many images each: outputs and their gradients of all, the rest summed."""
     mpi, job = find_mpi(), Path(norm_job.__file__)
     command = [mpi.command, "-n", str(len(parts)), *mpi.flags(), sys.executable, str(job), str(folder)]
@@ -37,8 +51,8 @@ def on_ranks(parts, folder):
 
 
 @pytest.mark.parametrize("parts", [(8, 8), (7, 5, 4)])
-def test_sync_norm_over_ranks_is_batch_norm_of_all_their_images(parts, tmp_path):
-    alone, ranks = norm_job.outcomes(*norm_job.data()), on_ranks(parts, tmp_path)
+def test_sync_norm_over_ranks_is_batch_norm_of_all_their_images(parts, on_ranks):
+    alone, ranks = norm_job.outcomes(*norm_job.data()), on_ranks(parts)
     for name in NAMES:
         scale = np.abs(alone[f"plain/{name}"]).max()
         np.testing.assert_allclose(ranks[f"sync/{name}"] / scale, alone[f"plain/{name}"] / scale, rtol=0, atol=1e-5)
@@ -47,8 +61,8 @@ def test_sync_norm_over_ranks_is_batch_norm_of_all_their_images(parts, tmp_path)
     np.testing.assert_allclose(ranks["population/variance"], images.var((0, 1, 2)), rtol=1e-5)
 
 
-def test_synchronized_of_keras_synchronises_nothing_under_mpi(tmp_path):
-    alone, ranks = norm_job.outcomes(*norm_job.data()), on_ranks((8, 8), tmp_path)
+def test_synchronized_of_keras_synchronises_nothing_under_mpi(on_ranks):
+    alone, ranks = norm_job.outcomes(*norm_job.data()), on_ranks((8, 8))
     for name in NAMES:
         np.testing.assert_allclose(ranks[f"synchronized/{name}"], ranks[f"plain/{name}"], rtol=1e-3, atol=1e-3)
     assert np.abs(ranks["synchronized/outputs"] - alone["synchronized/outputs"]).max() > 0.05
@@ -61,53 +75,74 @@ def distance(a, b, kind):
     return np.sqrt(off / sum((b[name].astype(float) ** 2).sum() for name in names))
 
 
-# Whole networks on ranks take minutes each, most of them tracing.
-LONG = pytest.mark.skipif(not os.environ.get("CHEXLIB_LONG"), reason="CHEXLIB_LONG=1 runs it")
+LONG = pytest.mark.long  # whole networks on ranks take minutes each, most of them tracing
 
 
-@pytest.mark.parametrize(
-    ("topology", "ranks", "steps"),
-    [
-        ("resnet50", 2, 10),
-        pytest.param("resnet50", 4, 1, marks=LONG),
-        pytest.param("densenet121", 2, 10, marks=LONG),
-        pytest.param("densenet121", 4, 1, marks=LONG),
-    ],
-)
-def test_virtual_ranks_are_real_ones(phantom, tmp_path, topology, ranks, steps):
-    """Weights, momenta, and the mean of the ranks' moving statistics.
+BASE = {"rate": 1e-4, "size": 64}
+REAL = {**BASE, "name": "ranks", "topology": "resnet50", "steps": 10, "batch": 4}
+# The training of one rank of 16 images and of two of 8, with sync and without, and of one with ghosts of 8.
+WHOLE = {"name": "whole", "batch": 16}
+GHOST = {"name": "ghost", "batch": 16, "norm": "ghost", "ghost_size": 8}
+PLAIN, SYNC = ({"name": norm, "batch": 8, "norm": norm} for norm in ("batch", "sync"))
 
-    Two addends have one sum; four are added in another order by MPI than here, which these networks, at their random
-    start and with 4 images to normalise by, make a thousand times larger at every step.
-    """
-    settings = {"topology": topology, "steps": steps, "batch": 4, "rate": 1e-4, "name": "ranks", "size": 64}
-    real = run_ranks(tmp_path, phantom, [settings], ranks=ranks)["ranks"][0]
-    virtual = run_ranks(tmp_path, phantom, [{**settings, "accumulation": ranks}], ranks=1)["ranks"][0]
+
+def four_ways(folder, phantom, base, *, one=(), two=()):
+    """The four trainings, and those of `one` and `two` beside them on as many ranks; by name, what rank 0 saved."""
+    found = run_ranks(folder, phantom, [{**base, **WHOLE}, {**base, **GHOST}, *one], ranks=1)
+    found |= run_ranks(folder, phantom, [{**base, **PLAIN}, {**base, **SYNC}, *two], ranks=2)
+    return {name: ranks[0] for name, ranks in found.items()}
+
+
+@pytest.fixture(scope="module")
+def resnet(phantom, tmp_path_factory):
+    """Of ResNet-50: one step of the four ways, and ten steps of two ranks and of two virtual ones; two starts."""
+    base, virtual = {**BASE, "topology": "resnet50", "steps": 1}, {**REAL, "accumulation": 2, "name": "virtual"}
+    return four_ways(tmp_path_factory.mktemp("resnet"), phantom, base, one=[virtual], two=[REAL])
+
+
+def require_virtual_as_real(virtual, real):
+    """Weights, momenta, and the mean of the ranks' moving statistics."""
     for kind in "wso":
         assert distance(virtual, real, kind) <= 1e-5, kind
     np.testing.assert_allclose(virtual["losses"], real["losses"], rtol=1e-5)
 
 
-def four_ways(folder, phantom, base):
-    """The training of one rank of 16 images and of two of 8, with sync and without, and of one with ghosts of 8."""
-    whole = {**base, "name": "whole", "batch": 16}
-    ghost = {**base, "name": "ghost", "batch": 16, "norm": "ghost", "ghost_size": 8}
-    one = run_ranks(folder, phantom, [whole, ghost], ranks=1)
-    plain, sync = ({**base, "name": norm, "batch": 8, "norm": norm} for norm in ("batch", "sync"))
-    two = run_ranks(folder, phantom, [plain, sync], ranks=2)
-    return one["whole"][0], one["ghost"][0], two["batch"][0], two["sync"][0]
-
-
-@pytest.mark.parametrize("topology", ["resnet50", pytest.param("densenet121", marks=LONG)])
-def test_sync_on_2_ranks_of_8_and_ghost_of_8_are_what_they_stand_for(phantom, tmp_path, topology):
-    """One step of whole networks: sync as one rank of 16, ghost as two ranks; and these two are far from each other."""
-    base = {"topology": topology, "steps": 1, "rate": 1e-4, "size": 64}
-    whole, ghost, plain, sync = four_ways(tmp_path, phantom, base)
+def require_what_they_stand_for(found):
+    """Sync as one rank of 16, ghost as two ranks; and these two are far from each other."""
+    whole, ghost, plain, sync = (found[name] for name in ("whole", "ghost", "batch", "sync"))
     for kind in "ws":
         assert distance(sync, whole, kind) <= 1e-5 and distance(ghost, plain, kind) <= 1e-5, kind
     pairs = {"sync": (sync, whole), "ghost": (ghost, plain), "not the same": (plain, whole)}
     off = {name: distance(*pair, "o") for name, pair in pairs.items()}  # momenta after one step: the gradients
     assert max(off["sync"], off["ghost"]) < 0.1 * off["not the same"], off
+
+
+def test_virtual_ranks_are_real_ones(resnet):
+    require_virtual_as_real(resnet["virtual"], resnet["ranks"])
+
+
+def test_sync_on_2_ranks_of_8_and_ghost_of_8_are_what_they_stand_for(resnet):
+    """One step of a whole network."""
+    require_what_they_stand_for(resnet)
+
+
+@LONG
+@pytest.mark.parametrize(
+    ("topology", "ranks", "steps"), [("resnet50", 4, 1), ("densenet121", 2, 10), ("densenet121", 4, 1)]
+)
+def test_virtual_ranks_are_real_ones_in_other_networks_and_numbers(phantom, tmp_path, topology, ranks, steps):
+    """Two addends have one sum; four are added in another order by MPI than here, which these networks, at their
+    random start and with 4 images to normalise by, make a thousand times larger at every step.
+    """
+    settings = {**REAL, "topology": topology, "steps": steps}
+    real = run_ranks(tmp_path, phantom, [settings], ranks=ranks)["ranks"][0]
+    virtual = run_ranks(tmp_path, phantom, [{**settings, "accumulation": ranks}], ranks=1)["ranks"][0]
+    require_virtual_as_real(virtual, real)
+
+
+@LONG
+def test_sync_and_ghost_are_what_they_stand_for_in_densenet(phantom, tmp_path):
+    require_what_they_stand_for(four_ways(tmp_path, phantom, {**BASE, "topology": "densenet121", "steps": 1}))
 
 
 @pytest.mark.parametrize("topology", [pytest.param("resnet50", marks=LONG), pytest.param("densenet121", marks=LONG)])
@@ -122,7 +157,8 @@ def test_ten_steps_of_sync_and_ghost_are_those_of_what_they_stand_for(tmp_path, 
     start = {"topology": topology, "steps": 100, "rate": 1e-2, "size": 64, "batch": 16, "name": "start"}
     run_ranks(tmp_path, phantom, [{**start, "keep": str(file)}], ranks=1)
     base = {"topology": topology, "steps": 10, "rate": 1e-4, "size": 64, "weights": str(file)}
-    whole, ghost, plain, sync = four_ways(tmp_path, phantom, base)
+    found = four_ways(tmp_path, phantom, base)
+    whole, ghost, plain, sync = (found[name] for name in ("whole", "ghost", "batch", "sync"))
     pairs = {"sync": (sync, whole), "ghost": (ghost, plain), "not the same": (plain, whole)}
     for kind in "wso":
         print(topology, kind, {name: f"{distance(*pair, kind):.1e}" for name, pair in pairs.items()})

@@ -3,13 +3,13 @@
 import ast
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
+from click.testing import CliRunner
+from papermill.cli import papermill as papermill_command
 from PIL import Image
 
 from chexlib.data.phantom import write_phantom
@@ -63,10 +63,8 @@ def test_links_between_notebooks_lead_somewhere(path):
 
 @each_notebook
 def test_help_lists_every_parameter_with_type_and_help(path):
-    answer = subprocess.run(
-        [sys.executable, "-m", "papermill", "--help-notebook", str(path)], capture_output=True, text=True
-    )
-    assert answer.returncode == 0, answer.stderr
+    answer = CliRunner().invoke(papermill_command, ["--help-notebook", str(path)])
+    assert answer.exit_code == 0, answer.output
     parameters = papermill.inspect_notebook(path)
     assert {"seed", "data_dir", "run_dir"} <= set(parameters)
     for name, about in parameters.items():
@@ -98,6 +96,7 @@ def whole_run(tmp_path_factory):
     return execute(parameters=parameters, runs_dir=str(tmp_path_factory.mktemp("runs")))
 
 
+@pytest.mark.cores
 def test_every_notebook_runs_headless(whole_run):
     failed, report = whole_run
     assert failed == []
@@ -107,6 +106,7 @@ def test_every_notebook_runs_headless(whole_run):
             assert (folder / name).exists(), f"{path.stem}/{name}"
 
 
+@pytest.mark.cores
 def test_the_training_notebooks_leave_what_the_contract_names(whole_run):
     folder = whole_run[1].parent
     for name, ranks in (("03_train_baseline", 1), ("04_train_distributed", 2)):
@@ -118,6 +118,7 @@ def test_the_training_notebooks_leave_what_the_contract_names(whole_run):
     assert metrics["weights_equal"] is True and metrics["each_image_once"] is True
 
 
+@pytest.mark.cores
 def test_the_launch_script_finds_its_settings_from_the_projects_folder(whole_run):
     folder = whole_run[1].parent / "08_scale_out"
     (config,) = re.findall(r"--config (\S+)", (folder / "train.sbatch").read_text())
@@ -125,6 +126,7 @@ def test_the_launch_script_finds_its_settings_from_the_projects_folder(whole_run
     assert TrainConfig(**json.loads((ROOT / config).read_text())).topology == "densenet121"
 
 
+@pytest.mark.cores
 def test_the_layout_that_is_called_best_is_the_one_measured_here_and_not_the_plans(whole_run):
     folder = whole_run[1].parent / "08_scale_out"
     layouts = json.loads((folder / "metrics.json").read_text())["layouts"]
@@ -132,6 +134,7 @@ def test_the_layout_that_is_called_best_is_the_one_measured_here_and_not_the_pla
     assert f"{ranks} ranks x {threads} threads are best" in (folder / "notebook.ipynb").read_text()
 
 
+@pytest.mark.cores
 def test_every_auroc_that_is_printed_has_the_name_and_hash_of_its_split(whole_run):
     """Figures say it in their caption, and texts and tables with an AUROC in themselves."""
     for path in whole_run[1].parent.glob("*/notebook.ipynb"):
@@ -146,6 +149,7 @@ def test_every_auroc_that_is_printed_has_the_name_and_hash_of_its_split(whole_ru
                 assert re.search(r"split [0-9a-f]{12}", text), f"{path.parent.name}: {text}"
 
 
+@pytest.mark.cores
 def test_the_judgement_is_carried_as_plain_values(whole_run):
     found = json.loads((whole_run[1].parent / "09_evaluate_and_explain" / "metrics.json").read_text())
     assert found["models"] == ["03_train_baseline", "04_train_distributed"]
@@ -155,6 +159,7 @@ def test_the_judgement_is_carried_as_plain_values(whole_run):
     assert found["published"]["Mass"]["Dell DenseNet (LEAKS)"] == 0.8231
 
 
+@pytest.mark.cores
 def test_the_three_rules_are_judged_by_the_numbers_beside_them(whole_run):
     folder = whole_run[1].parent / "07_transfer_learning"
     found = json.loads((folder / "metrics.json").read_text())
@@ -178,6 +183,7 @@ def test_the_three_rules_are_judged_by_the_numbers_beside_them(whole_run):
     assert [row["updates"] for row in found["updates"].values()] == [2, 1]
 
 
+@pytest.mark.cores
 def test_the_ledger_reads_what_the_notebooks_of_a_run_saved(whole_run):
     folder = whole_run[1].parent
     rows = json.loads((folder / "10_report" / "metrics.json").read_text())["ledger"]
@@ -187,6 +193,7 @@ def test_the_ledger_reads_what_the_notebooks_of_a_run_saved(whole_run):
     assert rows["batch norm/densenet121"]["verdict"] == "reproduced"
 
 
+@pytest.mark.cores
 def test_the_report_shows_every_notebook_and_needs_no_network(whole_run):
     page = whole_run[1].read_text()
     for path in NOTEBOOKS:

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from small_training import config_for, with_a_tiny_network
-from test_norm_ranks import LONG
 
 from chexlib import recipe_figures
 from chexlib.cluster.profiles import find_mpi, thread_environment
@@ -116,7 +115,7 @@ def test_resuming_in_the_middle_of_any_phase_continues_exactly(through_all_phase
         np.testing.assert_array_equal(ours[name], array, err_msg=name)
 
 
-@pytest.mark.parametrize(("images", "batch", "steps"), [(90, 8, 4), pytest.param(2860, 64, 32, marks=LONG)])
+@pytest.mark.parametrize(("images", "batch", "steps"), [(90, 8, 4), pytest.param(2860, 64, 32, marks=pytest.mark.long)])
 def test_a_preset_scaled_to_the_data_is_drawn_and_trains_through_all_its_phases(images, batch, steps, tmp_path):
     """The whole: 2,000 images to train on, batch 64, 6 epochs."""
     data = write_phantom(tmp_path / "phantom", n_images=images, size=32, min_prevalence=0.1, workers=2)
@@ -156,6 +155,7 @@ def test_with_another_global_batch_the_schedule_goes_on_at_the_same_epoch_with_t
     assert len(after) - 80 == (len(whole) - 80) // 2
 
 
+@pytest.mark.cores
 def test_a_training_goes_on_with_its_schedule_on_two_ranks(undisturbed, phantom, tmp_path):
     config, result = undisturbed
     only(checkpoints_of(config)[-2], tmp_path)

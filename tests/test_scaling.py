@@ -333,6 +333,7 @@ def test_the_model_predicts_the_wires_of_the_reference():
     assert (beyond["median"] <= 0.25).all() and (beyond["held_back"] + 12 <= len(table)).all()
 
 
+@pytest.mark.cores
 @pytest.mark.hosts
 @pytest.mark.skipif(bool(reason := why_not()), reason=reason)
 def test_pinned_hosts_have_a_processor_each_in_turn():
@@ -343,6 +344,7 @@ def test_pinned_hosts_have_a_processor_each_in_turn():
     assert found == [[str(mine[i % len(mine)])] for i in range(3)]
 
 
+@pytest.mark.cores
 @pytest.mark.hosts
 @pytest.mark.skipif(bool(reason := why_not()), reason=reason)
 def test_steps_are_measured_between_hosts_and_a_slower_cable_shows(tmp_path):

@@ -158,6 +158,7 @@ def test_the_command_makes_a_profile_that_run_takes_after_another(measured, tmp_
     assert chexlib.execute._profile("quick,tuned") == {"engines": 2, "epochs": 3, "threads": 1}
 
 
+@pytest.mark.cores
 def test_two_ranks_are_really_measured():
     found = measure({"topology": "vgg16", "size": 32, "batch_per_rank": 2}, ranks=2, threads=1, steps=3)
     assert len(found["seconds"]) == 3 and found["images_per_second"] > 0 and found["gflop_per_image"] > 1

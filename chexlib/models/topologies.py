@@ -18,6 +18,9 @@ TOPOLOGIES = ("densenet121", "resnet50", "vgg16")
 # inside its rank's; of a group of its own channels; the moving ones; or nobody's, the layers being left out.
 NORMS = ("batch", "sync", "ghost", "group", "frozen", "none")
 STATISTICS = ("batch", "sync", "ghost", "frozen")  # those that are batch norm, with its four weights a channel
+WIDTHS = (0.25, 1.0)  # share of the published channels in every layer
+STEMS = ("full", "small")  # the published one, for 224 px, or one for 32 px
+GROUPS = 32  # of channels in group norm at width 1 (Wu and He 2018)
 
 # keras.applications.imagenet_utils: "torch" mode is (x / 255 - mean) / deviation in RGB, "caffe" mode x - mean in BGR.
 _TORCH = {
@@ -32,6 +35,8 @@ def build_model(
     topology: str = "densenet121",
     *,
     size: int = 224,
+    width: float = 1.0,
+    stem: str = "full",
     imagenet: bool = False,
     precision: str = "float32",
     norm: str = "batch",
@@ -46,13 +51,20 @@ def build_model(
     topology : {"densenet121", "resnet50", "vgg16"}
     size : int
         Side of the input in pixels, at least 32.
+    width : one of `WIDTHS`
+        Share of the published channels in every layer. Layers and places of batch norm stay the same.
+    stem : one of `STEMS`
+        "small", for images of 32 pixels: the first convolution has stride 1, so that the last stage
+        keeps maps of 2 x 2, and the last gamma of each residual branch of ResNet-50 starts at 0 (Goyal
+        et al. 2017, section 5.1). VGG-16's first convolution has stride 1 already: nothing differs.
     imagenet : bool
         Start from Keras' ImageNet weights (downloaded by Keras, checksummed there).
     precision : {"float32", "mixed_bfloat16"}
         Type of the backbone's computations; weights, statistics and probabilities stay float32.
     norm : one of `NORMS`
-        What is done where the published network has batch norm; VGG-16 has none, so for it nothing differs. "group": 32
-        groups of channels (Wu and He 2018). "none": nothing, and convolutions that had no bias of their own get one.
+        What is done where the published network has batch norm; VGG-16 has none, so for it nothing differs.
+        "group": groups of channels, 32 at width 1 (Wu and He 2018). "none": nothing, and convolutions that had no
+        bias of their own get one.
     ghost_size : int
         Images of a virtual batch, for norm="ghost".
     momentum : float
@@ -69,14 +81,20 @@ def build_model(
     Raises
     ------
     ConfigError
-        Unknown topology or norm, or a size below 32.
+        Unknown topology, width, stem or norm, or a size below 32.
     WeightsError
-        ImageNet weights are asked for with a norm that cannot use those of batch norm.
+        ImageNet weights are asked for with another width or stem than the published ones, or with a norm
+        that cannot use those of batch norm.
     """
     if topology not in TOPOLOGIES:
         raise ConfigError(f"topology {topology!r} is not known. Use one of {', '.join(TOPOLOGIES)}.")
     if size < 32:
         raise ConfigError(f"size {size} is too small for {topology}. Use at least 32 pixels.")
+    if width not in WIDTHS or stem not in STEMS:
+        raise ConfigError(
+            f"width={width!r} with stem={stem!r} is not accepted. Use a width of "
+            f"{' or '.join(map(str, WIDTHS))}, and a stem of {' or '.join(STEMS)}."
+        )
     import keras
 
     from chexlib.models.convolution import Conv2D
@@ -86,6 +104,11 @@ def build_model(
         raise ConfigError(
             f"norm={norm!r} with ghost_size={ghost_size} is not accepted. Use one of {', '.join(NORMS)}, and a "
             "ghost_size of 1 or more with ghost alone."
+        )
+    if imagenet and (width, stem) != (1, "full"):
+        raise WeightsError(
+            f"the ImageNet weights of {topology} are of the published network, and do not fit "
+            f"width={width!r}, stem={stem!r}. Use width=1, stem='full', or weights=None."
         )
     if imagenet and norm not in STATISTICS and topology != "vgg16":
         raise WeightsError(
@@ -110,12 +133,20 @@ def build_model(
             if norm == "none":
                 return keras.layers.Identity(name=layer.name, dtype=precision)
             if norm == "group":
-                return keras.layers.GroupNormalization(32, epsilon=layer.epsilon, name=layer.name, dtype=precision)
-            kind = FusedBatchNormalization
-            config |= {"momentum": momentum, "statistics": norm, "ghost_size": ghost_size}
+                kind = keras.layers.GroupNormalization
+                kept = ("name", "dtype", "epsilon", "gamma_initializer")
+                config = {name: config[name] for name in kept} | {"groups": int(GROUPS * width)}
+            else:
+                kind = FusedBatchNormalization
+                config |= {"momentum": momentum, "statistics": norm, "ghost_size": ghost_size}
+            if stem == "small" and re.fullmatch(r"conv\d_block\d_3_bn", layer.name):
+                config["gamma_initializer"] = "zeros"
         elif kind is keras.layers.Conv2D:
             kind = Conv2D
             config["use_bias"] |= norm == "none"
+            config["filters"] = int(width * layer.filters)
+            if stem == "small" and layer.name == "conv1_conv":
+                config["strides"] = 1
         if "kernel_initializer" in config:
             config["kernel_initializer"]["config"]["seed"] = _seed(seed, layer.name)
         return kind.from_config(config)
@@ -138,7 +169,9 @@ def build_model(
         kernel_initializer=keras.initializers.GlorotUniform(seed=_seed(seed, "findings")),
         name="findings",
     )
-    return keras.Model(grey, head(features), name=topology)
+    model = keras.Model(grey, head(features), name=topology)
+    model.stem = stem  # no shape of a weight tells it
+    return model
 
 
 def redraw(model, seed: int) -> None:

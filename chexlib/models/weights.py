@@ -22,10 +22,11 @@ from chexlib.files import replacing
 from chexlib.findings import FINDINGS
 from chexlib.models.arrays import HEAD, fill_model, head_differs, layout, read_arrays
 from chexlib.models.cards import CARD, config_of, extend_card, find_weights, first_line, read_card  # noqa: F401
-from chexlib.models.topologies import NORMALIZATION, TOPOLOGIES, build_model
+from chexlib.models.topologies import NORMALIZATION, TOPOLOGIES, WIDTHS, build_model
 
 ENSEMBLE = "ensemble"  # the topology of several models in one
-LEAST_MEMBER = 2**24  # bytes: the smallest of the topologies, DenseNet-121, has 28 million
+LEAST_MEMBER = 2**24  # bytes at width 1: the smallest topology, DenseNet-121, has 28 million
+PUBLISHED = {"width": 1.0, "stem": "full"}  # the network of a card that names none, as chexlib 0.1 wrote it
 log = logging.getLogger(__name__)
 
 
@@ -46,8 +47,8 @@ def create_model(
     fresh_head : bool
         Draw the head anew, whatever the weights hold.
     settings
-        Others of `build_model`: precision, norm, ghost_size, momentum. Weights with batch norm fill every norm that has
-        statistics (batch, sync, ghost, frozen), and no other.
+        Others of `build_model`: width, stem, precision, norm, ghost_size, momentum. Weights with batch norm fill
+        every norm that has statistics (batch, sync, ghost, frozen), and no other.
 
     Raises
     ------
@@ -70,7 +71,8 @@ def create_model(
             ) from error
     path = find_weights(weights)
     if path.suffix == ".keras":  # before the slow building
-        _require_topology(path, read_card(path, any_findings=True), topology)
+        asked = {name: settings.get(name, usual) for name, usual in PUBLISHED.items()}
+        _require_network(path, read_card(path, any_findings=True), topology, **asked)
     model = build_model(topology, **settings)
     load_weights(model, path, fresh_head=fresh_head)
     return model
@@ -112,7 +114,7 @@ def load_weights(
     else:
         if path.suffix == ".keras":
             card = read_card(path, any_findings=True)
-            _require_topology(path, card, topology)
+            _require_network(path, card, topology, **_stem_of(model))
             fresh_head |= card["findings"] != list(FINDINGS)
         arrays, places = _arrays(path, topology), layout(model)
         if fresh_head or head_differs(places, arrays):
@@ -169,15 +171,22 @@ def _build(path: Path, card: dict):
     from chexlib.models.combine import WAYS, combine_models
 
     members, how, size = card.get("members"), card.get("how"), card["size"]
-    room = path.stat().st_size // LEAST_MEMBER  # each is built before its weights are looked for
     listed = isinstance(members, list) and all(isinstance(member, dict) for member in members)
-    if not listed or not 1 <= len(members) <= room or how not in WAYS:
+    # Each is built before its weights are looked for.
+    room = path.stat().st_size >= sum(_least_bytes(member) for member in members) if listed else False
+    if not room or not members or how not in WAYS:
         raise WeightsError(
-            f"{path} is an ensemble of {members!r:.80}, combined by {how!r:.80}. Accepted: a list of cards, {room} at "
-            f"most in a file of this length, combined by {', '.join(WAYS)}. Write it again with `save_ensemble`."
+            f"{path} is an ensemble of {members!r:.80}, combined by {how!r:.80}. Accepted: a list of cards, of no more "
+            f"networks than a file of this length holds, combined by {', '.join(WAYS)}. Write it again with "
+            "`save_ensemble`."
         )
     models = [_build_one(path, {**member, "size": size}) for member in members]
     return combine_models(models, how=how, reference=np.zeros((len(models), 1, len(FINDINGS))))
+
+
+def _least_bytes(card: dict) -> float:
+    """What a file of the network of a card has at least; kernels shrink with the square of their width."""
+    return LEAST_MEMBER * (min(WIDTHS) if card.get("width") == min(WIDTHS) else 1) ** 2
 
 
 def _build_one(path: Path, card: dict):
@@ -191,8 +200,9 @@ def _build_one(path: Path, card: dict):
     if precision not in ("float32", "mixed_bfloat16"):
         raise WeightsError(f"{path} is of precision {precision!r:.80}. Accepted: float32, mixed_bfloat16.")
     norm = {name: config[name] for name in ("norm", "ghost_size") if name in config}
+    network = {name: card.get(name, usual) for name, usual in PUBLISHED.items()}
     try:
-        return build_model(topology, size=card["size"], precision=precision, **norm)
+        return build_model(topology, size=card["size"], precision=precision, **network, **norm)
     except (TypeError, ValueError) as error:  # a ConfigError is one
         raise WeightsError(f"{path} names a network that cannot be built: {first_line(error)}") from error
 
@@ -231,9 +241,18 @@ def _arrays(path: Path, topology: str) -> dict[str, np.ndarray]:
         raise _misfit(path, topology, first_line(error)) from error
 
 
-def _require_topology(path: Path, card: dict, topology: str) -> None:
+def _require_network(path: Path, card: dict, topology: str, **asked) -> None:
+    """Refuse a card of another topology, or of another width or stem than is asked."""
     if (name := card.get("topology")) != topology:
         raise _misfit(path, topology, f"they are of {name}" if name else "their card names no topology")
+    for name, value in asked.items():
+        if (theirs := card.get(name, PUBLISHED[name])) != value:
+            raise _misfit(path, topology, f"they are of {name}={theirs!r:.80}, not {value!r}")
+
+
+def _stem_of(model) -> dict:
+    """The stem that `build_model` noted, which no array of a file tells; a network of another making has none."""
+    return {"stem": model.stem} if hasattr(model, "stem") else {}
 
 
 def _misfit(path: Path, topology: str, why: str) -> WeightsError:

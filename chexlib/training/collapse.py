@@ -79,7 +79,7 @@ def collapse(
     schedule, start = {"unit": "epochs", "phases": [phase]}, str(Path(run_dir) / "start.keras")
     config = config.replace(schedule=schedule, weights=start, **{**settings, **changes})
     Path(run_dir).mkdir(parents=True, exist_ok=True)
-    card = {"topology": config.topology, "size": config.size, "checkpoint": path.name, "position": facts["position"]}
+    card = {**config.network(), "checkpoint": path.name, "position": facts["position"]}
     save_model(model_of(config, arrays), config.weights, card=card)
     return fit(config, engines=engines)
 
@@ -142,7 +142,7 @@ def rate_reached(config: TrainConfig, arrays: dict, facts: dict) -> tuple[float,
 def model_of(config: TrainConfig, arrays: dict):
     """The network of a checkpoint, with its weights and statistics."""
     norm = {"norm": config.norm, "ghost_size": config.ghost_size, "momentum": config.norm_momentum}
-    model = create_model(config.topology, size=config.size, precision=config.precision, **norm)
+    model = create_model(**config.network(), precision=config.precision, **norm)
     _fill(model, arrays)
     return model
 

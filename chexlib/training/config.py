@@ -13,7 +13,7 @@ from chexlib.data.folds import fold_of
 from chexlib.data.pipeline import AUGMENTATIONS
 from chexlib.errors import ConfigError
 from chexlib.machine import native_precision
-from chexlib.models.topologies import NORMS, TOPOLOGIES
+from chexlib.models.topologies import NORMS, STEMS, TOPOLOGIES, WIDTHS
 from chexlib.training.recipes import resolve
 
 SPLITS = ("auto", "official", "patient", "image")
@@ -33,6 +33,8 @@ class TrainConfig:
     run_dir: str  # where model, history and predictions go
     topology: str = "densenet121"
     size: int = 224  # side of the input in pixels
+    width: float = 1.0  # share of the published channels, see models/topologies.py
+    stem: str = "full"  # the published one, or "small", for images of 32 pixels
     weights: str | None = None  # None, "imagenet", or a file
     batch_size: int = 16  # images normalised together; the global batch is ranks x accumulation x batch_size
     accumulation: int = 1  # virtual ranks that a rank stands for, one after the other
@@ -75,6 +77,8 @@ class TrainConfig:
             object.__setattr__(self, "precision", native_precision())
         for name, accepted in (
             ("topology", TOPOLOGIES),
+            ("width", WIDTHS),
+            ("stem", STEMS),
             ("optimizer", OPTIMIZERS),
             ("precision", PRECISIONS),
             ("augment", AUGMENTATIONS),
@@ -82,7 +86,7 @@ class TrainConfig:
             ("resume_keeps", KEEPS),
         ):
             if (value := getattr(self, name)) not in accepted:
-                raise ConfigError(f"{name}={value!r} is not known. Use one of {', '.join(accepted)}.")
+                raise ConfigError(f"{name}={value!r} is not known. Use one of {', '.join(map(str, accepted))}.")
         if self.split not in SPLITS and not fold_of(str(self.split)):
             raise ConfigError(
                 f"split={self.split!r} is not known. Use one of {', '.join(SPLITS)}, or a fold: fold-1-of-5."
@@ -112,10 +116,11 @@ class TrainConfig:
         for name in ("mirror", "allow_leak", "shuffle_labels", "skip_broken", "resume", "fresh_head", "snapshots"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ConfigError(f"{name}={value!r} is not accepted. Use true or false.")
-        for name in ("learning_rate", "norm_momentum", "plateau_factor", "weight_decay", "stage_rate"):
+        for name in ("learning_rate", "norm_momentum", "plateau_factor", "weight_decay", "stage_rate", "width"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
                 raise ConfigError(f"{name}={value!r} is not accepted. Use a number.")
+        object.__setattr__(self, "width", float(self.width))
         for name in ("data_dir", "run_dir", "weights"):
             value = getattr(self, name)
             if not isinstance(value, str | os.PathLike) and (name != "weights" or value is not None):
@@ -172,6 +177,10 @@ class TrainConfig:
         """A copy with `changes`, validated again."""
         return dataclasses.replace(self, **changes)
 
+    def network(self) -> dict:
+        """The settings of `build_model` that decide layers and shapes, as the card of a model has them."""
+        return {name: getattr(self, name) for name in ("topology", "width", "stem", "size")}
+
     def to_dict(self) -> dict:
         """Plain values, for JSON."""
         return dataclasses.asdict(self)
@@ -184,6 +193,7 @@ class TrainConfig:
         ConfigError
             A setting that decides what the training is has another value there; the message has both.
         """
+        other = {"width": 1.0, "stem": "full", **other}  # chexlib 0.1 had these networks only
         mine = {name: value for name, value in self.to_dict().items() if name not in FREE}
         asked = {"preset": self.schedule} if self.schedule and isinstance(self.schedule, str) else self.schedule
         if "preset" in asked and "epochs" not in asked:

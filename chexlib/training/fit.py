@@ -212,7 +212,7 @@ def _prepare(config: TrainConfig) -> None:
 
 
 def _write(result: TrainResult, model, predictions: pd.DataFrame, steps: list) -> None:
-    card = {"topology": result.config["topology"], "size": result.config["size"], "split": result.split}
+    card = {**TrainConfig.from_dict(result.config).network(), "split": result.split}
     facts = {"ranks": result.ranks, "config": result.config, "best_epoch": result.best_epoch}
     facts |= {"normalization": NORMALIZATION[card["topology"]], "data": data_name(Path(result.config["data_dir"]))}
     run_dir = Path(result.config["run_dir"])

@@ -83,8 +83,7 @@ class Reuse:
 def make_trainer(config: TrainConfig, world: World, *, virtual: bool) -> DataParallelTrainer:
     """The trainer of a config, compiled, with the starting weights of this process' own."""
     model = create_model(
-        config.topology,
-        size=config.size,
+        **config.network(),
         weights=config.weights,
         precision=config.precision,
         norm=config.norm,

@@ -36,7 +36,7 @@ class Snapshots(keras.callbacks.Callback):
         values = (at.step, images, rate, at.global_batch, at.epoch, config.epochs)
         facts = dict(zip(FACTS, (*values, config.optimizer), strict=True))
         facts |= {name: float(logs[name]) for name in ("val_loss", "val_auroc")}
-        card = {"topology": config.topology, "size": config.size, "normalization": NORMALIZATION[config.topology]}
+        card = {**config.network(), "normalization": NORMALIZATION[config.topology]}
         folder = Path(config.run_dir) / "snapshots"
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ def seven_steps(config: TrainConfig, *, repeats: int = 2) -> dict:
     import tensorflow as tf
 
     world = join_world()
-    model = create_model(config.topology, size=config.size, weights=config.weights, seed=config.seed + world.rank)
+    model = create_model(**config.network(), weights=config.weights, seed=config.seed + world.rank)
     head = model.get_layer("findings")
     optimizer = keras.optimizers.SGD(config.learning_rate)
     optimizer.build(model.trainable_variables)

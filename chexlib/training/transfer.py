@@ -150,5 +150,5 @@ def starting_point(checkpoint: str | Path, run_dir: Path) -> tuple[str, dict]:
     config = TrainConfig.from_dict(facts["config"])
     known = {"learning_rate": rate_reached(config, arrays, facts)[0], "optimizer": config.optimizer}
     run_dir.mkdir(parents=True, exist_ok=True)
-    card = {"topology": config.topology, "size": config.size, "checkpoint": path.name, "position": facts["position"]}
+    card = {**config.network(), "checkpoint": path.name, "position": facts["position"]}
     return str(save_model(model_of(config, arrays), run_dir / "start.keras", card=card)), known

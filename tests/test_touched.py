@@ -1,0 +1,28 @@
+"""What `make check` runs: tests/touched.py."""
+
+from touched import MOST, ROOT, touched
+
+TESTS = sorted((ROOT / "tests").glob("test_*.py"))
+
+
+def names(*files):
+    found, left = touched([ROOT / file for file in files], TESTS)
+    return {path.name for path in found}, left
+
+
+def test_a_changed_test_file_is_its_own_and_no_other():
+    assert names("tests/test_plan.py") == ({"test_plan.py"}, [])
+
+
+def test_a_changed_module_has_the_tests_that_import_it_or_whose_helpers_do():
+    found, left = names("chexlib/cluster/emulated.py")
+    assert "test_hosts.py" in found and "test_phantom.py" not in found and not left
+    assert names("chexlib/models/convert.py")[0] >= {"test_convert.py"}
+
+
+def test_what_has_no_test_file_and_what_has_too_many_is_told_apart():
+    assert names("README.md") == (set(), [])
+    assert names("chexlib/errors.py") == (set(), ["chexlib.errors"])
+    assert all(
+        len(names(f"chexlib/{file}")[0]) <= MOST for file in ("errors.py", "training/fit.py", "models/predict.py")
+    )
