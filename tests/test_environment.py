@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -99,3 +100,54 @@ def test_the_headers_for_horovod_are_those_it_includes_and_hold_nothing():
     assert len(headers) == 7 and all(name.startswith("tensorflow/compiler/") for name in headers)
     for name, text in headers.items():
         assert all(line.startswith("//") for line in text.splitlines()), name
+
+
+def test_a_deprecation_in_chexlib_is_an_error_in_tests():
+    warn = "import warnings; warnings.warn('old', DeprecationWarning)"
+    with pytest.raises(DeprecationWarning):
+        exec(warn, {"__name__": "chexlib.some.module"})
+    exec(warn, {"__name__": "somebody.else"})
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A function that runs `make env` beside a copy of what it needs, with these programs alone."""
+    for name in ("Makefile", "pyproject.toml", "uv.lock"):
+        shutil.copy(ROOT / name, tmp_path)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("make", "bash", "sh", "uname", "touch", "mkdir"):
+        (programs / name).symlink_to(shutil.which(name))
+
+    def make(*settings, **scripts):
+        for name, script in scripts.items():
+            (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+            (programs / name).chmod(0o755)
+        command = [programs / "make", "env", *settings]
+        return subprocess.run(command, cwd=tmp_path, env={"PATH": str(programs)}, capture_output=True, text=True)
+
+    return make
+
+
+def test_without_a_fitting_python_both_ways_to_one_are_named(bare):
+    done = bare(python3='[ "$1" = --version ] && echo Python 3.9.2')
+    assert done.returncode and "3.11, 3.12 or 3.13 is needed (found: Python 3.9.2)" in done.stderr
+    assert "make env PYTHON=/path/to/python3.13" in done.stderr and "make env PYTHON=3.13" in done.stderr
+
+
+def test_without_a_compiler_horovod_is_left_out_and_one_line_says_so(bare):
+    done = bare(python3="exit 0", uv='mkdir -p .venv; echo "$@"')
+    said = [line for line in done.stdout.splitlines() if "mpi4py" in line]
+    assert done.returncode == 0 and len(said) == 1 and "No C++ compiler (g++)" in said[0]
+    assert "--no-install-package horovod" in done.stdout
+
+
+def test_with_a_compiler_horovod_is_built_unless_it_is_not_wanted(bare):
+    programs = {"python3": "exit 0", "uv": 'mkdir -p .venv; echo "$@"; rm -f .venv/.made', "g++": "exit 0"}
+    assert "--no-install" not in bare(**programs).stdout
+    assert "--no-install-package horovod" in bare("--always-make", "HOROVOD=0", **programs).stdout
+
+
+def test_an_environment_that_was_not_made_is_an_error_that_names_the_way_without_horovod(bare):
+    done = bare(python3="exit 0", uv="exit 1", **{"g++": "exit 0"})
+    assert done.returncode and "make env HOROVOD=0 leaves it out" in done.stderr
