@@ -9,12 +9,13 @@ import pytest
 from sklearn.metrics import roc_auc_score
 from small_training import config_for, with_a_tiny_network
 
+from chexlib.collectives import World
 from chexlib.errors import ConfigError, DataError, WeightsError
 from chexlib.findings import FINDINGS
 from chexlib.models.predict import predict
 from chexlib.models.weights import load_model
 from chexlib.training.fit import fit
-from chexlib.training.monitor import Plateau
+from chexlib.training.monitor import Plateau, PooledValidation
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,23 @@ def test_training_lowers_the_loss_unless_the_labels_are_shuffled(phantom, tmp_pa
     assert real.history[-1]["loss"] < real.history[0]["loss"]
     control = fit(config_for(phantom, tmp_path / "control", epochs=1, shuffle_labels=True))
     assert control.history[0]["loss"] != pytest.approx(real.history[0]["loss"], rel=1e-6)
+
+
+def test_a_control_keeps_its_last_epoch_whatever_the_true_validation_labels_say(monkeypatch):
+    now = {}  # the score of the one positive among three images; the others have 0.4 and 0.6
+
+    def score(part):
+        return np.array([[now["score"]], [0.4], [0.6]])
+
+    labels = np.array([[1], [0], [0]])
+    chosen, control = PooledValidation(score, labels), PooledValidation(score, labels, choose=False)
+    network = SimpleNamespace(get_weights=lambda: [now["score"]], non_trainable_variables=[])
+    for epoch, now["score"] in enumerate([0.1, 0.9, 0.5]):
+        for validation in (chosen, control):
+            validation.set_model(SimpleNamespace(model=network, world=World()))
+            validation.on_epoch_end(epoch, {})
+    assert (chosen.best_epoch, chosen.best_weights) == (1, [0.9])
+    assert (control.best_epoch, control.best_weights) == (2, [0.5])
 
 
 def test_a_leaking_split_is_refused_unless_allowed(phantom, tmp_path):

@@ -139,7 +139,7 @@ def _fit_here(config: TrainConfig, report, verbose: int | str, reuse: Reuse, mea
     images = config.stream_images or len(train)
     at = Position(global_batch, min(images, config.max_steps * global_batch or images))
     score = pooled_scorer(trainer.infer, parts, world, size=config.size)
-    validation = PooledValidation(score, parts["validation"].labels)
+    validation = PooledValidation(score, parts["validation"].labels, choose=not config.shuffle_labels)
     plateau = Plateau(1 if trainer.optimizer.tables else config.plateau_factor, config.plateau_patience)
     progress = Progress(report if world.first else None, at, epochs=config.epochs)
     early = EarlyStop(validation, at, patience=config.early_stop)

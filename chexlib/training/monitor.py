@@ -38,12 +38,14 @@ class PooledValidation(keras.callbacks.Callback):
     """At each epoch's end: moving statistics averaged over ranks, every rank scores its part, scores are pooled.
 
     Adds `val_loss` and `val_auroc` (mean over the findings that have both classes) to the logs of all ranks, and
-    keeps the weights of the epoch with the best `val_auroc`, or the lowest `val_loss` where no AUROC is defined.
+    keeps the weights of the epoch with the best `val_auroc`, or the lowest `val_loss` where no AUROC is defined. With
+    `choose` False it keeps those of the last epoch: a control whose training labels are shuffled must not be helped by
+    validation labels that are not.
     """
 
-    def __init__(self, score: Callable, labels: np.ndarray):
+    def __init__(self, score: Callable, labels: np.ndarray, *, choose: bool = True):
         super().__init__()
-        self.score, self.labels = score, labels
+        self.score, self.labels, self.choose = score, labels, choose
         self.best, self.best_epoch, self.best_weights = -np.inf, 0, None
 
     def on_epoch_end(self, epoch, logs):
@@ -59,7 +61,7 @@ class PooledValidation(keras.callbacks.Callback):
         aurocs = [roc_auc_score(y, p) for y, p in zip(self.labels.T, scores.T, strict=True) if 0 < y.sum() < len(y)]
         logs["val_auroc"] = float(np.mean(aurocs)) if aurocs else float("nan")
         quality = logs["val_auroc"] if aurocs else -logs["val_loss"]
-        if quality > self.best:
+        if quality > self.best or not self.choose:
             self.best, self.best_epoch, self.best_weights = quality, epoch, model.get_weights()
 
 
