@@ -50,10 +50,10 @@ class Estimate:
 
     def error(self, *, upwards: bool) -> float:
         """Standard error on the side of larger values, or of smaller ones, over patients and trainings."""
-        from scipy.stats import t
+        from scipy.special import stdtrit  # of Student's t; a hundred times as fast as scipy.stats
 
         reach = self.high - self.value if upwards else self.value - self.low
-        return max(reach, 0.0) / t.ppf(0.975, self.freedom) * math.sqrt(1 if self.repeated else 1 + TRAINING)
+        return max(reach, 0.0) / stdtrit(self.freedom, 0.975) * math.sqrt(1 if self.repeated else 1 + TRAINING)
 
     @property
     def freedom(self) -> float:
@@ -161,8 +161,7 @@ def difference_p(one: Estimate, other: Estimate, seeds: list[float]) -> float:
     `seeds` are values of the first one with other seeds.
     """
     import numpy as np
-    from scipy.special import logit
-    from scipy.stats import t
+    from scipy.special import logit, stdtr
 
     if len(seeds) >= 2:
         values, value = np.array([one.value, *seeds]), other.value
@@ -182,7 +181,7 @@ def difference_p(one: Estimate, other: Estimate, seeds: list[float]) -> float:
     if not variance.sum():
         return 0.0
     freedom = variance.sum() ** 2 / max((variance**2 / freedoms).sum(), np.finfo(float).tiny)
-    return float(2 * t.sf(abs(apart) / np.sqrt(variance.sum()), freedom))
+    return float(2 * stdtr(freedom, -abs(apart) / np.sqrt(variance.sum())))
 
 
 def estimates(metrics, path: str = "") -> Iterator[tuple[str, Estimate]]:
