@@ -30,7 +30,7 @@ def main() -> None:
     radiographs = load_radiographs(asked.data)
     wanted = set(radiographs.boxes["image"])
     if not asked.all:
-        wanted &= set(read_list(radiographs.root / LISTS[1]))
+        wanted &= set(read_list(radiographs.root / LISTS[1], radiographs))
     scored = localize(asked.weights, radiographs.select(wanted), method=asked.method, cells=asked.cells)
     covered = scored.groupby("finding")["chance"].transform("mean")
     for name, rows in (("", scored), ("focal", scored[covered < asked.focal])):
