@@ -48,8 +48,9 @@ def main() -> None:
     options.add_argument("--cells", type=int, default=3)
     asked = options.parse_args()
     for file in sorted(Path(asked.run).glob("[0-9]*/notebook.ipynb")):
-        found = times_of(nbformat.read(file, as_version=4), cells=asked.cells)
-        print(json.dumps({"notebook": file.parent.name, **found}))
+        notebook = nbformat.read(file, as_version=4)
+        if notebook.metadata.papermill.duration:  # else it is still running
+            print(json.dumps({"notebook": file.parent.name, **times_of(notebook, cells=asked.cells)}))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import faulthandler
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from chexlib.report import build_report
 from chexlib.resuming import finished, run_folder
 from chexlib.runs import BATCH, ROOT, point_latest, show_log
 
+KERNEL_LOG = "kernel.log"  # in a notebook's folder: what its kernel wrote to standard error
 READERS = ("09", "10")  # notebooks that read what others of their run found
 log = logging.getLogger(__name__)
 
@@ -104,7 +106,7 @@ def _execute_one(path: Path, folder: Path, parameters: dict) -> bool:
     folder.mkdir(exist_ok=True)
     log.info("%s ...", path.stem)
     try:
-        with _headless():
+        with _headless(folder / KERNEL_LOG):
             papermill.execute_notebook(
                 path,
                 folder / "notebook.ipynb",
@@ -118,22 +120,33 @@ def _execute_one(path: Path, folder: Path, parameters: dict) -> bool:
         log.error("%s failed with %s: %s", path.stem, error.ename, error.evalue)
         return False
     except (RuntimeError, CellTimeoutError) as error:  # a kernel that did not start, or was killed: no cell says so
-        log.error("%s failed: %s", path.stem, error)
+        log.error("%s failed: %s (its last words: %s)", path.stem, error, folder / KERNEL_LOG)
         _note_death(folder / "notebook.ipynb", path, error)
         return False
     return True
 
 
 @contextlib.contextmanager
-def _headless() -> Iterator[None]:
-    """The environment of notebooks that nobody watches; the caller's own is put back."""
-    before = dict(os.environ)
+def _headless(log_file: Path) -> Iterator[None]:
+    """The environment of notebooks that nobody watches; the caller's own is put back.
+
+    What kernels write past the notebook (TensorFlow's greetings, a crash) goes to `log_file`; Python's own standard
+    error stays where it was.
+    """
+    before, stderr, terminal = dict(os.environ), sys.stderr, os.dup(2)
+    with open(log_file, "wb") as kernels:
+        os.dup2(kernels.fileno(), 2)
+    sys.stderr = open(terminal, "w", closefd=False)  # noqa: SIM115
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # No bars, lines instead; and the kernel of this environment, whatever the user has installed.
     os.environ.update({BATCH: "1", "TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1"})
     try:
         yield
     finally:
+        sys.stderr.flush()
+        sys.stderr = stderr
+        os.dup2(terminal, 2)
+        os.close(terminal)
         os.environ.clear()
         os.environ.update(before)
 
