@@ -135,7 +135,15 @@ def test_every_setting_that_decides_a_training_is_in_its_key_and_no_folder_is(tm
     numbers = dict.fromkeys(("size", "batch_size", "accumulation", "epochs", "max_steps", "plateau_patience"), 48)
     numbers |= dict.fromkeys(("recalibrate", "early_stop", "max_images", "stream_images", "seed", "split_seed"), 48)
     numbers |= dict.fromkeys(("learning_rate", "plateau_factor", "weight_decay", "norm_momentum", "stage_rate"), 0.5)
-    words = {"topology": "vgg16", "weights": "w", "optimizer": "sgd", "augment": "study", "split": "patient"}
+    numbers |= {"width": 0.25}
+    words = {
+        "topology": "vgg16",
+        "stem": "small",
+        "weights": "w",
+        "optimizer": "sgd",
+        "augment": "study",
+        "split": "patient",
+    }
     words |= {"precision": "mixed_bfloat16" if base.precision == "float32" else "float32", "schedule": schedule}
     flags = {"mirror": False, "fresh_head": True, "snapshots": True, "shuffle_labels": True}
     norms = {"norm": "ghost", "ghost_size": 4}  # which go together
