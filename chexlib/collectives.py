@@ -133,10 +133,7 @@ class _Mpi4py:
     with a wait for all ranks that names those that stay away, with Horovod's settings and in Horovod's words.
     """
 
-    WATCHERS = (
-        2  # the first ranks, each of which knows who has come; a second one, since the first may be who is missing
-    )
-    PATIENCE = 5.0  # seconds at the end of a process in which the others may end as well
+    WATCHERS = 2  # the first ranks know who has come; two, since one of them may be who is missing
 
     def __init__(self, why: str = ""):
         import mpi4py
@@ -152,6 +149,7 @@ class _Mpi4py:
         self.rank, self.ranks = self._comm.rank, self._comm.size
         self.name = f"mpi4py {mpi4py.__version__}"
         self.sums = deque(maxlen=10_000)  # (bytes, seconds) of each sum over ranks
+        self._given_up = None  # requests of a wait that was given up
         self._warn_after = float(os.environ.get("HOROVOD_STALL_CHECK_TIME_SECONDS") or 60)
         self._give_up_after = float(os.environ.get("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS") or 0)
         atexit.register(self._end)
@@ -229,8 +227,14 @@ class _Mpi4py:
             if waited > self._warn_after and not warned and came:
                 warned = True
                 self._name_missing(came, waited)
+            if waited > 1 and self._ends.Iprobe(source=self._mpi.ANY_SOURCE, status=(last := self._mpi.Status())):
+                self._given_up = (sent, came, barrier)
+                raise ClusterError(
+                    f"rank {last.source} has ended, while rank {self.rank} waits for it. Look for its error above."
+                )
             if self._give_up_after and waited > self._give_up_after + (not came):  # who knows the names speaks first
                 missing = self._missing(came)
+                self._given_up = (sent, came, barrier)  # MPI may still write to what they hold
                 raise ClusterError(
                     f"rank {', '.join(map(str, missing)) or 'unknown'} kept the others waiting for more than "
                     f"{self._give_up_after:g} s. Look at what it was doing, and go on from the last checkpoint."
@@ -246,14 +250,19 @@ class _Mpi4py:
         os.write(2, "\n".join([*lines, ""]).encode())  # what Python calls stderr may wait for a thread that waits here
 
     def _end(self) -> None:
-        """End MPI with the other ranks, or end them too: they would wait for this one for ever."""
+        """Tell the others that this process ends: one that waits for it, or comes to wait, ends too."""
         if self._mpi.Is_finalized():
             return
-        with_others, until = self._ends.Ibarrier(), time.monotonic() + self.PATIENCE
-        while not with_others.Test():
-            if time.monotonic() > until:
-                self._mpi.COMM_WORLD.Abort(1)
-            time.sleep(0.01)
+        if self._given_up:  # a rank that does not answer does not end either
+            self._mpi.COMM_WORLD.Abort(1)
+        others = [rank for rank in range(self.ranks) if rank != self.rank]
+        sent = [self._ends.Isend(bytearray(1), dest=rank) for rank in others]
+        together = self._ends.Ibarrier()
+        while not together.Test():
+            time.sleep(0.01)  # as long as it takes: another may have more to do, alone
+        for rank in others:
+            self._ends.Recv(bytearray(1), source=rank)
+        self._mpi.Request.Waitall(sent)
 
 
 _CARRIER: list = []  # the one of this process, once it is there
@@ -283,14 +292,16 @@ def _make_carrier() -> _Horovod | _Mpi4py:
     if wanted == "mpi4py":
         return _Mpi4py("CHEXLIB_COLLECTIVES asks for it")
     try:
-        return _Horovod()
-    except ImportError as error:
+        import horovod.tensorflow  # noqa: F401
+    except Exception as error:  # one that was built against another TensorFlow raises what TensorFlow likes
+        reason = str(error).splitlines()[0]
         if wanted:
             raise ClusterError(
-                f"CHEXLIB_COLLECTIVES=horovod, but Horovod is not built here ({error}). Install a C++ compiler and run "
-                "`make env`, or unset CHEXLIB_COLLECTIVES: mpi4py needs no compiler."
+                f"CHEXLIB_COLLECTIVES=horovod, but Horovod is not built here ({reason}). Install a C++ compiler, "
+                "remove .venv/.made and run `make env`, or unset CHEXLIB_COLLECTIVES: mpi4py needs no compiler."
             ) from error
-        return _Mpi4py(f"Horovod is not built here ({error})")
+        return _Mpi4py(f"Horovod is not built here ({reason})")
+    return _Horovod()
 
 
 def require_agreement(world: World, variables: dict, *, when: str) -> None:

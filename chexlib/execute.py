@@ -134,13 +134,14 @@ def _headless(log_file: Path) -> Iterator[None]:
     error stays where it was.
     """
     before, stderr, terminal = dict(os.environ), sys.stderr, os.dup(2)
-    with open(log_file, "wb") as kernels:
-        os.dup2(kernels.fileno(), 2)
-    sys.stderr = open(terminal, "w", closefd=False)  # noqa: SIM115
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # No bars, lines instead; and the kernel of this environment, whatever the user has installed.
-    os.environ.update({BATCH: "1", "TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1"})
     try:
+        # Without room for the file, what kernels say goes where it went before.
+        with contextlib.suppress(OSError), open(log_file, "wb") as kernels:
+            os.dup2(kernels.fileno(), 2)
+        sys.stderr = open(terminal, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        # No bars, lines instead; and the kernel of this environment, whatever the user has installed.
+        os.environ.update({BATCH: "1", "TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1"})
         yield
     finally:
         sys.stderr.flush()

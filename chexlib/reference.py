@@ -72,18 +72,20 @@ def keep_reference(folder: Path, profile: str, *, root: Path = ROOT) -> None:
     target = root / "data" / "reference" / f"{folder.name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(target.read_text()) if target.exists() else None
-    if kept and _is_another_seed(kept, found, profile):
+    again = kept is not None and _is_of_one_code(kept, found, profile)
+    if again and kept["params"].get("seed") != found["params"].get("seed"):
         own = {name: estimate.value for name, estimate in estimates(found["metrics"])}
         kept.setdefault("seeds", {})[str(found["params"]["seed"])] = own
         write_json(target, kept)
         return
-    write_json(target, {"notebook": folder.name, "profile": profile, **found})
+    seeds = {"seeds": kept["seeds"]} if again and "seeds" in kept else {}
+    write_json(target, {"notebook": folder.name, "profile": profile, **found, **seeds})
     if (figure := folder / "figures" / "auroc.png").exists():
         shutil.copyfile(figure, target.with_suffix(".png"))
 
 
-def _is_another_seed(kept: Mapping, found: Mapping, profile: str) -> bool:
-    """Whether two runs are of one code and one setting, and of two seeds."""
+def _is_of_one_code(kept: Mapping, found: Mapping, profile: str) -> bool:
+    """Whether two runs are of one known code and one setting, seeds apart."""
 
     def setting(params):
         if isinstance(params, Mapping):
@@ -91,8 +93,8 @@ def _is_another_seed(kept: Mapping, found: Mapping, profile: str) -> bool:
         return params
 
     commits = {run["environment"].get("commit") for run in (kept, found)}
-    same = kept["profile"] == profile and len(commits) == 1 and setting(kept["params"]) == setting(found["params"])
-    return same and kept["params"].get("seed") != found["params"].get("seed")
+    known = len(commits) == 1 and not any(commit is None or commit.endswith("-dirty") for commit in commits)
+    return known and kept["profile"] == profile and setting(kept["params"]) == setting(found["params"])
 
 
 def compare_run(run: str | Path, *, reference: str | Path = "") -> dict[str, dict]:

@@ -1,6 +1,7 @@
 """Run by test_collectives.py under mpiexec: what the ranks of a world do together, printed by rank 0 as JSON.
 
-The argument says what: "agree", "away" (rank 1 never comes to a sum) or "alone" (rank 1 ends with an error).
+The argument says what: "agree", "away" (rank 1 never comes to a sum), "alone" (rank 1 ends with an error while the
+others wait for it) or "later" (rank 0 goes on by itself when the others have ended).
 """
 
 import json
@@ -67,6 +68,11 @@ if __name__ == "__main__":
         every = ranks.gather(agree(ranks))
         if ranks.first:
             print(json.dumps({"ranks": every, "identity": identify(), "carrier": carrier().name}))
+    elif sys.argv[1] == "later":
+        ranks.meet()
+        if ranks.first:
+            time.sleep(8)
+            print("rank 0 is done")
     elif ranks.rank == 1 and sys.argv[1] == "away":
         time.sleep(60)
     elif ranks.rank == 1:

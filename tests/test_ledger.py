@@ -454,3 +454,11 @@ def test_the_figures_of_scale_are_each_at_its_place(line, keys):
 def test_the_ledger_is_plain_values_for_json():
     rows = ledger(results(1)).reset_index().to_dict("records")
     assert len(json.loads(json.dumps(rows))) == len(claims())
+
+
+def test_where_no_seed_has_all_trainings_there_is_a_reason_and_no_verdict():
+    from chexlib.evaluation.verdicts import has_learnt, nothing_learnt
+
+    for nothing in (None, float("nan")):
+        assert not has_learnt(nothing)
+        assert nothing_learnt(nothing) == "no seed has all of the trainings that are compared"

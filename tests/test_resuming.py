@@ -341,12 +341,12 @@ def test_a_finding_whose_labels_were_swapped_is_found(tmp_path, seeds):
 
 
 def test_a_run_of_another_seed_is_added_to_the_reference_and_any_other_replaces_it(tmp_path):
-    def run(seed, mean, **other):
+    def run(seed, mean, commit="abc", **other):
         folder = tmp_path / "run" / "03_train"
         folder.mkdir(parents=True, exist_ok=True)
         found = results(mean)
         params = {"epochs": 3, "seed": seed, "phantom": {"images": 9, "seed": seed}, **other}
-        for name, part in {**found, "params": params, "environment": {"commit": "abc"}}.items():
+        for name, part in {**found, "params": params, "environment": {"commit": commit}}.items():
             write_json(folder / f"{name}.json", part)
         keep_reference(folder, "standard", root=tmp_path)
         return json.loads((tmp_path / "data" / "reference" / "03_train.json").read_text())
@@ -356,7 +356,9 @@ def test_a_run_of_another_seed_is_added_to_the_reference_and_any_other_replaces_
     kept = run(2, 0.7)
     assert kept["metrics"]["auroc"]["Mass"]["auroc"] == 0.5 and kept["params"]["seed"] == 0
     assert {seed: own["auroc / Mass / auroc"] for seed, own in kept["seeds"].items()} == {"1": 0.6, "2": 0.7}
-    for other in ({"seed": 0}, {"seed": 3, "epochs": 4}):
+    again = run(0, 0.55)
+    assert again["metrics"]["auroc"]["Mass"]["auroc"] == 0.55 and again["seeds"] == kept["seeds"]
+    for other in ({"seed": 3, "epochs": 4}, {"seed": 5, "epochs": 4, "commit": "abc-dirty"}):
         fresh = run(mean=0.8, **other)
         assert "seeds" not in fresh and fresh["metrics"]["auroc"]["Mass"]["auroc"] == 0.8
 

@@ -11,7 +11,7 @@ from small_training import config_for
 from chexlib.__main__ import main
 from chexlib.data.nih import load_radiographs
 from chexlib.data.phantom import write_phantom
-from chexlib.data.splits import audit, read_list
+from chexlib.data.splits import LISTS, audit, read_list
 from chexlib.errors import DataError
 from chexlib.evaluation.auroc import bootstrap_auroc, judge
 from chexlib.evaluation.leakage import leakage_gain, leaking_configs, leaking_lists
@@ -403,3 +403,20 @@ def test_the_gain_is_measured_on_the_same_images_by_two_trainings_of_one_config(
     for column, name in (("auroc", "by image"), ("other", "by patient")):
         own = judge(pd.read_parquet(results[name].predictions), resamples=2)
         np.testing.assert_allclose(gain[column], own["auroc"], atol=1e-12)
+
+
+def test_labels_of_the_test_part_alone_are_judged_beside_both_official_lists(table, folder, tmp_path):
+    radiographs = load_radiographs(folder, require_images=False)
+    tested = read_list(folder / LISTS[1])
+    part = tmp_path / "part"
+    part.mkdir()
+    for name in LISTS:
+        (part / name).write_text((folder / name).read_text())
+    (csv,) = folder.glob("Data_Entry*.csv")
+    head, *rows = csv.read_text().splitlines()
+    (part / csv.name).write_text("\n".join([head, *(row for row in rows if row.split(",")[0] in tested)]) + "\n")
+    subset = load_radiographs(part, require_images=False)
+    assert 0 < len(subset.listed) < len(radiographs.listed)
+    table[table["image"].isin(tested)].to_csv(tmp_path / "scores.csv", index=False)
+    found = evaluate(tmp_path / "scores.csv", part)["split"]
+    assert found["name"].endswith(f"of the {len(tested):,} images of the official test list")

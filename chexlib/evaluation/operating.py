@@ -122,7 +122,7 @@ def rates_at(
         _low and _high, as of `share`. NaN where nothing is counted. The PPV and NPV hold for this part's share of
         positives alone.
     """
-    labels, scores = np.asarray(labels, np.float64), np.asarray(scores)
+    labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
     codes, rows = pd.factorize(np.asarray(patients))[0], []
     for finding, chosen in points.thresholds.items():
         y, s = (array[:, FINDINGS.index(finding)] for array in (labels, scores))
@@ -212,5 +212,7 @@ def read_by_card(
         calibrated = calibration(scores[list(FINDINGS)].to_numpy())
         probabilities = pd.DataFrame(calibrated, index=scores.index, columns=list(FINDINGS))
     for image, row in scores.iterrows() if points else ():
-        called[image] = {rule: [f for f, at in points.thresholds.items() if row[f] >= at[rule]] for rule in RULES}
+        called[image] = {
+            rule: [f for f, at in points.thresholds.items() if float(row[f]) >= at[rule]] for rule in RULES
+        }
     return probabilities, called

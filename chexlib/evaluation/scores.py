@@ -133,7 +133,9 @@ def where_from(predictions: pd.DataFrame, radiographs: Radiographs) -> dict:
     images, files = tuple(predictions["image"]), [radiographs.root / name for name in LISTS]
     name = "images of the file"
     if all(file.is_file() for file in files):
-        training, testing = (set(read_list(file, radiographs)) for file in files)
+        training, testing = (set(read_list(file)) for file in files)
+        if not (training | testing).intersection(radiographs.listed["image"]):
+            read_list(files[0], radiographs)  # raises; one list alone may be of images whose labels are not here
         seen, tested = len(training.intersection(images)), len(testing.intersection(images))
         name = f"{tested:,} of the {len(testing):,} images of the official test list"
         name += f", and {seen:,} of the official TRAINING list" if seen else ""

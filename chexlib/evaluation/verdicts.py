@@ -18,13 +18,18 @@ CHANCE = 0.5  # AUROC of scores that know nothing of the labels
 LEARNT = 0.7
 
 
-def has_learnt(auroc: float) -> bool:
-    """Whether a mean AUROC is high enough for a gain or a loss to mean something: `LEARNT`."""
-    return bool(auroc >= LEARNT)
+def has_learnt(auroc: float | None) -> bool:
+    """Whether a mean AUROC is high enough for a gain or a loss to mean something: `LEARNT`. None is not."""
+    return auroc is not None and bool(auroc >= LEARNT)
 
 
-def nothing_learnt(auroc: float) -> str:
-    """The reason for no verdict, where `has_learnt` is false or the interval of the AUROC holds chance."""
+def nothing_learnt(auroc: float | None) -> str:
+    """The reason for no verdict, where `has_learnt` is false or the interval of the AUROC holds chance.
+
+    None, as JSON has NaN: no seed has all the trainings that are compared.
+    """
+    if auroc is None or auroc != auroc:
+        return "no seed has all of the trainings that are compared"
     return f"nothing was learnt: a mean AUROC of {auroc:.3f} is below {LEARNT} or not apart from chance"
 
 

@@ -77,7 +77,7 @@ def _rung(claim: Claim, found: Found) -> Measured | str:
     if not place:
         return Measured(100 * climbed[name]["auroc"], "% AUROC", claim.value, differs=TOP_1)
     before = trained[place - 1]
-    highest = max(climbed[rung]["auroc"] for rung in (before, name))
+    highest = max((climbed[rung]["auroc"] for rung in (before, name)), key=lambda auroc: auroc or 0.0)
     if not has_learnt(highest):
         return nothing_learnt(highest)
     gained = LADDER[name] - LADDER[before]
@@ -111,7 +111,7 @@ def _collapse(claim: Claim, found: Found) -> Measured | str:
     if row["gain_later"] is None or point == len(COLLAPSES):
         differs = "what one more epoch without a collapse had given is not known of the end of a training"
         return Measured(**between(row, "gain", 100), unit="% AUROC", published=after - before, differs=differs)
-    highest = max(own["after"] for own in found.metrics["collapse"].values())
+    highest = max((own["after"] for own in found.metrics["collapse"].values()), key=lambda auroc: auroc or 0.0)
     if not has_learnt(highest):
         return nothing_learnt(highest)
     later = between(row, "gain_later", 100, ends=("low_later", "high_later"))

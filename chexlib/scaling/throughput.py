@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from chexlib.cluster.profiles import find_mpi, thread_environment
-from chexlib.errors import ClusterError
+from chexlib.errors import ClusterError, ConfigError
 from chexlib.runs import ROOT
 from chexlib.scaling.timeline import read_timeline
 
@@ -158,6 +158,8 @@ def observe(
         file = Path(folder) / "timeline.json"
         own = {**environment, **({"HOROVOD_TIMELINE": str(file)} if ranks > 1 else {})}
         found = measure({**settings, "detail": True}, ranks=ranks, threads=threads, steps=steps, timeout=timeout, **own)
+        if ranks > 1 and not found["sums"] and not file.exists():
+            raise ClusterError(f"Horovod wrote no timeline to {file}. Is there room in {folder}?")
         reduced, request = read_timeline(file) if file.exists() else (pd.DataFrame(found["sums"]), math.nan)
     busy = np.array(found["busy"])
     seen = {"step": statistics.median(found["seconds"]), "input_wait": statistics.median(found["wait"])}
@@ -196,6 +198,10 @@ def horovod_costs(observed: dict) -> tuple[float, float, str]:
         file = ROOT / "data" / "reference" / "08_scale_out.json"
         observed = next(iter(json.loads(file.read_text())["metrics"]["observed"].values()))
         source = f"from {file.relative_to(ROOT)}, since mpi4py carries here"
+        if observed["request"] is None:
+            raise ConfigError(
+                f"{file} was made where mpi4py carried, so it does not know Horovod's costs. Put back the project's."
+            )
     return observed["request"], observed["copy"] / observed["allreduce_bytes"], source
 
 
