@@ -6,11 +6,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from chexlib.cluster import profiles
+from chexlib.cluster import faults, profiles
 from chexlib.cluster.engines import mpi_engines
 from chexlib.cluster.profiles import find_mpi, recognise_mpi, thread_environment
 from chexlib.cluster.watchdog import end_members, members
@@ -229,3 +230,25 @@ def test_members_are_the_processes_of_that_folder_without_the_caller(tmp_path, s
     assert [member.pid for member in members(folder)] == [process.pid]
     assert members(str(tmp_path / "cluster-g")) == []
     assert end_members(str(tmp_path / "cluster-g")) == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "prterun noticed that process rank 1 with PID 7 on node b exited on signal 9 (Killed).",
+            "rank 1 on b died of",
+        ),
+        ("prterun: out of memory", "the launcher of the engines has ended"),
+    ],
+)
+def test_a_launcher_that_ends_before_its_ranks_are_missed_still_says_which_died(said, told):
+    answer = SimpleNamespace(wait=lambda timeout: False, data=None, exception=lambda: None)
+    engines = SimpleNamespace(
+        identities=[{"rank": 0, "host": "a", "pid": 1}, {"rank": 1, "host": "b", "pid": 7}],
+        cluster=SimpleNamespace(controller=SimpleNamespace(process=SimpleNamespace(pid=os.getpid()))),
+        launcher_runs=lambda: False,
+        output=lambda: said,
+    )
+    with pytest.raises(ClusterError, match=told):
+        faults.follow(engines, [answer, answer], None, None, "train")

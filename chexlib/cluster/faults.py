@@ -14,6 +14,7 @@ import chexlib.errors
 from chexlib.errors import ChexlibError, ClusterError
 
 LINES = 15  # of the engines' output in a message
+LAUNCHER_GRACE = 5.0  # seconds in which the launcher says which rank died, where all look alike
 GRACE = 2.0  # seconds in which other ranks may report the same failure before they count as stuck
 STALL_REPORT = 5  # seconds after which Horovod names a rank that keeps the others waiting
 _PRESENTLY = 0.2
@@ -47,8 +48,8 @@ def follow(engines, pending: list, report: Callable[[dict], None] | None, timeou
             return [answer.get() for answer in pending]
         if not _runs(engines.cluster.controller.process.pid):
             raise ClusterError(f"the engines' controller on {socket.gethostname()} has ended. {last_lines(engines)}")
-        if not engines.launcher_runs():
-            raise ClusterError(f"the launcher of the engines has ended. {last_lines(engines)}")
+        if not engines.launcher_runs():  # seen before the ranks' own end, where the machine is busy
+            raise _death(engines) or ClusterError(f"the launcher of the engines has ended. {last_lines(engines)}")
         if frozen := [who for who in engines.identities if _stopped(who)]:
             since = suspicion.setdefault("frozen", time.monotonic())
             if time.monotonic() - since > STALL_REPORT:
@@ -81,19 +82,28 @@ def explain(engines, failed: dict[int, BaseException]) -> ChexlibError:
             f"{who} kept the other ranks waiting for more than {engines.stall} s. {last_lines(engines)}"
         )
     # A rank that dies takes the others with it, and they all look alike: the launcher knows which one it was.
-    until = time.monotonic() + GRACE
+    until = time.monotonic() + LAUNCHER_GRACE
     while set(kinds.values()) == {"EngineError"} and engines.launcher_runs() and time.monotonic() < until:
         time.sleep(_PRESENTLY)
-    output = engines.output()
-    if died := re.search(r"process rank (\d+) with PID \d+ on node \S+ exited on\s+(signal \d+ \([^)]*\))", output):
-        who = _names([engines.identities[int(died.group(1))]])
-        return ClusterError(f"{who} died of {died.group(2)}. {last_lines(engines)}")
+    if death := _death(engines):
+        return death
     causes = [rank for rank, kind in kinds.items() if kind not in ("EngineError", "HorovodInternalError")]
     rank = min(causes or failed)
     text = getattr(failed[rank], "evalue", str(failed[rank]))
     return ClusterError(
         f"{_names([engines.identities[rank]])} failed with {kinds[rank]}: {text}. {last_lines(engines)}"
     )
+
+
+def _death(engines) -> ClusterError | None:
+    """The error for a rank that died of a signal, if the launcher has said so."""
+    died = re.search(
+        r"process rank (\d+) with PID \d+ on node \S+ exited on\s+(signal \d+ \([^)]*\))", engines.output()
+    )
+    if not died:
+        return None
+    who = _names([engines.identities[int(died.group(1))]])
+    return ClusterError(f"{who} died of {died.group(2)}. {last_lines(engines)}")
 
 
 def stalled_ranks(output: str) -> list[int]:
