@@ -236,7 +236,7 @@ def test_members_are_the_processes_of_that_folder_without_the_caller(tmp_path, s
     ("said", "told"),
     [
         (
-            "prterun noticed that process rank 1 with PID 7 on node b exited on signal 9 (Killed).",
+            "process rank 1 with PID 7 on node b exited on signal 9 (Killed).",
             "rank 1 on b died of",
         ),
         ("prterun: out of memory", "the launcher of the engines has ended"),
