@@ -101,9 +101,14 @@ def wait_until_gone(processes):
 
 
 def test_processes_end_with_the_iterator():
+    def drawers():
+        children = psutil.Process().children(recursive=True)
+        return {child for child in children if "spawn_main" in " ".join(child.cmdline())}
+
+    before = drawers()  # of other tests of this process, whose iterators Python has not collected yet
     iterator = iter(stream_batches(global_batch=8, workers=2, **SETTINGS))
     next(iterator)
-    drawing = [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+    drawing = drawers() - before
     assert len(drawing) == 2
     del iterator
     assert wait_until_gone(drawing)
