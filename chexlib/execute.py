@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import faulthandler
+import json
 import logging
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,10 +21,12 @@ from chexlib import collectives
 from chexlib.errors import ConfigError
 from chexlib.reference import keep_reference
 from chexlib.report import build_report
-from chexlib.resuming import finished, run_folder
+from chexlib.resuming import asked_of, finished, run_folder
 from chexlib.runs import BATCH, ROOT, point_latest, show_log
 
 KERNEL_LOG = "kernel.log"  # in a notebook's folder: what its kernel wrote to standard error
+# Of a quick run on two cores (benchmarks/README.md), for the guess of how long it will take elsewhere.
+QUICK_SECONDS = dict(zip(range(11), (9, 8, 4, 40, 60, 45, 25, 35, 60, 25, 4), strict=True))
 READERS = ("09", "10")  # notebooks that read what others of their run found
 log = logging.getLogger(__name__)
 
@@ -81,6 +85,7 @@ def execute(
         carrier, why = collectives.expected_carrier()
         if why:
             log.info("%s carries what the ranks tell each other: %s.", carrier, why)
+        progress, report = _Progress(run, asked), None
         for path in paths:
             own = {name: value for name, value in settings.items() if name in accepted[path]}
             if any_executed and path.stem[:2] in READERS:  # what it found is of before
@@ -89,12 +94,58 @@ def execute(
                 log.info("%s: done before", path.stem)
             else:
                 any_executed = True
+                log.info("%s %s ...", path.stem, progress.before(path.stem))
                 if not _execute_one(path, run / path.stem, own):
                     failed.append(path.stem)
+                first, report = report is None, _report_so_far(run)
+                if first and report:
+                    log.info("Report, written anew after each notebook: %s", report)
             if reference and path.stem not in failed and finished(run / path.stem):
                 keep_reference(run / path.stem, profile, root=ROOT)
         point_latest(run)
-        return failed, build_report(run)
+        return failed, report or build_report(run)
+
+
+def _report_so_far(run: Path) -> Path | None:
+    """The report of the notebooks that are done. Whatever hinders it must not end the others."""
+    try:
+        return build_report(run)
+    except Exception as error:
+        log.warning("The report could not be written after this notebook: %s", error)
+        return None
+
+
+class _Progress:
+    """How far a run is, and a guess of how long it will take, from what its notebooks took before."""
+
+    def __init__(self, run: Path, asked: dict):
+        self.names, self.began = asked["notebooks"], time.monotonic()
+        self.waited: list[str] = []  # executed in this run, the present one too
+        profile, earlier = asked["profile"], sorted(run.parent.glob("[0-9]*"))
+        self.seconds = {name: QUICK_SECONDS.get(int(name[:2])) for name in self.names if profile == "quick"}
+        kept = [(ROOT / "data" / "reference" / f"{name}.json", name) for name in self.names]
+        made = [(past / name / "metrics.json", name) for past in earlier for name in self.names
+                if asked_of(past).get("profile") == profile]  # fmt: skip
+        for file, name in kept + made:  # the newest counts
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                found = json.loads(file.read_text())
+                if found.get("profile", profile) == profile:
+                    self.seconds[name] = float(found.get("metrics", found)["seconds"])
+
+    def before(self, name: str) -> str:
+        """In words, before the notebook of this name is executed."""
+        spent, left = time.monotonic() - self.began, self.names[self.names.index(name) :]
+        done = sum(self.seconds.get(earlier) or 0 for earlier in self.waited)
+        self.waited.append(name)
+        words = f"{self.names.index(name) + 1} of {len(self.names)}; {_minutes(spent)} so far"
+        if all(self.seconds.get(other) for other in left):
+            pace = spent / done if done > 10 else 1  # of this machine, once something is known of it
+            words += f", about {_minutes(pace * sum(self.seconds[other] for other in left))} to go"
+        return f"({words})"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 59.5 else f"{seconds / 60:.0f} min"
 
 
 def _execute_one(path: Path, folder: Path, parameters: dict) -> bool:
@@ -104,7 +155,6 @@ def _execute_one(path: Path, folder: Path, parameters: dict) -> bool:
     from papermill.exceptions import PapermillExecutionError
 
     folder.mkdir(exist_ok=True)
-    log.info("%s ...", path.stem)
     try:
         with _headless(folder / KERNEL_LOG):
             papermill.execute_notebook(

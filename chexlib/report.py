@@ -15,6 +15,8 @@ from chexlib.notebook_page import caption, write_page
 def build_report(run: Path) -> Path:
     """Turn every executed notebook of a run into HTML and write the run's `index.html` over them: the ledger first.
 
+    A page that is newer than its notebook stays, so that the report can be written anew after each notebook.
+
     Parameters
     ----------
     run : Path
@@ -33,15 +35,17 @@ def build_report(run: Path) -> Path:
     judged = {page["title"]: page["metrics"]["auroc"] for page in pages if "auroc" in page["metrics"]}
     environment = next((page["environment"] for page in pages if page["environment"]), {})
     table = build_ledger(run)
+    asked, there = _read(run / "run.json"), {page["name"] for page in pages}
     topics = {topic: own.to_dict("records") for topic, own in table.groupby("topic", sort=False)}
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     jinja = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     jinja.filters["figure"] = figure
     text = jinja.get_template("report.html").render(
         run=run.name,
-        asked=_read(run / "run.json"),
+        asked=asked,
         pages=pages,
-        links={page["name"] for page in pages},
+        links=there,
+        waiting=[name for name in asked.get("notebooks", []) if name not in there],
         judged=judged,
         findings=[*FINDINGS, "mean"],
         environment=environment,
@@ -70,8 +74,9 @@ def _page(folder: Path) -> dict:
 
     notebook = nbformat.read(folder / "notebook.ipynb", as_version=4)
     first = next((c.source for c in notebook.cells if c.cell_type == "markdown" and c.source.startswith("# ")), "# ?")
-    title = first.splitlines()[0].removeprefix("# ")
-    write_page(notebook, folder / "notebook.html", title=title)
+    title, written = first.splitlines()[0].removeprefix("# "), folder / "notebook.html"
+    if not written.exists() or written.stat().st_mtime_ns <= (folder / "notebook.ipynb").stat().st_mtime_ns:
+        write_page(notebook, written, title=title)
     return {
         "name": folder.name,
         "title": title,

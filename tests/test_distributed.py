@@ -68,11 +68,12 @@ def distances(a, b):
     return [np.linalg.norm(x - y) / np.linalg.norm(y) if y.ndim > 1 else 10 * np.abs(x - y).max() for x, y in pairs]
 
 
-# How ranks agree does not depend on the number of channels. Building and tracing a network takes longer than its steps.
+# How ranks agree does not depend on the number of channels or blocks; a network takes longer to trace than to step.
 VGG = {"name": "vgg16", "topology": "vgg16", "width": 0.25, "steps": 10}
+BLOCKS = 0 if LONG else 1
 NETWORKS = ("resnet50", "densenet121") if LONG else ("resnet50",)
-FROZEN = [{"name": t, "topology": t, "width": 0.25, "steps": 10, "freeze": True} for t in NETWORKS]
-BITS = {"width": 1.0 if LONG else 0.25, "steps": 50 if LONG else 5, "batch": 3}
+FROZEN = [{"name": t, "topology": t, "width": 0.25, "blocks": BLOCKS, "steps": 10, "freeze": True} for t in NETWORKS]
+BITS = {"width": 1.0 if LONG else 0.25, "blocks": BLOCKS, "steps": 50 if LONG else 5, "batch": 3}
 KINDS = [("resnet50", "mixed_bfloat16"), ("densenet121", "float32")]
 if LONG:
     KINDS = [(topology, precision) for topology in TOPOLOGIES for precision in ("float32", "mixed_bfloat16")]

@@ -4,9 +4,11 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
@@ -102,6 +104,35 @@ def test_a_failing_notebook_is_told_and_the_others_are_executed(executed):
     assert "the last cell" in outputs(executed.run / "00_good" / "notebook.ipynb")
     assert "reached" in outputs(executed.run / "02_last" / "notebook.ipynb")
     assert "never" not in outputs(executed.run / "01_bad" / "notebook.ipynb")
+
+
+def test_progress_tells_how_many_are_done_how_long_it_took_and_how_long_it_will(tmp_path, monkeypatch, quiet, capsys):
+    """From what the newest run of the same profile took, at this run's pace."""
+    root = project(tmp_path)
+    monkeypatch.setattr(chexlib.execute, "ROOT", root)
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(chexlib.execute.time, "monotonic", lambda: clock.now)
+    seen = []
+
+    def take_20_seconds(path, output, **_):
+        clock.now += 20
+        report = Path(output).parents[1] / "index.html"
+        seen.append(report.read_text() if report.exists() else "")
+        shutil.copy(path, output)
+        write_json(Path(output).parent / "metrics.json", {"seconds": 10.0})
+        write_json(Path(output).parent / "params.json", {})
+
+    monkeypatch.setattr("papermill.execute_notebook", take_20_seconds)
+    for _ in range(2):
+        execute(runs_dir=str(root / "runs"))
+    told = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" ...")]
+    assert told[3:] == [
+        "00_good (1 of 3; 0 s so far, about 30 s to go) ...",
+        "01_bad (2 of 3; 20 s so far, about 20 s to go) ...",
+        "02_last (3 of 3; 40 s so far, about 20 s to go) ...",
+    ]
+    assert [text.count("of 3 notebooks were done") for text in seen] == [0, 1, 1] * 2
+    assert "2 of 3 notebooks were done" in seen[-1] and "Still to come: 02_last." in seen[-1]
 
 
 def test_every_notebook_has_its_folder_in_the_newest_run(executed):

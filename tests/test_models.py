@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import zipfile
@@ -231,13 +232,31 @@ def test_a_small_network_with_group_norm_has_groups_of_as_many_channels():
     assert sizes(width=0.25, stem="small") == sizes()
 
 
-@pytest.mark.parametrize(("settings", "named"), [({"width": 0.3}, "0.3"), ({"stem": "tiny"}, "tiny")])
-def test_another_width_or_stem_is_refused_with_the_value(settings, named):
+# The stem, so many norms per block, one or no norm at the end of each stage, and one more.
+@pytest.mark.parametrize(
+    ("topology", "blocks", "norms_left"),
+    [("resnet50", 1, 1 + 4 * 4), ("resnet50", 2, 1 + 4 * 7), ("densenet121", 2, 1 + 4 * 2 * 2 + 3 + 1)],
+)
+def test_blocks_left_out_leave_the_weights_of_the_others_as_they_are(small_models, topology, blocks, norms_left):
+    short = build_model(topology, size=32, width=0.25, stem="small", blocks=blocks, seed=1)
+    assert len(norms(short)) == norms_left
+    whole = {v.path: v.numpy() for v in small_models(topology).weights}
+    for v in short.weights:  # those of DenseNet's transitions and of what follows have fewer channels
+        if v.shape == whole[v.path].shape:
+            np.testing.assert_array_equal(v.numpy(), whole[v.path])
+    assert all(int(place[1]) <= blocks for v in short.weights if (place := re.search(r"_block(\d+)_", v.path)))
+    assert short(np.zeros((2, 32, 32, 1))).shape == (2, 14)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"), [({"width": 0.3}, "0.3"), ({"stem": "tiny"}, "tiny"), ({"blocks": -1}, "-1")]
+)
+def test_another_width_stem_or_number_of_blocks_is_refused_with_the_value(settings, named):
     with pytest.raises(ConfigError, match=named):
         build_model("vgg16", size=32, **settings)
 
 
-@pytest.mark.parametrize("settings", [{"width": 0.25}, {"stem": "small"}])
+@pytest.mark.parametrize("settings", [{"width": 0.25}, {"stem": "small"}, {"blocks": 1}])
 def test_imagenet_weights_are_for_the_published_networks_only(settings):
     with pytest.raises(WeightsError, match="published network"):
         create_model("resnet50", size=32, weights="imagenet", **settings)

@@ -78,7 +78,8 @@ def distance(a, b, kind):
 LONG = pytest.mark.long  # whole networks on ranks take minutes each, most of them tracing
 
 
-BASE = {"rate": 1e-4, "size": 64}
+# Building and tracing a whole network takes far longer than its steps, and a norm does not depend on its depth.
+BASE = {"rate": 1e-4, "size": 64, "blocks": 0 if os.environ.get("CHEXLIB_LONG") else 1}
 REAL = {**BASE, "name": "ranks", "topology": "resnet50", "steps": 10, "batch": 4}
 # The training of one rank of 16 images and of two of 8, with sync and without, and of one with ghosts of 8.
 WHOLE = {"name": "whole", "batch": 16}

@@ -35,6 +35,10 @@ FIRST_PATIENT = 10**8  # write_phantom has at most 10^7
 PATIENTS = 32  # in turn: each batch of up to so many images shows as many patients
 VIEWS = 8  # of a patient; fewer are more patients for the same images, and slower
 TASK = PATIENTS * VIEWS  # images that a worker draws at a time
+NO_PROCESS = (
+    "a process that draws the phantom stream could not be started, or was killed. A script needs an "
+    "`if __name__ == '__main__':` guard; use fewer workers if memory is short."
+)
 
 
 def stream_images(
@@ -138,6 +142,8 @@ def stream_batches(
     ------
     ConfigError
         A setting outside what is accepted.
+    DataError
+        Called while a script without the guard is read by its own worker.
     """
     workers = cores() if workers is None else workers
     views = drawing.get("views", VIEWS)
@@ -148,6 +154,10 @@ def stream_batches(
         if not low <= value <= high:
             raise ConfigError(f"{name}={value!r} is not from {low} to {high}. Choose one of these.")
     level_of(drawing.get("difficulty", "standard"))
+    # A worker that reads a script without a guard comes here again. It must end before TensorFlow has threads: one
+    # that fails in a thread of tf.data may hang while Python ends, and then nobody learns that it has failed.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise DataError(NO_PROCESS)
     import tensorflow as tf
 
     def batches():
@@ -183,10 +193,7 @@ def _drawn(shares: Iterator[np.ndarray], steps: int, workers: int, settings: dic
             ends, job = ahead.popleft()
             yield from zip(*(np.split(array, ends) for array in job.result()), strict=True)
     except BrokenProcessPool as error:
-        raise DataError(
-            "a process that draws the phantom stream could not be started, or was killed. A script needs an "
-            "`if __name__ == '__main__':` guard; use fewer workers if memory is short."
-        ) from error
+        raise DataError(NO_PROCESS) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -37,6 +37,7 @@ def build_model(
     size: int = 224,
     width: float = 1.0,
     stem: str = "full",
+    blocks: int = 0,
     imagenet: bool = False,
     precision: str = "float32",
     norm: str = "batch",
@@ -57,6 +58,8 @@ def build_model(
         "small", for images of 32 pixels: the first convolution has stride 1, so that the last stage
         keeps maps of 2 x 2, and the last gamma of each residual branch of ResNet-50 starts at 0 (Goyal
         et al. 2017, section 5.1). VGG-16's first convolution has stride 1 already: nothing differs.
+    blocks : int
+        At most so many residual or dense blocks per stage, for tests of a mechanism; 0 means all. VGG-16 has none.
     imagenet : bool
         Start from Keras' ImageNet weights (downloaded by Keras, checksummed there).
     precision : {"float32", "mixed_bfloat16"}
@@ -81,10 +84,10 @@ def build_model(
     Raises
     ------
     ConfigError
-        Unknown topology, width, stem or norm, or a size below 32.
+        Unknown topology, width, stem or norm, a size below 32, or a negative number of blocks.
     WeightsError
-        ImageNet weights are asked for with another width or stem than the published ones, or with a norm
-        that cannot use those of batch norm.
+        ImageNet weights are asked for with another width, stem or number of blocks than the published ones,
+        or with a norm that cannot use those of batch norm.
     """
     if topology not in TOPOLOGIES:
         raise ConfigError(f"topology {topology!r} is not known. Use one of {', '.join(TOPOLOGIES)}.")
@@ -95,6 +98,8 @@ def build_model(
             f"width={width!r} with stem={stem!r} is not accepted. Use a width of "
             f"{' or '.join(map(str, WIDTHS))}, and a stem of {' or '.join(STEMS)}."
         )
+    if blocks < 0:
+        raise ConfigError(f"blocks={blocks} is not accepted. Use 1 or more, or 0 for all blocks.")
     import keras
 
     from chexlib.models.convolution import Conv2D
@@ -105,10 +110,10 @@ def build_model(
             f"norm={norm!r} with ghost_size={ghost_size} is not accepted. Use one of {', '.join(NORMS)}, and a "
             "ghost_size of 1 or more with ghost alone."
         )
-    if imagenet and (width, stem) != (1, "full"):
+    if imagenet and (width, stem, blocks) != (1, "full", 0):
         raise WeightsError(
             f"the ImageNet weights of {topology} are of the published network, and do not fit "
-            f"width={width!r}, stem={stem!r}. Use width=1, stem='full', or weights=None."
+            f"width={width!r}, stem={stem!r}, blocks={blocks}. Use width=1, stem='full', blocks=0, or weights=None."
         )
     if imagenet and norm not in STATISTICS and topology != "vgg16":
         raise WeightsError(
@@ -153,6 +158,9 @@ def build_model(
 
     def call(layer, *tensors, **settings):
         settings.pop("mask", None)  # batch norm's, which what takes its place does not know
+        place = re.match(r"conv\d_block(\d+)_", layer.name)
+        if place and 0 < blocks < int(place[1]):  # the layers of a block left out hand on what they are given
+            return keras.tree.flatten(tensors)[0]
         return layer(*tensors, **settings)
 
     backbone = keras.models.clone_model(stock, clone_function=clone, call_function=call)
