@@ -58,6 +58,11 @@ class DataParallelTrainer(keras.Model):
     def call(self, inputs, training=None):
         return self.model(inputs, training=training)
 
+    def make_train_function(self, force=False):
+        """One graph per step. Keras' own holds a second one, which takes seconds at every start to unfold."""
+        if self.train_function is None or force:
+            self.train_function = tf.function(lambda batches: self.train_step(batches.get_next()), autograph=False)
+
     def train_step(self, data):
         pixels, labels, weights = data
         variables = self.model.trainable_variables
