@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import faulthandler
+import itertools
 import json
 import logging
 import os
@@ -12,19 +13,25 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import psutil
 
 from chexlib import collectives
+from chexlib.cluster.profiles import thread_environment
 from chexlib.errors import ConfigError
+from chexlib.machine import cores
 from chexlib.reference import keep_reference
 from chexlib.report import build_report
 from chexlib.resuming import asked_of, finished, run_folder
 from chexlib.runs import BATCH, ROOT, point_latest, show_log
 
-KERNEL_LOG = "kernel.log"  # in a notebook's folder: what its kernel wrote to standard error
+KERNEL_LOG = "kernel.log"  # in the run's folder: what kernels wrote to standard error
+# Notebooks that measure speed, start engines, or read what others found. Those in between run two at a time: a training
+# of small networks keeps one core busy, not two.
+ALONE = ("03", "04", "08", "09", "10")
 # Of a quick run on two cores (benchmarks/README.md), for the guess of how long it will take elsewhere.
 QUICK_SECONDS = dict(zip(range(11), (9, 8, 4, 40, 60, 45, 25, 35, 60, 25, 4), strict=True))
 READERS = ("09", "10")  # notebooks that read what others of their run found
@@ -79,37 +86,77 @@ def execute(
     show_log()
 
     asked = {"notebooks": [path.stem for path in paths], "profile": profile, "settings": settings}
-    failed, any_executed = [], False
+    failed, done, any_executed, report = [], set(), False, None
     with run_folder(asked, runs_dir=runs_dir, resume=resume) as run:
         log.info("Run folder: %s", run)
         carrier, why = collectives.expected_carrier()
         if why:
             log.info("%s carries what the ranks tell each other: %s.", carrier, why)
-        progress, report = _Progress(run, asked), None
-        for path in paths:
+        progress = _Progress(run, asked)
+
+        def take(path: Path) -> tuple[Path, bool]:
+            log.info("%s %s ...", path.stem, progress.before(path.stem))
             own = {name: value for name, value in settings.items() if name in accepted[path]}
-            if any_executed and path.stem[:2] in READERS:  # what it found is of before
-                (run / path.stem / "metrics.json").unlink(missing_ok=True)
-            if finished(run / path.stem):
+            return path, _execute_one(path, run / path.stem, own)
+
+        for group in _groups(paths):
+            if any_executed and group[0].stem[:2] in READERS:  # what it found is of before
+                (run / group[0].stem / "metrics.json").unlink(missing_ok=True)
+            waiting = [path for path in group if not finished(run / path.stem)]
+            for path in [path for path in group if path not in waiting]:
                 log.info("%s: done before", path.stem)
-            else:
+                done.add(path.stem)
+            for path, well in _side_by_side(take, waiting, log_file=run / KERNEL_LOG):
                 any_executed = True
-                log.info("%s %s ...", path.stem, progress.before(path.stem))
-                if not _execute_one(path, run / path.stem, own):
+                done.add(path.stem)
+                if not well:
                     failed.append(path.stem)
-                first, report = report is None, _report_so_far(run)
+                first, report = report is None, _report_so_far(run, done)
                 if first and report:
                     log.info("Report, written anew after each notebook: %s", report)
-            if reference and path.stem not in failed and finished(run / path.stem):
-                keep_reference(run / path.stem, profile, root=ROOT)
+            for path in group:
+                if reference and path.stem not in failed and finished(run / path.stem):
+                    keep_reference(run / path.stem, profile, root=ROOT)
         point_latest(run)
-        return failed, report or build_report(run)
+        return sorted(failed), report or build_report(run)
 
 
-def _report_so_far(run: Path) -> Path | None:
+def _groups(paths: list[Path]) -> list[list[Path]]:
+    """Notebooks that may run at the same time, in their order."""
+    alone = [path.stem[:2] in ALONE for path in paths]
+    keys = [i if own else -1 for i, own in enumerate(alone)]
+    return [list(group) for _, group in itertools.groupby(paths, key=dict(zip(paths, keys, strict=True)).get)]
+
+
+def _side_by_side(take: Callable, paths: list[Path], *, log_file: Path) -> Iterator:
+    """What `take` gives for each path, as they end: two at a time, each with half of the cores.
+
+    One by itself runs in this thread, which an interrupt reaches; kernels of other threads are ended here.
+    """
+    if min(len(paths), cores()) < 2:
+        with _headless(log_file):
+            for path in paths:
+                yield take(path)
+        return
+    pool = ThreadPoolExecutor(2)
+    try:
+        with _headless(log_file, **thread_environment(cores() // 2)):
+            for job in as_completed([pool.submit(take, path) for path in paths]):
+                yield job.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for kernel in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                kernel.terminate()
+        raise
+    finally:
+        pool.shutdown()
+
+
+def _report_so_far(run: Path, done: set[str]) -> Path | None:
     """The report of the notebooks that are done. Whatever hinders it must not end the others."""
     try:
-        return build_report(run)
+        return build_report(run, done)
     except Exception as error:
         log.warning("The report could not be written after this notebook: %s", error)
         return None
@@ -156,29 +203,28 @@ def _execute_one(path: Path, folder: Path, parameters: dict) -> bool:
 
     folder.mkdir(exist_ok=True)
     try:
-        with _headless(folder / KERNEL_LOG):
-            papermill.execute_notebook(
-                path,
-                folder / "notebook.ipynb",
-                parameters={**parameters, "run_dir": str(folder)},
-                kernel_name="python3",
-                cwd=ROOT,
-                progress_bar=False,
-                extra_arguments=["--log-level=CRITICAL"],  # the kernel's chatter; papermill raises errors
-            )
+        papermill.execute_notebook(
+            path,
+            folder / "notebook.ipynb",
+            parameters={**parameters, "run_dir": str(folder)},
+            kernel_name="python3",
+            cwd=ROOT,
+            progress_bar=False,
+            extra_arguments=["--log-level=CRITICAL"],  # the kernel's chatter; papermill raises errors
+        )
     except PapermillExecutionError as error:
         log.error("%s failed with %s: %s", path.stem, error.ename, error.evalue)
         return False
     except (RuntimeError, CellTimeoutError) as error:  # a kernel that did not start, or was killed: no cell says so
-        log.error("%s failed: %s (its last words: %s)", path.stem, error, folder / KERNEL_LOG)
+        log.error("%s failed: %s (its last words: %s)", path.stem, error, folder.parent / KERNEL_LOG)
         _note_death(folder / "notebook.ipynb", path, error)
         return False
     return True
 
 
 @contextlib.contextmanager
-def _headless(log_file: Path) -> Iterator[None]:
-    """The environment of notebooks that nobody watches; the caller's own is put back.
+def _headless(log_file: Path, **environment: str) -> Iterator[None]:
+    """The environment of notebooks that nobody watches, with more of it; the caller's own is put back.
 
     What kernels write past the notebook (TensorFlow's greetings, a crash) goes to `log_file`; Python's own standard
     error stays where it was.
@@ -186,12 +232,12 @@ def _headless(log_file: Path) -> Iterator[None]:
     before, stderr, terminal = dict(os.environ), sys.stderr, os.dup(2)
     try:
         # Without room for the file, what kernels say goes where it went before.
-        with contextlib.suppress(OSError), open(log_file, "wb") as kernels:
+        with contextlib.suppress(OSError), open(log_file, "ab") as kernels:
             os.dup2(kernels.fileno(), 2)
         sys.stderr = open(terminal, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         # No bars, lines instead; and the kernel of this environment, whatever the user has installed.
-        os.environ.update({BATCH: "1", "TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1"})
+        os.environ.update({BATCH: "1", "TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1", **environment})
         yield
     finally:
         sys.stderr.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 from chexlib.files import replacing
@@ -12,7 +13,7 @@ from chexlib.findings import FINDINGS
 from chexlib.notebook_page import caption, write_page
 
 
-def build_report(run: Path) -> Path:
+def build_report(run: Path, only: Collection[str] | None = None) -> Path:
     """Turn every executed notebook of a run into HTML and write the run's `index.html` over them: the ledger first.
 
     A page that is newer than its notebook stays, so that the report can be written anew after each notebook.
@@ -21,6 +22,8 @@ def build_report(run: Path) -> Path:
     ----------
     run : Path
         `runs/<id>`, with one folder a notebook.
+    only : names of notebooks, optional
+        Those that are done, while others are being executed.
 
     Returns
     -------
@@ -31,7 +34,8 @@ def build_report(run: Path) -> Path:
 
     from chexlib.scaling.ledger import VERDICTS, build_ledger, count_verdicts
 
-    pages = [_page(folder) for folder in sorted(run.iterdir()) if (folder / "notebook.ipynb").exists()]
+    folders = [folder for folder in sorted(run.iterdir()) if (folder / "notebook.ipynb").exists()]
+    pages = [_page(folder) for folder in folders if only is None or folder.name in only]
     judged = {page["title"]: page["metrics"]["auroc"] for page in pages if "auroc" in page["metrics"]}
     environment = next((page["environment"] for page in pages if page["environment"]), {})
     table = build_ledger(run)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,6 +111,7 @@ def test_progress_tells_how_many_are_done_how_long_it_took_and_how_long_it_will(
     """From what the newest run of the same profile took, at this run's pace."""
     root = project(tmp_path)
     monkeypatch.setattr(chexlib.execute, "ROOT", root)
+    monkeypatch.setattr(chexlib.execute, "ALONE", ("00", "01", "02"))
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(chexlib.execute.time, "monotonic", lambda: clock.now)
     seen = []
@@ -135,10 +137,29 @@ def test_progress_tells_how_many_are_done_how_long_it_took_and_how_long_it_will(
     assert "2 of 3 notebooks were done" in seen[-1] and "Still to come: 02_last." in seen[-1]
 
 
+def test_notebooks_that_measure_no_speed_run_two_at_a_time_with_half_of_the_cores_each(rehearsed, monkeypatch):
+    for name in ("03_alone", "05_one", "06_two"):
+        notebook(rehearsed.root / "notebooks" / f"{name}.ipynb", [])
+    monkeypatch.setattr(chexlib.execute, "cores", lambda: 6)
+    both, seen = threading.Barrier(2, timeout=20), {}
+
+    def take(path, output, **_):
+        seen[path.stem] = (threading.current_thread() is threading.main_thread(), os.environ.get("OMP_NUM_THREADS"))
+        if path.stem[:2] in ("05", "06"):
+            both.wait()
+        output.write_text(path.read_text())
+
+    monkeypatch.setattr("papermill.execute_notebook", take)
+    before = os.environ.get("OMP_NUM_THREADS")
+    assert execute(["03", "05", "06"], runs_dir=rehearsed.runs)[0] == []
+    assert seen == {"03_alone": (True, before), "05_one": (False, "3"), "06_two": (False, "3")}
+    assert os.environ.get("OMP_NUM_THREADS") == before
+
+
 def test_every_notebook_has_its_folder_in_the_newest_run(executed):
     assert latest_run(executed.root / "runs") == executed.run
     made = {path.name for path in executed.run.iterdir()}
-    assert made == {"00_good", "01_bad", "02_last", "index.html", "run.json"}
+    assert made == {"00_good", "01_bad", "02_last", "index.html", "run.json", "kernel.log"}
     good = {path.name for path in (executed.run / "00_good").iterdir()}
     needed = {"notebook.ipynb", "notebook.html", "params.json", "metrics.json", "environment.json", "figures"}
     assert needed <= good

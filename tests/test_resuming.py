@@ -40,7 +40,7 @@ print("failed:", failed)
 """
 
 
-def project(root, notebooks=MappingProxyType({"00_done": "pass", "01_killed": SLEEP})):
+def project(root, notebooks=MappingProxyType({"03_done": "pass", "04_killed": SLEEP})):
     for name, last in notebooks.items():
         cells = [BODY.replace("NAME", name), last, "run.finish(answer=1)"]
         first = new_code_cell("seed: int = 0  # seed\nrun_dir: str = ''  # folder", metadata={"tags": ["parameters"]})
@@ -69,16 +69,34 @@ def test_a_run_that_is_killed_goes_on_in_its_folder_with_what_is_not_finished(tm
         assert time.monotonic() < end
         time.sleep(0.1)
     again = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "failed: []" in again.stdout and "00_done: done before" in again.stdout, again.stderr
+    assert "failed: []" in again.stdout and "03_done: done before" in again.stdout, again.stderr
     (run,) = (path for path in (tmp_path / "runs").iterdir() if path.name != "latest")
-    assert {path.name for path in run.iterdir() if finished(path)} == {"00_done", "01_killed"}
+    assert {path.name for path in run.iterdir() if finished(path)} == {"03_done", "04_killed"}
     assert (run / "index.html").exists()
     began = (tmp_path / "log").read_text().splitlines()
     assert began == [
-        "00_done began, interrupted False",
-        "01_killed began, interrupted False",
-        "01_killed began, interrupted True",
+        "03_done began, interrupted False",
+        "04_killed began, interrupted False",
+        "04_killed began, interrupted True",
     ]
+
+
+def test_an_interrupt_ends_both_of_two_notebooks_that_run_at_the_same_time(tmp_path):
+    asleep = "import os, time\n(log.parent / f'kernel-{os.getpid()}').touch()\ntime.sleep(600)"
+    project(tmp_path, {"05_one": asleep, "06_two": asleep, "07_three": asleep})
+    script = f"import chexlib.execute\nchexlib.execute.end_when_told()\n{EXECUTE}"
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while len(list(tmp_path.glob("kernel-*"))) < 2:
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(15) != 0  # in less than the 20 s after which force is used
+    kernels = [int(file.name.split("-")[1]) for file in tmp_path.glob("kernel-*")]
+    assert len(kernels) == 2  # the third did not begin
+    while any(psutil.pid_exists(kernel) for kernel in kernels):
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 ASKED = {"notebooks": ["03_train", "05_compare"], "profile": "standard", "settings": {"seed": 1, "rate": 0.5}}
