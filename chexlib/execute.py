@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import faulthandler
-import itertools
 import json
 import logging
 import os
@@ -29,11 +28,11 @@ from chexlib.resuming import asked_of, finished, run_folder
 from chexlib.runs import BATCH, ROOT, point_latest, show_log
 
 KERNEL_LOG = "kernel.log"  # in the run's folder: what kernels wrote to standard error
-# Notebooks that measure speed, start engines, or read what others found. Those in between run two at a time: a training
-# of small networks keeps one core busy, not two.
-ALONE = ("03", "04", "08", "09", "10")
-# Of a quick run on two cores (benchmarks/README.md), for the guess of how long it will take elsewhere.
-QUICK_SECONDS = dict(zip(range(11), (9, 8, 4, 40, 60, 45, 25, 35, 60, 25, 4), strict=True))
+# Notebooks that neither measure speed nor start engines run two at a time, those that take longest first: a training of
+# small networks keeps one core busy, not two. 09 reads 03 and 04 only.
+TOGETHER = (("00", "01", "02"), ("05", "09", "07", "06"))
+# Of a quick run on two cores, half of it where two run at a time, for the guess of how long it will take elsewhere.
+QUICK_SECONDS = dict(zip(range(11), (3, 5, 4, 63, 112, 34, 14, 17, 65, 23, 5), strict=True))
 READERS = ("09", "10")  # notebooks that read what others of their run found
 log = logging.getLogger(__name__)
 
@@ -100,12 +99,14 @@ def execute(
             return path, _execute_one(path, run / path.stem, own)
 
         for group in _groups(paths):
-            if any_executed and group[0].stem[:2] in READERS:  # what it found is of before
-                (run / group[0].stem / "metrics.json").unlink(missing_ok=True)
+            for path in group:
+                if any_executed and path.stem[:2] in READERS:  # what it found is of before
+                    (run / path.stem / "metrics.json").unlink(missing_ok=True)
             waiting = [path for path in group if not finished(run / path.stem)]
             for path in [path for path in group if path not in waiting]:
                 log.info("%s: done before", path.stem)
                 done.add(path.stem)
+                progress.names.remove(path.stem)
             for path, well in _side_by_side(take, waiting, log_file=run / KERNEL_LOG):
                 any_executed = True
                 done.add(path.stem)
@@ -122,10 +123,13 @@ def execute(
 
 
 def _groups(paths: list[Path]) -> list[list[Path]]:
-    """Notebooks that may run at the same time, in their order."""
-    alone = [path.stem[:2] in ALONE for path in paths]
-    keys = [i if own else -1 for i, own in enumerate(alone)]
-    return [list(group) for _, group in itertools.groupby(paths, key=dict(zip(paths, keys, strict=True)).get)]
+    """Notebooks that may run at the same time, in the order in which they begin."""
+    groups = {}
+    for path in paths:
+        number = path.stem[:2]
+        together = next((numbers for numbers in TOGETHER if number in numbers), (number,))
+        groups.setdefault(together, []).append(path)
+    return [sorted(group, key=lambda path: numbers.index(path.stem[:2])) for numbers, group in groups.items()]
 
 
 def _side_by_side(take: Callable, paths: list[Path], *, log_file: Path) -> Iterator:
@@ -166,8 +170,8 @@ class _Progress:
     """How far a run is, and a guess of how long it will take, from what its notebooks took before."""
 
     def __init__(self, run: Path, asked: dict):
-        self.names, self.began = asked["notebooks"], time.monotonic()
-        self.waited: list[str] = []  # executed in this run, the present one too
+        self.names, self.began = list(asked["notebooks"]), time.monotonic()
+        self.begun: list[str] = []
         profile, earlier = asked["profile"], sorted(run.parent.glob("[0-9]*"))
         self.seconds = {name: QUICK_SECONDS.get(int(name[:2])) for name in self.names if profile == "quick"}
         kept = [(ROOT / "data" / "reference" / f"{name}.json", name) for name in self.names]
@@ -181,10 +185,10 @@ class _Progress:
 
     def before(self, name: str) -> str:
         """In words, before the notebook of this name is executed."""
-        spent, left = time.monotonic() - self.began, self.names[self.names.index(name) :]
-        done = sum(self.seconds.get(earlier) or 0 for earlier in self.waited)
-        self.waited.append(name)
-        words = f"{self.names.index(name) + 1} of {len(self.names)}; {_minutes(spent)} so far"
+        spent, done = time.monotonic() - self.began, sum(self.seconds.get(other) or 0 for other in self.begun)
+        left = [other for other in self.names if other not in self.begun]
+        self.begun.append(name)
+        words = f"{len(self.names) - len(left) + 1} of {len(self.names)}; {_minutes(spent)} so far"
         if all(self.seconds.get(other) for other in left):
             pace = spent / done if done > 10 else 1  # of this machine, once something is known of it
             words += f", about {_minutes(pace * sum(self.seconds[other] for other in left))} to go"

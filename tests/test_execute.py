@@ -111,7 +111,7 @@ def test_progress_tells_how_many_are_done_how_long_it_took_and_how_long_it_will(
     """From what the newest run of the same profile took, at this run's pace."""
     root = project(tmp_path)
     monkeypatch.setattr(chexlib.execute, "ROOT", root)
-    monkeypatch.setattr(chexlib.execute, "ALONE", ("00", "01", "02"))
+    monkeypatch.setattr(chexlib.execute, "TOGETHER", ())
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(chexlib.execute.time, "monotonic", lambda: clock.now)
     seen = []
