@@ -6,8 +6,11 @@ part of each global batch, so each image is seen once an epoch whatever the numb
 
 from __future__ import annotations
 
+import atexit
+import gc
 import itertools
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -178,10 +181,30 @@ def training_batches(
     table = tf.constant(labels, tf.float32)
     signature = tuple(tf.TensorSpec([None], kind) for kind in (tf.int64, tf.float32, tf.bool))
     signature += (tf.TensorSpec([None, 4], tf.float32),)
-    batches = tf.data.Dataset.from_generator(draw, output_signature=signature)
+    batches = dataset_from(draw, signature)
     options = tf.data.Options()
     options.autotune.enabled = False
     return batches.map(load, num_parallel_calls=2, deterministic=True).prefetch(2).with_options(options)
+
+
+def dataset_from(draw: Callable[[], Iterator], signature: tuple):
+    """A tf.data.Dataset of what a generator gives. Every one of chexlib is made here, see the function below."""
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_generator(draw, output_signature=signature)
+
+
+@atexit.register
+def _let_go_of_the_last_error() -> None:
+    """End iterators that an uncaught exception holds, while Python's other threads still run.
+
+    The end of an iterator over a generator waits for a thread of TensorFlow that takes Python's lock. Once Python has
+    begun to end itself no thread gets that lock, and the process would wait for ever (seen with Python 3.13).
+    """
+    for name in ("last_exc", "last_value", "last_traceback"):
+        if hasattr(sys, name):
+            delattr(sys, name)
+    gc.collect()
 
 
 def _crop(pixels, boxes):

@@ -25,6 +25,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
+from chexlib.data.pipeline import dataset_from
 from chexlib.data.population import level_of, sample_patient, stream
 from chexlib.data.radiograph import render
 from chexlib.errors import ConfigError, DataError
@@ -154,8 +155,7 @@ def stream_batches(
         if not low <= value <= high:
             raise ConfigError(f"{name}={value!r} is not from {low} to {high}. Choose one of these.")
     level_of(drawing.get("difficulty", "standard"))
-    # A worker that reads a script without a guard comes here again. It must end before TensorFlow has threads: one
-    # that fails in a thread of tf.data may hang while Python ends, and then nobody learns that it has failed.
+    # A worker that reads a script without a guard comes here again. It ends before TensorFlow is loaded.
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise DataError(NO_PROCESS)
     import tensorflow as tf
@@ -169,7 +169,7 @@ def stream_batches(
     signature = tuple(tf.TensorSpec(*shape) for shape in shapes)
     options = tf.data.Options()
     options.autotune.enabled = False
-    dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
+    dataset = dataset_from(batches, signature)
     dataset = dataset.map(lambda x, y, w: (tf.cast(x, tf.float32), tf.cast(y, tf.float32), w))
     return dataset.prefetch(2).with_options(options)
 
