@@ -85,13 +85,13 @@ def execute(
     show_log()
 
     asked = {"notebooks": [path.stem for path in paths], "profile": profile, "settings": settings}
-    failed, done, any_executed, report = [], set(), False, None
+    failed, any_executed, told = [], False, False
     with run_folder(asked, runs_dir=runs_dir, resume=resume) as run:
         log.info("Run folder: %s", run)
         carrier, why = collectives.expected_carrier()
         if why:
             log.info("%s carries what the ranks tell each other: %s.", carrier, why)
-        progress = _Progress(run, asked)
+        progress, done = _Progress(run, asked), {path.stem for path in paths if finished(run / path.stem)}
 
         def take(path: Path) -> tuple[Path, bool]:
             log.info("%s %s ...", path.stem, progress.before(path.stem))
@@ -102,24 +102,24 @@ def execute(
             for path in group:
                 if any_executed and path.stem[:2] in READERS:  # what it found is of before
                     (run / path.stem / "metrics.json").unlink(missing_ok=True)
-            waiting = [path for path in group if not finished(run / path.stem)]
-            for path in [path for path in group if path not in waiting]:
+                    done.discard(path.stem)
+            waiting = [path for path in group if path.stem not in done]
+            for path in [path for path in group if path.stem in done]:
                 log.info("%s: done before", path.stem)
-                done.add(path.stem)
                 progress.names.remove(path.stem)
             for path, well in _side_by_side(take, waiting, log_file=run / KERNEL_LOG):
                 any_executed = True
                 done.add(path.stem)
                 if not well:
                     failed.append(path.stem)
-                first, report = report is None, _report_so_far(run, done)
-                if first and report:
+                if (report := _report_so_far(run, done)) and not told:
                     log.info("Report, written anew after each notebook: %s", report)
+                    told = True
             for path in group:
                 if reference and path.stem not in failed and finished(run / path.stem):
                     keep_reference(run / path.stem, profile, root=ROOT)
         point_latest(run)
-        return sorted(failed), report or build_report(run)
+        return sorted(failed), build_report(run)
 
 
 def _groups(paths: list[Path]) -> list[list[Path]]:
@@ -144,7 +144,7 @@ def _side_by_side(take: Callable, paths: list[Path], *, log_file: Path) -> Itera
         return
     pool = ThreadPoolExecutor(2)
     try:
-        with _headless(log_file, **thread_environment(cores() // 2)):
+        with _headless(log_file, threads=cores() // 2):
             for job in as_completed([pool.submit(take, path) for path in paths]):
                 yield job.result()
     except BaseException:
@@ -227,8 +227,8 @@ def _execute_one(path: Path, folder: Path, parameters: dict) -> bool:
 
 
 @contextlib.contextmanager
-def _headless(log_file: Path, **environment: str) -> Iterator[None]:
-    """The environment of notebooks that nobody watches, with more of it; the caller's own is put back.
+def _headless(log_file: Path, *, threads: int = 0) -> Iterator[None]:
+    """The environment of notebooks that nobody watches, with so many threads each; the caller's own is put back.
 
     What kernels write past the notebook (TensorFlow's greetings, a crash) goes to `log_file`; Python's own standard
     error stays where it was.
@@ -241,7 +241,9 @@ def _headless(log_file: Path, **environment: str) -> Iterator[None]:
         sys.stderr = open(terminal, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         # No bars, lines instead; and the kernel of this environment, whatever the user has installed.
-        os.environ.update({BATCH: "1", "TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1", **environment})
+        os.environ.update({BATCH: "1", "TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1"})
+        for name, value in (thread_environment(threads) if threads else {}).items():
+            os.environ.setdefault(name, value)  # what the user has set counts more
         yield
     finally:
         sys.stderr.flush()

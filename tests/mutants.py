@@ -50,21 +50,18 @@ def functions_of(tree: ast.Module) -> dict[str, ast.FunctionDef]:
 
 def changes_of(function: ast.FunctionDef) -> list[str]:
     """Each change that can be made, as `kind position`; positions count the nodes of `ast.walk`."""
-    texts = {id(node.value) for node in ast.walk(function) if isinstance(node, ast.Expr)}  # docstrings
     found = []
     for place, node in enumerate(ast.walk(function)):
         if isinstance(node, ast.Compare) and type(node.ops[0]) in TURNED:
             found.append(f"comparison {place}")
         elif isinstance(node, ast.BinOp | ast.BoolOp) and type(node.op) in TURNED:
             found.append(f"operator {place}")
-        elif isinstance(node, ast.Constant) and id(node) not in texts and isinstance(node.value, bool | int | float):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float):
             found.append(f"constant {place}")
         elif isinstance(node, ast.If | ast.IfExp | ast.While):
             found.append(f"condition {place}")
-        elif isinstance(node, ast.AugAssign | ast.Expr) and id(getattr(node, "value", None)) in texts | {None}:
-            short = node.end_lineno - node.lineno < LINES_AT_MOST
-            if short and not isinstance(getattr(node, "value", None), ast.Constant):
-                found.append(f"statement {place}")
+        elif isinstance(node, ast.AugAssign) or (isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)):
+            found += [f"statement {place}"] * (node.end_lineno - node.lineno < LINES_AT_MOST)
     return found
 
 

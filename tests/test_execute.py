@@ -141,6 +141,7 @@ def test_notebooks_that_measure_no_speed_run_two_at_a_time_with_half_of_the_core
     for name in ("03_alone", "05_one", "06_two"):
         notebook(rehearsed.root / "notebooks" / f"{name}.ipynb", [])
     monkeypatch.setattr(chexlib.execute, "cores", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     both, seen = threading.Barrier(2, timeout=20), {}
 
     def take(path, output, **_):
@@ -150,10 +151,12 @@ def test_notebooks_that_measure_no_speed_run_two_at_a_time_with_half_of_the_core
         output.write_text(path.read_text())
 
     monkeypatch.setattr("papermill.execute_notebook", take)
-    before = os.environ.get("OMP_NUM_THREADS")
     assert execute(["03", "05", "06"], runs_dir=rehearsed.runs)[0] == []
-    assert seen == {"03_alone": (True, before), "05_one": (False, "3"), "06_two": (False, "3")}
-    assert os.environ.get("OMP_NUM_THREADS") == before
+    assert seen == {"03_alone": (True, None), "05_one": (False, "3"), "06_two": (False, "3")}
+    assert "OMP_NUM_THREADS" not in os.environ
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the user's own choice
+    execute(["05", "06"], runs_dir=rehearsed.runs)
+    assert seen["05_one"] == seen["06_two"] == (False, "1")
 
 
 def test_every_notebook_has_its_folder_in_the_newest_run(executed):

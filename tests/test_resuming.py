@@ -99,6 +99,26 @@ def test_an_interrupt_ends_both_of_two_notebooks_that_run_at_the_same_time(tmp_p
         time.sleep(0.1)
 
 
+def test_the_report_of_a_resumed_run_has_what_was_done_before_and_comes_later(tmp_path, monkeypatch):
+    project(tmp_path, {"03_first": "pass", "05_later": "pass"})
+    monkeypatch.setattr(chexlib.execute, "ROOT", tmp_path)
+    broken = ["03_first"]
+
+    def pretend(path, output, parameters, **settings):
+        book = nbformat.read(path, as_version=4)
+        book.metadata["papermill"] = {"end_time": "2026", "exception": path.stem in broken or None}
+        nbformat.write(book, output)
+        for name in ("metrics", "params", "environment"):
+            write_json(output.parent / f"{name}.json", {})
+
+    monkeypatch.setattr("papermill.execute_notebook", pretend)
+    chexlib.execute.execute(runs_dir=str(tmp_path / "runs"), resume=True)
+    broken.clear()
+    _, report = chexlib.execute.execute(runs_dir=str(tmp_path / "runs"), resume=True)
+    text = report.read_text()
+    assert "03_first/notebook.html" in text and "05_later/notebook.html" in text and "Still to come" not in text
+
+
 ASKED = {"notebooks": ["03_train", "05_compare"], "profile": "standard", "settings": {"seed": 1, "rate": 0.5}}
 
 
