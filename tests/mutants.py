@@ -60,8 +60,10 @@ def changes_of(function: ast.FunctionDef) -> list[str]:
             found.append(f"constant {place}")
         elif isinstance(node, ast.If | ast.IfExp | ast.While):
             found.append(f"condition {place}")
-        elif isinstance(node, ast.AugAssign) or (isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)):
-            found += [f"statement {place}"] * (node.end_lineno - node.lineno < LINES_AT_MOST)
+        elif isinstance(node, ast.AugAssign | ast.Expr):
+            docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            if not docstring and node.end_lineno - node.lineno < LINES_AT_MOST:
+                found.append(f"statement {place}")
     return found
 
 
