@@ -29,14 +29,15 @@ env: $(STAMP)  ## make the environment in .venv
 run: $(STAMP)  ## execute every notebook headless and write the report
 	@exec $(BIN)/python -m chexlib run --profile $(PROFILE) $(if $(DATA),--data '$(DATA)') $(if $(ENGINES),--engines $(ENGINES)) $(if $(RESUME),--resume)
 
-# Two test processes of a thread each; then, alone, the tests that start ranks, engines or notebooks of their own.
-TOGETHER := OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not cores'
+# Two test processes of a thread each; then, two files at a time, the tests that start ranks, engines or notebooks.
+TWO := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+TOGETHER := OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 $(TWO) -m 'not cores'
 COUNTED := --durations=20 --cov=chexlib
 
 test: $(STAMP)  ## run the tests, with coverage of chexlib: ten minutes on 2 cores
 	@failed=0; \
 	$(TOGETHER) $(COUNTED) --cov-report= || failed=1; \
-	$(BIN)/python -m pytest -m cores $(COUNTED) --cov-append --cov-report=term --cov-fail-under=90 || failed=1; \
+	$(TWO) -m cores $(COUNTED) --cov-append --cov-report=term --cov-fail-under=90 || failed=1; \
 	exit $$failed
 
 test-long: export CHEXLIB_LONG := 1

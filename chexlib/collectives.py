@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from chexlib.errors import ChexlibError, ClusterError, ConfigError
+from chexlib.machine import import_tensorflow
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class _Horovod:
     why = ""
 
     def __init__(self):
+        import_tensorflow()
         import horovod
         import horovod.tensorflow as hvd
 

@@ -26,8 +26,13 @@ TINY_PATIENTS = [
 TINY_TEST_PATIENTS = (3, 6, 8)
 
 
+# The files that take longest come first, so that two processes end at about the same time.
+LONGEST = ("test_notebooks", "test_faults", "test_distributed", "test_sweep", "test_cross_validation", "test_explain")
+
+
 def pytest_collection_modifyitems(items):
     """The long tier is run by `make test-long`, which sets CHEXLIB_LONG."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if not os.environ.get("CHEXLIB_LONG"):
         for item in items:
             if item.get_closest_marker("long"):

@@ -22,6 +22,7 @@ from chexlib.training.config import TrainConfig
 
 TESTS = Path(__file__).parent
 LIMIT = 240  # seconds after which a training hangs
+STEP = 0.6  # seconds that a step takes at least, so that all are told of
 
 
 class FailedError(Exception):
@@ -126,8 +127,7 @@ class Notebook:
 def prepare(home: Path) -> tuple[dict, list]:
     """The settings of every trial's training, and the weights it ends with when nothing happens."""
     data = write_phantom(home / "phantom", n_images=90, size=32, min_prevalence=0.1, workers=1)
-    # Full width: a step takes long enough to be disturbed, and a checkpoint is large enough to fill a small disk.
-    what = {"topology": "vgg16", "size": 32, "split": "patient", "learning_rate": 1e-4}
+    what = {"topology": "vgg16", "width": 0.25, "size": 32, "split": "patient", "learning_rate": 1e-4}
     how = {"epochs": 2, "batch_size": 8, "checkpoint_steps": 2}  # 4 steps an epoch
     config = TrainConfig(data_dir=str(data), run_dir=str(home / "undisturbed"), **what, **how).to_dict()
     (home / "config.json").write_text(json.dumps(config))
@@ -201,6 +201,19 @@ def break_at(fault: dict, events: str) -> None:
         setattr(resume.Saver, fault["where"], broken)
 
 
+def slow_down() -> None:
+    """On an engine: let a step take long enough to be disturbed."""
+    from chexlib.training import resume
+
+    method = resume.Saver.on_train_batch_begin
+
+    def slowly(self, batch, logs=None):
+        time.sleep(STEP)
+        method(self, batch, logs)
+
+    resume.Saver.on_train_batch_begin = slowly
+
+
 def shared_memory(pids: list[int]) -> list[tuple[str, int]]:
     """The files in /dev/shm that these processes share, and their inodes; Linux alone has such files."""
     if sys.platform != "linux":
@@ -236,6 +249,7 @@ def main() -> None:
             ranks = [who["pid"] for who in engines.identities]
             controller = engines.cluster.controller.process.pid
             note(events, "up", ranks=ranks, controller=controller, shared=shared_memory(ranks))
+            engines.run(slow_down)
             if job["fault"]:
                 engines.run(break_at, job["fault"], events)
             try:

@@ -117,7 +117,7 @@ class Trial:
         self._resume()
 
     def _disk_full(self) -> None:
-        self.drawn = {"megabytes": int(self.rng.integers(100, 580))}  # no room for the first, second or third
+        self.drawn = {"megabytes": int(self.rng.integers(7, 36))}  # no room for the first, second or third
         self.checkpoints.mkdir(parents=True)
         mount(self.checkpoints, f"size={self.drawn['megabytes']}m,mode=0777")
         self.notebook.start(restarts=1, fault={"how": "full"})

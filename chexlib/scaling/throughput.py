@@ -25,6 +25,7 @@ import pandas as pd
 
 from chexlib.cluster.profiles import find_mpi, thread_environment
 from chexlib.errors import ClusterError, ConfigError
+from chexlib.machine import import_tensorflow
 from chexlib.runs import ROOT
 from chexlib.scaling.timeline import read_timeline
 
@@ -207,6 +208,7 @@ def horovod_costs(observed: dict) -> tuple[float, float, str]:
 
 def serve(settings: dict) -> None:
     """Be such a rank."""
+    import_tensorflow()
     import keras
     import tensorflow as tf
 
