@@ -17,6 +17,7 @@ import tempfile
 import pandas as pd
 
 from chexlib import runs
+from chexlib.data.nih import data_name
 from chexlib.evaluation.auroc import part_of, split_in_words
 from chexlib.evaluation.calibration import METHODS, calibration_error, compare_calibrations, fit_calibration
 from chexlib.evaluation.ensembles import mean_auroc
@@ -48,7 +49,7 @@ def main() -> None:
         fitted = {m: fit_calibration(labels, given, known["patient"], method=m) for m in METHODS}
         chosen = compare_calibrations(labels, given, known["patient"]).idxmin()
         test, labels, scores = part_of(table, "test")
-        line = {"data": runs.data_name(data), "split": split_in_words(result.split), "topology": asked.topology}
+        line = {"data": data_name(data), "split": split_in_words(result.split), "topology": asked.topology}
         line |= {"size": asked.size, "seed": seed, "auroc": round(mean_auroc(labels, scores), 3)}
         errors = {"as trained": scores} | {method: own(scores) for method, own in fitted.items()}
         for how, judged in errors.items():

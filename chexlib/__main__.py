@@ -159,7 +159,7 @@ def evaluate(predictions, data_dir, against, part, as_json):
     A row an image (column `image`), a column a finding, with or without a common prefix.
     """
     from chexlib.evaluation.scores import evaluate as judge_file
-    from chexlib.runs import plain
+    from chexlib.files import plain
 
     found = judge_file(predictions, data_dir, against=against or "", part=part)
     if as_json:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from chexlib.data.nih import data_name
 from chexlib.errors import DataError, WeightsError
 from chexlib.evaluation.auroc import in_words, judge
 from chexlib.files import replacing
 from chexlib.models.cards import config_of, read_card
-from chexlib.runs import data_name
 
 
 def write_card(run: str | Path) -> Path:

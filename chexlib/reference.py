@@ -12,7 +12,8 @@ from pathlib import Path
 import click
 
 from chexlib.errors import ConfigError
-from chexlib.runs import ROOT, command, write_json
+from chexlib.files import ROOT, write_json
+from chexlib.machine import command
 
 ALIKE, APART, UNKNOWN = "no difference shown", "DIFFERENT", "no interval"
 COLUMNS = ["reference", "low", "high", "run", "run low", "run high", "p"]

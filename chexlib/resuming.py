@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from chexlib.errors import ConfigError
-from chexlib.runs import ROOT, new_run, plain, write_json
+from chexlib.files import ROOT, plain, write_json
+from chexlib.runs import new_run
 
 ASKED = "run.json"  # what the run was asked for: notebooks, profile, settings
 

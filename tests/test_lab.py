@@ -15,7 +15,7 @@ from papermill.iorw import load_notebook_node, write_ipynb
 from papermill.parameterize import parameterize_notebook
 
 from chexlib.data.phantom import write_phantom
-from chexlib.runs import ROOT
+from chexlib.files import ROOT
 from chexlib.training.checkpoints import newest_checkpoint
 
 pytestmark = pytest.mark.cores

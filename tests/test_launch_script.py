@@ -15,7 +15,7 @@ from chexlib.cluster.emulated import EmulatedHosts, why_not
 from chexlib.cluster.profiles import find_mpi, thread_environment
 from chexlib.cluster.scripts import launch_script
 from chexlib.errors import ConfigError
-from chexlib.runs import ROOT
+from chexlib.files import ROOT
 
 # Takes srun's place: the ranks that it is asked for, on the hosts, with the environment that Slurm would hand over.
 SRUN = """#!/bin/bash

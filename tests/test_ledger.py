@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from chexlib.files import ROOT, write_json
 from chexlib.findings import FINDINGS
-from chexlib.runs import ROOT, write_json
 from chexlib.scaling.counterparts import COUNTERPARTS, NO_COUNTERPART
 from chexlib.scaling.ledger import VERDICTS, build_ledger, count_verdicts, ledger, verdict
 from chexlib.scaling.measured import Found, Measured

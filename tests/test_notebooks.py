@@ -16,7 +16,7 @@ from chexlib.data.phantom import write_phantom
 from chexlib.evaluation.calibration import Calibration
 from chexlib.evaluation.operating import OperatingPoints
 from chexlib.execute import execute, find_notebooks
-from chexlib.runs import ROOT
+from chexlib.files import ROOT
 from chexlib.scaling.published import claims
 from chexlib.training.config import TrainConfig
 

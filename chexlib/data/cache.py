@@ -29,9 +29,8 @@ from tqdm.auto import tqdm
 
 from chexlib.data.nih import first_few, read_image
 from chexlib.errors import DataError
-from chexlib.files import replacing
+from chexlib.files import ROOT, replacing
 from chexlib.machine import cores
-from chexlib.runs import ROOT
 
 FOLDER = "CHEXLIB_CACHE"  # the environment variable that names another folder than data/cache
 VERSION = 4  # of the files' layout and of how pixels are made: a new one begins a new cache

@@ -287,3 +287,11 @@ def _image_files(root: Path) -> dict[str, str]:
     if twice:
         raise DataError(f"{len(twice)} images lie in two folders: {first_few(twice, 2)}. Remove one of each pair.")
     return found
+
+
+def data_name(folder: Path) -> str:
+    """What to call a data folder beside a result: the phantom by its settings, other folders by their name."""
+    file = Path(folder) / "phantom.json"
+    if not file.exists():
+        return Path(folder).name
+    return f"phantom {Path(folder).name} (synthetic)"

@@ -24,11 +24,11 @@ from chexlib.data.splits import digest_of
 from chexlib.evaluation.cross_validation import FEWEST, arm_gains, cross_validate, pooled
 from chexlib.evaluation.ensembles import save_ensemble
 from chexlib.evaluation.resampling import with_interval
-from chexlib.files import holding, replacing
+from chexlib.files import holding, replacing, write_json
+from chexlib.machine import environment
 from chexlib.models.cards import split_of
 from chexlib.models.topologies import NORMALIZATION
 from chexlib.models.weights import extend_card, save_model
-from chexlib.runs import environment, write_json
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 from chexlib.training.reuse import Reuse

@@ -165,7 +165,7 @@ def evaluate(path: str | Path, data_dir: str | Path, *, against: str | Path = ""
 def judged_in(run: str | Path | None, data: str) -> dict[str, dict]:
     """What notebooks of a run have trained on this data and split alike: name to folder, split, config, predictions.
 
-    `data` is the name that `runs.data_name` gives. Of those with different splits the first and its like are taken.
+    `data` is the name that `data_name` gives. Of those with different splits the first and its like are taken.
     """
     found = {}
     for folder in sorted(Path(run).iterdir()) if run else ():

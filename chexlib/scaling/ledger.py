@@ -33,7 +33,7 @@ from chexlib.evaluation.verdicts import (
     VERDICTS,
     verdict_on_gain,
 )
-from chexlib.runs import ROOT
+from chexlib.files import ROOT
 from chexlib.scaling.counterparts import COUNTERPARTS, NO_COUNTERPART
 from chexlib.scaling.measured import Found, Measured
 from chexlib.scaling.published import Claim, claims

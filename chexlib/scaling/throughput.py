@@ -25,8 +25,8 @@ import pandas as pd
 
 from chexlib.cluster.profiles import find_mpi, thread_environment
 from chexlib.errors import ClusterError, ConfigError
+from chexlib.files import ROOT
 from chexlib.machine import import_tensorflow
-from chexlib.runs import ROOT
 from chexlib.scaling.timeline import read_timeline
 
 

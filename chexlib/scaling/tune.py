@@ -12,9 +12,8 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from chexlib.errors import ClusterError, ConfigError
-from chexlib.files import holding, replacing
+from chexlib.files import ROOT, holding, replacing
 from chexlib.machine import cores, kind
-from chexlib.runs import ROOT
 from chexlib.scaling.throughput import measure
 from chexlib.training.config import TrainConfig
 

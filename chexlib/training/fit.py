@@ -17,13 +17,13 @@ from pathlib import Path
 import pandas as pd
 
 from chexlib.collectives import join_world
+from chexlib.data.nih import data_name
 from chexlib.data.pipeline import generator_for
 from chexlib.errors import ClusterError, ConfigError, WeightsError
 from chexlib.files import replacing
 from chexlib.models.statistics import recalibrate
 from chexlib.models.topologies import NORMALIZATION
 from chexlib.models.weights import save_model
-from chexlib.runs import data_name
 from chexlib.training import stopping
 from chexlib.training.checkpoints import checkpoint_files
 from chexlib.training.config import TrainConfig

@@ -22,10 +22,9 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from chexlib import runs
 from chexlib.errors import ConfigError
 from chexlib.files import holding, replacing
-from chexlib.machine import native_precision
+from chexlib.machine import environment, native_precision
 from chexlib.training import TRAINING_VERSION
 from chexlib.training.config import FREE, TrainConfig
 
@@ -172,7 +171,7 @@ def _precision(point: Mapping) -> str:
 
 def _made_by(point: Mapping) -> dict:
     """`MADE_BY` of a row that is measured now."""
-    about = runs.environment()
+    about = environment()
     values = (TRAINING_VERSION, _precision(point), about["commit"], f"{about['processor']}, {about['cores']} cores")
     return dict(zip(MADE_BY, values, strict=True))
 
