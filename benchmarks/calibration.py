@@ -16,7 +16,7 @@ import tempfile
 
 import pandas as pd
 
-from chexlib import runs
+from chexlib.app import runs
 from chexlib.data.nih import data_name
 from chexlib.evaluation.auroc import part_of, split_in_words
 from chexlib.evaluation.calibration import METHODS, calibration_error, compare_calibrations, fit_calibration

@@ -44,7 +44,7 @@ import pandas as pd
 from scipy.special import expit, logit
 from scipy.stats import norm
 
-from chexlib.data.population import FILMS
+from chexlib.app.reference import difference_p, estimates
 from chexlib.evaluation import calibration
 from chexlib.evaluation.auroc import bootstrap_auroc
 from chexlib.evaluation.cross_validation import arm_gains
@@ -54,7 +54,7 @@ from chexlib.evaluation.paired import holm, paired_difference
 from chexlib.evaluation.resampling import effective_number, patients_behind
 from chexlib.evaluation.student import mean_of_seeds
 from chexlib.findings import FINDINGS
-from chexlib.reference import difference_p, estimates
+from chexlib.phantom.population import FILMS
 from chexlib.scaling.wires import LAUNCH, fit_wires, launches, wire_seconds
 from chexlib.scaling.workload import Workload
 

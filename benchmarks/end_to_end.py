@@ -21,8 +21,8 @@ from train_step import PRECISIONS, ours, parser, stock, stock_name
 
 from chexlib.data.cache import FOLDER, ImageStore
 from chexlib.data.nih import load_radiographs
-from chexlib.data.phantom import write_phantom
 from chexlib.machine import cores
+from chexlib.phantom.write import write_phantom
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ def phantom(folder: Path, n: int, size: int) -> list[str]:
     from PIL import Image
 
     from chexlib.data.nih import read_image
-    from chexlib.data.phantom import write_phantom
+    from chexlib.phantom.write import write_phantom
 
     root = folder / f"phantom-{size}"
     if not root.exists():

@@ -25,9 +25,9 @@ from pathlib import Path
 
 from bench import WORKERS, frozen_workers, take_turns
 
-from chexlib.cluster.profiles import find_mpi
 from chexlib.machine import cores
 from chexlib.models.topologies import TOPOLOGIES
+from chexlib.mpi import find_mpi
 from chexlib.scaling.throughput import command
 
 PRECISIONS = {"float32": "float32", "fp32": "float32", "mixed_bfloat16": "mixed_bfloat16", "bf16": "mixed_bfloat16"}

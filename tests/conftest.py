@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chexlib.data.phantom import write_phantom
+from chexlib.phantom.write import write_phantom
 
 # (patient, finding labels of each of its follow-ups)
 TINY_PATIENTS = [

@@ -14,9 +14,9 @@ from pathlib import Path
 import pandas as pd
 import psutil
 
-from chexlib.cluster.profiles import find_mpi, thread_environment
-from chexlib.data.phantom import write_phantom
 from chexlib.models.weights import load_model
+from chexlib.mpi import find_mpi, thread_environment
+from chexlib.phantom.write import write_phantom
 from chexlib.training.checkpoints import load_checkpoint
 from chexlib.training.config import TrainConfig
 

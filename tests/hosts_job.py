@@ -118,7 +118,7 @@ def twenty_steps(data_dir):
     from chexlib.data.cache import ImageStore
     from chexlib.data.nih import load_radiographs
     from chexlib.data.pipeline import training_batches
-    from chexlib.training.steps import checksum
+    from chexlib.studies.steps import checksum
     from chexlib.training.trainer import DataParallelTrainer
 
     world, radiographs = join_world(), load_radiographs(data_dir)
@@ -177,7 +177,7 @@ FAKES = {
 
 def write_slurm(folder):
     """Commands that do on this host what Slurm's do, with notes in `folder` of what they were asked."""
-    from chexlib.cluster.profiles import find_mpi
+    from chexlib.mpi import find_mpi
 
     mpi = find_mpi()
     for name, text in FAKES.items():

@@ -15,9 +15,9 @@ from PIL import Image
 
 from chexlib.data import cache
 from chexlib.data.cache import ImageStore, cache_folder, resize_area
-from chexlib.data.phantom import phantom_images
 from chexlib.errors import DataError
 from chexlib.models.predict import _read
+from chexlib.phantom.write import phantom_images
 
 
 @pytest.fixture

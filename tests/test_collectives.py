@@ -13,8 +13,8 @@ from collectives_job import shares
 
 from chexlib import collectives
 from chexlib.cluster.faults import stalled_ranks
-from chexlib.cluster.profiles import find_mpi, thread_environment
 from chexlib.errors import ClusterError, ConfigError
+from chexlib.mpi import find_mpi, thread_environment
 
 JOB = Path(__file__).parent / "collectives_job.py"
 RANKS = 3

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from chexlib.__main__ import main
+from chexlib.app.cli import main
 from chexlib.data.collection import collect
 from chexlib.data.folds import fold_kind, fold_split
 from chexlib.data.nih import load_radiographs

@@ -16,16 +16,16 @@ from sklearn.metrics import roc_auc_score
 from small_training import config_for
 
 from chexlib.cluster.engines import mpi_engines
-from chexlib.cluster.profiles import find_mpi, thread_environment
 from chexlib.cluster.watchdog import members
 from chexlib.collectives import identify
-from chexlib.data.phantom import write_phantom
 from chexlib.errors import ClusterError, ConfigError
 from chexlib.findings import FINDINGS
 from chexlib.models.weights import load_model
+from chexlib.mpi import find_mpi, thread_environment
+from chexlib.phantom.write import write_phantom
+from chexlib.studies.steps import seven_steps
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
-from chexlib.training.steps import seven_steps
 
 pytestmark = pytest.mark.cores
 TESTS = Path(__file__).parent
@@ -225,7 +225,7 @@ def test_a_killed_rank_is_reported_by_rank_and_host():
 
 
 def test_engines_that_cannot_start_say_why(monkeypatch):
-    monkeypatch.setattr("chexlib.cluster.profiles.Mpi.flags", lambda self, *more: ["--no-such-flag"])
+    monkeypatch.setattr("chexlib.mpi.Mpi.flags", lambda self, *more: ["--no-such-flag"])
     with pytest.raises(ClusterError, match="no-such-flag"), mpi_engines(1, timeout=30):
         pass
 

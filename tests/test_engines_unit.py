@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from chexlib.cluster import faults, profiles
+from chexlib import mpi as profiles
+from chexlib.cluster import faults
 from chexlib.cluster.engines import mpi_engines
-from chexlib.cluster.profiles import find_mpi, recognise_mpi, thread_environment
 from chexlib.cluster.watchdog import end_members, members
 from chexlib.errors import ClusterError, ConfigError
+from chexlib.mpi import find_mpi, recognise_mpi, thread_environment
 
 OPEN_MPI_5 = "mpiexec (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/community/help/\n"
 OPEN_MPI_4 = "mpirun (Open MPI) 4.1.6\n\nReport bugs to http://www.open-mpi.org/community/help/\n"

@@ -18,13 +18,13 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-import chexlib.execute
+import chexlib.app.execute
+from chexlib.app.execute import execute, find_notebooks
+from chexlib.app.report import build_report
+from chexlib.app.runs import latest_run
 from chexlib.errors import ConfigError
-from chexlib.execute import execute, find_notebooks
 from chexlib.files import ROOT, write_json
 from chexlib.findings import FINDINGS
-from chexlib.report import build_report
-from chexlib.runs import latest_run
 
 PARAMETERS = """\
 seed: int = 0  # random seed
@@ -79,7 +79,7 @@ def executed(tmp_path_factory):
     """Three notebooks, the second of which fails, run with parameters as `-p` gives them."""
     root = project(tmp_path_factory.mktemp("project"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chexlib.execute, "ROOT", root)
+        patch.setattr(chexlib.app.execute, "ROOT", root)
         logger = logging.getLogger("chexlib")
         before = logger.handlers[:], logger.level, logger.propagate
         environment = dict(os.environ)
@@ -111,10 +111,10 @@ def test_a_failing_notebook_is_told_and_the_others_are_executed(executed):
 def test_progress_tells_how_many_are_done_how_long_it_took_and_how_long_it_will(tmp_path, monkeypatch, quiet, capsys):
     """From what the newest run of the same profile took, at this run's pace."""
     root = project(tmp_path)
-    monkeypatch.setattr(chexlib.execute, "ROOT", root)
-    monkeypatch.setattr(chexlib.execute, "TOGETHER", ())
+    monkeypatch.setattr(chexlib.app.execute, "ROOT", root)
+    monkeypatch.setattr(chexlib.app.execute, "TOGETHER", ())
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(chexlib.execute.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(chexlib.app.execute.time, "monotonic", lambda: clock.now)
     seen = []
 
     def take_20_seconds(path, output, **_):
@@ -141,7 +141,7 @@ def test_progress_tells_how_many_are_done_how_long_it_took_and_how_long_it_will(
 def test_notebooks_that_measure_no_speed_run_two_at_a_time_with_half_of_the_cores_each(rehearsed, monkeypatch):
     for name in ("03_alone", "05_one", "06_two"):
         notebook(rehearsed.root / "notebooks" / f"{name}.ipynb", [])
-    monkeypatch.setattr(chexlib.execute, "cores", lambda: 6)
+    monkeypatch.setattr(chexlib.app.execute, "cores", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     both, seen = threading.Barrier(2, timeout=20), {}
 
@@ -221,7 +221,7 @@ def test_parameters_of_the_command_line_get_the_type_of_the_notebook(executed, n
 def rehearsed(tmp_path, monkeypatch, quiet):
     """A project in which notebooks are not executed: what papermill was asked is noted."""
     root, asked = project(tmp_path), {}
-    monkeypatch.setattr(chexlib.execute, "ROOT", root)
+    monkeypatch.setattr(chexlib.app.execute, "ROOT", root)
 
     def note(path, output, parameters, **settings):
         asked[path.stem] = parameters
@@ -420,7 +420,7 @@ def test_every_notebook_has_seed_data_and_run_folder_and_a_help_on_each_paramete
 def test_a_run_ends_when_told_by_force_if_need_be_and_then_says_where_it_was(number, stubborn):
     script = (
         "import subprocess, sys, time\n"
-        "from chexlib.execute import end_when_told\n"
+        "from chexlib.app.execute import end_when_told\n"
         "end_when_told(patience=1)\n"
         "child = subprocess.Popen(['sleep', '100'])\n"
         "def wait_for_ever():\n"

@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from chexlib.__main__ import main
+from chexlib.app.cli import main
 from chexlib.data import fetch as module
 from chexlib.data.download import CHUNK, Remote
 from chexlib.data.fetch import ARCHIVES, TABLES, fetch

@@ -101,7 +101,7 @@ def test_broken_images_get_an_error_each_and_the_rest_of_the_batch_is_done(tmp_p
     assert len(broken) == 24
     photo = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
     Image.fromarray(photo).save(tmp_path / "photo.jpg")
-    code = "import sys; from chexlib.__main__ import main\ntry: main(sys.argv[1:])\nfinally: "
+    code = "import sys; from chexlib.app.cli import main\ntry: main(sys.argv[1:])\nfinally: "
     peak = "*(x.split()[1] for x in open('/proc/self/status') if x.startswith('VmHWM'))"
     if sys.platform == "darwin":  # which counts in bytes
         peak = "__import__('resource').getrusage(0).ru_maxrss // 1024"

@@ -18,11 +18,11 @@ from two_hosts import Recording, TwoHosts
 
 from chexlib.cluster.emulated import INTERFACE, why_not
 from chexlib.cluster.engines import mpi_engines
-from chexlib.cluster.profiles import LOOPBACK, recognise_mpi
 from chexlib.cluster.sites import Site, find_site
 from chexlib.collectives import identify
-from chexlib.data.phantom import write_phantom
 from chexlib.errors import ClusterError, ConfigError
+from chexlib.mpi import LOOPBACK, recognise_mpi
+from chexlib.phantom.write import write_phantom
 
 REASON = why_not()
 ENGINE = "-m ipyparallel.engine "

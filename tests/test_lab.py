@@ -14,8 +14,8 @@ from lab_driver import RAN, Lab
 from papermill.iorw import load_notebook_node, write_ipynb
 from papermill.parameterize import parameterize_notebook
 
-from chexlib.data.phantom import write_phantom
 from chexlib.files import ROOT
+from chexlib.phantom.write import write_phantom
 from chexlib.training.checkpoints import newest_checkpoint
 
 pytestmark = pytest.mark.cores

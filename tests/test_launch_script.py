@@ -12,10 +12,10 @@ import pytest
 from small_training import config_for
 
 from chexlib.cluster.emulated import EmulatedHosts, why_not
-from chexlib.cluster.profiles import find_mpi, thread_environment
 from chexlib.cluster.scripts import launch_script
 from chexlib.errors import ConfigError
 from chexlib.files import ROOT
+from chexlib.mpi import find_mpi, thread_environment
 
 # Takes srun's place: the ranks that it is asked for, on the hosts, with the environment that Slurm would hand over.
 SRUN = """#!/bin/bash
@@ -56,7 +56,7 @@ def test_the_script_asks_for_nodes_ranks_threads_and_time(script):
 # Takes srun's place: one rank that stops as trainings do.
 STOPPED = """#!PYTHON
 import time
-from chexlib.training import stopping
+from chexlib import stopping
 stopping.listen()
 print("listening", flush=True)
 until = time.monotonic() + 60

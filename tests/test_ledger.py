@@ -15,11 +15,11 @@ from scipy import stats
 
 from chexlib.files import ROOT, write_json
 from chexlib.findings import FINDINGS
-from chexlib.scaling.counterparts import COUNTERPARTS, NO_COUNTERPART
-from chexlib.scaling.ledger import VERDICTS, build_ledger, count_verdicts, ledger, verdict
-from chexlib.scaling.measured import Found, Measured
-from chexlib.scaling.projections import RUNS, SYSTEMS
-from chexlib.scaling.published import COLLAPSES, LADDER, claims, published_auroc
+from chexlib.ledger.answers import VERDICTS, build_ledger, count_verdicts, ledger, verdict
+from chexlib.ledger.counterparts import COUNTERPARTS, NO_COUNTERPART
+from chexlib.ledger.measured import Found, Measured
+from chexlib.ledger.projections import RUNS, SYSTEMS
+from chexlib.ledger.published import COLLAPSES, LADDER, claims, published_auroc
 
 PUBLISHED = next(
     (d / "shared" / "published.md" for d in ROOT.parents if (d / "shared" / "published.md").exists()), None

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from test_distributed import run_ranks
 
-from chexlib.cluster.profiles import find_mpi, thread_environment
-from chexlib.data.phantom import write_phantom
+from chexlib.mpi import find_mpi, thread_environment
+from chexlib.phantom.write import write_phantom
 
 pytestmark = pytest.mark.cores
 NAMES = ("outputs", "inputs", "gamma", "beta", "mean", "variance")

@@ -10,11 +10,11 @@ from small_training import Places, config_for
 
 from chexlib.collectives import World
 from chexlib.errors import ConfigError
-from chexlib.evaluation import norm_study
-from chexlib.evaluation.norm_study import norm_grid, training_order
-from chexlib.evaluation.norm_verdict import TERMS, decompose, remedies, verdict
 from chexlib.evaluation.student import over_seeds
 from chexlib.models.weights import load_model
+from chexlib.studies import norm_study
+from chexlib.studies.norm_study import norm_grid, training_order
+from chexlib.studies.norm_verdict import TERMS, decompose, remedies, verdict
 from chexlib.training.fit import fit
 from chexlib.training.reuse import Reuse
 

@@ -9,11 +9,11 @@ import tensorflow as tf
 
 from chexlib.collectives import World
 from chexlib.errors import ConfigError, WeightsError
-from chexlib.evaluation.batch_norm import bn_report, judge_scores
 from chexlib.models.normalization import FusedBatchNormalization
 from chexlib.models.statistics import kept_statistics, norm_layers, population_statistics, recalibrate
 from chexlib.models.topologies import build_model, redraw
 from chexlib.models.weights import create_model, load_model, save_model
+from chexlib.studies.population import bn_report, judge_scores
 
 QUARTER = {"topology": "resnet50", "size": 32, "width": 0.25}  # a norm does not depend on the channels' number
 

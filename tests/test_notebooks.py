@@ -12,12 +12,12 @@ from click.testing import CliRunner
 from papermill.cli import papermill as papermill_command
 from PIL import Image
 
-from chexlib.data.phantom import write_phantom
+from chexlib.app.execute import execute, find_notebooks
 from chexlib.evaluation.calibration import Calibration
 from chexlib.evaluation.operating import OperatingPoints
-from chexlib.execute import execute, find_notebooks
 from chexlib.files import ROOT
-from chexlib.scaling.published import claims
+from chexlib.ledger.published import claims
+from chexlib.phantom.write import write_phantom
 from chexlib.training.config import TrainConfig
 
 NOTEBOOKS = find_notebooks()

@@ -11,12 +11,14 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from chexlib.data import phantom, signs, thorax
-from chexlib.data.phantom import phantom_images, write_phantom
-from chexlib.data.population import DIFFICULTIES, Description, sample_patient, stream
-from chexlib.data.radiograph import render
 from chexlib.errors import ConfigError, DataError
 from chexlib.findings import FINDINGS
+from chexlib.phantom import anatomy as thorax
+from chexlib.phantom import signs
+from chexlib.phantom import write as phantom
+from chexlib.phantom.film import render
+from chexlib.phantom.population import DIFFICULTIES, Description, sample_patient, stream
+from chexlib.phantom.write import phantom_images, write_phantom
 
 # Films with each finding among the 112,120 of the NIH release (v2020 table), in the order of FINDINGS.
 NIH_POSITIVES = (11559, 2776, 13317, 19894, 5782, 6331, 1431, 5302, 4667, 2303, 2516, 1686, 3385, 227)

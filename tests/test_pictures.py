@@ -24,10 +24,10 @@ from pydicom.uid import (
 from chexlib.data.dicom import read_dicom
 from chexlib.data.frontal import frontal_doubt
 from chexlib.data.nih import read_image
-from chexlib.data.phantom import phantom_images
 from chexlib.data.pictures import find_pictures, read_picture
 from chexlib.errors import DataError
 from chexlib.models.predict import predict_all
+from chexlib.phantom.write import phantom_images
 
 
 def dicom(path, pixels, *, bits=12, kind="MONOCHROME2", syntax=ExplicitVRLittleEndian, **elements):

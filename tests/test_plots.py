@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from chexlib import judgement_plots, plots
 from chexlib.data.nih import load_radiographs
 from chexlib.data.splits import audit, patient_split
 from chexlib.evaluation.auroc import bootstrap_auroc
+from chexlib.figures import judgement_plots, plots
 from chexlib.findings import FINDINGS
-from chexlib.scaling.published import SPLITS, beside_published, published_auroc
+from chexlib.ledger.published import SPLITS, beside_published, published_auroc
 
 
 @pytest.fixture

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 import chexlib
-from chexlib.cluster import emulated, profiles
+from chexlib import mpi as profiles
+from chexlib.cluster import emulated
 from chexlib.cluster.leftovers import OWNER, PREFIX, sign, sweep
 from chexlib.data.cache import ImageStore
 from chexlib.data.nih import check_images, load_radiographs
-from chexlib.data.phantom import write_phantom
 from chexlib.data.stream import stream_batches
 from chexlib.models.predict import predict
+from chexlib.phantom.write import write_phantom
 
 # Where each may be asked for: these places say what is done without it.
 LINUX_ONLY = {

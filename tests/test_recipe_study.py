@@ -13,10 +13,14 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from chexlib import recipe_figures
 from chexlib.errors import ConfigError, WeightsError
-from chexlib.evaluation.collapse_study import collapse_gains, diversity_matrix, measure_collapses
-from chexlib.evaluation.recipe_study import (
+from chexlib.figures import recipe_figures
+from chexlib.ledger.published import LADDER as TOP_1
+from chexlib.ledger.published import published_collapses
+from chexlib.machine import BATCH
+from chexlib.studies.collapse_study import collapse_gains, diversity_matrix, measure_collapses
+from chexlib.studies.grid import point_key
+from chexlib.studies.recipe_study import (
     batch_losses,
     best_peak_loss,
     ladder_gains,
@@ -24,12 +28,8 @@ from chexlib.evaluation.recipe_study import (
     read_peaks,
     recipe_grid,
 )
-from chexlib.runs import BATCH
-from chexlib.scaling.published import LADDER as TOP_1
-from chexlib.scaling.published import published_collapses
 from chexlib.training.fit import fit
 from chexlib.training.recipes import LADDER, PRESETS, preset, resolve
-from chexlib.training.sweep import point_key
 
 GRID = dict(batches=[16, 128, 1024], local_batch=16, peak=0.05, rule="sqrt", seeds=[0, 1, 2], images=2000, epochs=6)
 

@@ -10,14 +10,14 @@ import pandas as pd
 import pytest
 from small_training import config_for, with_a_tiny_network
 
-from chexlib import recipe_figures
-from chexlib.cluster.profiles import find_mpi, thread_environment
-from chexlib.data.phantom import write_phantom
 from chexlib.errors import ConfigError, WeightsError
+from chexlib.figures import recipe_figures
 from chexlib.models.predict import predict
 from chexlib.models.weights import load_model
+from chexlib.mpi import find_mpi, thread_environment
+from chexlib.phantom.write import write_phantom
+from chexlib.studies.collapse import collapse
 from chexlib.training.checkpoints import checkpoint_files, load_checkpoint
-from chexlib.training.collapse import collapse
 from chexlib.training.fit import fit
 from chexlib.training.monitor import Position
 from chexlib.training.optimizers import values_at
@@ -232,7 +232,7 @@ def test_a_collapse_from_nothing_or_from_a_rate_of_0_says_so(undisturbed, tmp_pa
     config, _ = undisturbed
     zero = {"unit": "epochs", "phases": [{"kind": "constant", "length": 1, "rate": 0}]}
     monkeypatch.setattr(
-        "chexlib.training.collapse.load_checkpoint",
+        "chexlib.studies.collapse.load_checkpoint",
         lambda path: _with_schedule(load_checkpoint(path), config.replace(schedule=zero)),
     )
     with pytest.raises(ConfigError, match=r"has come to 0"):

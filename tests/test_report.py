@@ -19,9 +19,9 @@ from lab_driver import Browser
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from chexlib.app.report import build_report
+from chexlib.app.runs import start
 from chexlib.findings import FINDINGS
-from chexlib.report import build_report
-from chexlib.runs import start
 
 WIDTHS = (1280, 390)  # CSS pixels: a desk and a phone
 WIDE = "<table><thead><tr><th></th>" + "<th>a long heading</th>" * 20 + "</tr></thead><tbody><tr>"
@@ -121,7 +121,7 @@ def test_links_between_notebooks_lead_to_pages_of_this_run_or_are_text(report):
 
 
 def test_the_ledger_comes_first_and_shows_every_figure_with_ours(report):
-    from chexlib.scaling.ledger import build_ledger, count_verdicts
+    from chexlib.ledger.answers import build_ledger, count_verdicts
 
     soup, table = soups(report)[report], build_ledger(report.parent)
     assert len(soup.select(".ledger tbody tr")) == len(table)

@@ -12,12 +12,12 @@ import pytest
 import tensorflow as tf
 from small_training import config_for, with_a_tiny_network
 
+from chexlib import stopping
 from chexlib.collectives import World, require_agreement
-from chexlib.data.phantom import write_phantom
 from chexlib.errors import ClusterError, ConfigError, WeightsError
 from chexlib.files import replacing
 from chexlib.models.weights import load_model
-from chexlib.training import stopping
+from chexlib.phantom.write import write_phantom
 from chexlib.training.checkpoints import checkpoint_files, load_checkpoint, newest_checkpoint, save_checkpoint
 from chexlib.training.fit import fit
 from chexlib.training.snapshots import snapshots_of

@@ -17,26 +17,26 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from scipy import stats
 from scipy.special import expit, logit
 
-import chexlib.execute
-from chexlib.__main__ import main
+import chexlib.app.execute
+from chexlib.app.cli import main
+from chexlib.app.reference import ALIKE, APART, UNKNOWN, Estimate, compare_run, difference_p, estimates, keep_reference
+from chexlib.app.resuming import finished, run_folder
+from chexlib.app.runs import start
 from chexlib.errors import ConfigError
 from chexlib.files import ROOT, write_json
-from chexlib.reference import ALIKE, APART, UNKNOWN, Estimate, compare_run, difference_p, estimates, keep_reference
-from chexlib.resuming import finished, run_folder
-from chexlib.runs import start
 
 BODY = """\
 from pathlib import Path
-from chexlib import runs
+from chexlib.app import runs
 run = runs.start("NAME", run_dir=run_dir, parameters=dict(seed=seed))
 log = Path(run_dir).parents[2] / "log"
 with log.open("a") as file: file.write("NAME began, interrupted %s\\n" % run.interrupted)
 """
 SLEEP = "import os, time\n(log.parent / 'kernel').write_text(str(os.getpid()))\nif not run.interrupted: time.sleep(600)"
 EXECUTE = """\
-import sys, pathlib, chexlib.execute
-chexlib.execute.ROOT = pathlib.Path(sys.argv[1])
-failed, report = chexlib.execute.execute(runs_dir=sys.argv[1] + "/runs", resume=True)
+import sys, pathlib, chexlib.app.execute
+chexlib.app.execute.ROOT = pathlib.Path(sys.argv[1])
+failed, report = chexlib.app.execute.execute(runs_dir=sys.argv[1] + "/runs", resume=True)
 print("failed:", failed)
 """
 
@@ -85,7 +85,7 @@ def test_a_run_that_is_killed_goes_on_in_its_folder_with_what_is_not_finished(tm
 def test_an_interrupt_ends_both_of_two_notebooks_that_run_at_the_same_time(tmp_path):
     asleep = "import os, time\n(log.parent / f'kernel-{os.getpid()}').touch()\ntime.sleep(600)"
     project(tmp_path, {"05_one": asleep, "06_two": asleep, "07_three": asleep})
-    script = f"import chexlib.execute\nchexlib.execute.end_when_told()\n{EXECUTE}"
+    script = f"import chexlib.app.execute\nchexlib.execute.end_when_told()\n{EXECUTE}"
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stderr=subprocess.DEVNULL)
     end = time.monotonic() + 120
     while len(list(tmp_path.glob("kernel-*"))) < 2:
@@ -102,7 +102,7 @@ def test_an_interrupt_ends_both_of_two_notebooks_that_run_at_the_same_time(tmp_p
 
 def test_the_report_of_a_resumed_run_has_what_was_done_before_and_comes_later(tmp_path, monkeypatch):
     project(tmp_path, {"03_first": "pass", "05_later": "pass"})
-    monkeypatch.setattr(chexlib.execute, "ROOT", tmp_path)
+    monkeypatch.setattr(chexlib.app.execute, "ROOT", tmp_path)
     broken = ["03_first"]
 
     def pretend(path, output, parameters, **settings):
@@ -113,9 +113,9 @@ def test_the_report_of_a_resumed_run_has_what_was_done_before_and_comes_later(tm
             write_json(output.parent / f"{name}.json", {})
 
     monkeypatch.setattr("papermill.execute_notebook", pretend)
-    chexlib.execute.execute(runs_dir=str(tmp_path / "runs"), resume=True)
+    chexlib.app.execute.execute(runs_dir=str(tmp_path / "runs"), resume=True)
     broken.clear()
-    _, report = chexlib.execute.execute(runs_dir=str(tmp_path / "runs"), resume=True)
+    _, report = chexlib.app.execute.execute(runs_dir=str(tmp_path / "runs"), resume=True)
     text = report.read_text()
     assert "03_first/notebook.html" in text and "05_later/notebook.html" in text and "Still to come" not in text
 
@@ -162,7 +162,7 @@ def test_a_notebook_that_was_killed_while_it_was_written_is_not_finished(tmp_pat
 
 def test_a_kernel_that_does_not_start_fails_alone_and_what_reads_its_notebook_is_done_again(tmp_path, monkeypatch):
     project(tmp_path, {"03_train": "pass", "05_other": "pass", "10_report": "pass"})
-    monkeypatch.setattr(chexlib.execute, "ROOT", tmp_path)
+    monkeypatch.setattr(chexlib.app.execute, "ROOT", tmp_path)
     done, broken = [], ["03_train"]
 
     def pretend(path, output, parameters, **settings):
@@ -176,12 +176,12 @@ def test_a_kernel_that_does_not_start_fails_alone_and_what_reads_its_notebook_is
             write_json(output.with_name(f"{name}.json"), {})
 
     monkeypatch.setattr("papermill.execute_notebook", pretend)
-    failed, report = chexlib.execute.execute(runs_dir=str(tmp_path / "runs"))
+    failed, report = chexlib.app.execute.execute(runs_dir=str(tmp_path / "runs"))
     assert failed == ["03_train"] and done == ["03_train", "05_other", "10_report"]
     assert "Kernel died before replying" in report.read_text()
     done.clear()
     broken.clear()
-    assert chexlib.execute.execute(runs_dir=str(tmp_path / "runs"), resume=True) == ([], report)
+    assert chexlib.app.execute.execute(runs_dir=str(tmp_path / "runs"), resume=True) == ([], report)
     assert done == ["03_train", "10_report"]
 
 
@@ -249,7 +249,7 @@ def test_compare_on_the_command_line_shows_what_is_apart_and_exits_with_1(tmp_pa
     run = kept(tmp_path, **{"03_train": (results(0.5), results(0.8)), "05_x": (results(0.5), results(0.6))})
     (tmp_path / "data").mkdir()
     (tmp_path / "reference").rename(tmp_path / "data" / "reference")
-    monkeypatch.setattr("chexlib.reference.ROOT", tmp_path)
+    monkeypatch.setattr("chexlib.app.reference.ROOT", tmp_path)
     answer = CliRunner().invoke(main, ["compare", str(run)])
     assert answer.exit_code == 1 and answer.output.count("auroc / Mass / auroc") == 1
     assert "03_train, reference of profile standard: 1 no difference shown, 1 DIFFERENT, 2 no interval" in answer.output

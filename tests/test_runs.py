@@ -14,11 +14,12 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from chexlib import machine, runs
+from chexlib import machine
+from chexlib.app import runs
+from chexlib.app.live import LiveLine
 from chexlib.data.nih import data_name, load_radiographs
 from chexlib.errors import ConfigError
 from chexlib.files import write_json
-from chexlib.live import LiveLine
 
 
 @pytest.fixture(autouse=True)
@@ -274,7 +275,7 @@ def numbers(epoch, step, *, rows):
 
 
 def told(caplog):
-    return [record.getMessage() for record in caplog.records if record.name == "chexlib.live"]
+    return [record.getMessage() for record in caplog.records if record.name == "chexlib.app.live"]
 
 
 @pytest.fixture
@@ -285,7 +286,7 @@ def log(caplog):
 
 
 def test_in_batch_training_says_one_line_an_epoch(log, monkeypatch, capsys):
-    monkeypatch.setenv(runs.BATCH, "1")
+    monkeypatch.setenv(machine.BATCH, "1")
     live = LiveLine()
     for report in (numbers(1, 2, rows=0), numbers(1, 4, rows=1), numbers(2, 1, rows=1), numbers(3, 4, rows=3)):
         live(report)
@@ -304,5 +305,5 @@ def test_log_lines_are_shown_once_however_often_asked(capsys):
         runs.show_log()
     with contextlib.suppress(AttributeError):
         logger.handlers[0].setStream(sys.stdout)
-    logging.getLogger("chexlib.runs").info("once")
+    logging.getLogger("chexlib.app.runs").info("once")
     assert capsys.readouterr().out == "once\n"

@@ -8,16 +8,16 @@ import pytest
 from click.testing import CliRunner
 from small_training import config_for
 
-from chexlib.__main__ import main
+from chexlib.app.cli import main
 from chexlib.data.nih import load_radiographs
-from chexlib.data.phantom import write_phantom
 from chexlib.data.splits import LISTS, audit, read_list
 from chexlib.errors import DataError
 from chexlib.evaluation.auroc import bootstrap_auroc, judge
-from chexlib.evaluation.leakage import leakage_gain, leaking_configs, leaking_lists
 from chexlib.evaluation.scores import evaluate, judged_in, read_scores, where_from
 from chexlib.evaluation.subgroups import subgroup_auroc, traits_of
 from chexlib.findings import FINDINGS
+from chexlib.phantom.write import write_phantom
+from chexlib.studies.leakage import leakage_gain, leaking_configs, leaking_lists
 from chexlib.training.fit import fit
 
 

@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from chexlib.scaling.solution import measure_solution, time_to
-from chexlib.training.sweep import run_grid
+from chexlib.studies.grid import run_grid
 
 
 def test_seconds_are_summed_up_to_the_first_epoch_that_is_good_enough():

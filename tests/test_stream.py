@@ -10,11 +10,11 @@ import numpy as np
 import psutil
 import pytest
 
-from chexlib.data.population import sample_patient
-from chexlib.data.radiograph import render
 from chexlib.data.stream import FIRST_PATIENT, PATIENTS, stream_batches, stream_images
 from chexlib.errors import ConfigError
 from chexlib.findings import FINDINGS
+from chexlib.phantom.film import render
+from chexlib.phantom.population import sample_patient
 
 SETTINGS = {"seed": 4, "size": 32, "min_prevalence": 0.1}
 
@@ -69,7 +69,7 @@ def test_half_of_the_images_are_mirrored():
 
 
 def test_patients_are_none_of_a_phantom_on_disk():
-    from chexlib.data.phantom import write_phantom
+    from chexlib.phantom.write import write_phantom
 
     with pytest.raises(ConfigError, match="n_images"):
         write_phantom("never", n_images=FIRST_PATIENT)

@@ -16,9 +16,9 @@ import pytest
 
 from chexlib.errors import ConfigError
 from chexlib.files import ROOT
-from chexlib.training import sweep
+from chexlib.studies import grid as sweep
+from chexlib.studies.grid import MADE_BY, deciding_settings, point_key, run_grid
 from chexlib.training.config import TrainConfig
-from chexlib.training.sweep import MADE_BY, deciding_settings, point_key, run_grid
 
 POINTS = [{"batch": batch, "seed": seed} for batch in (16, 64) for seed in (0, 1, 2)]
 
@@ -115,7 +115,7 @@ def test_rows_that_name_no_version_are_stale(tmp_path, caplog):
 
 def test_commit_and_machine_are_told_in_a_row_and_are_no_part_of_its_key(tmp_path, monkeypatch):
     calls, table, about = [], tmp_path / "grid.parquet", {"processor": "A", "cores": 2, "commit": "abc"}
-    monkeypatch.setattr("chexlib.training.sweep.environment", lambda: about)
+    monkeypatch.setattr("chexlib.studies.grid.environment", lambda: about)
     (row,) = run_grid(POINTS[:1], table, counted(calls), progress=False).to_dict("records")
     assert (row["commit"], row["machine"]) == ("abc", "A, 2 cores")
     about.update(commit="def", processor="B")
@@ -224,7 +224,7 @@ from pathlib import Path
 from small_training import config_for
 from chexlib.training.fit import fit
 from chexlib.training.reuse import Reuse
-from chexlib.training.sweep import run_grid
+from chexlib.studies.grid import run_grid
 
 data, table = sys.argv[1:]
 reuse = Reuse()
@@ -277,7 +277,7 @@ def test_two_processes_share_a_grid_and_one_that_is_killed_leaves_its_row_to_the
     code = """
 import json, os, sys, time
 from pathlib import Path
-from chexlib.training.sweep import run_grid
+from chexlib.studies.grid import run_grid
 
 table, log, pause = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 

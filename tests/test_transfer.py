@@ -10,6 +10,7 @@ from chexlib.collectives import World
 from chexlib.data.stream import stream_images
 from chexlib.errors import ConfigError, DataError, WeightsError
 from chexlib.models.weights import load_model
+from chexlib.studies.transfer import fine_schedule, finetune, pretrain
 from chexlib.training.config import TrainConfig
 from chexlib.training.feed import Feed, drawing_of
 from chexlib.training.fit import fit
@@ -18,7 +19,6 @@ from chexlib.training.parts import divide
 from chexlib.training.reuse import Reuse
 from chexlib.training.schedules import Schedule
 from chexlib.training.snapshots import snapshots_of
-from chexlib.training.transfer import fine_schedule, finetune, pretrain
 
 FALL = {"unit": "epochs", "phases": [{"kind": "polynomial", "length": 3, "rate": 1e-4}]}
 

@@ -10,9 +10,9 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from chexlib import transfer_figures
-from chexlib.evaluation import transfer_study as study
-from chexlib.training.sweep import point_key
+from chexlib.figures import transfer_figures
+from chexlib.studies import transfer_study as study
+from chexlib.studies.grid import point_key
 
 GRID = dict(seeds=[0, 1, 2], batch=64, warmup_epochs=1.0)
 

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-import chexlib.execute
-from chexlib.__main__ import main
+import chexlib.app.execute
+from chexlib.app.cli import main
 from chexlib.errors import ClusterError, ConfigError
 from chexlib.files import ROOT
 from chexlib.scaling import tune as module
@@ -145,17 +145,17 @@ def test_impossible_settings_are_refused_before_anything_is_measured(measured, t
 
 
 def test_the_command_makes_a_profile_that_run_takes_after_another(measured, tmp_path, monkeypatch):
-    monkeypatch.setattr(chexlib.execute, "ROOT", tmp_path)
+    monkeypatch.setattr(chexlib.app.execute, "ROOT", tmp_path)
     profiles = tmp_path / "notebooks" / "profiles"
     profiles.mkdir(parents=True)
     (profiles / "quick.yaml").write_text("engines: 1\nepochs: 3\n")
     with pytest.raises(ConfigError, match="chexlib tune"):
-        chexlib.execute._profile("quick,tuned")
+        chexlib.app.execute._profile("quick,tuned")
     monkeypatch.setattr(module, "PROFILE", profiles / "tuned.yaml")
     monkeypatch.setattr(module, "SWEEP", tmp_path / "sweep.json")
     result = CliRunner().invoke(main, ["tune", "--topology", "vgg16", "--size", "64"])
     assert result.exit_code == 0 and str(profiles / "tuned.yaml") in result.output, result.output
-    assert chexlib.execute._profile("quick,tuned") == {"engines": 2, "epochs": 3, "threads": 1}
+    assert chexlib.app.execute._profile("quick,tuned") == {"engines": 2, "epochs": 3, "threads": 1}
 
 
 @pytest.mark.cores

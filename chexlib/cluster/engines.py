@@ -20,16 +20,16 @@ from typing import Any
 
 import ipyparallel as ipp
 
+from chexlib import stopping
 from chexlib.cluster import faults
 from chexlib.cluster.call import call
 from chexlib.cluster.launch import WAIT, Launched, launcher_settings, one_world
 from chexlib.cluster.leftovers import PREFIX, sign, sweep
-from chexlib.cluster.profiles import find_mpi, thread_environment
 from chexlib.cluster.sites import Site
 from chexlib.cluster.watchdog import end_members
 from chexlib.errors import ClusterError, ConfigError
 from chexlib.machine import cores, topology
-from chexlib.training import stopping
+from chexlib.mpi import find_mpi, thread_environment
 
 
 class Engines:

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 
-from chexlib.training import stopping
+from chexlib import stopping
 
 PERIOD, PATIENCE = 1.0, 3  # seconds between looks; failed looks in a row before the end
 

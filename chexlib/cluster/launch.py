@@ -14,9 +14,9 @@ import psutil
 from traitlets.config import Config
 
 from chexlib.cluster import faults, guard
-from chexlib.cluster.profiles import Mpi, thread_environment
 from chexlib.cluster.sites import SLURM_SCRIPT, Site
 from chexlib.errors import ClusterError
+from chexlib.mpi import Mpi, thread_environment
 
 WAIT = 120  # seconds for any single answer of the cluster itself
 JOB = "slurm-job"  # file in the cluster's folder: the number of its Slurm job, for whoever has to cancel it

@@ -6,9 +6,9 @@ import math
 import shlex
 from collections.abc import Sequence
 
-from chexlib.cluster.profiles import TCP_FLAGS, thread_environment
+from chexlib import stopping
 from chexlib.errors import ConfigError
-from chexlib.training import stopping
+from chexlib.mpi import TCP_FLAGS, thread_environment
 
 _SCRIPT = """#!/bin/bash
 # {ranks} ranks of {threads} threads on {nodes} nodes. Submit it in the project's folder: sbatch SCRIPT

@@ -14,7 +14,7 @@ import itertools
 import numpy as np
 
 from chexlib.data.cache import DARK, resize_area, too_dark
-from chexlib.data.phantom import phantom_images
+from chexlib.phantom.write import phantom_images
 
 SIDE = 16  # px; fine enough for lungs, too coarse for disease
 LEAST_LIKENESS = 0.3  # of 437 and 998 NIH radiographs, 5 and 5 have less (README), some of them shown inverted

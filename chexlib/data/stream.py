@@ -26,11 +26,11 @@ import numpy as np
 from PIL import Image
 
 from chexlib.data.pipeline import dataset_from
-from chexlib.data.population import level_of, sample_patient, stream
-from chexlib.data.radiograph import render
 from chexlib.errors import ConfigError, DataError
 from chexlib.findings import FINDINGS
 from chexlib.machine import cores
+from chexlib.phantom.film import render
+from chexlib.phantom.population import level_of, sample_patient, stream
 
 FIRST_PATIENT = 10**8  # write_phantom has at most 10^7
 PATIENTS = 32  # in turn: each batch of up to so many images shows as many patients

@@ -19,11 +19,11 @@ from chexlib.evaluation.ensembles import mean_auroc, stack
 from chexlib.evaluation.resampling import draw_patients, interval_of, mean_of, patients_behind
 from chexlib.files import replacing
 from chexlib.findings import FINDINGS
+from chexlib.studies.grid import point_key, run_grid
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import TrainResult
 from chexlib.training.monitor import pooled_scorer
 from chexlib.training.parts import predictions_of
-from chexlib.training.sweep import point_key, run_grid
 
 FEWEST = 20  # positives of a finding, below which it has no part in the mean
 

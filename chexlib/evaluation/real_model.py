@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from chexlib.card import write_card
+from chexlib.app.card import write_card
 from chexlib.data.collection import collect
 from chexlib.data.nih import Radiographs, load_radiographs
-from chexlib.data.phantom import write_phantom
 from chexlib.data.splits import digest_of
 from chexlib.evaluation.cross_validation import FEWEST, arm_gains, cross_validate, pooled
 from chexlib.evaluation.ensembles import save_ensemble
@@ -29,11 +28,12 @@ from chexlib.machine import environment
 from chexlib.models.cards import split_of
 from chexlib.models.topologies import NORMALIZATION
 from chexlib.models.weights import extend_card, save_model
+from chexlib.phantom.write import write_phantom
+from chexlib.studies.transfer import fine_schedule, finetune, pretrain
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 from chexlib.training.reuse import Reuse
 from chexlib.training.snapshots import snapshots_of
-from chexlib.training.transfer import fine_schedule, finetune, pretrain
 
 SCRATCH, PHANTOM = "scratch", "phantom"
 log = logging.getLogger(__name__)

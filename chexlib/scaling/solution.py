@@ -14,7 +14,7 @@ RATES = {"vgg16": 1e-4}  # Adam's; a VGG does not start at CheXNet's 1e-3
 
 
 def measure_solution(point: Mapping, folder: Path, *, data: Path) -> dict:
-    """Train as one point of a grid says, for `chexlib.training.sweep.run_grid`: `time_to`, and the day of it.
+    """Train as one point of a grid says, for `chexlib.studies.grid.run_grid`: `time_to`, and the day of it.
 
     Parameters
     ----------

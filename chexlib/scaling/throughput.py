@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from chexlib.cluster.profiles import find_mpi, thread_environment
 from chexlib.errors import ClusterError, ConfigError
 from chexlib.files import ROOT
 from chexlib.machine import import_tensorflow
+from chexlib.mpi import find_mpi, thread_environment
 from chexlib.scaling.timeline import read_timeline
 
 

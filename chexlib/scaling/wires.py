@@ -25,13 +25,13 @@ import pandas as pd
 from scipy import optimize, stats
 
 from chexlib.cluster.emulated import EmulatedHosts, why_not
-from chexlib.cluster.profiles import find_mpi, thread_environment
 from chexlib.errors import ClusterError
 from chexlib.machine import cores, kind
+from chexlib.mpi import find_mpi, thread_environment
 from chexlib.scaling.model import Horovod, communication_left
 from chexlib.scaling.network import Fabric, Link
 from chexlib.scaling.workload import Workload
-from chexlib.training.sweep import run_grid
+from chexlib.studies.grid import run_grid
 
 # Open MPI's numbers of the algorithms; without a fixed one it chooses by size, and its module han by level.
 _MCA = {"ring": 4, "recursive doubling": 3}

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from chexlib import stopping
 from chexlib.collectives import join_world
 from chexlib.data.nih import data_name
 from chexlib.data.pipeline import generator_for
@@ -24,7 +25,6 @@ from chexlib.files import replacing
 from chexlib.models.statistics import recalibrate
 from chexlib.models.topologies import NORMALIZATION
 from chexlib.models.weights import save_model
-from chexlib.training import stopping
 from chexlib.training.checkpoints import checkpoint_files
 from chexlib.training.config import TrainConfig
 from chexlib.training.feed import Feed, start_head_at_prevalence

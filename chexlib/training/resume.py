@@ -8,9 +8,9 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from chexlib import stopping
 from chexlib.collectives import World, require_agreement
 from chexlib.errors import ConfigError
-from chexlib.training import stopping
 from chexlib.training.checkpoints import newest_checkpoint, save_checkpoint
 from chexlib.training.config import TrainConfig
 from chexlib.training.monitor import Plateau, PooledValidation, Position, Progress

@@ -19,14 +19,14 @@ from pathlib import Path
 import psutil
 
 from chexlib import collectives
-from chexlib.cluster.profiles import thread_environment
+from chexlib.app.reference import keep_reference
+from chexlib.app.report import build_report
+from chexlib.app.resuming import asked_of, finished, run_folder
+from chexlib.app.runs import point_latest, show_log
 from chexlib.errors import ConfigError
 from chexlib.files import ROOT
-from chexlib.machine import cores
-from chexlib.reference import keep_reference
-from chexlib.report import build_report
-from chexlib.resuming import asked_of, finished, run_folder
-from chexlib.runs import BATCH, point_latest, show_log
+from chexlib.machine import BATCH, cores
+from chexlib.mpi import thread_environment
 
 KERNEL_LOG = "kernel.log"  # in the run's folder: what kernels wrote to standard error
 # Notebooks that neither measure speed nor start engines run two at a time, those that take longest first: a training of

@@ -1,4 +1,4 @@
-"""Figures of the batch-norm study. As in `chexlib.plots`, each function returns a closed matplotlib Figure."""
+"""Figures of the batch-norm study. As in `chexlib.figures.plots`, each function returns a closed matplotlib Figure."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from chexlib.plots import HATCHES, LINES, MARKERS, SMALL
+from chexlib.figures.plots import HATCHES, LINES, MARKERS, SMALL
 
 
 def norm_report(report) -> Figure:
-    """Of a `chexlib.evaluation.batch_norm.NormReport`: AUROC by statistics, drift and disagreement by depth."""
+    """Of a `chexlib.studies.population.NormReport`: AUROC by statistics, drift and disagreement by depth."""
     fig, (area, drift) = plt.subplots(1, 2, figsize=(10, 3.4), width_ratios=[1, 2])
     scores = report.scores[::-1]
     area.barh(scores.index, scores["auroc"], color=["C2", "C1", "C0"], height=0.6)

@@ -12,8 +12,8 @@ from pathlib import Path
 from chexlib.collectives import join_world
 from chexlib.errors import ConfigError
 from chexlib.models.weights import find_weights, read_card, save_model
+from chexlib.studies.collapse import model_of, rate_reached, read_state
 from chexlib.training.checkpoints import checkpoint_files
-from chexlib.training.collapse import model_of, rate_reached, read_state
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import TrainResult, fit
 

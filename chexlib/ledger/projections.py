@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 
+from chexlib.ledger.measured import Found, Measured
+from chexlib.ledger.published import Claim, claims
 from chexlib.scaling.clusters import IMAGENET, study_speed
-from chexlib.scaling.measured import Found, Measured
-from chexlib.scaling.published import Claim, claims
 
 POINTS = 5  # by which a projected efficiency may be off
 PERCENT = 5  # by which a projected speed may be

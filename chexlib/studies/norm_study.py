@@ -15,9 +15,9 @@ from chexlib.data.cache import ImageStore
 from chexlib.data.pipeline import generator_for
 from chexlib.errors import ConfigError, DivergedError
 from chexlib.evaluation.auroc import auroc
-from chexlib.evaluation.batch_norm import NormReport, bn_report, judge_scores
 from chexlib.findings import FINDINGS
 from chexlib.models.statistics import kept_statistics, recalibrate
+from chexlib.studies.population import NormReport, bn_report, judge_scores
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 from chexlib.training.monitor import pooled_scorer

@@ -8,9 +8,9 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from chexlib.app.runs import new_run
 from chexlib.errors import ConfigError
 from chexlib.files import ROOT, plain, write_json
-from chexlib.runs import new_run
 
 ASKED = "run.json"  # what the run was asked for: notebooks, profile, settings
 

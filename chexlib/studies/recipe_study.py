@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 
 from chexlib.errors import ConfigError, DivergedError
-from chexlib.evaluation.batch_norm import judge_scores
 from chexlib.evaluation.ensembles import mean_auroc
-from chexlib.evaluation.norm_study import recalibrate_on
 from chexlib.evaluation.student import mean_of_seeds, over_seeds
 from chexlib.evaluation.verdicts import percent_lost
 from chexlib.findings import FINDINGS
+from chexlib.studies.norm_study import recalibrate_on
+from chexlib.studies.population import judge_scores
 from chexlib.training.config import OPTIMIZERS, TrainConfig
 from chexlib.training.fit import fit
 from chexlib.training.monitor import pooled_scorer

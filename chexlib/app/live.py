@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from chexlib.curves import strip
-from chexlib.runs import BATCH
+from chexlib.figures.curves import strip
+from chexlib.machine import BATCH
 
 log = logging.getLogger(__name__)
 SHOWN = {"loss": "loss", "val_loss": "val loss", "val_auroc": "val AUROC", "images_per_second": "images/s"}
@@ -100,7 +100,7 @@ async def watched(function: Callable, *args: Any, engines=None, **kwargs: Any) -
     It runs in a thread, so that the kernel goes on serving the Stop button. Headless it logs a line an epoch instead.
     Interrupting the cell asks for a stop too.
     """
-    from chexlib.training import stopping
+    from chexlib import stopping
 
     stop = stopping.ask if engines is None else engines.stop
     if engines is not None:

@@ -23,11 +23,11 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from chexlib.data.population import REPEAT, Description, Difficulty, level_of, sample_patient, stream
-from chexlib.data.radiograph import render
 from chexlib.errors import ConfigError, DataError
 from chexlib.findings import FINDINGS, NO_FINDING
 from chexlib.machine import cores
+from chexlib.phantom.film import render
+from chexlib.phantom.population import REPEAT, Description, Difficulty, level_of, sample_patient, stream
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Figures of the large-batch recipes. As in `chexlib.plots`, each function returns a closed matplotlib Figure."""
+"""Figures of the large-batch recipes; each function returns a closed matplotlib Figure."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from chexlib.plots import LINES, MARKERS, SMALL
-from chexlib.runs import BATCH
+from chexlib.figures.plots import LINES, MARKERS, SMALL
+from chexlib.machine import BATCH
 
 
 def schedule(values, *, steps_per_epoch: float = 1.0, title: str = "") -> Figure:

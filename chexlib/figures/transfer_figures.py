@@ -1,4 +1,4 @@
-"""Figures of transfer learning. As in `chexlib.plots`, each function returns a closed matplotlib Figure."""
+"""Figures of transfer learning. As in `chexlib.figures.plots`, each function returns a closed matplotlib Figure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from chexlib.plots import LINES, MARKERS, SMALL
+from chexlib.figures.plots import LINES, MARKERS, SMALL
 
 
 def pretraining(snapshots: pd.DataFrame) -> Figure:

@@ -3,10 +3,11 @@
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from chexlib.data import signs, thorax
-from chexlib.data.population import level_of, stream
-from chexlib.data.thorax import soft
 from chexlib.findings import FINDINGS
+from chexlib.phantom import anatomy as thorax
+from chexlib.phantom import signs
+from chexlib.phantom.anatomy import soft
+from chexlib.phantom.population import level_of, stream
 
 
 def render(description, *, size=128, difficulty="standard"):

@@ -34,9 +34,9 @@ from chexlib.evaluation.verdicts import (
     verdict_on_gain,
 )
 from chexlib.files import ROOT
-from chexlib.scaling.counterparts import COUNTERPARTS, NO_COUNTERPART
-from chexlib.scaling.measured import Found, Measured
-from chexlib.scaling.published import Claim, claims
+from chexlib.ledger.counterparts import COUNTERPARTS, NO_COUNTERPART
+from chexlib.ledger.measured import Found, Measured
+from chexlib.ledger.published import Claim, claims
 
 COLUMNS = ["topic", "claim", "bound", "published", "unit", "setting", "source", "notebook", "origin", "scale",
            "ours", "low", "high", "our unit", "compared with", "verdict", "why"]  # fmt: skip

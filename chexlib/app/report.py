@@ -8,9 +8,9 @@ import math
 from collections.abc import Collection
 from pathlib import Path
 
+from chexlib.app.notebook_page import caption, write_page
 from chexlib.files import replacing
 from chexlib.findings import FINDINGS
-from chexlib.notebook_page import caption, write_page
 
 
 def build_report(run: Path, only: Collection[str] | None = None) -> Path:
@@ -32,7 +32,7 @@ def build_report(run: Path, only: Collection[str] | None = None) -> Path:
     """
     import jinja2
 
-    from chexlib.scaling.ledger import VERDICTS, build_ledger, count_verdicts
+    from chexlib.ledger.answers import VERDICTS, build_ledger, count_verdicts
 
     folders = [folder for folder in sorted(run.iterdir()) if (folder / "notebook.ipynb").exists()]
     pages = [_page(folder) for folder in folders if only is None or folder.name in only]

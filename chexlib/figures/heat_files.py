@@ -46,7 +46,7 @@ class HeatMapFiles:
             raise ConfigError(f"{folder!s:.300} cannot hold heat maps ({reason}). Name another folder.") from error
 
     def __call__(self, model, paths: Sequence[str], pixels: np.ndarray, scores: np.ndarray) -> None:
-        from chexlib.overlays import heat_figure
+        from chexlib.figures.overlays import heat_figure
 
         scores = read_by_card(pd.DataFrame(scores, columns=list(FINDINGS)), self.card)[0].to_numpy()
         curves = (self.card.get("calibration") or {}).get("curves", ())  # not of every finding, if isotonic

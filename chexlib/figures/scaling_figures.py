@@ -1,4 +1,4 @@
-"""Figures of notebook 08. As in `chexlib.plots`, each function returns a closed matplotlib Figure."""
+"""Figures of notebook 08. As in `chexlib.figures.plots`, each function returns a closed matplotlib Figure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from chexlib.plots import HATCHES, LINES, MARKERS, SMALL
+from chexlib.figures.plots import HATCHES, LINES, MARKERS, SMALL
 
 PARTS = ("compute", "skew", "input_wait", "allreduce", "copy", "rest")  # of a step, from `observe`
 

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from chexlib.plots import SMALL, _box
+from chexlib.figures.plots import SMALL, _box
 
 SIDE = 512  # px: more is not seen in a panel
 

@@ -14,7 +14,7 @@ from chexlib.evaluation.ensembles import choose, diversity, mean_auroc, save_ens
 from chexlib.evaluation.paired import paired_difference
 from chexlib.evaluation.student import mean_of_seeds
 from chexlib.models.combine import combine
-from chexlib.training.collapse import collapse, epoch_ends, score_checkpoints
+from chexlib.studies.collapse import collapse, epoch_ends, score_checkpoints
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 

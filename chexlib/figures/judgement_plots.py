@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from chexlib.plots import LINES, MARKERS, SMALL
+from chexlib.figures.plots import LINES, MARKERS, SMALL
 
 
 def forest(

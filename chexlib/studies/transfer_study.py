@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 
 from chexlib.errors import ConfigError, DivergedError
-from chexlib.evaluation.batch_norm import judge_scores
 from chexlib.evaluation.student import mean_of_seeds
 from chexlib.evaluation.verdicts import (
     CONTRADICTED,
@@ -19,11 +18,12 @@ from chexlib.evaluation.verdicts import (
     percent_lost,
     verdict_on_gain,
 )
+from chexlib.studies.population import judge_scores
+from chexlib.studies.transfer import WARMUP_BATCH, fine_schedule, finetune
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 from chexlib.training.monitor import pooled_scorer
 from chexlib.training.reuse import Reuse
-from chexlib.training.transfer import WARMUP_BATCH, fine_schedule, finetune
 
 OWN, DEFAULT = "the checkpoint's", "the default"
 RULES = {

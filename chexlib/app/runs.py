@@ -18,7 +18,6 @@ from chexlib.errors import ConfigError
 from chexlib.files import ROOT, plain, replacing, write_json
 from chexlib.machine import environment
 
-BATCH = "CHEXLIB_BATCH"  # set for notebooks that run headless: lines instead of bars
 PHANTOM_SIZE = 128  # side in pixels of the phantoms that notebooks make
 PHANTOM_PREVALENCE = 0.04  # least prevalence of each finding in them; in the NIH release the rarest has 0.002
 log = logging.getLogger(__name__)
@@ -125,7 +124,7 @@ def data_folder(data_dir: str = "", *, images: int, difficulty: str, seed: int) 
     """
     if data_dir:
         return Path(data_dir).absolute()
-    from chexlib.data.phantom import VERSION, write_phantom
+    from chexlib.phantom.write import VERSION, write_phantom
 
     folder = ROOT / "data" / "phantom" / f"v{VERSION}-{difficulty}-{images}x{PHANTOM_SIZE}px-seed{seed}-enriched"
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,8 @@ which the boxes are measured.
 
 import numpy as np
 
-from chexlib.data.thorax import cloud, edges, soft
 from chexlib.findings import FINDINGS
+from chexlib.phantom.anatomy import cloud, edges, soft
 
 
 def side_of(rng):

@@ -1,4 +1,4 @@
-"""Commands of the command line that `__main__` has no room for."""
+"""Commands of the command line that `cli` has no room for."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def real_model(folders, out, quick, settings):
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import_tensorflow()
+    from chexlib.app.runs import show_log
     from chexlib.evaluation.real_model import QUICK, RealModel, train_real_model
     from chexlib.files import ROOT, plain
     from chexlib.models.cards import split_of
-    from chexlib.runs import show_log
 
     base = QUICK if quick else RealModel()
     known = {field.name: type(getattr(base, field.name)) for field in dataclasses.fields(base)}
@@ -78,7 +78,7 @@ def predict(images, weights, form, heatmaps):
     card = read_card(weights)
     read_by_card(pd.DataFrame(columns=FINDINGS), card, weights=weights)  # what is wrong is told before any scoring
     if heatmaps:
-        from chexlib.evaluation.heat_files import HeatMapFiles
+        from chexlib.figures.heat_files import HeatMapFiles
     import_tensorflow()
     found = predict_all(images, weights=weights, each=HeatMapFiles(heatmaps, card=card) if heatmaps else None)
     for error in found.errors.values():

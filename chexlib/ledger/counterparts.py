@@ -9,9 +9,9 @@ import pandas as pd
 
 from chexlib.evaluation.student import over_seeds
 from chexlib.evaluation.verdicts import has_learnt, nothing_learnt
-from chexlib.scaling import projections
-from chexlib.scaling.measured import Found, Measured, between
-from chexlib.scaling.published import BATCHES, COLLAPSES, IMAGENET, LADDER, LARGE_BATCHES, Claim
+from chexlib.ledger import projections
+from chexlib.ledger.measured import Found, Measured, between
+from chexlib.ledger.published import BATCHES, COLLAPSES, IMAGENET, LADDER, LARGE_BATCHES, Claim
 
 RELEASE = 112_120  # images of the NIH release
 TOP_1 = "top-1 of 1,000 classes of photographs there, mean AUROC of 14 findings here"
