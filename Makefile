@@ -50,7 +50,7 @@ check: $(STAMP)  ## run the tests of what the change since main touches: two min
 
 real-model: $(STAMP)  ## train on the real radiographs in DATA=DIR or DIR:DIR, an hour
 	@[ -n '$(DATA)' ] || { echo "Error: name the radiographs: make real-model DATA=DIR (or DIR:DIR)" >&2; exit 2; }
-	@exec $(BIN)/python -m chexlib real-model --data '$(DATA)'
+	@exec $(BIN)/python -m examples.real_model --data '$(DATA)'
 
 faults: $(STAMP)  ## kill, stall and damage 20 trainings; each must end well
 	@exec $(BIN)/python tests/faults.py

@@ -47,7 +47,6 @@ from scipy.stats import norm
 from chexlib.app.reference import difference_p, estimates
 from chexlib.evaluation import calibration
 from chexlib.evaluation.auroc import bootstrap_auroc
-from chexlib.evaluation.cross_validation import arm_gains
 from chexlib.evaluation.explain import judge_boxes
 from chexlib.evaluation.operating import RATES, OperatingPoints, rates_at
 from chexlib.evaluation.paired import holm, paired_difference
@@ -57,6 +56,7 @@ from chexlib.findings import FINDINGS
 from chexlib.phantom.population import FILMS
 from chexlib.scaling.wires import LAUNCH, fit_wires, launches, wire_seconds
 from chexlib.scaling.workload import Workload
+from examples.real_model.cross_validation import arm_gains
 
 SHARES = np.geomspace(0.25, 0.02, len(FINDINGS))  # of images with the finding
 AUROC = np.tile([0.6, 0.75, 0.9, 0.97, 0.85], 3)[: len(FINDINGS)]  # true, of each finding

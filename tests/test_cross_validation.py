@@ -10,16 +10,16 @@ from click.testing import CliRunner
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from chexlib.app.cli import main
-from chexlib.data.collection import collect
 from chexlib.data.folds import fold_kind, fold_split
 from chexlib.data.nih import load_radiographs
 from chexlib.data.splits import audit, official_split
 from chexlib.errors import ConfigError, DataError
-from chexlib.evaluation.cross_validation import arm_gains, pooled
 from chexlib.findings import FINDINGS
 from chexlib.machine import native_precision
 from chexlib.models.predict import predict
+from examples.real_model.__main__ import main
+from examples.real_model.collection import collect
+from examples.real_model.cross_validation import arm_gains, pooled
 
 
 def part_of(folder, copy, keep):
@@ -133,7 +133,7 @@ def test_pooling_wants_every_fold(tmp_path):
 def rehearsal(halves, tmp_path_factory):
     """`real-model --quick` on the two folders: its output and folder."""
     out = tmp_path_factory.mktemp("real") / "model"
-    command = ["real-model", "--quick", "--data", f"{halves[0]}:{halves[1]}", "--out", str(out)]
+    command = ["--quick", "--data", f"{halves[0]}:{halves[1]}", "--out", str(out)]
     answer = CliRunner().invoke(main, command, catch_exceptions=False)
     assert answer.exit_code == 0, answer.output
     return command, out
@@ -181,5 +181,5 @@ def test_a_second_call_trains_nothing_anew(rehearsal):
 
 
 def test_a_setting_that_there_is_not_is_refused(halves):
-    answer = CliRunner().invoke(main, ["real-model", "--data", str(halves[0]), "-s", "epoch", "3"])
+    answer = CliRunner().invoke(main, ["--data", str(halves[0]), "-s", "epoch", "3"])
     assert answer.exit_code == 2 and "'epoch' is no setting" in answer.output

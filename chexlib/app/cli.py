@@ -9,12 +9,12 @@ import sys
 
 import click
 
-from chexlib.app.commands import clean, predict, real_model
+from chexlib.app.commands import clean, predict
 from chexlib.app.reference import compare
 from chexlib.errors import ChexlibError, ConfigError
 
 
-class _Family(click.Group):
+class _OneLine:
     """Tells an error of ours in one line and exits with 2, without a traceback."""
 
     def invoke(self, ctx):
@@ -23,6 +23,14 @@ class _Family(click.Group):
         except ChexlibError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(2)
+
+
+class Command(_OneLine, click.Command):
+    """A command whose errors are told in one line."""
+
+
+class _Family(_OneLine, click.Group):
+    """Commands whose errors are told in one line."""
 
 
 @click.group(cls=_Family, context_settings={"help_option_names": ["-h", "--help"]})
@@ -205,7 +213,6 @@ def train(config_file, resume):
 
 main.add_command(clean)
 main.add_command(predict)
-main.add_command(real_model)
 
 
 main.add_command(compare)

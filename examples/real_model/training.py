@@ -1,6 +1,6 @@
 """The best model that a few real radiographs allow: phantom pre-training, cross-validation by patient, an ensemble.
 
-`python -m chexlib real-model --data DIR` runs it, and goes on where it was stopped. The ensemble is of the networks of
+`python -m examples.real_model --data DIR` runs it, and goes on where it was stopped. The ensemble is of the networks of
 the cross-validation's first seed: each has seen four fifths of the images, together they have seen all, and what their
 out-of-fold scores say is not too good for it.
 """
@@ -17,10 +17,8 @@ from pathlib import Path
 import pandas as pd
 
 from chexlib.app.card import write_card
-from chexlib.data.collection import collect
 from chexlib.data.nih import Radiographs, load_radiographs
 from chexlib.data.splits import digest_of
-from chexlib.evaluation.cross_validation import FEWEST, arm_gains, cross_validate, pooled
 from chexlib.evaluation.ensembles import save_ensemble
 from chexlib.evaluation.resampling import with_interval
 from chexlib.files import holding, replacing, write_json
@@ -34,6 +32,8 @@ from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 from chexlib.training.reuse import Reuse
 from chexlib.training.snapshots import snapshots_of
+from examples.real_model.collection import collect
+from examples.real_model.cross_validation import FEWEST, arm_gains, cross_validate, pooled
 
 SCRATCH, PHANTOM = "scratch", "phantom"
 log = logging.getLogger(__name__)
