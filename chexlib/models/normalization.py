@@ -13,7 +13,8 @@ from __future__ import annotations
 import keras
 
 from chexlib.collectives import World, joined_world
-from chexlib.models.topologies import STATISTICS
+
+STATISTICS = ("batch", "sync", "ghost", "frozen")  # those that are batch norm, with its four weights a channel
 
 
 @keras.saving.register_keras_serializable("chexlib")

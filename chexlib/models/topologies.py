@@ -18,7 +18,6 @@ TOPOLOGIES = ("densenet121", "resnet50", "vgg16")
 # Whose statistics normalise an image in training: those of its rank's batch, of all ranks' batches, of a virtual batch
 # inside its rank's; of a group of its own channels; the moving ones; or nobody's, the layers being left out.
 NORMS = ("batch", "sync", "ghost", "group", "frozen", "none")
-STATISTICS = ("batch", "sync", "ghost", "frozen")  # those that are batch norm, with its four weights a channel
 WIDTHS = (0.25, 1.0)  # share of the published channels in every layer
 STEMS = ("full", "small")  # the published one, for 224 px, or one for 32 px
 GROUPS = 32  # of channels in group norm at width 1 (Wu and He 2018)
@@ -104,7 +103,7 @@ def build_model(
     import keras
 
     from chexlib.models.convolution import Conv2D
-    from chexlib.models.normalization import FusedBatchNormalization
+    from chexlib.models.normalization import STATISTICS, FusedBatchNormalization
 
     if norm not in NORMS or (norm == "ghost") != (ghost_size > 0):
         raise ConfigError(
