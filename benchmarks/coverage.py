@@ -51,7 +51,7 @@ from chexlib.evaluation.explain import judge_boxes
 from chexlib.evaluation.operating import RATES, OperatingPoints, rates_at
 from chexlib.evaluation.paired import holm, paired_difference
 from chexlib.evaluation.resampling import effective_number, patients_behind
-from chexlib.evaluation.student import mean_of_seeds
+from chexlib.evaluation.verdicts import mean_of_seeds
 from chexlib.findings import FINDINGS
 from chexlib.phantom.population import FILMS
 from chexlib.scaling.wires import LAUNCH, fit_wires, launches, wire_seconds

@@ -17,8 +17,8 @@ import psutil
 from chexlib.models.weights import load_model
 from chexlib.mpi import find_mpi, thread_environment
 from chexlib.phantom.write import write_phantom
-from chexlib.training.checkpoints import load_checkpoint
 from chexlib.training.config import TrainConfig
+from chexlib.training.state import load_checkpoint
 
 TESTS = Path(__file__).parent
 LIMIT = 240  # seconds after which a training hangs
@@ -173,7 +173,7 @@ def break_at(fault: dict, events: str) -> None:
     """
     from chexlib.collectives import join_world
     from chexlib.errors import WeightsError
-    from chexlib.training import resume
+    from chexlib.training import state as resume
 
     if fault["how"] == "full":
         save = resume.save_checkpoint
@@ -203,7 +203,7 @@ def break_at(fault: dict, events: str) -> None:
 
 def slow_down() -> None:
     """On an engine: let a step take long enough to be disturbed."""
-    from chexlib.training import resume
+    from chexlib.training import state as resume
 
     method = resume.Saver.on_train_batch_begin
 

@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 from fault_notebook import Notebook, SkippedError, mount, need, prepare, unmount, weights_of
 
-from chexlib.training.checkpoints import checkpoint_files
+from chexlib.training.state import checkpoint_files
 
 PATIENCE = 15  # seconds after which nothing may be left
 STALL = 15  # seconds that a rank may keep the others waiting, where that is the fault

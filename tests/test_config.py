@@ -8,7 +8,7 @@ import pytest
 
 from chexlib.errors import ChexlibError, ConfigError
 from chexlib.training.config import OPTIMIZERS, PRECISIONS, SPLITS, TrainConfig
-from chexlib.training.parts import divide
+from chexlib.training.input import divide
 
 NEEDED = {"data_dir": "data", "run_dir": "runs"}
 BAD = {

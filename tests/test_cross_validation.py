@@ -10,9 +10,8 @@ from click.testing import CliRunner
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from chexlib.data.folds import fold_kind, fold_split
 from chexlib.data.nih import load_radiographs
-from chexlib.data.splits import audit, official_split
+from chexlib.data.splits import audit, fold_kind, fold_split, official_split
 from chexlib.errors import ConfigError, DataError
 from chexlib.findings import FINDINGS
 from chexlib.machine import native_precision

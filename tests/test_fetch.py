@@ -21,8 +21,7 @@ from PIL import Image
 
 from chexlib.app.cli import main
 from chexlib.data import fetch as module
-from chexlib.data.download import CHUNK, Remote
-from chexlib.data.fetch import ARCHIVES, TABLES, fetch
+from chexlib.data.fetch import ARCHIVES, CHUNK, TABLES, Remote, fetch
 from chexlib.data.nih import load_radiographs
 from chexlib.errors import ConfigError, DataError
 
@@ -243,7 +242,7 @@ def test_too_little_room_is_told_before_anything_is_written(server, tmp_path, mo
 
 CHILD = """
 import json, resource, signal, sys
-from chexlib.data.download import Remote
+from chexlib.data.fetch import Remote
 from chexlib.data.fetch import fetch
 folder, values, limit = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 if limit:

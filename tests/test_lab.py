@@ -16,7 +16,7 @@ from papermill.parameterize import parameterize_notebook
 
 from chexlib.files import ROOT
 from chexlib.phantom.write import write_phantom
-from chexlib.training.checkpoints import newest_checkpoint
+from chexlib.training.state import newest_checkpoint
 
 pytestmark = pytest.mark.cores
 PLOT = "document.querySelector('.jupyter-widgets.widget-image')?.src"

@@ -10,7 +10,7 @@ from small_training import Places, config_for
 
 from chexlib.collectives import World
 from chexlib.errors import ConfigError
-from chexlib.evaluation.student import over_seeds
+from chexlib.evaluation.verdicts import over_seeds
 from chexlib.models.weights import load_model
 from chexlib.studies import norm_study
 from chexlib.studies.norm_study import norm_grid, training_order

@@ -6,8 +6,7 @@ import pytest
 import tensorflow as tf
 
 from chexlib.errors import ConfigError
-from chexlib.training.optimizers import FusedAdam, create
-from chexlib.training.scheduled import TableSchedule
+from chexlib.training.optimizers import FusedAdam, TableSchedule, create
 from chexlib.training.schedules import Schedule
 
 SHAPES = ((3, 4), (4,), ())

@@ -17,11 +17,11 @@ from chexlib.models.weights import load_model
 from chexlib.mpi import find_mpi, thread_environment
 from chexlib.phantom.write import write_phantom
 from chexlib.studies.collapse import collapse
-from chexlib.training.checkpoints import checkpoint_files, load_checkpoint
+from chexlib.training.callbacks import Position
 from chexlib.training.fit import fit
-from chexlib.training.monitor import Position
 from chexlib.training.optimizers import values_at
 from chexlib.training.reuse import Reuse
+from chexlib.training.state import checkpoint_files, load_checkpoint
 
 # As coded: the polynomial counts from the start of the stage.
 PHASES = [

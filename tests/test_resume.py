@@ -18,9 +18,9 @@ from chexlib.errors import ClusterError, ConfigError, WeightsError
 from chexlib.files import replacing
 from chexlib.models.weights import load_model
 from chexlib.phantom.write import write_phantom
-from chexlib.training.checkpoints import checkpoint_files, load_checkpoint, newest_checkpoint, save_checkpoint
+from chexlib.training.callbacks import snapshots_of
 from chexlib.training.fit import fit
-from chexlib.training.snapshots import snapshots_of
+from chexlib.training.state import checkpoint_files, load_checkpoint, newest_checkpoint, save_checkpoint
 
 TIMED = ("images_per_second", "skew")
 
@@ -100,7 +100,7 @@ def test_no_room_for_the_checkpoint_is_an_error_that_says_so(phantom, tmp_path, 
     def full(*args, **arrays):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("chexlib.training.checkpoints.np.savez", full)
+    monkeypatch.setattr("chexlib.training.state.np.savez", full)
     with pytest.raises(WeightsError, match=r"checkpoint .* MB could not be written \(No space left on device\)"):
         fit(config_for(phantom, tmp_path, epochs=1, max_steps=1))
     assert list((tmp_path / "checkpoints").iterdir()) == []

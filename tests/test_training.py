@@ -14,8 +14,8 @@ from chexlib.errors import ConfigError, DataError, WeightsError
 from chexlib.findings import FINDINGS
 from chexlib.models.predict import predict
 from chexlib.models.weights import load_model
+from chexlib.training.callbacks import Plateau, PooledValidation
 from chexlib.training.fit import fit
-from chexlib.training.monitor import Plateau, PooledValidation
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,12 @@ from chexlib.data.stream import stream_images
 from chexlib.errors import ConfigError, DataError, WeightsError
 from chexlib.models.weights import load_model
 from chexlib.studies.transfer import fine_schedule, finetune, pretrain
+from chexlib.training.callbacks import Position, snapshots_of
 from chexlib.training.config import TrainConfig
-from chexlib.training.feed import Feed, drawing_of
 from chexlib.training.fit import fit
-from chexlib.training.monitor import Position
-from chexlib.training.parts import divide
+from chexlib.training.input import Feed, divide, drawing_of
 from chexlib.training.reuse import Reuse
 from chexlib.training.schedules import Schedule
-from chexlib.training.snapshots import snapshots_of
 
 FALL = {"unit": "epochs", "phases": [{"kind": "polynomial", "length": 3, "rate": 1e-4}]}
 

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 
 import pandas as pd
 
-from chexlib.evaluation.student import over_seeds
-from chexlib.evaluation.verdicts import has_learnt, nothing_learnt
+from chexlib.evaluation.verdicts import has_learnt, nothing_learnt, over_seeds
 from chexlib.ledger import projections
 from chexlib.ledger.measured import Found, Measured, between
 from chexlib.ledger.published import BATCHES, COLLAPSES, IMAGENET, LADDER, LARGE_BATCHES, Claim

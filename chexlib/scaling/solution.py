@@ -8,7 +8,7 @@ from pathlib import Path
 
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
-from chexlib.training.parts import divide
+from chexlib.training.input import divide
 
 RATES = {"vgg16": 1e-4}  # Adam's; a VGG does not start at CheXNet's 1e-3
 

@@ -12,12 +12,12 @@ import tensorflow as tf
 from chexlib.collectives import World
 from chexlib.errors import ConfigError, WeightsError
 from chexlib.models.weights import create_model, save_model
-from chexlib.training.checkpoints import checkpoint_files, load_checkpoint, newest_checkpoint
+from chexlib.training.callbacks import Position, pooled_scorer
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import TrainResult, fit
-from chexlib.training.monitor import Position, pooled_scorer
+from chexlib.training.input import divide, predictions_of
 from chexlib.training.optimizers import has_table, values_at
-from chexlib.training.parts import divide, predictions_of
+from chexlib.training.state import checkpoint_files, load_checkpoint, newest_checkpoint
 
 RAISED = 2.0  # weight decay of the collapse over that before it: 5e-5 -> 1e-4 in solver_collapse.prototxt of 448 nodes
 

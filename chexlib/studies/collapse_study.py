@@ -12,7 +12,7 @@ import pandas as pd
 from chexlib.errors import ConfigError
 from chexlib.evaluation.ensembles import choose, diversity, mean_auroc, save_ensemble, stack
 from chexlib.evaluation.paired import paired_difference
-from chexlib.evaluation.student import mean_of_seeds
+from chexlib.evaluation.verdicts import mean_of_seeds
 from chexlib.models.combine import combine
 from chexlib.studies.collapse import collapse, epoch_ends, score_checkpoints
 from chexlib.training.config import TrainConfig

@@ -18,9 +18,9 @@ from chexlib.evaluation.auroc import auroc
 from chexlib.findings import FINDINGS
 from chexlib.models.statistics import kept_statistics, recalibrate
 from chexlib.studies.population import NormReport, bn_report, judge_scores
+from chexlib.training.callbacks import pooled_scorer
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
-from chexlib.training.monitor import pooled_scorer
 from chexlib.training.reuse import Reuse
 
 RATES = {"densenet121": 1e-3, "resnet50": 1e-3, "vgg16": 1e-4}  # Adam's; without batch norm a network bears less

@@ -7,8 +7,7 @@ import logging
 import numpy as np
 import pandas as pd
 
-from chexlib.evaluation.student import over_seeds
-from chexlib.evaluation.verdicts import CHANCE, NOT_MEASURED, has_learnt, nothing_learnt, verdict_on_gain
+from chexlib.evaluation.verdicts import CHANCE, NOT_MEASURED, has_learnt, nothing_learnt, over_seeds, verdict_on_gain
 
 TERMS = ("total", "updates", "lag", "local batch", "rest")
 log = logging.getLogger(__name__)

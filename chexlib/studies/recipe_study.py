@@ -10,14 +10,13 @@ import pandas as pd
 
 from chexlib.errors import ConfigError, DivergedError
 from chexlib.evaluation.ensembles import mean_auroc
-from chexlib.evaluation.student import mean_of_seeds, over_seeds
-from chexlib.evaluation.verdicts import percent_lost
+from chexlib.evaluation.verdicts import mean_of_seeds, over_seeds, percent_lost
 from chexlib.findings import FINDINGS
 from chexlib.studies.norm_study import recalibrate_on
 from chexlib.studies.population import judge_scores
+from chexlib.training.callbacks import pooled_scorer
 from chexlib.training.config import OPTIMIZERS, TrainConfig
 from chexlib.training.fit import fit
-from chexlib.training.monitor import pooled_scorer
 from chexlib.training.recipes import LADDER, RULES
 from chexlib.training.reuse import Reuse
 

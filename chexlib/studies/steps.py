@@ -11,7 +11,7 @@ from chexlib.data.cache import ImageStore
 from chexlib.data.pipeline import partition
 from chexlib.models.weights import create_model
 from chexlib.training.config import TrainConfig
-from chexlib.training.parts import divide
+from chexlib.training.input import divide
 
 
 def seven_steps(config: TrainConfig, *, repeats: int = 2) -> dict:

@@ -13,9 +13,9 @@ from chexlib.collectives import join_world
 from chexlib.errors import ConfigError
 from chexlib.models.weights import find_weights, read_card, save_model
 from chexlib.studies.collapse import model_of, rate_reached, read_state
-from chexlib.training.checkpoints import checkpoint_files
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import TrainResult, fit
+from chexlib.training.state import checkpoint_files
 
 WARMUP = 5 / 32  # epochs for each `WARMUP_BATCH` images of the global batch: 5 at 8,192 (Goyal et al. 2017)
 WARMUP_BATCH = 256

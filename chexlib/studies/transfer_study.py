@@ -8,21 +8,21 @@ import numpy as np
 import pandas as pd
 
 from chexlib.errors import ConfigError, DivergedError
-from chexlib.evaluation.student import mean_of_seeds
 from chexlib.evaluation.verdicts import (
     CONTRADICTED,
     NOT_MEASURED,
     UNDECIDED,
     has_learnt,
+    mean_of_seeds,
     nothing_learnt,
     percent_lost,
     verdict_on_gain,
 )
 from chexlib.studies.population import judge_scores
 from chexlib.studies.transfer import WARMUP_BATCH, fine_schedule, finetune
+from chexlib.training.callbacks import pooled_scorer
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
-from chexlib.training.monitor import pooled_scorer
 from chexlib.training.reuse import Reuse
 
 OWN, DEFAULT = "the checkpoint's", "the default"

@@ -9,8 +9,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from chexlib.data.folds import fold_of
 from chexlib.data.pipeline import AUGMENTATIONS
+from chexlib.data.splits import fold_of
 from chexlib.errors import ConfigError
 from chexlib.machine import native_precision
 from chexlib.models.topologies import NORMS, STEMS, TOPOLOGIES, WIDTHS

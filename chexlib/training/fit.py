@@ -25,15 +25,20 @@ from chexlib.files import replacing
 from chexlib.models.statistics import recalibrate
 from chexlib.models.topologies import NORMALIZATION
 from chexlib.models.weights import save_model
-from chexlib.training.checkpoints import checkpoint_files
+from chexlib.training.callbacks import (
+    EarlyStop,
+    Plateau,
+    PooledValidation,
+    Position,
+    Progress,
+    Snapshots,
+    pooled_scorer,
+)
 from chexlib.training.config import TrainConfig
-from chexlib.training.feed import Feed, start_head_at_prevalence
-from chexlib.training.monitor import EarlyStop, Plateau, PooledValidation, Position, Progress, pooled_scorer
+from chexlib.training.input import Feed, divide, predictions_of, start_head_at_prevalence
 from chexlib.training.optimizers import guide
-from chexlib.training.parts import divide, predictions_of
-from chexlib.training.resume import Saver
 from chexlib.training.reuse import Reuse
-from chexlib.training.snapshots import Snapshots
+from chexlib.training.state import Saver, checkpoint_files
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from chexlib.collectives import World
-from chexlib.data.folds import fold_kind
+from chexlib.data.splits import fold_kind
 from chexlib.errors import DataError
 from chexlib.evaluation.auroc import resample
 from chexlib.evaluation.ensembles import mean_auroc, stack
@@ -20,10 +20,10 @@ from chexlib.evaluation.resampling import draw_patients, interval_of, mean_of, p
 from chexlib.files import replacing
 from chexlib.findings import FINDINGS
 from chexlib.studies.grid import point_key, run_grid
+from chexlib.training.callbacks import pooled_scorer
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import TrainResult
-from chexlib.training.monitor import pooled_scorer
-from chexlib.training.parts import predictions_of
+from chexlib.training.input import predictions_of
 
 FEWEST = 20  # positives of a finding, below which it has no part in the mean
 

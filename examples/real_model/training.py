@@ -28,10 +28,10 @@ from chexlib.models.topologies import NORMALIZATION
 from chexlib.models.weights import extend_card, save_model
 from chexlib.phantom.write import write_phantom
 from chexlib.studies.transfer import fine_schedule, finetune, pretrain
+from chexlib.training.callbacks import snapshots_of
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 from chexlib.training.reuse import Reuse
-from chexlib.training.snapshots import snapshots_of
 from examples.real_model.collection import collect
 from examples.real_model.cross_validation import FEWEST, arm_gains, cross_validate, pooled
 

@@ -7,16 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from chexlib.collectives import World
 from chexlib.data.cache import ImageStore
-from chexlib.data.nih import Radiographs
+from chexlib.data.nih import Radiographs, check_images, load_radiographs
 from chexlib.data.pipeline import generator_for, training_batches
+from chexlib.data.splits import Split, audit, fold_of, fold_split, make_split
 from chexlib.data.stream import stream_batches
 from chexlib.errors import DataError
+from chexlib.findings import FINDINGS
 from chexlib.models.arrays import HEAD
+from chexlib.training.callbacks import Position
 from chexlib.training.config import TrainConfig
-from chexlib.training.monitor import Position
 
 
 class Feed:
@@ -87,3 +90,24 @@ def start_head_at_prevalence(model, labels: np.ndarray) -> None:
     kernel, bias = model.get_layer(HEAD).get_weights()
     if not bias.any():
         model.get_layer(HEAD).set_weights([kernel, np.log(positives / (len(labels) + 2 - positives))])
+
+
+def divide(config: TrainConfig) -> tuple[Split, dict[str, Radiographs]]:
+    """The audited split that a config asks for, and the radiographs of each of its parts."""
+    seed = config.seed if config.split_seed is None else config.split_seed
+    radiographs = load_radiographs(config.data_dir, max_images=config.max_images, seed=seed)
+    if config.skip_broken:
+        radiographs = check_images(radiographs, skip_broken=True)
+    make = fold_split if fold_of(config.split) else make_split
+    split = make(radiographs, kind=config.split, seed=seed)
+    audit(split, radiographs, allow_leak=config.allow_leak)
+    return split, {part: radiographs.select(split.images(part)) for part in split.parts}
+
+
+def predictions_of(radiographs: Radiographs, scores: np.ndarray, part: str) -> pd.DataFrame:
+    """One row an image: image, patient, part, the 14 labels as `label_*` and the 14 probabilities as `score_*`."""
+    table = radiographs.table
+    frame = table[["image", "patient"]].assign(part=part)
+    frame[[f"label_{f}" for f in FINDINGS]] = table[list(FINDINGS)].to_numpy()
+    frame[[f"score_{f}" for f in FINDINGS]] = scores
+    return frame
