@@ -12,9 +12,8 @@ from chexlib.collectives import World
 from chexlib.errors import ConfigError
 from chexlib.evaluation.verdicts import over_seeds
 from chexlib.models.weights import load_model
-from chexlib.studies import norm_study
-from chexlib.studies.norm_study import norm_grid, training_order
-from chexlib.studies.norm_verdict import TERMS, decompose, remedies, verdict
+from chexlib.studies import batch_norm as norm_study
+from chexlib.studies.batch_norm import TERMS, decompose, norm_grid, remedies, training_order, verdict
 from chexlib.training.fit import fit
 from chexlib.training.reuse import Reuse
 

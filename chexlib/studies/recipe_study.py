@@ -12,7 +12,7 @@ from chexlib.errors import ConfigError, DivergedError
 from chexlib.evaluation.ensembles import mean_auroc
 from chexlib.evaluation.verdicts import mean_of_seeds, over_seeds, percent_lost
 from chexlib.findings import FINDINGS
-from chexlib.studies.norm_study import recalibrate_on
+from chexlib.studies.batch_norm import recalibrate_on
 from chexlib.studies.population import judge_scores
 from chexlib.training.callbacks import pooled_scorer
 from chexlib.training.config import OPTIMIZERS, TrainConfig
