@@ -138,12 +138,6 @@ def test_interval_narrows_with_more_patients():
     assert width(many) < 0.5 * width(few)
 
 
-def test_interval_widens_with_the_level():
-    narrow, wide = (bootstrap_auroc(*case(80), resamples=200, level=level) for level in (0.5, 0.95))
-    assert width(narrow) < 0.7 * width(wide)
-    pd.testing.assert_series_equal(narrow["auroc"], wide["auroc"])
-
-
 def effective(patients):
     """Kish's number of equally large patients, written out."""
     images = np.bincount(patients)

@@ -136,7 +136,6 @@ def bootstrap_auroc(
     patients: np.ndarray,
     *,
     resamples: int = 1000,
-    level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
     """AUROC and average precision of each finding and their means, with intervals from resampling patients.
@@ -147,8 +146,6 @@ def bootstrap_auroc(
     patients : (n,)
         Whose image each row is; patients, not images, are drawn with replacement.
     resamples : int
-    level : float
-        Coverage of the interval (`interval_of`).
 
     Returns
     -------
@@ -160,7 +157,7 @@ def bootstrap_auroc(
         findings. Average precision is too high with few positives: of one finding by less than its interval is wide,
         but an interval of the mean would hold the truth in about 0.9 of trials, so it has none.
     """
-    table = auroc_table(labels, scores, patients, resamples=resamples, level=level, seed=seed)
+    table = auroc_table(labels, scores, patients, resamples=resamples, seed=seed)
     findings = table.drop(index="mean")
     undefined = findings["auroc"].isna()
     if undefined.any():
@@ -170,13 +167,13 @@ def bootstrap_auroc(
     return table
 
 
-def auroc_table(labels, scores, patients, *, resamples: int, level: float = 0.95, seed: int) -> pd.DataFrame:
+def auroc_table(labels, scores, patients, *, resamples: int, seed: int) -> pd.DataFrame:
     """`bootstrap_auroc` without a word in the log."""
     labels = np.asarray(labels)
     drawn, codes = draw_patients(patients, resamples=resamples, seed=seed)
     points, samples = resample(labels, scores, drawn, codes)
     points, samples = np.c_[points, mean_of(points)], np.concatenate([samples, mean_of(samples)[:, None]], axis=1)
-    low, high = interval_of(points, samples, patients_behind(labels, codes), level, share=True)
+    low, high = interval_of(points, samples, patients_behind(labels, codes), share=True)
     low[1, -1] = high[1, -1] = np.nan  # of 14 findings the bias of each adds up, and chance does not
     counts = [np.append(n, n.sum()) for n in ((labels == 1).sum(0), (labels == 0).sum(0))]
     columns = (points[0], low[0], high[0], points[1], low[1], high[1], *counts)

@@ -19,7 +19,7 @@ from sklearn.model_selection import GroupKFold
 
 from chexlib.errors import ConfigError
 from chexlib.evaluation.paired import difference_table
-from chexlib.evaluation.resampling import FEWEST_PATIENTS, draw_patients, interval_of, mean_of, patients_behind
+from chexlib.evaluation.resampling import FEWEST_PATIENTS, LEVEL, draw_patients, interval_of, mean_of, patients_behind
 from chexlib.findings import FINDINGS
 
 METHODS = ("temperature", "isotonic")
@@ -57,7 +57,6 @@ def calibration_error(
     *,
     bins: int = BINS,
     resamples: int = 1000,
-    level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
     """How far the scores are from probabilities: calibration error and Brier score of each finding and their means.
@@ -88,7 +87,7 @@ def calibration_error(
     # A finding without labels has no part in the mean.
     known = [own for own, y in zip(gaps, labels.T, strict=True) if not np.isnan(y).all()]
     together = np.hstack(known) / np.sqrt(len(known)) if known else gaps[0]
-    squares = np.array([_mean_square(own, level) for own in (*gaps, together)])
+    squares = np.array([_mean_square(own) for own in (*gaps, together)])
     squares[behind < FEWEST_PATIENTS, 1:] = np.nan
     rms = np.sqrt(np.where(squares > 0, squares, np.where(np.isnan(squares), np.nan, 0.0))).T
     distances = np.array([np.abs(own.sum(axis=0)).sum() / np.sqrt(bins) for own in gaps])
@@ -97,7 +96,7 @@ def calibration_error(
     ece, ece_chance = (np.append(x, mean_of(x[None])[0]) for x in (distances, chance))
     points, samples = brier_scores(labels, scores, drawn, codes)
     points, samples = np.append(points, mean_of(points[None])), np.vstack([samples, mean_of(samples[None])])
-    low, high = interval_of(points, samples, behind, level)
+    low, high = interval_of(points, samples, behind)
     counts = [np.append(n, n.sum()).astype(int) for n in ((labels == 1).sum(0), (~np.isnan(labels)).sum(0))]
     names = ["rms", "rms_low", "rms_high", "ece", "ece_chance", "brier", "brier_low", "brier_high"]
     columns = [*rms, ece, ece_chance, points, np.maximum(low, 0), high, *counts]
@@ -112,7 +111,6 @@ def brier_difference(
     patients: np.ndarray,
     *,
     resamples: int = 1000,
-    level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Brier score of `scores` minus that of `others` on the same images: below 0 where `scores` are better.
@@ -134,7 +132,7 @@ def brier_difference(
     found = (brier_scores(labels, np.asarray(own, np.float64), drawn, codes) for own in (scores, others))
     (points, samples), (other_points, other_samples) = found
     behind = patients_behind(labels, codes)
-    return difference_table(points - other_points, samples - other_samples, behind, level=level)
+    return difference_table(points - other_points, samples - other_samples, behind)
 
 
 def brier_scores(
@@ -324,9 +322,9 @@ def _covariance(gaps: np.ndarray) -> np.ndarray:
     return np.atleast_2d(np.cov(gaps, rowvar=False)) * n if n > 1 else np.zeros((gaps.shape[1],) * 2)
 
 
-def _mean_square(gaps: np.ndarray, level: float) -> tuple[float, float, float]:
+def _mean_square(gaps: np.ndarray) -> tuple[float, float, float]:
     """Mean squared distance of predicted and observed less what chance adds, low and high: see `calibration_error`."""
-    distances, covariance, z2 = gaps.sum(axis=0), _covariance(gaps), norm.ppf((1 + level) / 2) ** 2
+    distances, covariance, z2 = gaps.sum(axis=0), _covariance(gaps), norm.ppf((1 + LEVEL) / 2) ** 2
     total = distances @ distances
     found = total - np.trace(covariance)
     along = distances @ covariance @ distances / total if total > 0 else 0.0

@@ -199,7 +199,7 @@ def localize(model, radiographs: Radiographs, *, method: str = "layer_cam", cell
     return pd.concat([pairs, pd.concat(scored, ignore_index=True)], axis=1)
 
 
-def judge_boxes(scored: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
+def judge_boxes(scored: pd.DataFrame) -> pd.DataFrame:
     """What share of boxes is found, per finding and over all, with the interval of `operating.share` over patients.
 
     Parameters
@@ -222,8 +222,6 @@ def judge_boxes(scored: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
         for (kind, threshold), found in zip(kinds, right, strict=True):
             hits = np.bincount(codes[mine], weights=found[mine], minlength=len(cases))
             chance = scored["chance"][mine].mean() if kind == "pointing" else np.nan
-            rows.append(
-                (finding, kind, threshold, *share(hits, cases, level=level), chance, mine.sum(), (cases > 0).sum())
-            )
+            rows.append((finding, kind, threshold, *share(hits, cases), chance, mine.sum(), (cases > 0).sum()))
     columns = ["finding", "measure", "threshold", "share", "low", "high", "chance", "cases", "patients"]
     return pd.DataFrame(rows, columns=columns)

@@ -13,7 +13,7 @@ from sklearn.metrics import roc_curve
 
 from chexlib.errors import ConfigError, WeightsError
 from chexlib.evaluation.calibration import Calibration
-from chexlib.evaluation.resampling import FEWEST_PATIENTS, patients_behind, wilson
+from chexlib.evaluation.resampling import FEWEST_PATIENTS, LEVEL, patients_behind, wilson
 from chexlib.findings import FINDINGS
 
 RULES = ("youden", "sensitivity", "specificity")
@@ -105,9 +105,7 @@ def choose_points(
     return OperatingPoints(sensitivity, specificity, thresholds)
 
 
-def rates_at(
-    labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, points: OperatingPoints, *, level: float = 0.95
-) -> pd.DataFrame:
+def rates_at(labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, points: OperatingPoints) -> pd.DataFrame:
     """Sensitivity, specificity, PPV and NPV of chosen points on other images, with intervals and counts.
 
     Parameters
@@ -133,14 +131,14 @@ def rates_at(
             cells = {cell: np.bincount(codes[of], minlength=codes.max(initial=-1) + 1) for cell, of in which}
             row = [finding, rule, threshold, *(counts.sum() for counts in cells.values())]
             for success, of in RATES.values():
-                row += share(cells[success], sum(cells[cell] for cell in of), level=level)
+                row += share(cells[success], sum(cells[cell] for cell in of))
             rows.append(row)
     names = [f"{rate}{edge}" for rate in RATES for edge in ("", "_low", "_high")]
     columns = ["finding", "rule", "threshold", "tp", "fp", "fn", "tn", *names]
     return pd.DataFrame(rows, columns=columns).set_index(["finding", "rule"])
 
 
-def share(successes: np.ndarray, images: np.ndarray, *, level: float = 0.95) -> tuple[float, float, float]:
+def share(successes: np.ndarray, images: np.ndarray) -> tuple[float, float, float]:
     """A share of images, and Wilson's interval with as many independent images as the patients are worth.
 
     Parameters
@@ -163,7 +161,7 @@ def share(successes: np.ndarray, images: np.ndarray, *, level: float = 0.95) -> 
     p = successes.sum() / n
     if patients < FEWEST_PATIENTS:
         return float(p), np.nan, np.nan
-    worth, end = n, (1 + level) / 2
+    worth, end = n, (1 + LEVEL) / 2
     reach = norm.ppf(end)
     if n > patients:
         without = (successes.sum() - successes) / (n - images)

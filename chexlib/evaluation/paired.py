@@ -19,7 +19,6 @@ def paired_difference(
     patients: np.ndarray,
     *,
     resamples: int = 1000,
-    level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
     """AUROC of `scores` minus that of `others` on the same images, both judged in the same resamples of patients.
@@ -28,7 +27,7 @@ def paired_difference(
     ----------
     labels, scores, others : (n, 14), in the order of `FINDINGS`; a label may be NaN
     patients : (n,)
-    resamples, level, seed
+    resamples, seed
         As for `bootstrap_auroc`.
 
     Returns
@@ -42,13 +41,13 @@ def paired_difference(
     drawn, codes = draw_patients(patients, resamples=resamples, seed=seed)
     (points, samples), (other_points, other_samples) = (resample(labels, s, drawn, codes) for s in (scores, others))
     behind = patients_behind(labels, codes)
-    table = difference_table(points[0] - other_points[0], samples[0] - other_samples[0], behind, level=level)
+    table = difference_table(points[0] - other_points[0], samples[0] - other_samples[0], behind)
     for place, (name, found) in enumerate({"auroc": points, "other": other_points}.items()):
         table.insert(place, name, np.append(found[0], mean_of(found)[0]))
     return table
 
 
-def difference_table(points: np.ndarray, samples: np.ndarray, patients: np.ndarray, *, level: float) -> pd.DataFrame:
+def difference_table(points: np.ndarray, samples: np.ndarray, patients: np.ndarray) -> pd.DataFrame:
     """Differences with interval and p, as `paired_difference` has them, from those of resamples.
 
     Parameters
@@ -63,7 +62,7 @@ def difference_table(points: np.ndarray, samples: np.ndarray, patients: np.ndarr
         Index the findings and "mean"; columns difference, low, high, p and p_holm.
     """
     points, samples = np.append(points, mean_of(points[None])), np.vstack([samples, mean_of(samples[None])])
-    low, high = interval_of(points, samples, patients, level)
+    low, high = interval_of(points, samples, patients)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = np.where(points == 0, 0.0, np.abs(points) / standard_error(samples, patients))
     p = np.where(np.isnan(low), np.nan, 2 * t.sf(ratio, np.maximum(patients, 2) - 1))

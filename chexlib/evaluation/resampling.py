@@ -8,6 +8,7 @@ from scipy.special import expit, logit
 from scipy.stats import t
 
 FEWEST_PATIENTS = 5  # of each class, below which resampling says nothing about how uncertain an AUROC is
+LEVEL = 0.95  # of every interval: how often it is to hold the truth
 EDGE = 1e-4  # shares of resamples are kept this far from 0 and 1, where logits are infinite
 
 
@@ -45,7 +46,7 @@ def effective_number(codes: np.ndarray) -> float:
 
 
 def interval_of(
-    points: np.ndarray, samples: np.ndarray, patients: np.ndarray, level: float, *, share: bool = False
+    points: np.ndarray, samples: np.ndarray, patients: np.ndarray, *, share: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Student's interval with the standard error of resamples, NaN below `FEWEST_PATIENTS` patients.
 
@@ -60,7 +61,7 @@ def interval_of(
     samples : (..., rows, resamples)
     patients : (rows,), as `patients_behind` counts them
     """
-    reach = t.ppf((1 + level) / 2, np.maximum(patients, 2) - 1)
+    reach = t.ppf((1 + LEVEL) / 2, np.maximum(patients, 2) - 1)
     if share:
         logits, centre = (logit(np.clip(x, EDGE, 1 - EDGE)) for x in (samples, points))
         error = standard_error(logits, patients)

@@ -11,13 +11,15 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from chexlib.evaluation.resampling import LEVEL
 
-def half_width(deviation, n, *, level: float = 0.95):
+
+def half_width(deviation, n, *, level: float = LEVEL):
     """Half of Student's interval of a mean of n values with this standard deviation, NaN where n is 1."""
     return stats.t.ppf((1 + level) / 2, np.maximum(n - 1, 1)) * deviation / np.sqrt(n)
 
 
-def mean_of_seeds(values: pd.Series, *, level: float = 0.95) -> dict:
+def mean_of_seeds(values: pd.Series, *, level: float = LEVEL) -> dict:
     """Mean of a value a seed: effect, low, high, seeds. The interval is NaN for one seed."""
     values = values.dropna()
     n, mean = len(values), values.mean()
@@ -25,7 +27,7 @@ def mean_of_seeds(values: pd.Series, *, level: float = 0.95) -> dict:
     return {"effect": mean, "low": mean - half, "high": mean + half, "seeds": n}
 
 
-def over_seeds(rows: pd.DataFrame, by: Sequence[str], values: Sequence[str], *, level: float = 0.95) -> pd.DataFrame:
+def over_seeds(rows: pd.DataFrame, by: Sequence[str], values: Sequence[str]) -> pd.DataFrame:
     """Mean of `values` over the rows of each group, with its interval: NaN where there is one seed.
 
     Returns
@@ -36,7 +38,7 @@ def over_seeds(rows: pd.DataFrame, by: Sequence[str], values: Sequence[str], *, 
     long = rows.melt(id_vars=list(by), value_vars=list(values), var_name="value", value_name="x")
     groups = long.dropna(subset="x").groupby([*by, "value"], sort=False)["x"]
     table = groups.agg(mean="mean", sd="std", seeds="count").reset_index()
-    half = half_width(table.pop("sd"), table["seeds"], level=level)
+    half = half_width(table.pop("sd"), table["seeds"])
     table["low"], table["high"] = table["mean"] - half, table["mean"] + half
     return table
 
@@ -74,7 +76,7 @@ def verdict_on_gain(low: float, high: float) -> str:
     return CONTRADICTED if high < 0 else UNDECIDED
 
 
-def percent_lost(baseline: pd.Series, other: pd.Series, *, level: float = 0.95) -> dict:
+def percent_lost(baseline: pd.Series, other: pd.Series) -> dict:
     """How much of the skill above chance is lost: 100 (A0 - A) / (A0 - 0.5), with A0 the baseline's AUROC.
 
     The ratio of the two means over seeds. Its interval is Fieller's (1954), for paired normal values: every ratio r
@@ -96,13 +98,13 @@ def percent_lost(baseline: pd.Series, other: pd.Series, *, level: float = 0.95) 
     n, mean = len(pairs), pairs["baseline"].mean()
     found = {"baseline": mean, "loss": np.nan, "low": np.nan, "high": np.nan, "seeds": n}
     skill, lost = pairs["baseline"] - CHANCE, pairs["baseline"] - pairs["other"]
-    if not has_learnt(mean) or (n > 1 and skill.mean() <= half_width(skill.std(), n, level=level)):
+    if not has_learnt(mean) or (n > 1 and skill.mean() <= half_width(skill.std(), n)):
         return found
     found["loss"] = 100 * lost.mean() / skill.mean()
     if n == 1:
         return found
     # The ends solve a r^2 - 2 h r + c = 0.
-    squared = half_width(1.0, n, level=level) ** 2
+    squared = half_width(1.0, n) ** 2
     covariance = squared * np.cov(skill, lost)
     a = skill.mean() ** 2 - covariance[0, 0]
     h = skill.mean() * lost.mean() - covariance[0, 1]

@@ -83,7 +83,7 @@ def stack_of(tables: list[pd.DataFrame]) -> np.ndarray:
     return stack(dict(enumerate(tables)), part="test")[0]
 
 
-def collapse_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
+def collapse_gains(rows: pd.DataFrame) -> pd.DataFrame:
     """AUROC before and after a collapse from each epoch, and means over seeds of its gain with Student's t intervals.
 
     Returns
@@ -96,8 +96,8 @@ def collapse_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     found = {}
     for epoch in epochs:
         before, after = rows[f"before_{epoch}"], rows[f"after_{epoch}"]
-        own = mean_of_seeds(after - before, level=level)
-        later = mean_of_seeds(after - rows.get(f"before_{epoch + 1}", np.nan), level=level)
+        own = mean_of_seeds(after - before)
+        later = mean_of_seeds(after - rows.get(f"before_{epoch + 1}", np.nan))
         found[epoch] = {"before": before.mean(), "after": after.mean(), "gain": own.pop("effect"), **own}
         found[epoch] |= {"gain_later": later["effect"], "low_later": later["low"], "high_later": later["high"]}
     return pd.DataFrame(found.values(), index=pd.Index(found, name="epoch"))

@@ -137,7 +137,7 @@ def measure_recipe(config: TrainConfig, *, reuse: Reuse | None = None) -> dict |
     return {"diverged": False, **result.measured, "seconds": result.seconds}
 
 
-def ladder_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
+def ladder_gains(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean test AUROC of each rung, and what it gains over the rung before, paired by seed, with Student's t interval.
 
     Parameters
@@ -154,7 +154,7 @@ def ladder_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     table = rows.pivot_table(index="seed", columns="rung", values="auroc", dropna=False)
     table = table[[rung for rung in LADDER if rung in table]]
     gains = table.diff(axis=1)
-    found = pd.DataFrame({rung: mean_of_seeds(gains[rung], level=level) for rung in table}).T
+    found = pd.DataFrame({rung: mean_of_seeds(gains[rung]) for rung in table}).T
     found = found.rename(columns={"effect": "gain"}).assign(seeds=table.notna().sum())
     found.insert(0, "auroc", table.mean())
     return found.rename_axis("rung")

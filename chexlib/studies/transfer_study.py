@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from chexlib.errors import ConfigError, DivergedError
+from chexlib.evaluation.resampling import LEVEL
 from chexlib.evaluation.verdicts import (
     CONTRADICTED,
     NOT_MEASURED,
@@ -112,11 +113,11 @@ def measure_transfer(
     return {"diverged": False, **result.measured, **known, "updates": updates, "seconds": result.seconds}
 
 
-def earlier_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
+def earlier_gains(rows: pd.DataFrame) -> pd.DataFrame:
     """What each earlier snapshot gains over the last one at the default rate, paired by seed and warm-up.
 
     Complete pairs only: where one of the two trainings diverged, the other is left out too.
-    The intervals hold together: each is at 1 - (1 - level) / (number of earlier snapshots), after Bonferroni.
+    The intervals hold together: each is at 1 - (1 - 0.95) / (number of earlier snapshots), after Bonferroni.
 
     Parameters
     ----------
@@ -130,10 +131,10 @@ def earlier_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     own = rows[rows["rate"] == DEFAULT]
     table = _areas(own, ["warmup", "seed"], "snapshot")
     last = table.pop(table.columns.max())
-    return _gains_over(last, table, rows, level)
+    return _gains_over(last, table, rows)
 
 
-def pretraining_gains(rows: pd.DataFrame, scratch: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
+def pretraining_gains(rows: pd.DataFrame, scratch: pd.DataFrame) -> pd.DataFrame:
     """What each snapshot gains over random weights, both at the default rate with a warm-up, paired by seed.
 
     The pairs are complete and the intervals hold together, as those of `earlier_gains`.
@@ -150,12 +151,12 @@ def pretraining_gains(rows: pd.DataFrame, scratch: pd.DataFrame, *, level: float
     """
     own = rows[(rows["rate"] == DEFAULT) & (rows["warmup"] > 0)]
     table = _areas(own, ["seed"], "snapshot")
-    return _gains_over(scratch.set_index("seed")["auroc"], table, rows, level)
+    return _gains_over(scratch.set_index("seed")["auroc"], table, rows)
 
 
-def _gains_over(other: pd.Series, table: pd.DataFrame, rows: pd.DataFrame, level: float) -> pd.DataFrame:
+def _gains_over(other: pd.Series, table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """What each snapshot, a column of `table`, gains over `other`, with simultaneous intervals."""
-    apart = 1 - (1 - level) / max(table.shape[1], 1)
+    apart = 1 - (1 - LEVEL) / max(table.shape[1], 1)
     images = rows.groupby("snapshot")["images"].first()
     found = []
     for snapshot in table:
@@ -169,7 +170,7 @@ def _areas(rows: pd.DataFrame, index: Sequence[str], columns: str) -> pd.DataFra
     return rows.pivot(index=list(index), columns=columns, values="auroc")  # noqa: PD010
 
 
-def _mean_of_pairs(pairs: pd.DataFrame, level: float) -> dict:
+def _mean_of_pairs(pairs: pd.DataFrame, level: float = LEVEL) -> dict:
     """The mean gain of the first column over the second: of the pairs of a seed first, then over seeds.
 
     Parameters
@@ -186,7 +187,7 @@ def _mean_of_pairs(pairs: pd.DataFrame, level: float) -> dict:
     return {**mean_of_seeds(gains.groupby(level="seed").mean(), level=level), **counts}
 
 
-def rule_effects(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
+def rule_effects(rows: pd.DataFrame) -> pd.DataFrame:
     """The three rules: what following each gains in test AUROC, with an interval over seeds, and a verdict.
 
     "earlier" is the earlier snapshot that gains most over the last, with the interval that holds for all of them
@@ -200,18 +201,18 @@ def rule_effects(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
         `chexlib.evaluation.verdicts`: undecided where the interval holds 0 or there is none, and not measured where
         no fine-tuning has learnt.
     """
-    gains = earlier_gains(rows, level=level)
+    gains = earlier_gains(rows)
     if len(gains):
         best = gains["effect"].fillna(-np.inf).idxmax()
         earlier = gains.loc[best].drop("images").to_dict()
     else:
         none = pd.Index([], name="seed")
-        earlier = _mean_of_pairs(pd.DataFrame({"one": [], "other": []}, none, dtype=float), level)
+        earlier = _mean_of_pairs(pd.DataFrame({"one": [], "other": []}, none, dtype=float))
     found = {"earlier": earlier}
-    found["rate"] = _rate_gain(rows, level)
+    found["rate"] = _rate_gain(rows)
     warm = rows.assign(start=rows["warmup"].gt(0).map({True: "warm-up", False: "none"}))
     by_warmup = _areas(warm, ["snapshot", "rate", "seed"], "start")
-    found["warm-up"] = _mean_of_pairs(by_warmup[["warm-up", "none"]], level)
+    found["warm-up"] = _mean_of_pairs(by_warmup[["warm-up", "none"]])
     table = pd.DataFrame(found).T
     table.insert(0, "rule", pd.Series(RULES))
     table["verdict"] = [verdict_on_gain(low, high) for low, high in zip(table["low"], table["high"], strict=True)]
@@ -234,7 +235,7 @@ def _why(rule: dict, highest: float) -> str:
     return "; ".join(said)
 
 
-def rate_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
+def rate_gains(rows: pd.DataFrame) -> pd.DataFrame:
     """What each snapshot's own rate gains over the default.
 
     Returns
@@ -242,13 +243,13 @@ def rate_gains(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     DataFrame
         Index the snapshot; columns effect, low, high, seeds, pairs, diverged.
     """
-    found = {snapshot: _rate_gain(own, level) for snapshot, own in rows.groupby("snapshot")}
+    found = {snapshot: _rate_gain(own) for snapshot, own in rows.groupby("snapshot")}
     return pd.DataFrame(found).T.rename_axis("snapshot")
 
 
-def _rate_gain(rows: pd.DataFrame, level: float) -> dict:
+def _rate_gain(rows: pd.DataFrame) -> dict:
     by_rate = _areas(rows, ["snapshot", "warmup", "seed"], "rate")
-    return _mean_of_pairs(by_rate[[OWN, DEFAULT]], level)
+    return _mean_of_pairs(by_rate[[OWN, DEFAULT]])
 
 
 def along(rows: pd.DataFrame) -> pd.DataFrame:
