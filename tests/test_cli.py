@@ -327,7 +327,7 @@ def test_predict_prints_a_table_of_every_finding(images, vgg_file):
 def test_predict_takes_the_newest_runs_weights(images, vgg_file, monkeypatch, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "one").symlink_to(vgg_file.parents[1])
-    monkeypatch.setattr("chexlib.app.runs.ROOT", tmp_path)
+    monkeypatch.setattr("chexlib.files.ROOT", tmp_path)
     answer = call("predict", images[0], "--json")
     assert answer.exit_code == 0, answer.output
     assert json.loads(answer.stdout)["weights"] == str(vgg_file)
@@ -337,7 +337,7 @@ def test_predict_refuses_missing_images_missing_weights_and_no_run(images, vgg_f
     refused("predict", tmp_path / "none.png", "--weights", vgg_file, naming=["none.png"])
     refused("predict", images[0], "--weights", tmp_path / "none.keras", naming=["none.keras"])
     refused("predict", images[0], "--weights", images[0], naming=[images[0]])
-    monkeypatch.setattr("chexlib.app.runs.ROOT", tmp_path)
+    monkeypatch.setattr("chexlib.files.ROOT", tmp_path)
     refused("predict", images[0], naming=["make run", "--weights"])
 
 
