@@ -1,9 +1,9 @@
-"""Shared by the benchmarks: workers that take turns, so that what is compared is measured in the same minutes.
+"""Shared by the benchmarks: workers that take turns, so that what is compared is measured in the
+same minutes.
 
-A worker is a process, or an MPI job, that has everything ready. It reads a number of steps, takes them and answers
-with the seconds of each, and may tell facts of itself before; while others work it is frozen (SIGSTOP), so that
-nothing spins beside them.
-"""
+A worker is a process, or an MPI job, that has everything ready. It reads a number of steps, takes
+them and answers with the seconds of each, and may tell facts of itself before; while others work it
+is frozen (SIGSTOP), so that nothing spins beside them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ WORKERS = Path(__file__).parent / "workers"
 
 
 class Worker:
-    """One of the peers. `images` is what a step of it processes; with `sign` -1 it is asked for steps below 0."""
+    """One of the peers. `images` is what a step of it processes; with `sign` -1 it is asked for
+    steps below 0.
+    """
 
-    def __init__(self, command: list[str], environment: dict[str, str], images: float, sign: int = 1):
+    def __init__(
+        self, command: list[str], environment: dict[str, str], images: float, sign: int = 1
+    ):
         self.images, self.sign, self.facts = images, sign, {}
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the worker
         self.process = subprocess.Popen(
@@ -75,7 +79,10 @@ class Worker:
 
 @contextlib.contextmanager
 def frozen_workers(commands: dict[str, tuple]) -> Iterator[dict[str, Worker]]:
-    """Start the workers one after another, each frozen as soon as it has taken two steps. SIGTERM ends them too."""
+    """Start the workers one after another, each frozen as soon as it has taken two steps.
+
+    SIGTERM ends them too.
+    """
     workers = {}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -94,8 +101,12 @@ def peak_memory(who: int) -> int:
     return counted if sys.platform == "darwin" else counted * 1024  # elsewhere it is in KiB
 
 
-def take_turns(workers: dict[str, Worker], *, rounds: int, steps: int, of=statistics.median) -> dict[str, list[float]]:
-    """Images per second of each worker in each round, by the median over its steps or what else `of` is."""
+def take_turns(
+    workers: dict[str, Worker], *, rounds: int, steps: int, of=statistics.median
+) -> dict[str, list[float]]:
+    """Images per second of each worker in each round, by the median over its steps or what else
+    `of` is.
+    """
     speeds = {name: [] for name in workers}
     for _ in range(rounds):
         for name, worker in workers.items():

@@ -17,19 +17,20 @@ Every kind of interval that the project prints, with the function that makes it:
 | mean over seeds or rounds | `student.mean_of_seeds`, `over_seeds` | 05, 06, 07, 08 |
 | what the wires cost | `wires.fit_wires` | 08 |
 
-The expected calibration error and the mean average precision have none, as they are biased. Spans that are no
-intervals: of rounded figures, of the lowest and highest round, of a projection's assumptions. The ledger scales
-intervals of the notebooks.
+The expected calibration error and the mean average precision have none, as they are biased. Spans
+that are no intervals: of rounded figures, of the lowest and highest round, of a projection's
+assumptions. The ledger scales intervals of the notebooks.
 
-Patients have 1 to 20 images each, as often as in the NIH release; a finding comes back in a patient, and so do the
-errors of the scores (correlation 0.5 within a patient). Scores are normal with variance 1 and a distance d between the
-classes, so that the true AUROC is Phi(d / sqrt 2), and the true probability of a finding is known. One JSON line a kind
-and range of patients (effective number, `resampling.effective_number`, of the smaller class): *coverage*, the share of
-intervals that hold the truth, and *told*, "below 93 %" or "above 98 %".
+Patients have 1 to 20 images each, as often as in the NIH release; a finding comes back in a
+patient, and so do the errors of the scores (correlation 0.5 within a patient). Scores are normal
+with variance 1 and a distance d between the classes, so that the true AUROC is Phi(d / sqrt 2), and
+the true probability of a finding is known. One JSON line a kind and range of patients (effective
+number, `resampling.effective_number`, of the smaller class): *coverage*, the share of intervals
+that hold the truth, and *told*, "below 93 %" or "above 98 %".
 
-*chance*: two models of equal worth; share of trials in which any of 14 findings or their mean is called different, with
-Holm's correction and without. *compare*: the same of `chexlib compare` between two runs with patients of their own.
-"""
+*chance*: two models of equal worth; share of trials in which any of 14 findings or their mean is
+called different, with Holm's correction and without. *compare*: the same of `chexlib compare`
+between two runs with patients of their own."""
 
 from __future__ import annotations
 
@@ -86,9 +87,16 @@ class Tally:
         for (kind, place), held in sorted(self.held.items()):
             share = np.mean(held)
             told = "below 93 %" if share < 0.93 else "above 98 %" if share > 0.98 else ""
-            counts = {"kind": kind, "patients": edges[place].replace(" to inf", " and more"), "intervals": len(held)}
+            counts = {
+                "kind": kind,
+                "patients": edges[place].replace(" to inf", " and more"),
+                "intervals": len(held),
+            }
             print(
-                json.dumps({"what": "coverage", **counts, "coverage": round(float(share), 4), "told": told}), flush=True
+                json.dumps(
+                    {"what": "coverage", **counts, "coverage": round(float(share), 4), "told": told}
+                ),
+                flush=True,
             )
 
 
@@ -104,12 +112,21 @@ def alike(rng, patients: np.ndarray, columns: int) -> np.ndarray:
 
 
 def simulate(rng, n_patients: int, *distances: np.ndarray):
-    """Labels (n, 14), scores (n, 14) of a model for each distance of the classes, and patients (n,)."""
+    """Labels (n, 14), scores (n, 14) of a model for each distance of the classes, and patients
+    (n,).
+    """
     patients = owners(rng, n_patients)
     labels = (alike(rng, patients, len(FINDINGS)) < norm.ppf(SHARES)).astype(float)
     shared = alike(rng, patients, len(FINDINGS))
-    errors = (np.sqrt(0.8) * shared + np.sqrt(0.2) * alike(rng, patients, len(FINDINGS)) for _ in distances)
-    return labels, [apart * labels + error for apart, error in zip(distances, errors, strict=True)], patients
+    errors = (
+        np.sqrt(0.8) * shared + np.sqrt(0.2) * alike(rng, patients, len(FINDINGS))
+        for _ in distances
+    )
+    return (
+        labels,
+        [apart * labels + error for apart, error in zip(distances, errors, strict=True)],
+        patients,
+    )
 
 
 def probabilities(scores, *, sharp: float = 1.0) -> np.ndarray:
@@ -124,11 +141,16 @@ def true_values() -> dict[str, np.ndarray]:
     step = GRID[1] - GRID[0]
     above = [np.cumsum(part[::-1], axis=0)[::-1] for part in (up, down)]
     found = {"ap": (above[0] / (above[0] + above[1]) * up).sum(axis=0) * step / SHARES}
-    place = np.minimum((np.cumsum(up + down, axis=0) * step * calibration.BINS).astype(int), calibration.BINS - 1)
+    place = np.minimum(
+        (np.cumsum(up + down, axis=0) * step * calibration.BINS).astype(int), calibration.BINS - 1
+    )
     for name, sharp in (("calibrated", 1.0), ("sharp", SHARP)):
         p = probabilities(grid, sharp=sharp)
         found[f"brier {name}"] = (up * (1 - p) ** 2 + down * p**2).sum(axis=0) * step
-        gaps = [np.where(place == b, up - (up + down) * p, 0).sum(axis=0) * step for b in range(calibration.BINS)]
+        gaps = [
+            np.where(place == b, up - (up + down) * p, 0).sum(axis=0) * step
+            for b in range(calibration.BINS)
+        ]
         found[f"rms {name}"] = np.sqrt(calibration.BINS * np.square(gaps).sum(axis=0))
     return found
 
@@ -145,22 +167,43 @@ def predictions(labels, scores, patients) -> pd.DataFrame:
     return frame
 
 
-def cohort(rng, tally: Tally, truth: dict, n_patients: int, resamples: int, seed: int) -> pd.DataFrame:
+def cohort(
+    rng, tally: Tally, truth: dict, n_patients: int, resamples: int, seed: int
+) -> pd.DataFrame:
     """All intervals over patients of one test part, of which the table of AUROC is given back."""
     labels, (scores, same, worse), patients = simulate(rng, n_patients, APART, APART, WORSE * APART)
     asked, behind = {"resamples": resamples, "seed": seed}, patients_behind(labels, patients)
     table = bootstrap_auroc(labels, scores, patients, **asked)
     known = table["auroc"].notna().to_numpy()[:-1]
     tally.add("AUROC", AUROC, table["low"][:-1], table["high"][:-1], behind[:-1])
-    tally.add("AUROC, mean", with_mean(AUROC, known)[-1], table["low"].iloc[-1], table["high"].iloc[-1], behind[-1])
-    tally.add("average precision", truth["ap"], table["ap_low"][:-1], table["ap_high"][:-1], behind[:-1])
+    tally.add(
+        "AUROC, mean",
+        with_mean(AUROC, known)[-1],
+        table["low"].iloc[-1],
+        table["high"].iloc[-1],
+        behind[-1],
+    )
+    tally.add(
+        "average precision", truth["ap"], table["ap_low"][:-1], table["ap_high"][:-1], behind[:-1]
+    )
     lost = AUROC - norm.cdf(WORSE * APART / np.sqrt(2))
     for other, true in ((same, 0 * lost), (worse, lost)):
         found = paired_difference(labels, scores, other, patients, **asked)
-        tally.add("difference of AUROC", with_mean(true, known), found["low"], found["high"], behind)
-    arms = [[predictions(labels, own, patients) for own in two] for two in ((scores, same), (worse, worse))]
+        tally.add(
+            "difference of AUROC", with_mean(true, known), found["low"], found["high"], behind
+        )
+    arms = [
+        [predictions(labels, own, patients) for own in two]
+        for two in ((scores, same), (worse, worse))
+    ]
     found = arm_gains(*arms, fewest=0, **asked)
-    tally.add("difference of AUROC, mean of seeds", with_mean(lost, known), found["low"], found["high"], behind)
+    tally.add(
+        "difference of AUROC, mean of seeds",
+        with_mean(lost, known),
+        found["low"],
+        found["high"],
+        behind,
+    )
 
     given = {"calibrated": probabilities(scores), "sharp": probabilities(scores, sharp=SHARP)}
     every = np.ones(len(FINDINGS), bool)
@@ -170,7 +213,9 @@ def cohort(rng, tally: Tally, truth: dict, n_patients: int, resamples: int, seed
         rms = np.append(rms, np.sqrt(np.square(rms).mean()))
         tally.add(f"calibration error, {name}", rms, found["rms_low"], found["rms_high"], behind)
         tally.add("Brier score", brier, found["brier_low"], found["brier_high"], behind)
-    found = calibration.brier_difference(labels, given["calibrated"], given["sharp"], patients, **asked)
+    found = calibration.brier_difference(
+        labels, given["calibrated"], given["sharp"], patients, **asked
+    )
     true = with_mean(truth["brier calibrated"] - truth["brier sharp"], every)
     tally.add("difference of Brier scores", true, found["low"], found["high"], behind)
     rates(tally, labels, scores, patients)
@@ -180,7 +225,11 @@ def cohort(rng, tally: Tally, truth: dict, n_patients: int, resamples: int, seed
 def rates(tally: Tally, labels, scores, patients) -> None:
     """Sensitivity and so on at thresholds that are given, as those of a validation part are."""
     ninety = norm.ppf(0.9)
-    at = {"youden": APART / 2, "sensitivity": APART - ninety, "specificity": np.full(len(FINDINGS), ninety)}
+    at = {
+        "youden": APART / 2,
+        "sensitivity": APART - ninety,
+        "specificity": np.full(len(FINDINGS), ninety),
+    }
     chosen = {f: {rule: float(own[i]) for rule, own in at.items()} for i, f in enumerate(FINDINGS)}
     table = rates_at(labels, scores, patients, OperatingPoints(0.9, 0.9, chosen))
     for i, finding in enumerate(FINDINGS):
@@ -203,10 +252,14 @@ def pointing(rng, tally: Tally, n_patients: int) -> None:
         p = rng.choice([0.1, 0.3, 0.5, 0.8, 0.95])
         place = norm.cdf(alike(rng, patients, 1)[:, 0])  # uniform
         overlap = 1 - place
-        scored = pd.DataFrame({"patient": patients, "finding": finding, "hit": place < p, "chance": 0.1})
+        scored = pd.DataFrame(
+            {"patient": patients, "finding": finding, "hit": place < p, "chance": 0.1}
+        )
         table = judge_boxes(scored.assign(iou=overlap, iobb=overlap))
         true = np.where(table["measure"] == "pointing", p, 1 - table["threshold"])
-        tally.add("pointing, IoU, IoBB", true, table["low"], table["high"], effective_number(patients))
+        tally.add(
+            "pointing, IoU, IoBB", true, table["low"], table["high"], effective_number(patients)
+        )
 
 
 def seeds(rng, tally: Tally, trials: int) -> None:
@@ -222,20 +275,35 @@ def seeds(rng, tally: Tally, trials: int) -> None:
 
 def wires(rng, tally: Tally, trials: int) -> None:
     """Times of steps on emulated hosts, 1 % off each and 1 % off each launch."""
-    workloads = {"one": Workload("one", 1.0, (3e7,), (1.0,)), "two": Workload("two", 1.0, (9e7,), (1.0,))}
+    workloads = {
+        "one": Workload("one", 1.0, (3e7,), (1.0,)),
+        "two": Workload("two", 1.0, (9e7,), (1.0,)),
+    }
     truth = {"latency": 4e-4, "payload": 0.93, "handling": 2e-9, "copying": 1.5e-9}
     points = launches(["one", "two"], [2, 3, 4], size=64, batch=2)
-    rows = pd.DataFrame([{**point, "rate": rate, "compute": 0.3} for point in points for rate in (1e8, 1e9, 1e10)])
-    exact = [wire_seconds(row, workloads[row["topology"]], truth, processors=2) for row in rows.to_dict("records")]
+    rows = pd.DataFrame(
+        [{**point, "rate": rate, "compute": 0.3} for point in points for rate in (1e8, 1e9, 1e10)]
+    )
+    exact = [
+        wire_seconds(row, workloads[row["topology"]], truth, processors=2)
+        for row in rows.to_dict("records")
+    ]
     launch = rows.groupby(LAUNCH, sort=False).ngroup().to_numpy()
     for _ in range(trials):
         noise = rng.normal(0, 0.01, launch.max() + 1)[launch] + rng.normal(0, 0.01, len(rows))
         unknowns, _ = fit_wires(rows.assign(seconds=exact * (1 + noise)), workloads, processors=2)
-        tally.add("what the wires cost", list(truth.values()), unknowns["low"], unknowns["high"], np.nan)
+        tally.add(
+            "what the wires cost", list(truth.values()), unknowns["low"], unknowns["high"], np.nan
+        )
 
 
 def coverage(asked) -> None:
-    rng, began, tally, truth = np.random.default_rng(asked.seed), time.perf_counter(), Tally(), true_values()
+    rng, began, tally, truth = (
+        np.random.default_rng(asked.seed),
+        time.perf_counter(),
+        Tally(),
+        true_values(),
+    )
     called, pairs = 0, 0
     for n_patients in asked.patients:
         before = None
@@ -244,15 +312,29 @@ def coverage(asked) -> None:
             pointing(rng, tally, max(n_patients // 10, 5))
             now = dict(estimates(json.loads(table.to_json(orient="index"))))
             if before:
-                p = holm(np.array([difference_p(before[name], now[name], []) for name in now if name in before]))
+                p = holm(
+                    np.array(
+                        [
+                            difference_p(before[name], now[name], [])
+                            for name in now
+                            if name in before
+                        ]
+                    )
+                )
                 called, pairs = called + bool((p < 0.05).any()), pairs + 1
             before = None if before else now
     seeds(rng, tally, 10 * asked.trials)
     wires(rng, tally, asked.trials // 4)
     tally.tell()
     if pairs:
-        print(json.dumps({"what": "compare", "trials": pairs, "called_different": round(called / pairs, 4)}))
-    print(json.dumps({"what": "time", "seconds": round(time.perf_counter() - began, 1)}), flush=True)
+        print(
+            json.dumps(
+                {"what": "compare", "trials": pairs, "called_different": round(called / pairs, 4)}
+            )
+        )
+    print(
+        json.dumps({"what": "time", "seconds": round(time.perf_counter() - began, 1)}), flush=True
+    )
 
 
 def chance(asked) -> None:
@@ -260,19 +342,34 @@ def chance(asked) -> None:
     corrected, uncorrected, single = 0, 0, []
     for trial in range(asked.pairs):
         labels, (one, other), patients = simulate(rng, max(asked.patients), APART, APART)
-        table = paired_difference(labels, one, other, patients, resamples=asked.resamples, seed=trial)
+        table = paired_difference(
+            labels, one, other, patients, resamples=asked.resamples, seed=trial
+        )
         corrected += bool((table["p_holm"] < 0.05).any())
         uncorrected += bool((table["p"] < 0.05).any())
         single.append((table["p"] < 0.05).mean())
-    line = {"what": "chance", "trials": asked.pairs, "called_different": round(corrected / asked.pairs, 4)}
-    line |= {"without_correction": round(uncorrected / asked.pairs, 4), "single_test": round(float(np.mean(single)), 4)}
+    line = {
+        "what": "chance",
+        "trials": asked.pairs,
+        "called_different": round(corrected / asked.pairs, 4),
+    }
+    line |= {
+        "without_correction": round(uncorrected / asked.pairs, 4),
+        "single_test": round(float(np.mean(single)), 4),
+    }
     print(json.dumps({**line, "seconds": round(time.perf_counter() - began, 1)}), flush=True)
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--trials", type=int, default=200, help="of each number of patients; 0: no coverage")
-    options.add_argument("--pairs", type=int, default=500, help="of models that differ by chance; 0: none")
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument(
+        "--trials", type=int, default=200, help="of each number of patients; 0: no coverage"
+    )
+    options.add_argument(
+        "--pairs", type=int, default=500, help="of models that differ by chance; 0: none"
+    )
     options.add_argument("--patients", type=int, nargs="+", default=[60, 150, 400])
     options.add_argument("--resamples", type=int, default=300)
     options.add_argument("--seed", type=int, default=0)

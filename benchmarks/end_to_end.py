@@ -1,10 +1,12 @@
-"""From PNG files to trained weights: an epoch with stock Keras and a Python loader, and ours, taking turns.
+"""From PNG files to trained weights: an epoch with stock Keras and a Python loader, and ours,
+taking turns.
 
-python benchmarks/end_to_end.py --data DIR --topology densenet121       # DIR in the NIH layout; a phantom without
+python benchmarks/end_to_end.py --data DIR --topology densenet121       # DIR in the NIH layout; a
+phantom without
 
-The study's comparison: 85 s an epoch with stock Keras, 18 s with tuned TensorFlow. Rounds are parts of an epoch of
---steps steps, all of their time counted: input, step, and Keras' own work. Ours reads the cache, the build of which is
-told apart. One JSON line for each, and one for the ratio.
+The study's comparison: 85 s an epoch with stock Keras, 18 s with tuned TensorFlow. Rounds are parts
+of an epoch of --steps steps, all of their time counted: input, step, and Keras' own work. Ours
+reads the cache, the build of which is told apart. One JSON line for each, and one for the ratio.
 """
 
 from __future__ import annotations
@@ -39,7 +41,11 @@ def main() -> None:
         began = time.perf_counter()
         ImageStore(paths, size=asked.size)
         build = time.perf_counter() - began
-        settings = {"topology": asked.topology, "size": asked.size, "batch_per_rank": asked.batch_per_rank}
+        settings = {
+            "topology": asked.topology,
+            "size": asked.size,
+            "batch_per_rank": asked.batch_per_rank,
+        }
         settings["precision"] = PRECISIONS[asked.precision]
         files = {**settings, "paths": paths}
         mine = f"chexlib {ranks}x{threads}"
@@ -50,10 +56,20 @@ def main() -> None:
     facts = {**settings, "data": Path(data).name, "images": len(paths)}
     for name, found in speeds.items():
         speed = statistics.median(found)
-        line = {**facts, "what": name, "images_per_second": round(speed, 3), "epoch_seconds": len(paths) / speed}
+        line = {
+            **facts,
+            "what": name,
+            "images_per_second": round(speed, 3),
+            "epoch_seconds": len(paths) / speed,
+        }
         print(json.dumps({**line, "rounds": [round(value, 3) for value in found]}))
     ratios = [a / b for a, b in zip(*speeds.values(), strict=True)]
-    line = {**facts, "what": "ratio", "ratio": round(statistics.median(ratios), 3), "cache_seconds": round(build, 2)}
+    line = {
+        **facts,
+        "what": "ratio",
+        "ratio": round(statistics.median(ratios), 3),
+        "cache_seconds": round(build, 2),
+    }
     print(json.dumps({**line, "rounds": [round(ratio, 3) for ratio in ratios]}))
 
 

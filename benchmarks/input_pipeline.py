@@ -1,14 +1,16 @@
-"""Images per second of the input: the cache's build, reading it, and what training loses to it; and its memory.
+"""Images per second of the input: the cache's build, reading it, and what training loses to it; and
+its memory.
 
 python benchmarks/input_pipeline.py                 # all measurements
 python benchmarks/input_pipeline.py read --size 224
 
-build    decode and shrink PNGs of --source px into an empty cache, against one thread that does the same with Pillow
-read     training batches from the cache, without training, against tf.data that decodes and resizes the PNGs
-training steps with batches from the cache against the same steps with one batch in memory: the share that is lost
-draw     phantom images for pre-training that a core draws in a second, by views of each patient
-stream   training steps fed by that stream, its workers on the same cores, against one batch in memory: what is lost
-memory   peak of a build and of an epoch's reading for 1,000 and for 20,000 images, each in a process of its own
+build    decode and shrink PNGs of --source px into an empty cache, against one thread that does the
+same with Pillow read     training batches from the cache, without training, against tf.data that
+decodes and resizes the PNGs training steps with batches from the cache against the same steps with
+one batch in memory: the share that is lost draw     phantom images for pre-training that a core
+draws in a second, by views of each patient stream   training steps fed by that stream, its workers
+on the same cores, against one batch in memory: what is lost memory   peak of a build and of an
+epoch's reading for 1,000 and for 20,000 images, each in a process of its own
 
 Prints one JSON line a measurement; rounds alternate, figures are medians over rounds.
 """
@@ -42,14 +44,18 @@ for batch in training_batches(store, labels, global_batch=64, seed=0).take(-(-le
     pass
 """
 # Not Linux' ru_maxrss, which begins with what the parent had when it started this process.
-PEAK = "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+PEAK = (
+    "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+)
 if sys.platform == "darwin":  # which counts in bytes
     PEAK = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
 WORK = {"build": BUILD + PEAK, "epoch": BUILD + EPOCH + PEAK}
 
 
 def phantom(folder: Path, n: int, size: int) -> list[str]:
-    """Paths of `n` phantom radiographs: up to 200 different ones, and copies of them with one pixel changed."""
+    """Paths of `n` phantom radiographs: up to 200 different ones, and copies of them with one pixel
+    changed.
+    """
     from PIL import Image
 
     from chexlib.data.nih import read_image
@@ -99,7 +105,12 @@ def read(paths: list[str], size: int, batch: int, rounds: int) -> dict:
 
     store, labels = ImageStore(paths, size=size), np.zeros((len(paths), 14), np.float32)
     steps, ours, peer = len(paths) // batch, [], []
-    files = tf.data.Dataset.from_tensor_slices(paths).shuffle(len(paths)).map(decoded, tf.data.AUTOTUNE).batch(batch)
+    files = (
+        tf.data.Dataset.from_tensor_slices(paths)
+        .shuffle(len(paths))
+        .map(decoded, tf.data.AUTOTUNE)
+        .batch(batch)
+    )
     for epoch in range(rounds):
         batches = training_batches(store, labels, global_batch=batch, seed=0, first_epoch=epoch)
         ours.append(batch * steps / timed(batches.take(steps)))
@@ -109,7 +120,9 @@ def read(paths: list[str], size: int, batch: int, rounds: int) -> dict:
 
 
 def training(source, asked, *, skip: int, steps: int) -> dict:
-    """Steps fed from `source` against steps fed from memory, one process, all cores; each round skips its beginning."""
+    """Steps fed from `source` against steps fed from memory, one process, all cores; each round
+    skips its beginning.
+    """
     import keras
     import tensorflow as tf
 
@@ -131,7 +144,9 @@ def training(source, asked, *, skip: int, steps: int) -> dict:
             clock = keras.callbacks.LambdaCallback(
                 on_train_batch_end=lambda batch, logs, ends=ends: ends.append(time.perf_counter())
             )
-            trainer.fit(batches, steps_per_epoch=skip + steps, callbacks=[clock], verbose=0, shuffle=False)
+            trainer.fit(
+                batches, steps_per_epoch=skip + steps, callbacks=[clock], verbose=0, shuffle=False
+            )
             if round_:  # the first is for tracing
                 speeds[name].append(batch * steps / (ends[-1] - ends[skip - 1]))
     line = compared(speeds["ours"], speeds["memory"], "one batch in memory")
@@ -158,7 +173,10 @@ def draw(size: int, rounds: int) -> dict:
             stream_images(range(first, first + PATIENTS * views), seed=0, size=size, views=views)
             if round_:
                 found.append(PATIENTS * views / (time.process_time() - began))
-    return {f"views_{views}_images_per_core_second": round(statistics.median(s), 1) for views, s in speeds.items()}
+    return {
+        f"views_{views}_images_per_core_second": round(statistics.median(s), 1)
+        for views, s in speeds.items()
+    }
 
 
 def peak_memory(scratch: Path, n: int, size: int) -> dict:
@@ -167,7 +185,9 @@ def peak_memory(scratch: Path, n: int, size: int) -> dict:
     for work, script in WORK.items():
         environment = {**os.environ, "CHEXLIB_CACHE": str(scratch / f"cache-{n}")}
         command = [sys.executable, "-c", script, str(size)]
-        done = subprocess.run(command, env=environment, input="\n".join(paths), capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=environment, input="\n".join(paths), capture_output=True, text=True
+        )
         if done.returncode:
             sys.exit(done.stderr[-2000:])
         found[work] = round(int(done.stdout) / 1024, 1)
@@ -190,21 +210,34 @@ def compared(ours: list[float], peer: list[float], who: str) -> dict:
         "peer": who,
         "peer_images_per_second": statistics.median(peer),
     }
-    return {**line, "ratio": round(statistics.median(ratios), 4), "rounds": [round(speed, 1) for speed in ours]}
+    return {
+        **line,
+        "ratio": round(statistics.median(ratios), 4),
+        "rounds": [round(speed, 1) for speed in ours],
+    }
 
 
 def main() -> None:
     options = parser(__doc__)
     options.set_defaults(size=64)
-    options.add_argument("what", nargs="*", help="of build, read, training, draw, stream, memory; all without")
-    options.add_argument("--source", type=int, default=1024, help="side of the PNGs, where they are decoded")
+    options.add_argument(
+        "what", nargs="*", help="of build, read, training, draw, stream, memory; all without"
+    )
+    options.add_argument(
+        "--source", type=int, default=1024, help="side of the PNGs, where they are decoded"
+    )
     options.add_argument("--images", type=int, default=0, help="how many images")
     asked = options.parse_args()
-    scratch = Path(os.environ.get("CHEXLIB_BENCHMARK", tempfile.gettempdir())) / f"chexlib-input-{os.getuid()}"
+    scratch = (
+        Path(os.environ.get("CHEXLIB_BENCHMARK", tempfile.gettempdir()))
+        / f"chexlib-input-{os.getuid()}"
+    )
     scratch.mkdir(parents=True, exist_ok=True)
     for name in asked.what or MEASUREMENTS:
         if name == "build":
-            found = build(phantom(scratch, asked.images or 400, asked.source), asked.size, asked.rounds)
+            found = build(
+                phantom(scratch, asked.images or 400, asked.source), asked.size, asked.rounds
+            )
         elif name == "read":
             os.environ["CHEXLIB_CACHE"] = str(scratch / "cache")
             found = read(phantom(scratch, asked.images or 4000, 256), asked.size, 64, asked.rounds)
@@ -219,7 +252,9 @@ def main() -> None:
             from chexlib.data.stream import stream_batches
 
             source = stream_batches(size=asked.size, global_batch=asked.batch_per_rank, seed=0)
-            steps = max(asked.steps, (asked.images or 1536) // asked.batch_per_rank)  # of several tasks of its workers
+            steps = max(
+                asked.steps, (asked.images or 1536) // asked.batch_per_rank
+            )  # of several tasks of its workers
             found = training(source, asked, skip=16, steps=steps)
         elif name == "memory":
             few, many = (peak_memory(scratch, n, asked.size) for n in (1000, 20000))

@@ -1,19 +1,22 @@
-"""Images per second of the training step: ours, stock Keras', PyTorch's, and the machine's matrix peak, taking turns.
+"""Images per second of the training step: ours, stock Keras', PyTorch's, and the machine's matrix
+peak, taking turns.
 
-python benchmarks/train_step.py --topology densenet121                          # both layouts against stock Keras
-make peer && python benchmarks/train_step.py --topology resnet50 --ranks 2 --threads 1      # and against PyTorch
+python benchmarks/train_step.py --topology densenet121                          # both layouts
+against stock Keras make peer && python benchmarks/train_step.py --topology resnet50 --ranks 2
+--threads 1      # and against PyTorch
 
-Prints one JSON line for each thing that was measured. `images_per_second` is the median over rounds, each round the
-median over its steps; `peak_fraction` is its floating-point operations (of the convolutions and matrix products in the
-step's graph) over those of a large matrix product in the same rounds; `ratio` is the median over rounds of our speed
-over the peer's in the same round. Without --ranks and --threads two layouts are measured, one rank with all cores and
-one rank a core, and the last line of each peer compares the best of ours with the best of its own. --weak measures
-one rank of one thread too, alone on its core, and tells the efficiency of weak scaling from it to one rank a core, and
-what is left of it where these ranks step at the same time and communicate nothing: that loss is the machine's.
---other PYTHON measures this very code in a second environment, such as one with an older TensorFlow, and --mpi4py
-the same layouts where mpi4py and not Horovod carries the ranks' sums. DenseNet-121 takes 3.4 GB per rank at 224 px, and
-all that is compared is in memory at once.
-"""
+Prints one JSON line for each thing that was measured. `images_per_second` is the median over
+rounds, each round the median over its steps; `peak_fraction` is its floating-point operations (of
+the convolutions and matrix products in the step's graph) over those of a large matrix product in
+the same rounds; `ratio` is the median over rounds of our speed over the peer's in the same round.
+Without --ranks and --threads two layouts are measured, one rank with all cores and one rank a core,
+and the last line of each peer compares the best of ours with the best of its own. --weak measures
+one rank of one thread too, alone on its core, and tells the efficiency of weak scaling from it to
+one rank a core, and what is left of it where these ranks step at the same time and communicate
+nothing: that loss is the machine's. --other PYTHON measures this very code in a second environment,
+such as one with an older TensorFlow, and --mpi4py the same layouts where mpi4py and not Horovod
+carries the ranks' sums. DenseNet-121 takes 3.4 GB per rank at 224 px, and all that is compared is
+in memory at once."""
 
 from __future__ import annotations
 
@@ -30,15 +33,24 @@ from chexlib.models.topologies import TOPOLOGIES
 from chexlib.mpi import find_mpi
 from chexlib.scaling.throughput import command
 
-PRECISIONS = {"float32": "float32", "fp32": "float32", "mixed_bfloat16": "mixed_bfloat16", "bf16": "mixed_bfloat16"}
+PRECISIONS = {
+    "float32": "float32",
+    "fp32": "float32",
+    "mixed_bfloat16": "mixed_bfloat16",
+    "bf16": "mixed_bfloat16",
+}
 
 
 def parser(description: str) -> argparse.ArgumentParser:
     """The options that the benchmarks of training share."""
-    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--topology", choices=TOPOLOGIES, default="densenet121")
     options.add_argument("--precision", choices=PRECISIONS, default="float32")
-    options.add_argument("--stock-precision", choices=PRECISIONS, help="stock Keras', if it is not to be that one")
+    options.add_argument(
+        "--stock-precision", choices=PRECISIONS, help="stock Keras', if it is not to be that one"
+    )
     options.add_argument("--ranks", type=int, default=0)
     options.add_argument("--threads", type=int, default=0)
     options.add_argument("--batch-per-rank", type=int, default=16)
@@ -64,12 +76,18 @@ def elsewhere(python: str, job: tuple) -> tuple:
 def stock(settings: dict, precision: str | None = None) -> tuple:
     """Stock Keras in one process, with TensorFlow's own choice of threads and kernels."""
     settings = {**settings, "precision": PRECISIONS[precision or settings["precision"]]}
-    return [sys.executable, str(WORKERS / "stock_keras.py"), json.dumps(settings)], {}, settings["batch_per_rank"]
+    return (
+        [sys.executable, str(WORKERS / "stock_keras.py"), json.dumps(settings)],
+        {},
+        settings["batch_per_rank"],
+    )
 
 
 def stock_name(asked: argparse.Namespace) -> str:
     """What its lines call it: with its precision where that is another."""
-    return "stock Keras" + (f" in {PRECISIONS[asked.stock_precision]}" if asked.stock_precision else "")
+    return "stock Keras" + (
+        f" in {PRECISIONS[asked.stock_precision]}" if asked.stock_precision else ""
+    )
 
 
 def torch_ddp(python: str, settings: dict, ranks: int, threads: int) -> tuple:
@@ -81,16 +99,24 @@ def torch_ddp(python: str, settings: dict, ranks: int, threads: int) -> tuple:
 def peak(precision: str) -> tuple:
     """Large matrix products with all cores, in what the step multiplies; its "images" are GFLOP."""
     product = "bfloat16" if precision == "mixed_bfloat16" else "float32"
-    return [sys.executable, str(WORKERS / "matrix_peak.py"), product], {"TF_ENABLE_ONEDNN_OPTS": "1"}, 2 * 2048**3 / 1e9
+    return (
+        [sys.executable, str(WORKERS / "matrix_peak.py"), product],
+        {"TF_ENABLE_ONEDNN_OPTS": "1"},
+        2 * 2048**3 / 1e9,
+    )
 
 
 def main() -> None:
     options = parser(__doc__)
     peer = Path(__file__).parent / ".torch" / "bin" / "python"  # made by `make peer`
-    options.add_argument("--torch", default=str(peer) if peer.exists() else "", help="a Python that has PyTorch")
+    options.add_argument(
+        "--torch", default=str(peer) if peer.exists() else "", help="a Python that has PyTorch"
+    )
     options.add_argument("--no-stock", action="store_true", help="leave stock Keras out")
     options.add_argument("--weak", action="store_true", help="one rank of one thread too")
-    options.add_argument("--other", default="", metavar="PYTHON", help="this code in another environment too")
+    options.add_argument(
+        "--other", default="", metavar="PYTHON", help="this code in another environment too"
+    )
     options.add_argument("--mpi4py", action="store_true", help="the ranks' sums by mpi4py too")
     asked = options.parse_args()
     settings = {
@@ -101,7 +127,11 @@ def main() -> None:
     }
     given = asked.ranks or asked.threads
     ranks = asked.ranks or max(1, cores() // (asked.threads or 1))
-    layouts = [(ranks, asked.threads or max(1, cores() // ranks))] if given else [(1, cores()), (cores(), 1)]
+    layouts = (
+        [(ranks, asked.threads or max(1, cores() // ranks))]
+        if given
+        else [(1, cores()), (cores(), 1)]
+    )
     jobs = {"peak": peak(settings["precision"])}
     if asked.weak and given:
         options.error("--weak measures layouts of its own. Leave out --ranks and --threads.")
@@ -121,11 +151,18 @@ def main() -> None:
         jobs |= {f"PyTorch {r}x{t}": torch_ddp(asked.torch, settings, r, t) for r, t in layouts}
     with frozen_workers(jobs) as workers:
         speeds = take_turns(workers, rounds=asked.rounds, steps=asked.steps)
-        gflop = next(worker.facts["gflop_per_image"] for name, worker in workers.items() if name.startswith("chexlib"))
+        gflop = next(
+            worker.facts["gflop_per_image"]
+            for name, worker in workers.items()
+            if name.startswith("chexlib")
+        )
     gflops = statistics.median(speeds.pop("peak"))
 
     def best(who: str) -> str:
-        return max((n for n in speeds if n.startswith(who)), key=lambda name: statistics.median(speeds[name]))
+        return max(
+            (n for n in speeds if n.startswith(who)),
+            key=lambda name: statistics.median(speeds[name]),
+        )
 
     def report(what: str, ratios: list[float]) -> None:
         line = {**settings, "what": what, "ratio": round(statistics.median(ratios), 3)}
@@ -147,7 +184,10 @@ def main() -> None:
     pairs = [(f"chexlib {r}x{t}", f"other {r}x{t}") for r, t in layouts if asked.other]
     pairs += [(f"mpi4py {r}x{t}", f"chexlib {r}x{t}") for r, t in layouts if asked.mpi4py]
     for first, second in pairs:
-        report(f"{first} over {second}", [a / b for a, b in zip(speeds[first], speeds[second], strict=True)])
+        report(
+            f"{first} over {second}",
+            [a / b for a, b in zip(speeds[first], speeds[second], strict=True)],
+        )
     if asked.weak:
         for name, extra in ((many, ""), (apart, ", nothing communicated")):
             ratios = [a / (cores() * b) for a, b in zip(speeds[name], speeds[one], strict=True)]

@@ -2,6 +2,6 @@
 
 import os
 
-# TensorFlow uses oneDNN by itself only on CPUs with AVX512-VNNI or newer; on others it is faster too (benchmarks/).
-# It is read when TensorFlow is imported, so it must be set before.
+# TensorFlow uses oneDNN by itself only on CPUs with AVX512-VNNI or newer; on others it is faster
+# too (benchmarks/). It is read when TensorFlow is imported, so it must be set before.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")

@@ -1,9 +1,9 @@
-"""What the ranks of a training do together: sums, broadcasts and exchanges, and nothing when there is only one rank.
+"""What the ranks of a training do together: sums, broadcasts and exchanges, and nothing when there
+is only one rank.
 
-Horovod carries them where it is built, else mpi4py does. `CHEXLIB_COLLECTIVES=horovod` or `mpi4py` forces one.
-Horovod's own Keras classes average nothing under Keras 3 (see the README's FAQ), so the few collectives that training
-needs are called here directly. Only this file imports Horovod.
-"""
+Horovod carries them where it is built, else mpi4py does. `CHEXLIB_COLLECTIVES=horovod` or `mpi4py`
+forces one. Horovod's own Keras classes average nothing under Keras 3 (see the README's FAQ), so the
+few collectives that training needs are called here directly. Only this file imports Horovod."""
 
 from __future__ import annotations
 
@@ -48,15 +48,18 @@ class World:
         return list(tensors) if self.ranks == 1 else carrier().allreduce(list(tensors))
 
     def stack(self, tensor):
-        """The rows of every rank's tensor, one after the other in the order of ranks. Gradients do not flow through."""
+        """The rows of every rank's tensor, one after the other in the order of ranks.
+
+        Gradients do not flow through.
+        """
         return tensor if self.ranks == 1 else carrier().allgather(tensor)
 
     def batches(self, n: int, *, batch: int) -> list:
-        """Places of this rank's images among `n`, every ranks-th, cut into batches of nearly equal size.
+        """Places of this rank's images among `n`, every ranks-th, cut into batches of nearly equal
+        size.
 
-        There are as many batches on every rank, so that what ranks do together in one finds all of them; and none of a
-        few images, whose statistics mean nothing.
-        """
+        There are as many batches on every rank, so that what ranks do together in one finds all of
+        them; and none of a few images, whose statistics mean nothing."""
         most = -(-n // self.ranks)
         return np.array_split(np.arange(self.rank, n, self.ranks), max(1, -(-most // batch)))
 
@@ -68,11 +71,15 @@ class World:
     def average(self, variables: list) -> None:
         """Give every rank the mean over ranks, in place, such as of batch norm's moving statistics."""
         if self.ranks > 1 and variables:
-            for variable, total in zip(variables, self.sum([v.value for v in variables]), strict=True):
+            for variable, total in zip(
+                variables, self.sum([v.value for v in variables]), strict=True
+            ):
                 variable.assign(total / self.ranks)
 
     def share(self, make: Callable[[], Any]) -> Any:
-        """What `make()` returns on rank 0, on every rank; an error of ours there is raised on every rank."""
+        """What `make()` returns on rank 0, on every rank; an error of ours there is raised on every
+        rank.
+        """
         if self.ranks == 1:
             return make()
         answer = None
@@ -108,7 +115,11 @@ class _Horovod:
         if not hvd.is_initialized():
             hvd.init()
         self._hvd, self.rank, self.ranks = hvd, hvd.rank(), hvd.size()
-        built = [name for name in ("mpi", "gloo", "nccl", "ddl", "ccl") if getattr(hvd, f"{name}_built")()]
+        built = [
+            name
+            for name in ("mpi", "gloo", "nccl", "ddl", "ccl")
+            if getattr(hvd, f"{name}_built")()
+        ]
         self.name = f"Horovod {horovod.__version__} ({', '.join(built)})"
 
     def allreduce(self, tensors: list) -> list:
@@ -130,10 +141,10 @@ class _Horovod:
 class _Mpi4py:
     """Collectives of MPI, called from TensorFlow's graph through mpi4py.
 
-    MPI takes collectives in the order in which they are called, and does not see a rank that never comes. So all
-    collectives of one graph are put into the order in which they were traced, the same on every rank; and each begins
-    with a wait for all ranks that names those that stay away, with Horovod's settings and in Horovod's words.
-    """
+    MPI takes collectives in the order in which they are called, and does not see a rank that never
+    comes. So all collectives of one graph are put into the order in which they were traced, the
+    same on every rank; and each begins with a wait for all ranks that names those that stay away,
+    with Horovod's settings and in Horovod's words."""
 
     WATCHERS = 2  # the first ranks know who has come; two, since one of them may be who is missing
 
@@ -143,8 +154,10 @@ class _Mpi4py:
 
         if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
             raise ClusterError(
-                "this MPI lets only the main thread send, and TensorFlow computes in others. Use an MPI built with "
-                "thread support (MPI_THREAD_SERIALIZED or MULTIPLE), as Open MPI 5 and its wheel are."
+                "this MPI lets only the main thread send, and TensorFlow computes in others. Use "
+                "an MPI built with "
+                "thread support (MPI_THREAD_SERIALIZED or MULTIPLE), as Open MPI 5 and its wheel "
+                "are."
             )
         self._mpi, self.why = MPI, why
         self._comm, self._arrivals, self._ends = (MPI.COMM_WORLD.Dup() for _ in range(3))
@@ -162,7 +175,9 @@ class _Mpi4py:
         tensors = [tf.convert_to_tensor(tensor) for tensor in tensors]
         buffer = tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], axis=0)
         parts = tf.split(self._in_order(self._sum, buffer), [tf.size(tensor) for tensor in tensors])
-        totals = [tf.reshape(part, tf.shape(tensor)) for part, tensor in zip(parts, tensors, strict=True)]
+        totals = [
+            tf.reshape(part, tf.shape(tensor)) for part, tensor in zip(parts, tensors, strict=True)
+        ]
         for total, tensor in zip(totals, tensors, strict=True):
             total.set_shape(tensor.shape)
         return totals
@@ -170,7 +185,9 @@ class _Mpi4py:
     def allgather(self, tensor):
         import tensorflow as tf
 
-        rows = self._in_order(lambda array: np.concatenate(self.allgather_object(array)), tf.convert_to_tensor(tensor))
+        rows = self._in_order(
+            lambda array: np.concatenate(self.allgather_object(array)), tf.convert_to_tensor(tensor)
+        )
         rows.set_shape([None, *tensor.shape[1:]])
         return rows
 
@@ -190,7 +207,9 @@ class _Mpi4py:
         return self._comm.allgather(value)
 
     def _in_order(self, function: Callable, tensor):
-        """`function` of the tensor's values, after the collectives that were traced before in this graph."""
+        """`function` of the tensor's values, after the collectives that were traced before in this
+        graph.
+        """
         import tensorflow as tf
 
         if tf.executing_eagerly():
@@ -219,8 +238,14 @@ class _Mpi4py:
             A rank did not come within the time to give up.
         """
         comm, nothing, began, warned = self._arrivals, bytearray(1), time.monotonic(), False
-        sent = [comm.Isend(nothing, dest=w) for w in range(min(self.WATCHERS, self.ranks)) if w != self.rank]
-        others = [rank for rank in range(self.ranks) if rank != self.rank and self.rank < self.WATCHERS]
+        sent = [
+            comm.Isend(nothing, dest=w)
+            for w in range(min(self.WATCHERS, self.ranks))
+            if w != self.rank
+        ]
+        others = [
+            rank for rank in range(self.ranks) if rank != self.rank and self.rank < self.WATCHERS
+        ]
         came = {rank: comm.Irecv(bytearray(1), source=rank) for rank in others}
         barrier = comm.Ibarrier()
         while not barrier.Test():
@@ -229,17 +254,23 @@ class _Mpi4py:
             if waited > self._warn_after and not warned and came:
                 warned = True
                 self._name_missing(came, waited)
-            if waited > 1 and self._ends.Iprobe(source=self._mpi.ANY_SOURCE, status=(last := self._mpi.Status())):
+            if waited > 1 and self._ends.Iprobe(
+                source=self._mpi.ANY_SOURCE, status=(last := self._mpi.Status())
+            ):
                 self._given_up = (sent, came, barrier)
                 raise ClusterError(
-                    f"rank {last.source} has ended, while rank {self.rank} waits for it. Look for its error above."
+                    f"rank {last.source} has ended, while rank {self.rank} waits for it. Look for "
+                    "its error above."
                 )
-            if self._give_up_after and waited > self._give_up_after + (not came):  # who knows the names speaks first
+            # Who knows the names speaks first.
+            if self._give_up_after and waited > self._give_up_after + (not came):
                 missing = self._missing(came)
                 self._given_up = (sent, came, barrier)  # MPI may still write to what they hold
                 raise ClusterError(
-                    f"rank {', '.join(map(str, missing)) or 'unknown'} kept the others waiting for more than "
-                    f"{self._give_up_after:g} s. Look at what it was doing, and go on from the last checkpoint."
+                    f"rank {', '.join(map(str, missing)) or 'unknown'} kept the others waiting for "
+                    "more than "
+                    f"{self._give_up_after:g} s. Look at what it was doing, and go on from the "
+                    "last checkpoint."
                 )
         self._mpi.Request.Waitall([*sent, *came.values()])
 
@@ -249,10 +280,13 @@ class _Mpi4py:
     def _name_missing(self, came: dict, waited: float) -> None:
         lines = [f"Waiting for {waited:.0f} s for a subset of ranks:"]
         lines += [f"{rank}: [a collective]" for rank in self._missing(came)]
-        os.write(2, "\n".join([*lines, ""]).encode())  # what Python calls stderr may wait for a thread that waits here
+        # What Python calls stderr may wait for a thread that waits here.
+        os.write(2, "\n".join([*lines, ""]).encode())
 
     def _end(self) -> None:
-        """Tell the others that this process ends: one that waits for it, or comes to wait, ends too."""
+        """Tell the others that this process ends: one that waits for it, or comes to wait, ends
+        too.
+        """
         if self._mpi.Is_finalized():
             return
         if self._given_up:  # a rank that does not answer does not end either
@@ -283,24 +317,32 @@ def carrier() -> _Horovod | _Mpi4py:
     if not _CARRIER:
         _CARRIER.append(_make_carrier())
         if _CARRIER[0].why and _CARRIER[0].rank == 0:
-            log.warning("%s carries what the ranks tell each other: %s.", _CARRIER[0].name, _CARRIER[0].why)
+            log.warning(
+                "%s carries what the ranks tell each other: %s.", _CARRIER[0].name, _CARRIER[0].why
+            )
     return _CARRIER[0]
 
 
 def _make_carrier() -> _Horovod | _Mpi4py:
     wanted = os.environ.get("CHEXLIB_COLLECTIVES") or ""
     if wanted not in ("", *CARRIERS):
-        raise ConfigError(f"CHEXLIB_COLLECTIVES={wanted!r} is not accepted. Use {' or '.join(CARRIERS)}, or unset it.")
+        raise ConfigError(
+            f"CHEXLIB_COLLECTIVES={wanted!r} is not accepted. Use {' or '.join(CARRIERS)}, or "
+            "unset it."
+        )
     if wanted == "mpi4py":
         return _Mpi4py("CHEXLIB_COLLECTIVES asks for it")
     try:
         import horovod.tensorflow  # noqa: F401
-    except Exception as error:  # one that was built against another TensorFlow raises what TensorFlow likes
+    # One that was built against another TensorFlow raises what TensorFlow likes.
+    except Exception as error:
         reason = str(error).splitlines()[0]
         if wanted:
             raise ClusterError(
-                f"CHEXLIB_COLLECTIVES=horovod, but Horovod is not built here ({reason}). Install a C++ compiler, "
-                "remove .venv/.made and run `make env`, or unset CHEXLIB_COLLECTIVES: mpi4py needs no compiler."
+                f"CHEXLIB_COLLECTIVES=horovod, but Horovod is not built here ({reason}). Install a "
+                "C++ compiler, "
+                "remove .venv/.made and run `make env`, or unset CHEXLIB_COLLECTIVES: mpi4py needs "
+                "no compiler."
             ) from error
         return _Mpi4py(f"Horovod is not built here ({reason})")
     return _Horovod()
@@ -322,7 +364,11 @@ def require_agreement(world: World, variables: dict, *, when: str) -> None:
         On every rank, if one differs; the message names the first such variable and the ranks.
     """
     sums = world.gather([zlib.crc32(v.numpy().tobytes()) for v in variables.values()])
-    differing = [name for name, found in zip(variables, zip(*sums, strict=True), strict=True) if len(set(found)) > 1]
+    differing = [
+        name
+        for name, found in zip(variables, zip(*sums, strict=True), strict=True)
+        if len(set(found)) > 1
+    ]
     if not differing:
         return
     by_rank = dict(enumerate(found[list(variables).index(differing[0])] for found in sums))
@@ -330,20 +376,31 @@ def require_agreement(world: World, variables: dict, *, when: str) -> None:
     odd = [rank for rank, found in by_rank.items() if found != usual or times == 1]
     others = f", and {len(differing) - 1} more variables differ" if len(differing) > 1 else ""
     raise ClusterError(
-        f"{when} the ranks no longer agree: {differing[0]} is not the same on rank {', '.join(map(str, odd))}"
-        f"{'' if times == 1 else ' as on the others'}{others}. Training was stopped: go on from the last checkpoint "
-        "with resume=true; if it happens again, look for a faulty host or a function that is not the same on all ranks."
+        f"{when} the ranks no longer agree: {differing[0]} is not the same on rank "
+        f"{', '.join(map(str, odd))}"
+        f"{'' if times == 1 else ' as on the others'}{others}. Training was stopped: go on from "
+        "the last checkpoint "
+        "with resume=true; if it happens again, look for a faulty host or a function that is not "
+        "the same on all ranks."
     )
 
 
 def seconds_of_sums() -> list[dict]:
-    """Of each sum over ranks that mpi4py carried: bytes, seconds of allreduce. Horovod writes a timeline instead."""
+    """Of each sum over ranks that mpi4py carried: bytes, seconds of allreduce.
+
+    Horovod writes a timeline instead.
+    """
     sums = getattr(_CARRIER[0], "sums", ()) if _CARRIER else ()
-    return [{"bytes": size, "allreduce": seconds, "copy_in": 0.0, "copy_out": 0.0} for size, seconds in sums]
+    return [
+        {"bytes": size, "allreduce": seconds, "copy_in": 0.0, "copy_out": 0.0}
+        for size, seconds in sums
+    ]
 
 
 def expected_carrier() -> tuple[str, str]:
-    """Which carrier `carrier` would make, and why it is not Horovod, found without loading TensorFlow or MPI."""
+    """Which carrier `carrier` would make, and why it is not Horovod, found without loading
+    TensorFlow or MPI.
+    """
     wanted = os.environ.get("CHEXLIB_COLLECTIVES") or ""
     if wanted:
         return wanted, "" if wanted == "horovod" else "CHEXLIB_COLLECTIVES asks for it"
@@ -358,12 +415,14 @@ def joined_world() -> World:
 
 
 def join_world() -> World:
-    """Find the ranks this process belongs to, and start their collectives if an MPI launcher made more than one.
+    """Find the ranks this process belongs to, and start their collectives if an MPI launcher made
+    more than one.
 
     Raises
     ------
     ClusterError
-        The launcher started more processes than found each other: each would train on its own, and write over all.
+        The launcher started more processes than found each other: each would train on its own, and
+        write over all.
     """
     launched = {int(os.environ.get(name) or 1) for name in _LAUNCHERS}
     if launched == {1}:
@@ -371,15 +430,20 @@ def join_world() -> World:
     ours = carrier()
     if ours.ranks not in launched - {1}:
         raise ClusterError(
-            f"{max(launched)} processes were started, but MPI joined {ours.ranks} of them. Start them with the "
-            f"MPI that {ours.name} was built with; under srun set SLURM_MPI_TYPE to what `srun --mpi=list` offers "
-            "(pmix for Open MPI; pmi2 for Intel MPI, with I_MPI_PMI_LIBRARY naming Slurm's libpmi2.so)."
+            f"{max(launched)} processes were started, but MPI joined {ours.ranks} of them. Start "
+            "them with the "
+            f"MPI that {ours.name} was built with; under srun set SLURM_MPI_TYPE to what `srun "
+            "--mpi=list` offers "
+            "(pmix for Open MPI; pmi2 for Intel MPI, with I_MPI_PMI_LIBRARY naming Slurm's "
+            "libpmi2.so)."
         )
     return World(rank=ours.rank, ranks=ours.ranks)
 
 
 def identify() -> dict:
-    """Who this rank is: rank, ranks, host, process, and what carries its collectives (and why not Horovod)."""
+    """Who this rank is: rank, ranks, host, process, and what carries its collectives (and why not
+    Horovod).
+    """
     world, ours = join_world(), carrier()
     return {
         "rank": world.rank,

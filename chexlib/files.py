@@ -1,4 +1,6 @@
-"""Files of which a reader finds the old one or the new one, however the writer ends; and locks among writers."""
+"""Files of which a reader finds the old one or the new one, however the writer ends; and locks
+among writers.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,14 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(number)
             if not named:
                 folder = os.open(path.parent, os.O_RDONLY)
-                try:  # the folder's number makes Python call linkat, which follows the link in /proc
-                    os.link(f"{_OPEN_FILES}/{number}", draft.name, dst_dir_fd=folder, follow_symlinks=True)
+                # The folder's number makes Python call linkat, which follows the link in /proc.
+                try:
+                    os.link(
+                        f"{_OPEN_FILES}/{number}",
+                        draft.name,
+                        dst_dir_fd=folder,
+                        follow_symlinks=True,
+                    )
                 finally:
                     os.close(folder)
         os.replace(draft, path)
@@ -58,7 +66,8 @@ def _open_nameless(folder: Path) -> int | None:
 
 @contextlib.contextmanager
 def holding(lock: str | Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock among processes: a file that is there while one has it, and is given back however that one ends.
+    """Hold a lock among processes: a file that is there while one has it, and is given back however
+    that one ends.
 
     Yields False, at once, where another process has it and `wait` is not asked for.
     """
@@ -88,7 +97,9 @@ def write_json(path: Path, values) -> None:
 
 
 def plain(value):
-    """Values for JSON: NaN and infinity become null, NumPy and pandas values plain ones, a table a row a key."""
+    """Values for JSON: NaN and infinity become null, NumPy and pandas values plain ones, a table a
+    row a key.
+    """
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set):

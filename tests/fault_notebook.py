@@ -1,7 +1,7 @@
 """What plays the notebook in a fault trial, and the runner's hold on it.
 
-It trains on two MPI engines, and writes what happens, with the time, to a log that the runner reads.
-"""
+It trains on two MPI engines, and writes what happens, with the time, to a log that the runner
+reads."""
 
 import json
 import logging
@@ -40,7 +40,9 @@ def need(holds, text: str) -> None:
 
 
 class Notebook:
-    """One or more notebooks, one after another, that train in `folder`; all that they start is known by its name."""
+    """One or more notebooks, one after another, that train in `folder`; all that they start is
+    known by its name.
+    """
 
     def __init__(self, folder: Path, config: dict):
         self.folder, self.run_dir, self.tmp = folder, folder / "run", folder / "tmp"
@@ -48,15 +50,33 @@ class Notebook:
         (folder / "said.txt").touch()
         self.config, self.process = {**config, "run_dir": str(self.run_dir)}, None
 
-    def start(self, *, restarts: int = 0, stall: int = 60, fault: dict | None = None, resume: bool = False) -> None:
+    def start(
+        self, *, restarts: int = 0, stall: int = 60, fault: dict | None = None, resume: bool = False
+    ) -> None:
         """Start a notebook."""
-        job = {"config": {**self.config, "resume": resume}, "restarts": restarts, "stall": stall, "fault": fault}
-        (self.folder / "job.json").write_text(json.dumps({**job, "events": str(self.folder / "events.jsonl")}))
+        job = {
+            "config": {**self.config, "resume": resume},
+            "restarts": restarts,
+            "stall": stall,
+            "fault": fault,
+        }
+        (self.folder / "job.json").write_text(
+            json.dumps({**job, "events": str(self.folder / "events.jsonl")})
+        )
         paths = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
         with open(self.folder / "said.txt", "ab") as said:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", "from fault_notebook import main; main()", str(self.folder / "job.json")],
-                env={**os.environ, "TMPDIR": str(self.tmp), "PYTHONPATH": paths},  # the cluster's folder is in TMPDIR
+                [
+                    sys.executable,
+                    "-c",
+                    "from fault_notebook import main; main()",
+                    str(self.folder / "job.json"),
+                ],
+                env={
+                    **os.environ,
+                    "TMPDIR": str(self.tmp),
+                    "PYTHONPATH": paths,
+                },  # the cluster's folder is in TMPDIR
                 stdout=said,
                 stderr=said,
                 start_new_session=True,
@@ -89,7 +109,9 @@ class Notebook:
             raise FailedError(f"the notebook did not end within {LIMIT} s") from None
 
     def processes(self) -> list[psutil.Process]:
-        """What has the folder in its environment or arguments: the notebook, and all that it started."""
+        """What has the folder in its environment or arguments: the notebook, and all that it
+        started.
+        """
         found = []
         for process in psutil.process_iter(["environ", "cmdline"]):
             words = [*(process.info["environ"] or {}).values(), *(process.info["cmdline"] or [])]
@@ -103,16 +125,25 @@ class Notebook:
         if files:
             left += [str(path) for path in self.tmp.iterdir()]
             shared = [entry for up in self.events("up") for entry in up["shared"]]
-            left += [name for name, inode in shared if Path(name).exists() and Path(name).stat().st_ino == inode]
+            left += [
+                name
+                for name, inode in shared
+                if Path(name).exists() and Path(name).stat().st_ino == inode
+            ]
         return left
 
     def need_whole(self, *, but: Path | None = None) -> None:
-        """Fail unless every file in the run's folder is one that is meant to be there, and can be read to its end."""
+        """Fail unless every file in the run's folder is one that is meant to be there, and can be
+        read to its end.
+        """
         readers = {".json": lambda path: json.loads(path.read_text()), ".parquet": pd.read_parquet}
         readers |= {".keras": load_model, ".npz": load_checkpoint}
         for path in self.run_dir.rglob("*"):
             if path.is_file() and path != but:
-                need(path.suffix in readers and not path.name.startswith("."), f"{path} is a half file")
+                need(
+                    path.suffix in readers and not path.name.startswith("."),
+                    f"{path} is a half file",
+                )
                 try:
                     readers[path.suffix](path)
                 except Exception as error:
@@ -127,9 +158,17 @@ class Notebook:
 def prepare(home: Path) -> tuple[dict, list]:
     """The settings of every trial's training, and the weights it ends with when nothing happens."""
     data = write_phantom(home / "phantom", n_images=90, size=32, min_prevalence=0.1, workers=1)
-    what = {"topology": "vgg16", "width": 0.25, "size": 32, "split": "patient", "learning_rate": 1e-4}
+    what = {
+        "topology": "vgg16",
+        "width": 0.25,
+        "size": 32,
+        "split": "patient",
+        "learning_rate": 1e-4,
+    }
     how = {"epochs": 2, "batch_size": 8, "checkpoint_steps": 2}  # 4 steps an epoch
-    config = TrainConfig(data_dir=str(data), run_dir=str(home / "undisturbed"), **what, **how).to_dict()
+    config = TrainConfig(
+        data_dir=str(data), run_dir=str(home / "undisturbed"), **what, **how
+    ).to_dict()
     (home / "config.json").write_text(json.dumps(config))
     mpi, train = find_mpi(), ["-m", "chexlib", "train", "--config", str(home / "config.json")]
     command = [mpi.command, "-n", "2", *mpi.flags(), sys.executable, *train]
@@ -151,23 +190,30 @@ def mount(folder: Path, options: str) -> None:
     try:
         subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        raise SkippedError(f"a small disk needs root, or sudo without a password ({error})") from error
+        raise SkippedError(
+            f"a small disk needs root, or sudo without a password ({error})"
+        ) from error
 
 
 def unmount(folder: Path) -> None:
     """Take the small disk away."""
-    subprocess.run([*([] if os.geteuid() == 0 else ["sudo", "-n"]), "umount", "-l", str(folder)], timeout=30)
+    subprocess.run(
+        [*([] if os.geteuid() == 0 else ["sudo", "-n"]), "umount", "-l", str(folder)], timeout=30
+    )
 
 
 def note(path, event: str, **facts) -> None:
     """Add a line to the log; the engines write there too."""
     line = json.dumps({"seconds": time.time(), "event": event, **facts}) + "\n"
-    with open(path, "ab", buffering=0) as file:  # one write, so that the lines of several processes stay whole
+    with open(
+        path, "ab", buffering=0
+    ) as file:  # one write, so that the lines of several processes stay whole
         file.write(line.encode())
 
 
 def break_at(fault: dict, events: str) -> None:
-    """On an engine: let one rank raise or sleep for ever at a step, or note that a checkpoint cannot be written.
+    """On an engine: let one rank raise or sleep for ever at a step, or note that a checkpoint
+    cannot be written.
 
     The engines that are started after a fault know nothing of it, so that it happens once.
     """
@@ -215,11 +261,21 @@ def slow_down() -> None:
 
 
 def shared_memory(pids: list[int]) -> list[tuple[str, int]]:
-    """The files in /dev/shm that these processes share, and their inodes; Linux alone has such files."""
+    """The files in /dev/shm that these processes share, and their inodes; Linux alone has such
+    files.
+    """
     if sys.platform != "linux":
         return []
-    maps = [line.split() for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
-    return sorted({(words[5], int(words[4])) for words in maps if len(words) > 5 and words[5].startswith("/dev/shm/")})
+    maps = [
+        line.split() for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines()
+    ]
+    return sorted(
+        {
+            (words[5], int(words[4]))
+            for words in maps
+            if len(words) > 5 and words[5].startswith("/dev/shm/")
+        }
+    )
 
 
 class _Noting(logging.Handler):
@@ -232,7 +288,10 @@ class _Noting(logging.Handler):
 
 
 def main() -> None:
-    """Do the job that a file describes. Status 3 means an error of chexlib's, which is in the log."""
+    """Do the job that a file describes.
+
+    Status 3 means an error of chexlib's, which is in the log.
+    """
     from chexlib.cluster.engines import mpi_engines
     from chexlib.errors import ChexlibError
     from chexlib.training.fit import fit

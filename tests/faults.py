@@ -1,11 +1,12 @@
-"""Seeded fault trials: something is killed, stalled, filled up or damaged in the middle of a training on two ranks.
+"""Seeded fault trials: something is killed, stalled, filled up or damaged in the middle of a
+training on two ranks.
 
 python tests/faults.py --trials 20 --seed 0            # or: make faults
 python tests/faults.py --only 7                        # the seventh of them again
 
-A trial is passed if it ends in an error that says what happened, or in a resumed training whose weights are those of
-the undisturbed one to the bit, and if 15 s later no process of it and no half file is left.
-"""
+A trial is passed if it ends in an error that says what happened, or in a resumed training whose
+weights are those of the undisturbed one to the bit, and if 15 s later no process of it and no half
+file is left."""
 
 import argparse
 import contextlib
@@ -38,7 +39,8 @@ KINDS = {
     "notebook SIGTERM": None,
     "notebook SIGKILL": None,
     "everything killed": None,
-    "disk full": r"checkpoint .*step-\d+\.npz of .* MB could not be written \(No space left on device\)",
+    "disk full": r"checkpoint .*step-\d+\.npz of .* MB could not be written \(No space left on "
+    r"device\)",
     "checkpoint truncated": r"rank {rank} on {host} died of signal 9",
     "checkpoint flipped": r"rank {rank} on {host} died of signal 9",
 }
@@ -49,19 +51,34 @@ FACTS = ("number", "kind", "drawn", "outcome", "to_report", "seconds")
 def kinds_of(seed: int, trials: int, kinds: list[str]) -> list[str]:
     """A kind for each trial: every round has each kind once, in a drawn order."""
     rng = np.random.default_rng(seed)
-    return [kind for _ in range(0, trials, len(kinds)) for kind in rng.permutation(kinds).tolist()][:trials]
+    return [kind for _ in range(0, trials, len(kinds)) for kind in rng.permutation(kinds).tolist()][
+        :trials
+    ]
 
 
 class Trial:
     """One fault, drawn from the seed and the trial's number, and what came of it."""
 
-    def __init__(self, number: int, kind: str, *, seed: int, home: Path, config: dict, weights: list, restarts=None):
+    def __init__(
+        self,
+        number: int,
+        kind: str,
+        *,
+        seed: int,
+        home: Path,
+        config: dict,
+        weights: list,
+        restarts=None,
+    ):
         self.number, self.kind, self.weights = number, kind, weights
         self.notebook = Notebook(home / str(number), config)
         self.checkpoints = self.notebook.run_dir / "checkpoints"
         self.rng = rng = np.random.default_rng([seed, number])
         self.damages = kind.startswith("checkpoint")
-        self.drawn = {"rank": int(rng.integers(2)), "step": int(rng.integers(5 if self.damages else 1, 7))}
+        self.drawn = {
+            "rank": int(rng.integers(2)),
+            "step": int(rng.integers(5 if self.damages else 1, 7)),
+        }
         if kind in INSIDE:
             self.drawn["where"] = str(rng.choice(["on_train_batch_begin", "on_train_batch_end"]))
         else:
@@ -70,7 +87,13 @@ class Trial:
             self.drawn["restarts"] = int(rng.integers(2)) if restarts is None else restarts
         if not kind.startswith("rank") and not self.damages:
             del self.drawn["rank"]
-        self.fault_at, self.to_report, self.seconds, self.damaged, self.outcome = None, None, 0.0, None, ""
+        self.fault_at, self.to_report, self.seconds, self.damaged, self.outcome = (
+            None,
+            None,
+            0.0,
+            None,
+            "",
+        )
 
     def play(self) -> None:
         """Do it, and look at what is left. Raises FailedError or SkippedError."""
@@ -94,11 +117,17 @@ class Trial:
         restarts = self.drawn.get("restarts", 0)
         if self.kind in INSIDE:
             fault = {"how": INSIDE[self.kind], **self.drawn}
-            self.notebook.start(restarts=restarts, fault=fault, stall=STALL if self.kind == "rank stalled" else 60)
+            self.notebook.start(
+                restarts=restarts, fault=fault, stall=STALL if self.kind == "rank stalled" else 60
+            )
         else:
             self.notebook.start(restarts=restarts)
             up = self._await_step()
-            victim = up["controller"] if self.kind == "controller killed" else up["ranks"][self.drawn["rank"]]
+            victim = (
+                up["controller"]
+                if self.kind == "controller killed"
+                else up["ranks"][self.drawn["rank"]]
+            )
             self._signal([victim], signal.SIGSTOP if self.kind == "rank frozen" else signal.SIGKILL)
         self._reported("ClusterError", restarts)
         if restarts:
@@ -108,8 +137,15 @@ class Trial:
         self.notebook.start()
         self._await_step()
         everything = self.kind == "everything killed"
-        doomed = [process.pid for process in self.notebook.processes()] if everything else [self.notebook.process.pid]
-        self._signal(self.rng.permutation(doomed).tolist(), getattr(signal, self.kind.split()[-1], signal.SIGKILL))
+        doomed = (
+            [process.pid for process in self.notebook.processes()]
+            if everything
+            else [self.notebook.process.pid]
+        )
+        self._signal(
+            self.rng.permutation(doomed).tolist(),
+            getattr(signal, self.kind.split()[-1], signal.SIGKILL),
+        )
         self.notebook.ended()
         gone = self._nothing_left(files=not everything)  # there is nobody who could remove them
         self.notebook.need_whole(but=self.damaged)
@@ -117,7 +153,9 @@ class Trial:
         self._resume()
 
     def _disk_full(self) -> None:
-        self.drawn = {"megabytes": int(self.rng.integers(7, 36))}  # no room for the first, second or third
+        self.drawn = {
+            "megabytes": int(self.rng.integers(7, 36))
+        }  # no room for the first, second or third
         self.checkpoints.mkdir(parents=True)
         mount(self.checkpoints, f"size={self.drawn['megabytes']}m,mode=0777")
         self.notebook.start(restarts=1, fault={"how": "full"})
@@ -164,8 +202,14 @@ class Trial:
         status = self.notebook.ended()
         if injected := self.notebook.events("fault"):
             self.fault_at = injected[-1]["since"]
-        pattern = KINDS[self.kind].format(rank=self.drawn.get("rank"), host=re.escape(socket.gethostname()))
-        reports = [event for event in self.notebook.events("log", "error") if re.search(pattern, event["text"])]
+        pattern = KINDS[self.kind].format(
+            rank=self.drawn.get("rank"), host=re.escape(socket.gethostname())
+        )
+        reports = [
+            event
+            for event in self.notebook.events("log", "error")
+            if re.search(pattern, event["text"])
+        ]
         need(self.fault_at and reports, f"no report says {pattern!r}")
         self.to_report = reports[0]["seconds"] - self.fault_at
         need(status == (0 if restarts else 3), f"the notebook ended with status {status}")
@@ -182,11 +226,15 @@ class Trial:
         result = self.notebook.events("result")[-1]
         found = weights_of(result["model"])
         differ = sum(not np.array_equal(a, b) for a, b in zip(self.weights, found, strict=True))
-        need(not differ, f"{differ} of {len(found)} weights differ from those of the undisturbed run")
+        need(
+            not differ, f"{differ} of {len(found)} weights differ from those of the undisturbed run"
+        )
         self.outcome += f"{', then ' * bool(self.outcome)}equal weights from {result['resumed_from'] or 'the start'}"
 
     def _nothing_left(self, *, files: bool = True) -> float:
-        """Wait until no process and, if asked for, no file of a cluster is left: the seconds it took."""
+        """Wait until no process and, if asked for, no file of a cluster is left: the seconds it
+        took.
+        """
         began = time.monotonic()
         while left := self.notebook.left(files):
             need(time.monotonic() - began < PATIENCE, f"left after {PATIENCE} s: {', '.join(left)}")
@@ -210,10 +258,14 @@ class Trial:
 
 def main() -> int:
     """The trials asked for, a line each. Status 0 if all are passed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", default=",".join(KINDS), help="of these, with commas between them")
+    parser.add_argument(
+        "--kinds", default=",".join(KINDS), help="of these, with commas between them"
+    )
     parser.add_argument("--only", type=int, nargs="*", help="these numbers alone")
     parser.add_argument("--json", type=Path, help="write the lines there too")
     asked = parser.parse_args()
@@ -222,9 +274,14 @@ def main() -> int:
     rows, failed, skipped = [], 0, 0
     with tempfile.TemporaryDirectory(prefix="faults-") as home:
         config, weights = prepare(Path(home))
-        print(f"the undisturbed training is done; {len(chosen)} trials of seed {asked.seed}:", flush=True)
+        print(
+            f"the undisturbed training is done; {len(chosen)} trials of seed {asked.seed}:",
+            flush=True,
+        )
         for number, kind in chosen:
-            trial = Trial(number, kind, seed=asked.seed, home=Path(home), config=config, weights=weights)
+            trial = Trial(
+                number, kind, seed=asked.seed, home=Path(home), config=config, weights=weights
+            )
             try:
                 trial.play()
             except SkippedError as reason:

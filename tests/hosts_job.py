@@ -1,4 +1,6 @@
-"""What tests/test_hosts.py runs: on engines, as the "notebook" of host A (`python hosts_job.py JOB`), and as Slurm."""
+"""What tests/test_hosts.py runs: on engines, as the "notebook" of host A (`python hosts_job.py
+JOB`), and as Slurm.
+"""
 
 import json
 import os
@@ -61,7 +63,9 @@ def main(agent, shared, marker, clear=False, data_dir="", run_dir="", hold=False
     options = ["--prtemca", "plm_ssh_agent", agent]
     site = find_site(["hostA:1", "hostB:1"], interface="veth0", options=options, shared=shared)
     with mpi_engines(2, threads=1, site=site) as engines:
-        details = json.loads(Path(engines.cluster.controller.connection_files["client"]).read_text())
+        details = json.loads(
+            Path(engines.cluster.controller.connection_files["client"]).read_text()
+        )
         keys = [details[name] for name in ("key", "curve_serverkey") if details.get(name)]
         say(
             hosts=[who["host"] for who in engines.identities],
@@ -111,7 +115,9 @@ def echo(text):
 
 
 def twenty_steps(data_dir):
-    """Twenty steps of a start of its own on images of its own, by hand: checksums of both, and of the weights."""
+    """Twenty steps of a start of its own on images of its own, by hand: checksums of both, and of
+    the weights.
+    """
     import keras
 
     from chexlib.collectives import identify, join_world
@@ -123,7 +129,11 @@ def twenty_steps(data_dir):
 
     world, radiographs = join_world(), load_radiographs(data_dir)
     keras.utils.set_random_seed(world.rank)
-    layers = [keras.layers.Conv2D(8, 3, activation="relu"), keras.layers.Flatten(), keras.layers.Dense(14, "sigmoid")]
+    layers = [
+        keras.layers.Conv2D(8, 3, activation="relu"),
+        keras.layers.Flatten(),
+        keras.layers.Dense(14, "sigmoid"),
+    ]
     model = keras.Sequential([keras.Input((32, 32, 1)), *layers])
     start = checksum(model)
     trainer = DataParallelTrainer(model, world)
@@ -143,7 +153,14 @@ def twenty_steps(data_dir):
     common = checksum(model)
     trainer.fit(batches, steps_per_epoch=20, epochs=1, verbose=0, shuffle=False)
     steps = int(trainer.optimizer.iterations)
-    return {**identify(), "start": start, "common": common, "fed": fed, "steps": steps, "end": checksum(model)}
+    return {
+        **identify(),
+        "start": start,
+        "common": common,
+        "fed": fed,
+        "steps": steps,
+        "end": checksum(model),
+    }
 
 
 def hang(report):
@@ -176,12 +193,16 @@ FAKES = {
 
 
 def write_slurm(folder):
-    """Commands that do on this host what Slurm's do, with notes in `folder` of what they were asked."""
+    """Commands that do on this host what Slurm's do, with notes in `folder` of what they were
+    asked.
+    """
     from chexlib.mpi import find_mpi
 
     mpi = find_mpi()
     for name, text in FAKES.items():
-        text = text.replace("HERE", str(folder)).replace("MPIEXEC", shlex.join([mpi.command, *mpi.flags()]))
+        text = text.replace("HERE", str(folder)).replace(
+            "MPIEXEC", shlex.join([mpi.command, *mpi.flags()])
+        )
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
         (folder / name).chmod(0o755)
 

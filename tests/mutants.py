@@ -1,12 +1,12 @@
 """Draws faults to plant in chexlib, and counts how many of them the tests notice.
 
-python tests/mutants.py --count 30 --seed 0
-python tests/mutants.py --count 30 --seed 0 --other TREE      # in functions that TREE, an older clone, has too
+python tests/mutants.py --count 30 --seed 0 python tests/mutants.py --count 30 --seed 0 --other TREE
+# in functions that TREE, an older clone, has too
 
-A mutant is one function with one change: a comparison turned, an operator or a constant replaced, a condition negated,
-a statement left out. For each, the test files that name its module are run until one fails; with --all, what survives
-meets all others. Works in copies, and prints a JSON line per mutant. A tree's own .venv runs its tests.
-"""
+A mutant is one function with one change: a comparison turned, an operator or a constant replaced, a
+condition negated, a statement left out. For each, the test files that name its module are run until
+one fails; with --all, what survives meets all others. Works in copies, and prints a JSON line per
+mutant. A tree's own .venv runs its tests."""
 
 from __future__ import annotations
 
@@ -27,11 +27,27 @@ import touched
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("training", "models", "data", "evaluation")
 TURNED = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.Add: ast.Sub, ast.Sub: ast.Add,
-    ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.And: ast.Or, ast.Or: ast.And,
-    ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
-}  # fmt: skip
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Mult,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+}
 LINES_AT_MOST = 5  # of a statement that is left out
 LEFT = (".venv", "runs", ".git", "phantom", ".torch")  # out of a copy
 SECONDS = 900  # that one test file may take: a mutant that hangs is noticed
@@ -44,7 +60,11 @@ def functions_of(tree: ast.Module) -> dict[str, ast.FunctionDef]:
         if isinstance(node, ast.FunctionDef):
             found[node.name] = node
         elif isinstance(node, ast.ClassDef):
-            found |= {f"{node.name}.{inner.name}": inner for inner in node.body if isinstance(inner, ast.FunctionDef)}
+            found |= {
+                f"{node.name}.{inner.name}": inner
+                for inner in node.body
+                if isinstance(inner, ast.FunctionDef)
+            }
     return found
 
 
@@ -89,21 +109,33 @@ def changed_by(function: ast.FunctionDef, change: str) -> ast.FunctionDef:
 
 
 def draw(count: int, seed: int, trees: list[Path]) -> list[tuple[str, str, str]]:
-    """So many (module file, function, change), the same chance for each change in a room, from what all trees have."""
+    """So many (module file, function, change), the same chance for each change in a room, from what
+    all trees have.
+    """
     parsed = [
-        {str(file.relative_to(tree)): functions_of(ast.parse(file.read_text()))
-         for room in ROOMS for file in sorted((tree / "chexlib" / room).rglob("*.py"))} for tree in trees
-    ]  # fmt: skip
+        {
+            str(file.relative_to(tree)): functions_of(ast.parse(file.read_text()))
+            for room in ROOMS
+            for file in sorted((tree / "chexlib" / room).rglob("*.py"))
+        }
+        for tree in trees
+    ]
     first, *others = parsed
     by_room = {room: [] for room in ROOMS}
     for file, functions in first.items():
         for name, function in functions.items():
             same = [other.get(file, {}).get(name) for other in others]
             if all(twin is not None and ast.dump(twin) == ast.dump(function) for twin in same):
-                by_room[file.split("/")[1]] += [(file, name, change) for change in changes_of(function)]
+                by_room[file.split("/")[1]] += [
+                    (file, name, change) for change in changes_of(function)
+                ]
     rng = random.Random(seed)
     shares = [count // len(ROOMS) + (i < count % len(ROOMS)) for i in range(len(ROOMS))]
-    return [mutant for room, n in zip(ROOMS, shares, strict=True) for mutant in rng.sample(by_room[room], n)]
+    return [
+        mutant
+        for room, n in zip(ROOMS, shares, strict=True)
+        for mutant in rng.sample(by_room[room], n)
+    ]
 
 
 def planted(file: Path, name: str, change: str) -> str:
@@ -113,27 +145,45 @@ def planted(file: Path, name: str, change: str) -> str:
     lines = text.splitlines(keepends=True)
     first = min([function.lineno, *(d.lineno for d in function.decorator_list)]) - 1
     indent = " " * function.col_offset
-    new = "".join(f"{indent}{line}\n" for line in ast.unparse(changed_by(function, change)).splitlines())
+    new = "".join(
+        f"{indent}{line}\n" for line in ast.unparse(changed_by(function, change)).splitlines()
+    )
     return "".join([*lines[:first], new, *lines[function.end_lineno :]])
 
 
 def what_changes(function: ast.FunctionDef, change: str) -> str:
     """The lines that differ, before and after."""
     before, after = (ast.unparse(f).splitlines() for f in (function, changed_by(function, change)))
-    gone, come = ([line.strip() for line in a if line not in b] for a, b in ((before, after), (after, before)))
+    gone, come = (
+        [line.strip() for line in a if line not in b] for a, b in ((before, after), (after, before))
+    )
     return f"{' '.join(gone)} -> {' '.join(come)}"
 
 
 def noticed_by(tree: Path, python: Path, file: str, *, others: bool) -> str | None:
-    """The first test file that fails, those that name the module first, then with `others` all; None if all pass."""
+    """The first test file that fails, those that name the module first, then with `others` all;
+    None if all pass.
+    """
     tests = sorted((tree / "tests").glob("test_*.py"))
     uses = {test: touched.imports_of(test) for test in tests}
     module = ".".join(Path(file).with_suffix("").parts)
     stem = Path(file).stem
-    named = [t for t in tests if module in uses[t] or any(n.startswith(f"{module}.") for n in uses[t])]
+    named = [
+        t for t in tests if module in uses[t] or any(n.startswith(f"{module}.") for n in uses[t])
+    ]
     named.sort(key=lambda test: stem not in test.name)  # test_pipeline.py for pipeline.py
     for test in [*named, *(t for t in tests if others and t not in named)]:
-        command = [str(python), "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-cov", str(test)]
+        command = [
+            str(python),
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--no-cov",
+            str(test),
+        ]
         env = {**environment_of(python), "PYTHONPATH": str(tree)}
         try:
             done = subprocess.run(command, cwd=tree, env=env, capture_output=True, timeout=SECONDS)
@@ -146,16 +196,24 @@ def noticed_by(tree: Path, python: Path, file: str, *, others: bool) -> str | No
 
 def environment_of(python: Path) -> dict:
     """This environment, with the programs of `python` first."""
-    return {**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}", "TF_NUM_INTRAOP_THREADS": "1"}
+    return {
+        **os.environ,
+        "PATH": f"{python.parent}:{os.environ['PATH']}",
+        "TF_NUM_INTRAOP_THREADS": "1",
+    }
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--count", type=int, default=30)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--other", type=Path, help="an older clone with a .venv of its own")
     options.add_argument("--only", type=int, nargs="*", help="these numbers alone")
-    options.add_argument("--all", action="store_true", help="all tests for what survives those that name its module")
+    options.add_argument(
+        "--all", action="store_true", help="all tests for what survives those that name its module"
+    )
     options.add_argument("--list", action="store_true", help="only show what is drawn")
     asked = options.parse_args()
     trees = [ROOT] + ([asked.other.resolve()] if asked.other else [])
@@ -164,12 +222,16 @@ def main() -> None:
         if asked.only and number not in asked.only:
             continue
         line = {"number": number, "file": file, "function": name, "change": change}
-        line["what"] = what_changes(functions_of(ast.parse((ROOT / file).read_text()))[name], change)
+        line["what"] = what_changes(
+            functions_of(ast.parse((ROOT / file).read_text()))[name], change
+        )
         for tree in [] if asked.list else reversed(trees):
             with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
                 place = Path(folder) / "tree"
                 shutil.copytree(
-                    tree, place, ignore=shutil.ignore_patterns(".venv", "runs", ".git", "phantom", ".torch")
+                    tree,
+                    place,
+                    ignore=shutil.ignore_patterns(".venv", "runs", ".git", "phantom", ".torch"),
                 )
                 (place / file).write_text(planted(place / file, name, change))
                 python = tree / ".venv" / "bin" / "python"

@@ -1,4 +1,5 @@
-"""Run by test_norm_ranks.py under mpiexec: one layer, on each rank a part of 16 images, the outcome to a file a rank.
+"""Run by test_norm_ranks.py under mpiexec: one layer, on each rank a part of 16 images, the outcome
+to a file a rank.
 
 Arguments: the folder, and the images of each rank, such as 7,5,4.
 """
@@ -22,7 +23,9 @@ KINDS = {
 
 
 def outcomes(x, weigh):
-    """Of each kind of layer: outputs, gradients of inputs, scale and offset, and moving statistics after a step."""
+    """Of each kind of layer: outputs, gradients of inputs, scale and offset, and moving statistics
+    after a step.
+    """
     found = {}
     for name, make in KINDS.items():
         layer, inputs = make(), tf.Variable(x)
@@ -40,14 +43,19 @@ def outcomes(x, weigh):
 def data():
     """16 images and the weights of their outputs in the loss."""
     rng = np.random.default_rng(0)
-    return (rng.normal(2, 3, (16, 5, 4, 6)).astype(np.float32), rng.normal(size=(16, 5, 4, 6)).astype(np.float32))
+    return (
+        rng.normal(2, 3, (16, 5, 4, 6)).astype(np.float32),
+        rng.normal(size=(16, 5, 4, 6)).astype(np.float32),
+    )
 
 
 if __name__ == "__main__":
     world, ends = join_world(), np.cumsum([0, *map(int, sys.argv[2].split(","))])
     mine = slice(ends[world.rank], ends[world.rank + 1])
     images, weigh = (whole[mine] for whole in data())
-    model = keras.Sequential([keras.Input(images.shape[1:]), FusedBatchNormalization(statistics="sync")])
+    model = keras.Sequential(
+        [keras.Input(images.shape[1:]), FusedBatchNormalization(statistics="sync")]
+    )
     (population,) = population_statistics(model, [images[:2], images[2:]], world)
     found = {"population/mean": population.mean, "population/variance": population.variance}
     np.savez(Path(sys.argv[1]) / f"{world.rank}.npz", **found, **outcomes(images, weigh))

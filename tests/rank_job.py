@@ -1,7 +1,8 @@
-"""Run by the distributed tests under mpiexec: training steps on real ranks, each rank's outcome to a file.
+"""Run by the distributed tests under mpiexec: training steps on real ranks, each rank's outcome to
+a file.
 
-The argument is JSON: out, data_dir, and trainings, a list of settings that are taken one after the other.
-"""
+The argument is JSON: out, data_dir, and trainings, a list of settings that are taken one after the
+other."""
 
 import json
 import sys
@@ -37,14 +38,19 @@ def train(
     keep="",
     **settings,
 ):
-    """Take the steps; save what was fed, losses and all variables, averaged statistics and the optimizer's too.
+    """Take the steps; save what was fed, losses and all variables, averaged statistics and the
+    optimizer's too.
 
     With `keep`, the weights also as Keras' own file of this path.
     """
     seed = world.rank if own_start else 0
     model = create_model(topology, size=size, seed=seed, precision=precision, **settings)
     if freeze:
-        norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+        norms = [
+            layer
+            for layer in model._flatten_layers()
+            if isinstance(layer, keras.layers.BatchNormalization)
+        ]
         assert norms
         for layer in norms:
             layer.trainable = False
@@ -63,14 +69,26 @@ def train(
     store = ImageStore(radiographs.table["path"], size=size, gather=world.gather)
     batches = training_batches(store, radiographs.labels, **order)
     fed = np.concatenate([pixels.numpy() for pixels, _, _ in batches.take(min(steps, 3))])
-    losses = trainer.fit(batches, steps_per_epoch=steps, epochs=1, verbose=0, shuffle=False).history["loss"]
+    losses = trainer.fit(
+        batches, steps_per_epoch=steps, epochs=1, verbose=0, shuffle=False
+    ).history["loss"]
     found = {f"w{i:04d}": v.numpy() for i, v in enumerate(model.trainable_variables)}
     world.average(model.non_trainable_variables)
     found |= {f"s{i:04d}": v.numpy() for i, v in enumerate(model.non_trainable_variables)}
     found |= {f"o{i:04d}": v.numpy() for i, v in enumerate(optimizer.variables)}
-    moved = sum(not np.array_equal(a, v.numpy()) for a, v in zip(before, model.trainable_variables, strict=True))
-    convolution = next(layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.Conv2D))
-    facts = {"fed": fed, "losses": losses, "moved": moved / len(before), "types": convolution.compute_dtype}
+    moved = sum(
+        not np.array_equal(a, v.numpy())
+        for a, v in zip(before, model.trainable_variables, strict=True)
+    )
+    convolution = next(
+        layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.Conv2D)
+    )
+    facts = {
+        "fed": fed,
+        "losses": losses,
+        "moved": moved / len(before),
+        "types": convolution.compute_dtype,
+    }
     if keep and world.first:
         model.save_weights(keep)
     np.savez(Path(out) / f"{name}-{world.ranks}ranks-{world.rank}.npz", **facts, **found)

@@ -15,16 +15,22 @@ def config_for(data_dir, run_dir, **changes):
 
 
 def with_a_tiny_network(patch):
-    """Let every topology be one convolution with batch norm, for tests of what happens around a network."""
+    """Let every topology be one convolution with batch norm, for tests of what happens around a
+    network.
+    """
 
     def build(topology, *, size, seed=0, momentum=0.9, **_):
         draw = keras.initializers.GlorotUniform
         grey = keras.Input((size, size, 1), name="radiograph")
         scaled = keras.layers.Rescaling(1 / 255)(grey)
-        features = keras.layers.Conv2D(4, 5, 4, kernel_initializer=draw(seed), name="conv1_conv")(scaled)
+        features = keras.layers.Conv2D(4, 5, 4, kernel_initializer=draw(seed), name="conv1_conv")(
+            scaled
+        )
         features = keras.layers.BatchNormalization(momentum=momentum, name="conv1_bn")(features)
         pooled = keras.layers.GlobalAveragePooling2D()(keras.layers.ReLU()(features))
-        head = keras.layers.Dense(14, activation="sigmoid", kernel_initializer=draw(seed + 1), name="findings")
+        head = keras.layers.Dense(
+            14, activation="sigmoid", kernel_initializer=draw(seed + 1), name="findings"
+        )
         return keras.Model(grey, head(pooled), name=topology)
 
     patch.setattr("chexlib.models.weights.build_model", build)

@@ -38,9 +38,15 @@ def test_the_training_step_is_measured_in_turns_with_its_peer():
 
 @pytest.mark.long
 def test_weak_scaling_is_told_from_a_rank_alone_and_stock_keras_may_have_its_own_precision():
-    found = {line["what"]: line for line in lines_of("train_step", *SMALL, "--weak", "--stock-precision", "bf16")}
+    found = {
+        line["what"]: line
+        for line in lines_of("train_step", *SMALL, "--weak", "--stock-precision", "bf16")
+    }
     alone = found["chexlib 1x1"]["rounds"]
-    for name, extra in {"chexlib 2x1": "", "2 ranks with nothing communicated": ", nothing communicated"}.items():
+    for name, extra in {
+        "chexlib 2x1": "",
+        "2 ranks with nothing communicated": ", nothing communicated",
+    }.items():
         weak = found[f"weak scaling, 1 to 2 ranks{extra}"]
         pairs = zip(found[name]["rounds"], alone, strict=True)
         assert weak["rounds"] == pytest.approx([two / (2 * one) for two, one in pairs], abs=0.01)
@@ -56,40 +62,79 @@ def test_end_to_end_reads_files_on_both_sides(phantom):
 
 @pytest.mark.long
 def test_the_input_is_measured_against_its_peers():
-    options = ("--size", 32, "--source", 64, "--images", 130, "--rounds", 1, "--batch-per-rank", 2, "--steps", 2)
+    options = (
+        "--size",
+        32,
+        "--source",
+        64,
+        "--images",
+        130,
+        "--rounds",
+        1,
+        "--batch-per-rank",
+        2,
+        "--steps",
+        2,
+    )
     what = ["build", "read", "training", "draw", "stream"]
     found = lines_of("input_pipeline", *what, *options, "--topology", "vgg16")
     assert [line["what"] for line in found] == what
     drawn = found.pop(3)
     assert all(drawn[f"views_{views}_images_per_core_second"] > 0 for views in (1, 4, 8))
-    assert all(line["images_per_second"] > 0 and line["peer_images_per_second"] > 0 for line in found)
+    assert all(
+        line["images_per_second"] > 0 and line["peer_images_per_second"] > 0 for line in found
+    )
     assert all(line["lost"] == pytest.approx(1 - line["ratio"], abs=1e-3) for line in found[2:])
 
 
 def test_the_bootstrap_is_measured_against_scikit_learn():
-    (line,) = lines_of("bootstrap", "--images", 2000, "--patients", 200, "--resamples", 20, "--rounds", 1)
+    (line,) = lines_of(
+        "bootstrap", "--images", 2000, "--patients", 200, "--resamples", 20, "--rounds", 1
+    )
     assert line["ratio"] > 1 and line["seconds"] > 0
 
 
 def test_coverage_and_chance_are_counted_over_trials():
-    *held, compared, _, chance = lines_of("coverage", "--trials", 8, "--pairs", 4, "--patients", 60, "--resamples", 30)
+    *held, compared, _, chance = lines_of(
+        "coverage", "--trials", 8, "--pairs", 4, "--patients", 60, "--resamples", 30
+    )
     kinds = {line["kind"] for line in held}
-    assert {"AUROC", "AUROC, mean", "average precision", "difference of AUROC", "Brier score", "ppv"} < kinds
-    assert {"difference of AUROC, mean of seeds", "calibration error, calibrated", "pointing, IoU, IoBB"} < kinds
+    assert {
+        "AUROC",
+        "AUROC, mean",
+        "average precision",
+        "difference of AUROC",
+        "Brier score",
+        "ppv",
+    } < kinds
+    assert {
+        "difference of AUROC, mean of seeds",
+        "calibration error, calibrated",
+        "pointing, IoU, IoBB",
+    } < kinds
     assert {"mean over 3 seeds, gain", "what the wires cost", "difference of Brier scores"} < kinds
     for line in held:
         inside = line["coverage"] * line["intervals"]
         assert inside == pytest.approx(round(inside), abs=0.5)
         assert (line["told"] == "below 93 %") == (line["coverage"] < 0.93)
-    assert np.average([line["coverage"] for line in held], weights=[line["intervals"] for line in held]) > 0.9
+    assert (
+        np.average(
+            [line["coverage"] for line in held], weights=[line["intervals"] for line in held]
+        )
+        > 0.9
+    )
     assert compared["trials"] == 4
     assert chance["trials"] == 4 and chance["called_different"] <= chance["without_correction"]
 
 
 def test_a_cold_predict_is_timed_over_whole_processes(phantom, vgg_file):
-    (line,) = lines_of("cold_predict", "--data", phantom, "--weights", vgg_file, "--images", 3, "--rounds", 2)
+    (line,) = lines_of(
+        "cold_predict", "--data", phantom, "--weights", vgg_file, "--images", 3, "--rounds", 2
+    )
     assert (line["topology"], line["size"], line["images"]) == ("vgg16", 32, 3)
-    assert len(line["rounds"]) == 2 and line["seconds"] == pytest.approx(sum(line["rounds"]) / 2, abs=0.02)
+    assert len(line["rounds"]) == 2 and line["seconds"] == pytest.approx(
+        sum(line["rounds"]) / 2, abs=0.02
+    )
     assert 0 < line["peak_gib"] < 4
 
 
@@ -116,7 +161,9 @@ def test_localization_prints_counts_beside_the_chance_level(phantom, vgg_file):
         ("vgg16", 91.906, 15.347, 224**2 * 9 * 3 * 64),
     ],
 )
-def test_operations_of_a_step_are_three_forward_passes_less_the_gradient_of_the_pixels(topology, gflop, forward, first):
+def test_operations_of_a_step_are_three_forward_passes_less_the_gradient_of_the_pixels(
+    topology, gflop, forward, first
+):
     """Forward and the first convolution at 224 px, in multiply-adds (He et al. 2016 say 3.8e9)."""
     found = training_gflop(build_model(topology, size=224))
     assert found == pytest.approx(gflop, rel=1e-3)
@@ -126,6 +173,10 @@ def test_operations_of_a_step_are_three_forward_passes_less_the_gradient_of_the_
 def test_operations_of_one_layer_are_counted_by_hand():
     import keras
 
-    inner = [keras.layers.Conv2D(8, 3, padding="same", strides=2), keras.layers.Flatten(), keras.layers.Dense(5)]
+    inner = [
+        keras.layers.Conv2D(8, 3, padding="same", strides=2),
+        keras.layers.Flatten(),
+        keras.layers.Dense(5),
+    ]
     model = keras.Sequential([keras.Input((10, 10, 3)), *inner])
     assert math.isclose(training_gflop(model), (2 * 2 * 25 * 8 * 27 + 3 * 2 * 200 * 5) / 1e9)

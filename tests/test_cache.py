@@ -1,4 +1,6 @@
-"""Pixels come from the cache as they were decoded, never from another image, whatever happens to files and builders."""
+"""Pixels come from the cache as they were decoded, never from another image, whatever happens to
+files and builders.
+"""
 
 import itertools
 import os
@@ -25,7 +27,9 @@ def own_cache(tmp_path, monkeypatch):
     """An empty cache, and a count of the images that are decoded."""
     monkeypatch.setenv(cache.FOLDER, str(tmp_path / "cache"))
     decoded, decode = [], cache.read_image
-    monkeypatch.setattr(cache, "read_image", lambda path, data: decoded.append(path) or decode(path, data))
+    monkeypatch.setattr(
+        cache, "read_image", lambda path, data: decoded.append(path) or decode(path, data)
+    )
     return decoded
 
 
@@ -34,7 +38,9 @@ def save(path, level, side=8):
     return str(path)
 
 
-@pytest.mark.parametrize(("factor", "shape"), [(2, (64, 64)), (4, (64, 64)), (8, (256, 256)), (3, (96, 96))])
+@pytest.mark.parametrize(
+    ("factor", "shape"), [(2, (64, 64)), (4, (64, 64)), (8, (256, 256)), (3, (96, 96))]
+)
 def test_resizing_is_the_mean_over_blocks(factor, shape):
     image = np.random.default_rng(factor).integers(0, 256, shape, np.uint8)
     small = resize_area(image, shape[0] // factor)
@@ -45,12 +51,17 @@ def test_resizing_is_the_mean_over_blocks(factor, shape):
 
 
 def area_means(image, size):
-    """Pixel by pixel in float64: the mean of the area of each output pixel, with the parts of pixels at its edges."""
+    """Pixel by pixel in float64: the mean of the area of each output pixel, with the parts of
+    pixels at its edges.
+    """
 
     def overlaps(side):
         edges = np.linspace(0, side, size + 1)
         return [
-            {i: min(end, i + 1) - max(start, i) for i in range(int(start), min(side, int(np.ceil(end))))}
+            {
+                i: min(end, i + 1) - max(start, i)
+                for i in range(int(start), min(side, int(np.ceil(end))))
+            }
             for start, end in itertools.pairwise(edges)
         ]
 
@@ -58,20 +69,32 @@ def area_means(image, size):
     for y, rows in enumerate(overlaps(image.shape[0])):
         for x, columns in enumerate(overlaps(image.shape[1])):
             parts = [(image[i, j], h * w) for i, h in rows.items() for j, w in columns.items()]
-            means[y, x] = sum(float(value) * area for value, area in parts) / sum(area for _, area in parts)
+            means[y, x] = sum(float(value) * area for value, area in parts) / sum(
+                area for _, area in parts
+            )
     return means
 
 
 @pytest.mark.parametrize(
     ("shape", "size"),
-    [((64, 64), 56), ((128, 128), 28), ((100, 37), 16), ((30, 30), 32), ((7, 50), 20), ((5, 3), 4), ((48, 40), 16)],
+    [
+        ((64, 64), 56),
+        ((128, 128), 28),
+        ((100, 37), 16),
+        ((30, 30), 32),
+        ((7, 50), 20),
+        ((5, 3), 4),
+        ((48, 40), 16),
+    ],
 )  # 64 to 56 and 128 to 28 are 256 to 224 and 1024 to 224
 def test_resizing_is_the_mean_of_the_area_where_ratios_are_not_whole_too(shape, size):
     image = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
     assert np.abs(resize_area(image, size) - area_means(image, size)).max() <= 0.501  # rounded once
 
 
-@pytest.mark.parametrize(("shape", "size"), [((64, 64), 16), ((96, 48), 16), ((8, 8), 24), ((60, 120), 30)])
+@pytest.mark.parametrize(
+    ("shape", "size"), [((64, 64), 16), ((96, 48), 16), ((8, 8), 24), ((60, 120), 30)]
+)
 def test_resizing_by_whole_ratios_gives_the_bits_of_pillows_box_filter(shape, size):
     image = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
     box = Image.fromarray(image).resize((size, size), Image.Resampling.BOX)
@@ -87,16 +110,24 @@ def test_training_and_prediction_resize_alike(tmp_path, own_cache):
 
 
 def test_a_folder_of_very_dark_films_is_told_each_time_it_is_opened(own_cache, tmp_path, caplog):
-    """16-bit colour of 12 or 14 bits, of which PIL keeps the upper 8 bits; or a mark in full white in such a film."""
+    """16-bit colour of 12 or 14 bits, of which PIL keeps the upper 8 bits; or a mark in full white
+    in such a film.
+    """
     paths = []
-    for i, (film, _) in enumerate(itertools.islice(phantom_images(0, size=64, difficulty="easy"), 6)):
+    for i, (film, _) in enumerate(
+        itertools.islice(phantom_images(0, size=64, difficulty="easy"), 6)
+    ):
         film = film // 4 if i % 2 else film
         paths.append(str(tmp_path / f"{i}.png"))
         Image.fromarray(film).save(paths[-1])
     for _ in range(2):  # decoded, then from the cache
         caplog.clear()
         ImageStore(paths, size=32)
-        assert "3 of 6 images are very dark" in caplog.text and "1.png" in caplog.text and "0.png" not in caplog.text
+        assert (
+            "3 of 6 images are very dark" in caplog.text
+            and "1.png" in caplog.text
+            and "0.png" not in caplog.text
+        )
     shutil.copy(paths[1], tmp_path / "copy.png")
     caplog.clear()
     ImageStore([str(tmp_path / "copy.png")], size=32)
@@ -146,7 +177,9 @@ def test_only_what_is_new_is_decoded_and_a_copy_is_known_by_its_content(files, o
     assert len(own_cache) == 9
 
 
-def test_a_changed_image_is_never_read_stale_not_even_with_the_old_size_and_time(own_cache, tmp_path):
+def test_a_changed_image_is_never_read_stale_not_even_with_the_old_size_and_time(
+    own_cache, tmp_path
+):
     path = save(tmp_path / "a.png", 10)
     before = os.stat(path)
     assert ImageStore([path], size=8).take([0]).max() == 10
@@ -182,7 +215,9 @@ def test_damaged_pixels_are_named_decoded_anew_and_mended(files, own_cache, capl
     assert not caplog.records
 
 
-def test_damage_is_mended_for_a_copy_too_and_pixels_that_nobody_knows_are_swept(files, own_cache, tmp_path):
+def test_damage_is_mended_for_a_copy_too_and_pixels_that_nobody_knows_are_swept(
+    files, own_cache, tmp_path
+):
     paths, pixels = files
     ImageStore(paths, size=24)
     copies = [shutil.copy(path, tmp_path / f"copy-{i}.png") for i, path in enumerate(paths)]
@@ -198,7 +233,9 @@ def test_damage_is_mended_for_a_copy_too_and_pixels_that_nobody_knows_are_swept(
     assert file not in pixel_files(24)
 
 
-def test_a_broken_image_is_named_and_what_was_decoded_before_is_kept(files, own_cache, tmp_path, monkeypatch):
+def test_a_broken_image_is_named_and_what_was_decoded_before_is_kept(
+    files, own_cache, tmp_path, monkeypatch
+):
     monkeypatch.setattr(cache, "ROUND", 0.0)  # a pair of files for each chunk
     monkeypatch.setattr(cache, "_CHUNK", 4)
     broken = tmp_path / "broken.png"
@@ -215,13 +252,19 @@ def test_a_build_holds_few_rows_at_a_time_whatever_it_is_given(files, own_cache,
     monkeypatch.setattr(cache, "_ROWS", 4)
     monkeypatch.setattr(cache, "_CHUNK", 2)
     store = ImageStore(files[0], size=24)
-    assert [path.stat().st_size // 24**2 for path in pixel_files(24)].count(4) == 2 and len(pixel_files(24)) == 3
+    assert [path.stat().st_size // 24**2 for path in pixel_files(24)].count(4) == 2 and len(
+        pixel_files(24)
+    ) == 3
     np.testing.assert_array_equal(store.take(range(11)), files[1])
-    np.testing.assert_array_equal(ImageStore(files[0][::-1], size=24).take(range(11)), files[1][::-1])
+    np.testing.assert_array_equal(
+        ImageStore(files[0][::-1], size=24).take(range(11)), files[1][::-1]
+    )
     assert len(own_cache) == 11
 
 
-def test_a_cache_that_cannot_be_written_says_which_folder_and_what_to_do(files, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_says_which_folder_and_what_to_do(
+    files, tmp_path, monkeypatch
+):
     (tmp_path / "file").touch()
     monkeypatch.setenv(cache.FOLDER, str(tmp_path / "file"))
     with pytest.raises(DataError, match=rf"{tmp_path}/file.*{cache.FOLDER}"):
@@ -230,8 +273,11 @@ def test_a_cache_that_cannot_be_written_says_which_folder_and_what_to_do(files, 
 
 def test_a_killed_build_goes_on_where_it_was(tmp_path, own_cache):
     paths = [save(tmp_path / f"{i}.png", i % 256, 512) for i in range(300)]
-    script = "import sys, time; from chexlib.data import cache; cache.ROUND = 0.0; cache._CHUNK = 8; "
-    script += "add = cache.ImageStore._add; "  # after each round there is time to be killed, however fast the machine
+    script = (
+        "import sys, time; from chexlib.data import cache; cache.ROUND = 0.0; cache._CHUNK = 8; "
+    )
+    # After each round there is time to be killed, however fast the machine.
+    script += "add = cache.ImageStore._add; "
     script += "cache.ImageStore._add = lambda *asked: (add(*asked), time.sleep(0.2))[0]; "
     script += "cache.ImageStore(sys.argv[1:], size=8)"
     builder = subprocess.Popen([sys.executable, "-c", script, *paths])
@@ -264,7 +310,9 @@ class Ranks:
 
 
 def open_together(monkeypatch, hosts, paths):
-    """Stores of ranks on these hosts that open the same paths, and for each rank the paths it decoded."""
+    """Stores of ranks on these hosts that open the same paths, and for each rank the paths it
+    decoded.
+    """
     ranks, stores, decoded = Ranks(len(hosts)), [None] * len(hosts), [[] for _ in hosts]
     me = threading.local()
 
@@ -297,13 +345,17 @@ def open_together(monkeypatch, hosts, paths):
     return stores, decoded
 
 
-def test_one_rank_of_a_host_builds_and_hosts_that_share_a_folder_divide_the_images(files, own_cache, monkeypatch):
+def test_one_rank_of_a_host_builds_and_hosts_that_share_a_folder_divide_the_images(
+    files, own_cache, monkeypatch
+):
     paths, pixels = files
     stores, decoded = open_together(monkeypatch, ["a", "a", "b", "b"], paths)
     assert [len(found) for found in decoded] == [6, 0, 5, 0]
     assert sorted(own_cache) == sorted(paths)
     for store in stores:
-        np.testing.assert_array_equal(store.take([10, 1]), [resize_area(pixels[i], 12) for i in (10, 1)])
+        np.testing.assert_array_equal(
+            store.take([10, 1]), [resize_area(pixels[i], 12) for i in (10, 1)]
+        )
 
 
 def test_a_broken_image_ends_all_ranks_with_the_same_error(files, own_cache, tmp_path):

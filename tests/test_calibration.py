@@ -1,4 +1,6 @@
-"""Calibration error, what mends it, and operating points: against other people's code and hand-worked cases."""
+"""Calibration error, what mends it, and operating points: against other people's code and
+hand-worked cases.
+"""
 
 import json
 
@@ -19,12 +21,21 @@ from chexlib.evaluation.calibration import (
     fit_calibration,
     reliability_curve,
 )
-from chexlib.evaluation.operating import RULES, OperatingPoints, choose_points, rates_at, read_by_card, share
+from chexlib.evaluation.operating import (
+    RULES,
+    OperatingPoints,
+    choose_points,
+    rates_at,
+    read_by_card,
+    share,
+)
 from chexlib.findings import FINDINGS
 
 
 def forecast(n=3000, *, temperature=1.0, seed=0):
-    """Labels drawn from probabilities; scores whose logits are too large by `temperature`; a patient an image."""
+    """Labels drawn from probabilities; scores whose logits are too large by `temperature`; a
+    patient an image.
+    """
     rng = np.random.default_rng(seed)
     logits = rng.normal(-1.5, 1.5, (n, 14))
     labels = (rng.random((n, 14)) < expit(logits)).astype(float)
@@ -34,7 +45,9 @@ def forecast(n=3000, *, temperature=1.0, seed=0):
 def test_reliability_curve_is_scikit_learns_over_quantiles():
     labels, scores, _ = forecast()
     ours = reliability_curve(labels[:, 0], scores[:, 0], bins=10)
-    observed, predicted = calibration_curve(labels[:, 0], scores[:, 0], n_bins=10, strategy="quantile")
+    observed, predicted = calibration_curve(
+        labels[:, 0], scores[:, 0], n_bins=10, strategy="quantile"
+    )
     np.testing.assert_allclose(ours["observed"], observed, atol=1e-12)
     np.testing.assert_allclose(ours["predicted"], predicted, atol=1e-12)
     assert ours["images"].tolist() == [300] * 10 and ours["positives"].sum() == labels[:, 0].sum()
@@ -48,7 +61,9 @@ def test_calibration_error_is_the_mean_distance_over_bins_and_brier_is_scikit_le
         known = ~np.isnan(labels[:, i])
         curve = reliability_curve(labels[:, i], scores[:, i])
         gap = (curve["observed"] - curve["predicted"]).abs()
-        assert table.loc[finding, "ece"] == pytest.approx((gap * curve["images"]).sum() / known.sum(), abs=1e-12)
+        assert table.loc[finding, "ece"] == pytest.approx(
+            (gap * curve["images"]).sum() / known.sum(), abs=1e-12
+        )
         expected = brier_score_loss(labels[known, i], scores[known, i])
         assert table.loc[finding, "brier"] == pytest.approx(expected, abs=1e-12)
     assert table.loc["mean", "ece"] == pytest.approx(table["ece"].iloc[:14].mean())
@@ -60,13 +75,17 @@ def test_interval_of_the_brier_score_is_that_of_its_mean_over_patients():
     table = calibration_error(labels, scores, patients, resamples=1000)
     squares = (labels[:, 0] - scores[:, 0]) ** 2
     half = 1.96 * squares.std() / np.sqrt(len(squares))
-    assert table["brier_high"].iloc[0] - table["brier_low"].iloc[0] == pytest.approx(2 * half, rel=0.1)
+    assert table["brier_high"].iloc[0] - table["brier_low"].iloc[0] == pytest.approx(
+        2 * half, rel=0.1
+    )
     assert table["brier_low"].iloc[0] == pytest.approx(squares.mean() - half, rel=0.02)
 
 
 def test_the_calibration_error_of_perfect_probabilities_is_the_one_that_chance_is_said_to_give():
     tables = [calibration_error(*forecast(1000, seed=seed), resamples=20) for seed in range(4)]
-    found, expected = (np.mean([table.loc["mean", column] for table in tables]) for column in ("ece", "ece_chance"))
+    found, expected = (
+        np.mean([table.loc["mean", column] for table in tables]) for column in ("ece", "ece_chance")
+    )
     assert found == pytest.approx(expected, rel=0.12)
 
 
@@ -84,11 +103,19 @@ def test_intervals_of_the_calibration_error_hold_the_true_one(temperature):
     labels, scores, _ = forecast(200_000, temperature=temperature, seed=99)
     curve = reliability_curve(labels[:, 0], scores[:, 0])
     true = np.sqrt(((curve["observed"] - curve["predicted"]) ** 2).mean())
-    tables = [calibration_error(*forecast(500, temperature=temperature, seed=s), resamples=2) for s in range(15)]
+    tables = [
+        calibration_error(*forecast(500, temperature=temperature, seed=s), resamples=2)
+        for s in range(15)
+    ]
     held = [(table["rms_low"] <= true) & (true <= table["rms_high"]) for table in tables]
-    assert np.mean([one.iloc[:14] for one in held]) >= 0.93 and np.mean([one["mean"] for one in held]) >= 0.8
+    assert (
+        np.mean([one.iloc[:14] for one in held]) >= 0.93
+        and np.mean([one["mean"] for one in held]) >= 0.8
+    )
     squares = np.mean([np.square(table["rms"].iloc[:14]) for table in tables])
-    assert squares == pytest.approx(true**2, rel=0.2) or temperature < 2  # 0 where it would be below
+    assert (
+        squares == pytest.approx(true**2, rel=0.2) or temperature < 2
+    )  # 0 where it would be below
 
 
 def test_the_brier_difference_is_that_of_scikit_learn_with_the_error_over_patients():
@@ -98,22 +125,30 @@ def test_the_brier_difference_is_that_of_scikit_learn_with_the_error_over_patien
     table = brier_difference(labels, better, scores, patients, resamples=1000)
     known = ~np.isnan(labels[:, 3])
     expected = [brier_score_loss(labels[known, 3], own[known, 3]) for own in (better, scores)]
-    assert table.loc[FINDINGS[3], "difference"] == pytest.approx(expected[0] - expected[1], abs=1e-12)
+    assert table.loc[FINDINGS[3], "difference"] == pytest.approx(
+        expected[0] - expected[1], abs=1e-12
+    )
     apart = (labels[known, 3] - better[known, 3]) ** 2 - (labels[known, 3] - scores[known, 3]) ** 2
     half = 1.96 * apart.std() / np.sqrt(known.sum())
-    assert table.loc[FINDINGS[3], "high"] - table.loc[FINDINGS[3], "low"] == pytest.approx(2 * half, rel=0.1)
+    assert table.loc[FINDINGS[3], "high"] - table.loc[FINDINGS[3], "low"] == pytest.approx(
+        2 * half, rel=0.1
+    )
     assert table.loc["mean", "high"] < 0 and table.loc["mean", "p_holm"] < 0.001
     assert (brier_difference(labels, scores, scores, patients, resamples=20)["p"] == 1).all()
 
 
 def test_a_calibration_that_changes_nothing_true_is_rarely_called_better():
-    """Perfect probabilities and the same with noise that is as often up as down on the logits are told apart late."""
+    """Perfect probabilities and the same with noise that is as often up as down on the logits are
+    told apart late.
+    """
     called = 0
     for seed in range(60):
         labels, scores, patients = forecast(200, seed=seed)
         noise = np.random.default_rng(seed).normal(scale=0.02, size=(2, *scores.shape))
         one, other = (expit(logit(scores) + own) for own in noise)
-        called += (brier_difference(labels, one, other, patients, resamples=100)["p_holm"] < 0.05).any()
+        called += (
+            brier_difference(labels, one, other, patients, resamples=100)["p_holm"] < 0.05
+        ).any()
     assert called <= 8  # at 5 % of 60 more have a chance of 0.4 %
 
 
@@ -176,8 +211,13 @@ def test_the_calibration_to_carry_is_the_one_that_mends_what_is_wrong():
 
 def test_calibrations_are_compared_on_patients_that_they_were_not_fitted_to():
     rng = np.random.default_rng(0)
-    patients, scores = np.repeat(np.arange(100), 20), np.tile(np.linspace(0.45, 0.55, 100).repeat(20)[:, None], 14)
-    labels = rng.integers(0, 2, (100, 14)).repeat(20, axis=0).astype(float)  # nothing to learn but who is who
+    patients, scores = (
+        np.repeat(np.arange(100), 20),
+        np.tile(np.linspace(0.45, 0.55, 100).repeat(20)[:, None], 14),
+    )
+    labels = (
+        rng.integers(0, 2, (100, 14)).repeat(20, axis=0).astype(float)
+    )  # nothing to learn but who is who
     tried = compare_calibrations(labels, scores, patients)
     assert tried["isotonic"] > tried["as trained"]
 
@@ -229,8 +269,14 @@ BAD_CURVES = (
         {"method": "temperature", "curves": {"Cold": {"temperature": 1}}},
         {"method": "temperature", "curves": {"Mass": {"scores": [0, 1]}}},
         {"method": "temperature", "curves": {"Mass": {"temperature": "nan"}}},
-        *({"method": "temperature", "curves": {"Mass": {"temperature": t}}} for t in BAD_TEMPERATURES),
-        *({"method": "isotonic", "curves": {"Mass": {"scores": s, "probabilities": p}}} for s, p in BAD_CURVES),
+        *(
+            {"method": "temperature", "curves": {"Mass": {"temperature": t}}}
+            for t in BAD_TEMPERATURES
+        ),
+        *(
+            {"method": "isotonic", "curves": {"Mass": {"scores": s, "probabilities": p}}}
+            for s, p in BAD_CURVES
+        ),
         {"method": "isotonic", "curves": {"Mass": [0, 1]}},
         {"method": "isotonic", "curves": {"Mass": None}},
         {"method": "isotonic", "curves": "Mass"},
@@ -261,7 +307,9 @@ def by_hand():
 
 
 def test_operating_points_of_a_hand_worked_case():
-    """From 0.7 on 4 of 5 positives and no negative; from 0.6 on one negative of 5; from 0.3 on all positives."""
+    """From 0.7 on 4 of 5 positives and no negative; from 0.6 on one negative of 5; from 0.3 on all
+    positives.
+    """
     chosen = choose_points(*by_hand(), sensitivity=0.9, specificity=0.9).thresholds["Mass"]
     assert chosen == {"youden": 0.7, "sensitivity": 0.3, "specificity": 0.7}
     chosen = choose_points(*by_hand(), sensitivity=0.8, specificity=0.8).thresholds["Mass"]
@@ -271,7 +319,10 @@ def test_operating_points_of_a_hand_worked_case():
 def test_operating_points_hold_on_validation_what_they_ask_for():
     labels, scores, patients = forecast(1000)
     table = rates_at(
-        labels, scores, patients, choose_points(labels, scores, patients, sensitivity=0.85, specificity=0.95)
+        labels,
+        scores,
+        patients,
+        choose_points(labels, scores, patients, sensitivity=0.85, specificity=0.95),
     )
     assert (table.xs("sensitivity", level="rule")["sensitivity"] >= 0.85).all()
     assert (table.xs("specificity", level="rule")["specificity"] >= 0.95).all()
@@ -284,7 +335,10 @@ def test_a_specificity_that_no_score_reaches_calls_nobody_and_is_plain_json():
     points = choose_points(1 - labels, scores, patients)  # the highest scores are all negative
     table = rates_at(1 - labels, scores, patients, points).loc[("Mass", "specificity")]
     assert table["tp"] == table["fp"] == 0 and np.isnan(table["ppv"])
-    assert OperatingPoints.from_dict(json.loads(json.dumps(points.to_dict(), allow_nan=False))) == points
+    assert (
+        OperatingPoints.from_dict(json.loads(json.dumps(points.to_dict(), allow_nan=False)))
+        == points
+    )
 
 
 def test_rates_are_scikit_learns_confusion():
@@ -297,7 +351,9 @@ def test_rates_are_scikit_learns_confusion():
     tn, fp, fn, tp = confusion_matrix(labels[known, 0], called).ravel()
     assert row[["tn", "fp", "fn", "tp"]].tolist() == [tn, fp, fn, tp]
     expected = [tp / (tp + fn), tn / (tn + fp), tp / (tp + fp), tn / (tn + fn)]
-    np.testing.assert_allclose(row[["sensitivity", "specificity", "ppv", "npv"]].astype(float), expected)
+    np.testing.assert_allclose(
+        row[["sensitivity", "specificity", "ppv", "npv"]].astype(float), expected
+    )
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 12), (12, 12), (5, 40), (90, 300)])
@@ -325,7 +381,9 @@ def test_a_share_of_four_patients_has_no_interval():
 
 @pytest.mark.parametrize("true", [0.5, 0.8])
 def test_a_share_lies_in_its_interval_however_unequal_the_patients_are(true):
-    """12 patients with 1 to 20 images that are alike; Wilson's with the plain variance held 0.88 to 0.91."""
+    """12 patients with 1 to 20 images that are alike; Wilson's with the plain variance held 0.88 to
+    0.91.
+    """
     rng, held = np.random.default_rng(0), []
     for _ in range(600):
         images = np.ceil(20 ** rng.random(12)).astype(int)
@@ -353,18 +411,29 @@ def test_what_are_no_operating_points_is_refused(values):
     with pytest.raises(ConfigError, match=r"operating points|sensitivity"):
         OperatingPoints.from_dict(values)
     with pytest.raises(WeightsError, match=r"m\.keras cannot be followed"):
-        read_by_card(pd.DataFrame(columns=list(FINDINGS)), {"operating_points": values}, weights="m.keras")
+        read_by_card(
+            pd.DataFrame(columns=list(FINDINGS)), {"operating_points": values}, weights="m.keras"
+        )
 
 
 def test_a_card_calibrates_scores_and_says_which_findings_are_called():
     labels, scores, patients = forecast(temperature=2.0)
-    fitted, points = fit_calibration(labels, scores, patients), choose_points(labels, scores, patients)
+    fitted, points = (
+        fit_calibration(labels, scores, patients),
+        choose_points(labels, scores, patients),
+    )
     sharp = fitted.curves["Mass"]["temperature"]
-    card = json.loads(json.dumps({"calibration": fitted.to_dict(), "operating_points": points.to_dict()}))
+    card = json.loads(
+        json.dumps({"calibration": fitted.to_dict(), "operating_points": points.to_dict()})
+    )
     given = pd.DataFrame(scores[:5], index=list("abcde"), columns=list(FINDINGS))
     probabilities, called = read_by_card(given, card)
     np.testing.assert_allclose(probabilities, expit(logit(scores[:5]) / sharp), atol=1e-9)
     for image, row in given.iterrows():
         for rule, names in called[image].items():
-            assert names == [f for f in FINDINGS if f in points.thresholds and row[f] >= points.thresholds[f][rule]]
+            assert names == [
+                f
+                for f in FINDINGS
+                if f in points.thresholds and row[f] >= points.thresholds[f][rule]
+            ]
     assert read_by_card(given, {})[0] is given and read_by_card(given, {})[1] == {}

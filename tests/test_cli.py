@@ -1,4 +1,6 @@
-"""The command line: one clear line for what is wrong, exit code 2, nothing half-made; numbers where they are asked."""
+"""The command line: one clear line for what is wrong, exit code 2, nothing half-made; numbers where
+they are asked.
+"""
 
 import io
 import json
@@ -73,14 +75,18 @@ def test_every_command_has_help_with_a_word_on_every_option(command, flag):
     answer = call(command, flag)
     assert answer.exit_code == 0
     assert answer.output.startswith(f"Usage: main {command}")
-    options = [option for option in main.commands[command].params if isinstance(option, click.Option)]
+    options = [
+        option for option in main.commands[command].params if isinstance(option, click.Option)
+    ]
     assert {option.name for option in options if not option.help} <= {"seed"}
 
 
 def test_the_command_line_starts_without_tensorflow():
     heavy = {"tensorflow", "keras", "ipyparallel", "pandas", "papermill"}
     code = f"import sys, chexlib.app.cli; print(sorted({heavy!r} & set(sys.modules)))"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    )
     assert answer.stdout.strip() == "[]", answer.stderr
 
 
@@ -102,7 +108,9 @@ def test_an_error_is_one_line_and_exit_code_2_in_a_real_process(tmp_path):
 @pytest.fixture(autouse=True)
 def no_execution(monkeypatch):
     """What is not refused here must not start training."""
-    monkeypatch.setattr("papermill.execute_notebook", lambda *args, **kwargs: pytest.fail("a notebook was executed"))
+    monkeypatch.setattr(
+        "papermill.execute_notebook", lambda *args, **kwargs: pytest.fail("a notebook was executed")
+    )
 
 
 def refused_run(tmp_path, *words, naming):
@@ -119,11 +127,15 @@ def test_run_refuses_a_misspelt_parameter_and_suggests_the_right_one(tmp_path, w
 
 
 def test_run_refuses_a_parameter_of_another_notebook(tmp_path):
-    refused_run(tmp_path, "00", "-p", "epochs", "2", naming=["'epochs'", "Accepted: ", "phantom_images"])
+    refused_run(
+        tmp_path, "00", "-p", "epochs", "2", naming=["'epochs'", "Accepted: ", "phantom_images"]
+    )
 
 
 def test_run_refuses_an_unknown_profile_and_lists_the_known(tmp_path):
-    refused_run(tmp_path, "00", "--profile", "fast", naming=["'fast'", "quick", "standard", "cluster"])
+    refused_run(
+        tmp_path, "00", "--profile", "fast", naming=["'fast'", "quick", "standard", "cluster"]
+    )
 
 
 @pytest.mark.parametrize("name", ["99", "train", "../README"])
@@ -137,14 +149,17 @@ def test_run_refuses_no_engines(tmp_path, engines):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("engines", "two"), ("epochs", "2.5"), ("seed", "none"), ("learning_rate", "fast")]
+    ("name", "value"),
+    [("engines", "two"), ("epochs", "2.5"), ("seed", "none"), ("learning_rate", "fast")],
 )
 def test_run_refuses_a_value_of_the_wrong_type(tmp_path, name, value):
     refused_run(tmp_path, "04", "-p", name, value, naming=[name, value])
 
 
 def test_run_refuses_more_engines_than_images(tmp_path, tiny_nih):
-    refused_run(tmp_path, "04", "--data", tiny_nih(), "--engines", 25, naming=["25 engines", "24 images"])
+    refused_run(
+        tmp_path, "04", "--data", tiny_nih(), "--engines", 25, naming=["25 engines", "24 images"]
+    )
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty"])
@@ -153,7 +168,11 @@ def test_run_refuses_a_data_folder_without_csv(tmp_path, kind):
     if kind == "empty":
         folder.mkdir()
     refused_run(
-        tmp_path, "03", "--data", folder, naming=[folder, "Data_Entry_2017" if kind == "empty" else "not exist"]
+        tmp_path,
+        "03",
+        "--data",
+        folder,
+        naming=[folder, "Data_Entry_2017" if kind == "empty" else "not exist"],
     )
 
 
@@ -166,7 +185,9 @@ def test_run_refuses_a_data_folder_without_images(tmp_path, tiny_nih):
 
 def test_run_refuses_a_run_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("kept")
-    refused("run", "00", "--runs-dir", tmp_path / "file" / "runs", naming=[tmp_path / "file" / "runs"])
+    refused(
+        "run", "00", "--runs-dir", tmp_path / "file" / "runs", naming=[tmp_path / "file" / "runs"]
+    )
     assert (tmp_path / "file").read_text() == "kept"
 
 
@@ -192,7 +213,13 @@ def names(patient, *follow_ups):
 
 def test_audit_of_the_official_lists_ends_with_0(lists):
     folder, _ = lists
-    answer = call("audit", "--data", folder, f"train={folder}/train_val_list.txt", f"test={folder}/test_list.txt")
+    answer = call(
+        "audit",
+        "--data",
+        folder,
+        f"train={folder}/train_val_list.txt",
+        f"test={folder}/test_list.txt",
+    )
     assert answer.exit_code == 0, answer.output
     assert "train: 15 images of 7 patients" in answer.output
     assert "test: 9 images of 3 patients" in answer.output
@@ -204,7 +231,8 @@ def test_audit_of_the_official_lists_ends_with_0(lists):
 
 def test_audit_ends_with_1_on_a_leak_with_the_numbers(lists):
     folder, write = lists
-    # Patients 1 and 3 are in train and test: 3 of train's 4 images, 4 of test's 5. Validation shares nobody.
+    # Patients 1 and 3 are in train and test: 3 of train's 4 images, 4 of test's 5. Validation
+    # shares nobody.
     train = write("train", [*names(1, 0, 1), *names(3, 0), *names(2, 0)])
     test = write("test", [*names(1, 2), *names(3, 1, 2, 3), *names(7, 0)])
     validation = write("validation", names(4, 0, 1))
@@ -219,28 +247,41 @@ def test_audit_ends_with_1_on_a_leak_with_the_numbers(lists):
 
 def test_audit_names_an_image_that_is_listed_twice(lists):
     folder, write = lists
-    answer = call("audit", "--data", folder, write("train", names(1, 0, 1, 1)), write("test", names(2, 0)))
+    answer = call(
+        "audit", "--data", folder, write("train", names(1, 0, 1, 1)), write("test", names(2, 0))
+    )
     assert answer.exit_code == 1
     assert "00000001_001.png" in answer.output
 
 
 def test_audit_counts_images_that_the_labels_do_not_have(lists):
-    """The release's lists beside a subset's labels; with labels beside the names, as many lists have them."""
+    """The release's lists beside a subset's labels; with labels beside the names, as many lists
+    have them.
+    """
     folder, write = lists
-    train = write("train", [f"images/{name} 0 1 0" for name in [*names(1, 0, 1), *names(99, 0, 1, 2)]])
+    train = write(
+        "train", [f"images/{name} 0 1 0" for name in [*names(1, 0, 1), *names(99, 0, 1, 2)]]
+    )
     answer = call("audit", "--data", folder, train, write("test", names(2, 0)))
     assert answer.exit_code == 0, answer.output
     assert "train: 2 images of 1 patients, and 3 that the labels do not have" in answer.output
     assert "test: 1 images of 1 patients\n" in answer.output
-    answer = call("audit", "--data", folder, write("train", names(99, 0, 1)), write("test", names(2, 0)))
-    assert answer.exit_code == 2 and "train.txt: none of its 2 images is in the label file" in answer.stderr
+    answer = call(
+        "audit", "--data", folder, write("train", names(99, 0, 1)), write("test", names(2, 0))
+    )
+    assert (
+        answer.exit_code == 2
+        and "train.txt: none of its 2 images is in the label file" in answer.stderr
+    )
 
 
 def test_audit_needs_labels_alone(lists):
     folder, write = lists
     for path in folder.rglob("*.png"):
         path.unlink()
-    answer = call("audit", "--data", folder, write("train", names(1, 0)), write("test", names(2, 0)))
+    answer = call(
+        "audit", "--data", folder, write("train", names(1, 0)), write("test", names(2, 0))
+    )
     assert answer.exit_code == 0, answer.output
 
 
@@ -267,26 +308,33 @@ def test_audit_refuses_a_missing_list_and_unknown_images(lists):
 
 def test_phantom_writes_a_folder_that_can_be_loaded_and_audited(tmp_path):
     folder = tmp_path / "made"
-    answer = call("phantom", folder, "--images", 12, "--size", 32, "--workers", 1, "--min-prevalence", 0.04)
+    answer = call(
+        "phantom", folder, "--images", 12, "--size", 32, "--workers", 1, "--min-prevalence", 0.04
+    )
     assert answer.exit_code == 0, answer.output
     assert answer.stdout.strip() == str(folder)
     radiographs = load_radiographs(folder)
     assert len(radiographs) == 12
     assert read_image(radiographs.table["path"][0]).shape == (32, 32)
-    again = call("phantom", folder, "--images", 12, "--size", 32, "--workers", 1, "--min-prevalence", 0.04)
+    again = call(
+        "phantom", folder, "--images", 12, "--size", 32, "--workers", 1, "--min-prevalence", 0.04
+    )
     assert again.exit_code == 0
 
 
 def test_phantom_refuses_a_folder_that_holds_something_else(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").write_text("kept")
-    refused("phantom", tmp_path / "photos", "--images", 5, "--size", 32, naming=[tmp_path / "photos"])
+    refused(
+        "phantom", tmp_path / "photos", "--images", 5, "--size", 32, naming=[tmp_path / "photos"]
+    )
     assert os.listdir(tmp_path / "photos") == ["holiday.jpg"]
     assert os.listdir(tmp_path) == ["photos"]
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--images", 0), ("--size", 16), ("--difficulty", "nasty"), ("--seed", -1)]
+    ("option", "value"),
+    [("--images", 0), ("--size", 16), ("--difficulty", "nasty"), ("--seed", -1)],
 )
 def test_phantom_refuses_what_is_not_accepted(tmp_path, option, value):
     refused("phantom", tmp_path / "made", option, value, naming=[value])
@@ -310,7 +358,9 @@ def test_predict_prints_json_of_every_image_and_finding(images, vgg_file):
     expected = predict(images, weights=vgg_file)
     for image in images:
         assert list(found["probabilities"][image]) == list(FINDINGS)
-        np.testing.assert_allclose(list(found["probabilities"][image].values()), expected.loc[image], atol=1e-6)
+        np.testing.assert_allclose(
+            list(found["probabilities"][image].values()), expected.loc[image], atol=1e-6
+        )
 
 
 def test_predict_prints_a_table_of_every_finding(images, vgg_file):
@@ -318,7 +368,11 @@ def test_predict_prints_a_table_of_every_finding(images, vgg_file):
     assert answer.exit_code == 0, answer.output
     assert str(vgg_file) in answer.stdout
     expected = predict(images, weights=vgg_file)
-    rows = {line.split()[0]: line.split()[1:] for line in answer.stdout.splitlines() if line.split()[0] in FINDINGS}
+    rows = {
+        line.split()[0]: line.split()[1:]
+        for line in answer.stdout.splitlines()
+        if line.split()[0] in FINDINGS
+    }
     assert list(rows) == list(FINDINGS)
     for finding, cells in rows.items():
         assert cells == [f"{p:.3f}" for p in expected[finding]]
@@ -333,7 +387,9 @@ def test_predict_takes_the_newest_runs_weights(images, vgg_file, monkeypatch, tm
     assert json.loads(answer.stdout)["weights"] == str(vgg_file)
 
 
-def test_predict_refuses_missing_images_missing_weights_and_no_run(images, vgg_file, monkeypatch, tmp_path):
+def test_predict_refuses_missing_images_missing_weights_and_no_run(
+    images, vgg_file, monkeypatch, tmp_path
+):
     refused("predict", tmp_path / "none.png", "--weights", vgg_file, naming=["none.png"])
     refused("predict", images[0], "--weights", tmp_path / "none.keras", naming=["none.keras"])
     refused("predict", images[0], "--weights", images[0], naming=[images[0]])
@@ -343,7 +399,15 @@ def test_predict_refuses_missing_images_missing_weights_and_no_run(images, vgg_f
 
 def test_predict_goes_on_after_a_bad_image_and_says_so(images, vgg_file, tmp_path):
     (tmp_path / "bad.png").write_text("no image")
-    answer = call("predict", images[0], tmp_path / "bad.png", tmp_path / "none.png", "--weights", vgg_file, "--json")
+    answer = call(
+        "predict",
+        images[0],
+        tmp_path / "bad.png",
+        tmp_path / "none.png",
+        "--weights",
+        vgg_file,
+        "--json",
+    )
     assert answer.exit_code == 1
     found = json.loads(answer.stdout)
     assert list(found["probabilities"]) == images[:1]
@@ -381,35 +445,64 @@ def test_predict_names_the_split_of_the_weights_and_takes_a_runs_folder(images, 
     found = json.loads(answer.stdout)
     assert found["split"] == split and found["weights"] == str(run / "model.keras")
     answer = call("predict", images[0], "--weights", run)
-    assert f"{run / 'model.keras'} (trained on the patient split 70e7a9376113; not calibrated)" in answer.stdout
+    assert (
+        f"{run / 'model.keras'} (trained on the patient split 70e7a9376113; not calibrated)"
+        in answer.stdout
+    )
     for none in (None, "x", {}):
         extend_card(run / "model.keras", split=none)
         answer = call("predict", images[0], "--weights", run)
         assert "trained on the unknown split without digest" in answer.stdout
 
 
-def test_predict_refuses_a_calibration_that_is_none_before_it_scores(images, vgg_file, tmp_path, monkeypatch):
+def test_predict_refuses_a_calibration_that_is_none_before_it_scores(
+    images, vgg_file, tmp_path, monkeypatch
+):
     path = shutil.copy(vgg_file, tmp_path / "model.keras")
-    monkeypatch.setattr("chexlib.models.predict.predict_all", lambda *_, **__: pytest.fail("it has scored"))
+    monkeypatch.setattr(
+        "chexlib.models.predict.predict_all", lambda *_, **__: pytest.fail("it has scored")
+    )
     for facts in ({"calibration": "temperature"}, {"operating_points": [0.5]}):
         extend_card(path, **{"calibration": None, "operating_points": None, **facts})
-        refused("predict", images[0], "--weights", path, naming=[path, next(iter(facts)).split("_")[0]])
+        refused(
+            "predict", images[0], "--weights", path, naming=[path, next(iter(facts)).split("_")[0]]
+        )
 
 
-def test_predict_refuses_a_folder_that_takes_no_heat_maps_before_it_scores(images, vgg_file, monkeypatch):
-    monkeypatch.setattr("chexlib.models.predict.predict_all", lambda *_, **__: pytest.fail("it has scored"))
-    refused("predict", images[0], "--weights", vgg_file, "--heatmaps", images[1], naming=[images[1], "another folder"])
+def test_predict_refuses_a_folder_that_takes_no_heat_maps_before_it_scores(
+    images, vgg_file, monkeypatch
+):
+    monkeypatch.setattr(
+        "chexlib.models.predict.predict_all", lambda *_, **__: pytest.fail("it has scored")
+    )
+    refused(
+        "predict",
+        images[0],
+        "--weights",
+        vgg_file,
+        "--heatmaps",
+        images[1],
+        naming=[images[1], "another folder"],
+    )
 
 
 def test_predict_writes_csv_and_heat_maps_of_a_folder(images, vgg_file, tmp_path):
     folder, maps = os.path.dirname(images[0]), tmp_path / "maps"
     answer = call(
-        "predict", os.path.join(folder, "0000000[14]*.png"), "--csv", "--heatmaps", maps, "--weights", vgg_file
+        "predict",
+        os.path.join(folder, "0000000[14]*.png"),
+        "--csv",
+        "--heatmaps",
+        maps,
+        "--weights",
+        vgg_file,
     )
     assert answer.exit_code == 0, answer.output
     rows = pd.read_csv(io.StringIO(answer.stdout))
     assert rows.columns.tolist() == ["image", "doubt", "error", *FINDINGS]
-    assert [os.path.basename(image)[:8] for image in rows["image"]] == ["00000001"] * 3 + ["00000004"] * 2
+    assert [os.path.basename(image)[:8] for image in rows["image"]] == ["00000001"] * 3 + [
+        "00000004"
+    ] * 2
     expected = predict(rows["image"], weights=vgg_file)
     np.testing.assert_allclose(rows[list(FINDINGS)], expected, atol=1e-5)
     assert sorted(os.listdir(maps)) == [os.path.basename(image) for image in rows["image"]]
@@ -419,7 +512,9 @@ def test_predict_writes_csv_and_heat_maps_of_a_folder(images, vgg_file, tmp_path
 
 
 def test_card_is_written_from_the_runs_files(vgg_file, tmp_path, phantom):
-    """The AUROCs are those of the run's own predictions; calibration is told where the weights carry it."""
+    """The AUROCs are those of the run's own predictions; calibration is told where the weights
+    carry it.
+    """
     run = tmp_path / "one" / "03_train_baseline"
     shutil.copytree(vgg_file.parent, run)
     rng = np.random.default_rng(0)
@@ -427,7 +522,11 @@ def test_card_is_written_from_the_runs_files(vgg_file, tmp_path, phantom):
     labels[:, FINDINGS.index("Hernia")] = 0
     columns = {f"label_{f}": labels[:, i] for i, f in enumerate(FINDINGS)}
     columns |= {f"score_{f}": scores[:, i] for i, f in enumerate(FINDINGS)}
-    parts = {"image": [f"{i}.png" for i in range(200)], "patient": np.arange(200) // 2, "part": ["test"] * 200}
+    parts = {
+        "image": [f"{i}.png" for i in range(200)],
+        "patient": np.arange(200) // 2,
+        "part": ["test"] * 200,
+    }
     pd.DataFrame({**parts, **columns}).to_parquet(run / "predictions.parquet")
     split = {"name": "image", "digest": "abc123", "images": {"train": 1234, "test": 200}}
     config = {
@@ -443,14 +542,29 @@ def test_card_is_written_from_the_runs_files(vgg_file, tmp_path, phantom):
     assert answer.stdout.strip() == str(run / "MODEL_CARD.md")
     text = (run / "MODEL_CARD.md").read_text()
     for finding, y, s in zip(FINDINGS, labels.T, scores.T, strict=True):
-        row = next(line for line in text.splitlines() if line.startswith(f"| {finding.replace('_', ' ')} |"))
+        row = next(
+            line
+            for line in text.splitlines()
+            if line.startswith(f"| {finding.replace('_', ' ')} |")
+        )
         wanted = "undefined" if finding == "Hernia" else f"{roc_auc_score(y, s):.3f} ("
         assert wanted in row and row.endswith(f"| {y.sum()} |")
-    for words in ("Not for clinical use", "vgg16", "abc123", "train 1,234", "3 of 7", "may leak", "not calibrated"):
+    for words in (
+        "Not for clinical use",
+        "vgg16",
+        "abc123",
+        "train 1,234",
+        "3 of 7",
+        "may leak",
+        "not calibrated",
+    ):
         assert words in text, words
     assert "synthetic" in text and str(tmp_path) not in text and str(phantom) not in text
-    extend_card(run / "model.keras", calibration={"method": "temperature", "Mass": {"temperature": 1.25}},
-                operating_points={"Mass": {"youden": {"threshold": 0.125}}})  # fmt: skip
+    extend_card(
+        run / "model.keras",
+        calibration={"method": "temperature", "Mass": {"temperature": 1.25}},
+        operating_points={"Mass": {"youden": {"threshold": 0.125}}},
+    )
     call("card", run)
     text = (run / "MODEL_CARD.md").read_text()
     assert "not calibrated" not in text
@@ -517,7 +631,9 @@ def test_train_refuses_a_data_folder_without_csv_and_makes_no_run_folder(tmp_pat
 
 
 def test_clean_ends_what_a_notebook_left_behind_and_says_how_many(tmp_path, monkeypatch):
-    mark = f"test-cluster-{os.getpid()}-"  # never the real prefix: clusters of others may be running
+    mark = (
+        f"test-cluster-{os.getpid()}-"  # never the real prefix: clusters of others may be running
+    )
     monkeypatch.setattr(chexlib.cluster.leftovers, "PREFIX", mark)
     assert call("clean").output == "0 processes ended\n"
     left = subprocess.Popen(

@@ -20,7 +20,9 @@ JOB = Path(__file__).parent / "collectives_job.py"
 RANKS = 3
 BUILT = collectives.importlib.util.find_spec("horovod") is not None
 CARRIERS = [
-    pytest.param("horovod", marks=pytest.mark.skipif(not BUILT, reason="Horovod is not built here")),
+    pytest.param(
+        "horovod", marks=pytest.mark.skipif(not BUILT, reason="Horovod is not built here")
+    ),
     "mpi4py",
 ]
 
@@ -30,7 +32,9 @@ def ranks(what, carrier, **environment):
     mpi, began = find_mpi(), time.monotonic()
     command = [mpi.command, "-n", str(RANKS), *mpi.flags(), sys.executable, str(JOB), what]
     own = {**thread_environment(1), "CHEXLIB_COLLECTIVES": carrier, **environment}
-    done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env={**os.environ, **own}, capture_output=True, text=True, timeout=300
+    )
     return done, time.monotonic() - began
 
 
@@ -66,7 +70,10 @@ def test_every_rank_gets_the_average_the_values_and_the_errors_of_the_others(fou
 
 
 def test_a_rank_says_what_carries_its_collectives(found):
-    assert found["carrier"].lower().startswith(found["asked"]) and found["identity"]["carrier"] == found["carrier"]
+    assert (
+        found["carrier"].lower().startswith(found["asked"])
+        and found["identity"]["carrier"] == found["carrier"]
+    )
     assert bool(found["identity"]["why"]) == (found["asked"] == "mpi4py")
 
 
@@ -106,7 +113,9 @@ def test_without_horovod_one_line_says_that_mpi4py_carries_and_why(fresh, caplog
 def test_a_horovod_of_another_tensorflow_gives_way_to_mpi4py(fresh, tmp_path, caplog):
     (tmp_path / "horovod").mkdir()
     (tmp_path / "horovod" / "__init__.py").write_text("")
-    (tmp_path / "horovod" / "tensorflow.py").write_text("raise OSError('undefined symbol: _ZN10tensorflow')")
+    (tmp_path / "horovod" / "tensorflow.py").write_text(
+        "raise OSError('undefined symbol: _ZN10tensorflow')"
+    )
     for name in [name for name in sys.modules if name.split(".")[0] == "horovod"]:
         fresh.delitem(sys.modules, name)
     fresh.syspath_prepend(tmp_path)
@@ -128,7 +137,12 @@ def test_a_carrier_that_is_not_there_or_unknown_is_refused_with_the_remedy(fresh
 def test_what_is_expected_to_carry_is_known_without_loading_it():
     code = "import sys; from chexlib.collectives import expected_carrier as e; print(*e());"
     code += "print({'tensorflow', 'horovod', 'mpi4py'} & set(sys.modules))"
-    for wanted, said in {"mpi4py": "mpi4py CHEXLIB_COLLECTIVES asks for it", "horovod": "horovod "}.items():
+    for wanted, said in {
+        "mpi4py": "mpi4py CHEXLIB_COLLECTIVES asks for it",
+        "horovod": "horovod ",
+    }.items():
         own = {**os.environ, "CHEXLIB_COLLECTIVES": wanted}
-        out = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            [sys.executable, "-c", code], env=own, capture_output=True, text=True, check=True
+        ).stdout
         assert out.splitlines() == [said, "set()"]

@@ -63,7 +63,9 @@ def test_every_setting_has_a_bad_value_here():
     assert set(BAD) == {field.name for field in dataclasses.fields(TrainConfig)}
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values]
+)
 def test_a_bad_value_is_refused_with_its_name_and_value(name, value):
     with pytest.raises(ConfigError) as error:
         config(**{name: value})
@@ -73,7 +75,12 @@ def test_a_bad_value_is_refused_with_its_name_and_value(name, value):
 
 @pytest.mark.parametrize("name", ["size", "epochs", "seed", "topology"])
 def test_the_message_says_what_is_accepted(name):
-    accepted = {"size": "32", "epochs": "1", "seed": "0", "topology": "densenet121, resnet50, vgg16"}
+    accepted = {
+        "size": "32",
+        "epochs": "1",
+        "seed": "0",
+        "topology": "densenet121, resnet50, vgg16",
+    }
     with pytest.raises(ConfigError, match=accepted[name]):
         config(**{name: "wrong"})
 
@@ -105,7 +112,9 @@ def test_what_is_accepted_is_kept(name, values):
 
 def test_trainings_of_other_seeds_share_their_data_if_the_split_has_a_seed_of_its_own(phantom):
     def data(**seeds):
-        split, parts = divide(config(data_dir=str(phantom), split="patient", max_images=50, **seeds))
+        split, parts = divide(
+            config(data_dir=str(phantom), split="patient", max_images=50, **seeds)
+        )
         return split.digest, [list(part.table["image"]) for part in parts.values()]
 
     assert data(seed=1, split_seed=0) == data(seed=2, split_seed=0) == data(seed=0)
@@ -192,11 +201,15 @@ def test_a_preset_is_stretched_over_the_epochs_so_resuming_with_others_is_refuse
     with pytest.raises(ConfigError, match="epochs=6 there and 8 now"):
         config(schedule="goyal-2017", epochs=8).require_same(there, where="it")
     fixed = {"preset": "goyal-2017", "epochs": 8}
-    config(schedule=fixed, epochs=8).require_same(config(schedule=fixed, epochs=6).to_dict(), where="it")
+    config(schedule=fixed, epochs=8).require_same(
+        config(schedule=fixed, epochs=6).to_dict(), where="it"
+    )
 
 
 def test_a_training_of_version_0_1_which_had_the_published_networks_only_can_be_resumed():
-    there = {name: value for name, value in config().to_dict().items() if name not in ("width", "stem")}
+    there = {
+        name: value for name, value in config().to_dict().items() if name not in ("width", "stem")
+    }
     config().require_same(there, where="it")
     with pytest.raises(ConfigError, match=r"width=1\.0 there and 0\.25 now"):
         config(width=0.25).require_same(there, where="it")

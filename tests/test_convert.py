@@ -1,4 +1,6 @@
-"""Public PyTorch weights in our DenseNet-121: the same probabilities, or an error that names what does not fit."""
+"""Public PyTorch weights in our DenseNet-121: the same probabilities, or an error that names what
+does not fit.
+"""
 
 import json
 
@@ -12,8 +14,13 @@ from chexlib.findings import FINDINGS
 from chexlib.models.convert import TORCHXRAYVISION, load_torch_weights
 from chexlib.models.topologies import build_model
 
-PIXELS = np.random.default_rng(0).integers(0, 256, (2, 64, 64)) * np.array([1.0, 0.2])[:, None, None]  # one is dark
-MEAN, DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # of torchvision's transforms
+PIXELS = (
+    np.random.default_rng(0).integers(0, 256, (2, 64, 64)) * np.array([1.0, 0.2])[:, None, None]
+)  # one is dark
+MEAN, DEVIATION = (
+    np.array([0.485, 0.456, 0.406]),
+    np.array([0.229, 0.224, 0.225]),
+)  # of torchvision's transforms
 STATISTICS = ("weight", "bias", "running_mean", "running_var")
 XRV_EXTRA = ["op_threshs", "Lung Lesion", "Fracture", "Lung Opacity", "Enlarged Cardiomediastinum"]
 
@@ -23,13 +30,20 @@ def state_dict(*, channels=3, outputs=14, seed=1):
     rng, state, width = np.random.default_rng(seed), {}, 64
 
     def convolution(name, shape):
-        state[f"{name}.weight"] = rng.normal(0, np.sqrt(2 / np.prod(shape[1:])), shape).astype(np.float32)
+        state[f"{name}.weight"] = rng.normal(0, np.sqrt(2 / np.prod(shape[1:])), shape).astype(
+            np.float32
+        )
 
     def norm(name, n):
         variance = 10 ** rng.uniform(-6, 0, n)  # small ones too, where the epsilons differ
         gain = rng.uniform(0.5, 1.5, n) * np.sqrt(variance + 1e-5)
         values = gain, rng.normal(0, 0.3, n), rng.normal(0, 0.3, n), variance
-        state.update({f"{name}.{key}": v.astype(np.float32) for key, v in zip(STATISTICS, values, strict=True)})
+        state.update(
+            {
+                f"{name}.{key}": v.astype(np.float32)
+                for key, v in zip(STATISTICS, values, strict=True)
+            }
+        )
         state[f"{name}.num_batches_tracked"] = np.array(7, np.int64)
 
     convolution("features.conv0", (64, channels, 7, 7))
@@ -53,7 +67,9 @@ def state_dict(*, channels=3, outputs=14, seed=1):
 
 
 def forward(state, images):
-    """torchvision's DenseNet-121 by its source, in float64: (n, channels, h, w) -> (n, outputs) after a sigmoid."""
+    """torchvision's DenseNet-121 by its source, in float64: (n, channels, h, w) -> (n, outputs)
+    after a sigmoid.
+    """
 
     def conv(x, name, *, stride=1, padding=0):
         w = state[f"{name}.weight"].astype(np.float64)
@@ -62,7 +78,9 @@ def forward(state, images):
         return np.tensordot(windows, w, axes=((1, 4, 5), (1, 2, 3))).transpose(0, 3, 1, 2)
 
     def norm(x, name):
-        gain, bias, mean, variance = (state[f"{name}.{key}"].astype(np.float64)[:, None, None] for key in STATISTICS)
+        gain, bias, mean, variance = (
+            state[f"{name}.{key}"].astype(np.float64)[:, None, None] for key in STATISTICS
+        )
         return gain * (x - mean) / np.sqrt(variance + 1e-5) + bias
 
     def relu(x):
@@ -78,7 +96,10 @@ def forward(state, images):
             new = conv(relu(norm(new, f"{name}.norm2")), f"{name}.conv2", padding=1)
             x = np.concatenate([x, new], 1)
         if block < 4:
-            x = conv(relu(norm(x, f"features.transition{block}.norm")), f"features.transition{block}.conv")
+            x = conv(
+                relu(norm(x, f"features.transition{block}.norm")),
+                f"features.transition{block}.conv",
+            )
             n, c, h, w = x.shape
             x = x.reshape(n, c, h // 2, 2, w // 2, 2).mean((3, 5))
     pooled = relu(norm(x, "features.norm5")).mean((2, 3))
@@ -130,15 +151,23 @@ def scores(model):
     return model(PIXELS[..., None].astype(np.float32), training=False).numpy()
 
 
-@pytest.mark.parametrize("rename", [dict, names_of_2017, lambda s: {f"model.{k}": v for k, v in s.items()}])
-def test_converted_weights_give_the_probabilities_of_the_public_network(model, public, expected, saved, rename):
+@pytest.mark.parametrize(
+    "rename", [dict, names_of_2017, lambda s: {f"model.{k}": v for k, v in s.items()}]
+)
+def test_converted_weights_give_the_probabilities_of_the_public_network(
+    model, public, expected, saved, rename
+):
     report = load_torch_weights(model, saved(rename(public)))
     assert np.ptp(expected, axis=0).mean() > 0.01  # the outputs depend on the pixels
     np.testing.assert_allclose(scores(model), expected, rtol=0, atol=1e-4)
     loaded = report[report["fate"] == "loaded"]
     assert len(loaded) == len(model.weights) == 121 * 4 + 120 + 2
-    assert sorted(report["tensor"]) == sorted(public)  # each once: loaded, or a counter that is left out
-    assert set(report["tensor"]) - set(loaded["tensor"]) == {k for k in public if k.endswith("num_batches_tracked")}
+    assert sorted(report["tensor"]) == sorted(
+        public
+    )  # each once: loaded, or a counter that is left out
+    assert set(report["tensor"]) - set(loaded["tensor"]) == {
+        k for k in public if k.endswith("num_batches_tracked")
+    }
     stem = report.set_index("tensor").loc["features.conv0.weight"]
     assert (stem["layer"], stem["weight"], stem["shape"]) == ("conv1_conv", "kernel", (64, 3, 7, 7))
 
@@ -150,7 +179,9 @@ def test_findings_go_to_their_outputs_by_name(model, public, expected, saved, wh
     rows = [FINDINGS.index(name) for name in order]
     shuffled = public | {key: public[key][rows] for key in ("classifier.weight", "classifier.bias")}
     given = {"findings": spelt} if where == "argument" else {}
-    load_torch_weights(model, saved(shuffled, {"findings": json.dumps(spelt)} if not given else None), **given)
+    load_torch_weights(
+        model, saved(shuffled, {"findings": json.dumps(spelt)} if not given else None), **given
+    )
     np.testing.assert_allclose(scores(model), expected, rtol=0, atol=1e-4)
 
 
@@ -169,18 +200,38 @@ def test_torchxrayvisions_grey_input_and_18_outputs_become_ours(model, saved):
 def test_an_imagenet_backbone_keeps_the_head_of_the_model(model, public, saved):
     head = [w.numpy() for w in model.get_layer("findings").weights]
     imagenet = public | {"classifier.weight": np.zeros((1000, 1024), np.float32)}
-    report = load_torch_weights(model, saved(imagenet), unused=["classifier.*"], missing=["findings"])
-    assert all(np.array_equal(a, b.numpy()) for a, b in zip(head, model.get_layer("findings").weights, strict=True))
+    report = load_torch_weights(
+        model, saved(imagenet), unused=["classifier.*"], missing=["findings"]
+    )
+    assert all(
+        np.array_equal(a, b.numpy())
+        for a, b in zip(head, model.get_layer("findings").weights, strict=True)
+    )
     assert set(report.loc[report["fate"] == "kept as it was", "layer"]) == {"findings"}
 
 
 WRONG = {
-    "a tensor too few": (lambda s: s.pop("features.denseblock3.denselayer7.conv1.weight"), "denselayer7.conv1.weight"),
+    "a tensor too few": (
+        lambda s: s.pop("features.denseblock3.denselayer7.conv1.weight"),
+        "denselayer7.conv1.weight",
+    ),
     "a tensor too many": (lambda s: s.update(extra=np.ones(3, np.float32)), "'extra'"),
-    "another shape": (lambda s: s.update({"features.norm0.bias": np.ones(63, np.float32)}), "features.norm0.bias"),
-    "a transposed classifier": (lambda s: s.update({"classifier.weight": np.ones((1024, 14), np.float32)}), "1024 out"),
-    "not a number": (lambda s: s["features.norm5.running_mean"].fill(np.nan), "features.norm5.running_mean"),
-    "1000 outputs": (lambda s: s.update({"classifier.weight": np.ones((1000, 1024), np.float32)}), "1000 outputs"),
+    "another shape": (
+        lambda s: s.update({"features.norm0.bias": np.ones(63, np.float32)}),
+        "features.norm0.bias",
+    ),
+    "a transposed classifier": (
+        lambda s: s.update({"classifier.weight": np.ones((1024, 14), np.float32)}),
+        "1024 out",
+    ),
+    "not a number": (
+        lambda s: s["features.norm5.running_mean"].fill(np.nan),
+        "features.norm5.running_mean",
+    ),
+    "1000 outputs": (
+        lambda s: s.update({"classifier.weight": np.ones((1000, 1024), np.float32)}),
+        "1000 outputs",
+    ),
     "a ResNet": (lambda s: [s.pop(k) for k in [*s] if "features" in k], "DenseNet-121"),
 }
 

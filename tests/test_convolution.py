@@ -18,7 +18,8 @@ def test_convolutions_have_keras_outputs_and_gradients_without_avx512(
     images = rng.normal(size=(3, height, width, inputs)).astype("float32")
     upstream = rng.normal(size=(3, height, width, outputs)).astype("float32")
     ours, keras_own = [
-        kind(outputs, side, padding="same", activation="relu") for kind in (convolution.Conv2D, keras.layers.Conv2D)
+        kind(outputs, side, padding="same", activation="relu")
+        for kind in (convolution.Conv2D, keras.layers.Conv2D)
     ]
     for layer in (ours, keras_own):
         layer.build(images.shape)
@@ -30,7 +31,9 @@ def test_convolutions_have_keras_outputs_and_gradients_without_avx512(
         with tf.GradientTape() as tape:
             outcome = layer(pixels)
             loss = tf.reduce_sum(outcome * upstream)
-        found.append([outcome, *tape.gradient(loss, [pixels, *[w.value for w in layer.trainable_weights]])])
+        found.append(
+            [outcome, *tape.gradient(loss, [pixels, *[w.value for w in layer.trainable_weights]])]
+        )
     for mine, theirs in zip(*found, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
 
@@ -41,7 +44,9 @@ def test_channels_first_is_convolved_along_rows_and_columns(side, monkeypatch):
     monkeypatch.setattr(convolution, "processor_flags", lambda: frozenset({"avx2"}))
     rng = np.random.default_rng(side)
     images, kernel = rng.normal(size=(2, 4, 6, 4)), rng.normal(size=(side, side, 4, 3))
-    layer = convolution.Conv2D(3, side, padding="same", data_format="channels_first", use_bias=False)
+    layer = convolution.Conv2D(
+        3, side, padding="same", data_format="channels_first", use_bias=False
+    )
     layer.build(images.shape)
     layer.kernel.assign(kernel)
     pad = side // 2
@@ -67,17 +72,33 @@ def test_products_take_the_place_of_onednns_kernel_where_it_is_slow_and_only_the
             return tape.gradient(loss, layer.kernel.value)
 
         graph = gradient.get_concrete_function(tf.TensorSpec((2, size, size, 3))).graph
-        return {operation.type for operation in graph.get_operations()} & {"MatMul", "Conv2DBackpropFilter"}
+        return {operation.type for operation in graph.get_operations()} & {
+            "MatMul",
+            "Conv2DBackpropFilter",
+        }
 
     product, convolution_kernel = {"MatMul"}, {"Conv2DBackpropFilter"}
     assert operations({"avx2"}) == product
     assert operations({"avx2", "avx512f"}) == convolution_kernel
     assert operations({"avx2", "avx512f"}, kernel_size=1) == product
-    for other in ({"strides": 2}, {"padding": "valid"}, {"dilation_rate": 2}, {"dtype": "mixed_bfloat16"}):
+    for other in (
+        {"strides": 2},
+        {"padding": "valid"},
+        {"dilation_rate": 2},
+        {"dtype": "mixed_bfloat16"},
+    ):
         assert operations({"avx2"}, **other) == convolution_kernel
     zen, half = {"avx512f", "avx512_bf16"}, {"dtype": "mixed_bfloat16"}
-    assert operations(zen, kernel_size=1, size=28, **half) == operations(zen, size=7, **half) == product
-    assert operations(zen, kernel_size=1, size=56, **half) == operations(zen, size=8, **half) == convolution_kernel
+    assert (
+        operations(zen, kernel_size=1, size=28, **half)
+        == operations(zen, size=7, **half)
+        == product
+    )
+    assert (
+        operations(zen, kernel_size=1, size=56, **half)
+        == operations(zen, size=8, **half)
+        == convolution_kernel
+    )
     assert operations({*zen, "amx_bf16"}, kernel_size=1, **half) == convolution_kernel
 
 
@@ -85,7 +106,9 @@ def test_products_in_bfloat16_have_the_gradients_of_float32_to_its_rounding():
     rng = np.random.default_rng(0)
     images, upstream = rng.normal(size=(4, 7, 7, 8)), rng.normal(size=(4, 7, 7, 6))
     for side in (1, 3):
-        ours = convolution.kernel_gradient(tf.cast(images, tf.bfloat16), tf.cast(upstream, tf.bfloat16), side)
+        ours = convolution.kernel_gradient(
+            tf.cast(images, tf.bfloat16), tf.cast(upstream, tf.bfloat16), side
+        )
         exact = tf.raw_ops.Conv2DBackpropFilter(
             input=tf.cast(images, tf.float32),
             filter_sizes=(side, side, 8, 6),
@@ -94,4 +117,6 @@ def test_products_in_bfloat16_have_the_gradients_of_float32_to_its_rounding():
             padding="SAME",
         )
         assert ours.dtype == "bfloat16"
-        np.testing.assert_allclose(tf.cast(ours, tf.float32), exact, rtol=0.02, atol=0.02 * np.abs(exact).max())
+        np.testing.assert_allclose(
+            tf.cast(ours, tf.float32), exact, rtol=0.02, atol=0.02 * np.abs(exact).max()
+        )

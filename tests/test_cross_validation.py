@@ -1,4 +1,6 @@
-"""Real radiographs: folders collected, folds by patient, two arms compared, and the model that comes out."""
+"""Real radiographs: folders collected, folds by patient, two arms compared, and the model that
+comes out.
+"""
 
 import json
 import shutil
@@ -45,7 +47,9 @@ def test_every_image_is_there_once_and_from_the_first_folder(phantom, halves, tm
     first, second = halves
     whole = load_radiographs(phantom)
     found = load_radiographs(collect([first, second], tmp_path / "all"))
-    pd.testing.assert_frame_equal(found.table.drop(columns="path"), whole.table.drop(columns="path"))
+    pd.testing.assert_frame_equal(
+        found.table.drop(columns="path"), whole.table.drop(columns="path")
+    )
     pd.testing.assert_frame_equal(
         found.boxes.sort_values(found.boxes.columns.tolist(), ignore_index=True),
         whole.boxes.sort_values(whole.boxes.columns.tolist(), ignore_index=True),
@@ -81,8 +85,15 @@ def test_folds_test_every_image_once_and_share_no_patient(phantom):
     for split in splits:
         assert not audit(split, radiographs).leaks  # which looks at every two parts
         assert sorted(image for part in split.parts.values() for image in part) == sorted(tested)
-        assert len(split.parts["train"]) > len(split.parts["test"]) > len(split.parts["validation"]) > 0
-    others = {fold_split(radiographs, kind="fold-2-of-4", seed=seed).digest for seed in range(4, 12)}
+        assert (
+            len(split.parts["train"])
+            > len(split.parts["test"])
+            > len(split.parts["validation"])
+            > 0
+        )
+    others = {
+        fold_split(radiographs, kind="fold-2-of-4", seed=seed).digest for seed in range(4, 12)
+    }
     assert len(others) > 1  # of few patients some seeds make the same folds
     with pytest.raises(ConfigError, match="fold-5-of-4"):
         fold_split(radiographs, kind="fold-5-of-4")
@@ -92,7 +103,9 @@ def tables(labels, patients, scores):
     """Tables of `pooled`, one a seed, from (seeds, n, 14) scores."""
     made = []
     for one in scores:
-        table = pd.DataFrame({"image": [f"{i}.png" for i in range(len(labels))], "patient": patients, "part": "test"})
+        table = pd.DataFrame(
+            {"image": [f"{i}.png" for i in range(len(labels))], "patient": patients, "part": "test"}
+        )
         table[[f"label_{f}" for f in FINDINGS]] = labels
         table[[f"score_{f}" for f in FINDINGS]] = one
         made.append(table)
@@ -106,9 +119,14 @@ def test_arms_are_means_over_seeds_of_findings_with_enough_positives():
     labels[:, 13] = np.arange(n) < 19  # one too few
     patients = np.arange(n) // 2
     ours, theirs = (labels * strength + rng.normal(size=(2, n, 14)) for strength in (1.0, 0.3))
-    found = arm_gains(tables(labels, patients, ours), tables(labels, patients, theirs), resamples=400)
+    found = arm_gains(
+        tables(labels, patients, ours), tables(labels, patients, theirs), resamples=400
+    )
     areas = np.array(
-        [[[roc_auc_score(labels[:, f], s[:, f]) for f in range(13)] for s in arm] for arm in (ours, theirs)]
+        [
+            [[roc_auc_score(labels[:, f], s[:, f]) for f in range(13)] for s in arm]
+            for arm in (ours, theirs)
+        ]
     )
     np.testing.assert_allclose(found["auroc"].iloc[:13], areas[0].mean(axis=0))
     np.testing.assert_allclose(found["other"].iloc[:13], areas[1].mean(axis=0))
@@ -145,7 +163,9 @@ def test_the_real_model_is_the_mean_of_networks_that_were_each_judged_on_others(
     assert sorted(found["image"]) == sorted(images["image"])
     some = load_radiographs(out / "data").table["path"].iloc[:4]
     members = [predict(some, weights=out / "members" / f"fold-{fold}.keras") for fold in (1, 2)]
-    np.testing.assert_allclose(predict(some, weights=out / "model.keras"), (members[0] + members[1]) / 2, atol=1e-5)
+    np.testing.assert_allclose(
+        predict(some, weights=out / "model.keras"), (members[0] + members[1]) / 2, atol=1e-5
+    )
     rows = found.set_index("image")
     # bfloat16 rounds to 3 digits, otherwise in batches of another size
     near = 1e-4 if native_precision() == "float32" else 2e-2
@@ -156,10 +176,18 @@ def test_the_real_model_is_the_mean_of_networks_that_were_each_judged_on_others(
 
 def test_its_card_states_the_datas_size_and_that_scores_are_out_of_fold(rehearsal):
     _, out = rehearsal
-    card, found = (out / "MODEL_CARD.md").read_text(), json.loads((out / "metrics.json").read_text())
+    card, found = (
+        (out / "MODEL_CARD.md").read_text(),
+        json.loads((out / "metrics.json").read_text()),
+    )
     patients = found["data"]["patients"]
     assert f"90 radiographs of {patients} patients, which is very little" in card
-    for words in ("out of fold", "Not for clinical use", "128 synthetic radiographs", "Positives: Atelectasis"):
+    for words in (
+        "out of fold",
+        "Not for clinical use",
+        "128 synthetic radiographs",
+        "Positives: Atelectasis",
+    ):
         assert words in card
     split = f"2-fold by patient split {found['data']['digest']}"
     assert f"out of fold ({split})" in card and f"means of 1 seeds, {split}" in card
@@ -169,13 +197,20 @@ def test_its_card_states_the_datas_size_and_that_scores_are_out_of_fold(rehearsa
 
 def test_a_second_call_trains_nothing_anew(rehearsal):
     command, out = rehearsal
-    files = [*out.glob("cross-validation/scores/*"), *out.glob("pretraining/snapshots/*"), *out.glob("members/*")]
+    files = [
+        *out.glob("cross-validation/scores/*"),
+        *out.glob("pretraining/snapshots/*"),
+        *out.glob("members/*"),
+    ]
     before = {path: path.stat().st_mtime_ns for path in files}
     assert len(before) == 4 + 2 + 2
     answer = CliRunner().invoke(main, command, catch_exceptions=False)
     assert answer.exit_code == 0
     found = json.loads((out / "metrics.json").read_text())
-    assert f"AUROC out of fold, 2-fold by patient split {found['data']['digest']}: 90 images" in answer.output
+    assert (
+        f"AUROC out of fold, 2-fold by patient split {found['data']['digest']}: 90 images"
+        in answer.output
+    )
     assert {path: path.stat().st_mtime_ns for path in files} == before
 
 

@@ -1,4 +1,7 @@
-"""Real MPI ranks: what they must agree on, and what must be left when they are gone. Needs mpiexec and Horovod."""
+"""Real MPI ranks: what they must agree on, and what must be left when they are gone.
+
+Needs mpiexec and Horovod.
+"""
 
 import json
 import os
@@ -36,18 +39,28 @@ LONG = bool(os.environ.get("CHEXLIB_LONG"))
 @pytest.fixture(scope="module")
 def phantom(tmp_path_factory):
     return write_phantom(
-        tmp_path_factory.mktemp("data") / "phantom", n_images=70, size=32, min_prevalence=0.1, workers=1
+        tmp_path_factory.mktemp("data") / "phantom",
+        n_images=70,
+        size=32,
+        min_prevalence=0.1,
+        workers=1,
     )
 
 
 def run_ranks(out, data_dir, trainings, *, ranks):
-    """What each rank saved, by name of the training and rank, after tests/rank_job.py has taken all trainings."""
+    """What each rank saved, by name of the training and rank, after tests/rank_job.py has taken all
+    trainings.
+    """
     mpi = find_mpi()
     launch = [mpi.command, "-n", str(ranks), *mpi.flags()] if ranks > 1 else []
     job = {"out": str(out), "data_dir": str(data_dir), "trainings": trainings}
     command = [*launch, sys.executable, str(TESTS / "rank_job.py"), json.dumps(job)]
     done = subprocess.run(
-        command, env={**os.environ, **thread_environment(1)}, capture_output=True, text=True, timeout=3000
+        command,
+        env={**os.environ, **thread_environment(1)},
+        capture_output=True,
+        text=True,
+        timeout=3000,
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -63,20 +76,33 @@ def weights_of(result, kinds="w"):
 
 
 def distances(a, b):
-    """Of each kernel relative to its norm; of each bias, gamma and beta, which may be next to 0, ten times absolute."""
+    """Of each kernel relative to its norm; of each bias, gamma and beta, which may be next to 0,
+    ten times absolute.
+    """
     pairs = zip(weights_of(a), weights_of(b), strict=True)
-    return [np.linalg.norm(x - y) / np.linalg.norm(y) if y.ndim > 1 else 10 * np.abs(x - y).max() for x, y in pairs]
+    return [
+        np.linalg.norm(x - y) / np.linalg.norm(y) if y.ndim > 1 else 10 * np.abs(x - y).max()
+        for x, y in pairs
+    ]
 
 
-# How ranks agree does not depend on the number of channels or blocks; a network takes longer to trace than to step.
+# How ranks agree does not depend on the number of channels or blocks; a network takes longer to
+# trace than to step.
 VGG = {"name": "vgg16", "topology": "vgg16", "width": 0.25, "steps": 10}
 BLOCKS = 0 if LONG else 1
 NETWORKS = ("resnet50", "densenet121") if LONG else ("resnet50",)
-FROZEN = [{"name": t, "topology": t, "width": 0.25, "blocks": BLOCKS, "steps": 10, "freeze": True} for t in NETWORKS]
+FROZEN = [
+    {"name": t, "topology": t, "width": 0.25, "blocks": BLOCKS, "steps": 10, "freeze": True}
+    for t in NETWORKS
+]
 BITS = {"width": 1.0 if LONG else 0.25, "blocks": BLOCKS, "steps": 50 if LONG else 5, "batch": 3}
 KINDS = [("resnet50", "mixed_bfloat16"), ("densenet121", "float32")]
 if LONG:
-    KINDS = [(topology, precision) for topology in TOPOLOGIES for precision in ("float32", "mixed_bfloat16")]
+    KINDS = [
+        (topology, precision)
+        for topology in TOPOLOGIES
+        for precision in ("float32", "mixed_bfloat16")
+    ]
 SAME_BITS = [{"name": f"{t}-{p}", "topology": t, "precision": p, **BITS} for t, p in KINDS]
 
 
@@ -110,7 +136,9 @@ def test_ranks_fed_different_data_end_with_identical_weights_unlike_one_rank(one
 
 @pytest.mark.parametrize("name", ["vgg16", *NETWORKS])
 def test_two_ranks_of_8_equal_one_rank_of_16_after_10_steps(one_rank, two_ranks, name):
-    """VGG-16 has no batch norm; the others have theirs frozen, as each rank would normalise its own images only."""
+    """VGG-16 has no batch norm; the others have theirs frozen, as each rank would normalise its own
+    images only.
+    """
     first, alone = two_ranks[name][0], one_rank[name][0]
     assert alone["moved"] > 0.95
     assert max(distances(first, alone)) <= 1e-4
@@ -118,15 +146,21 @@ def test_two_ranks_of_8_equal_one_rank_of_16_after_10_steps(one_rank, two_ranks,
 
 
 def test_the_last_smaller_batch_counts_by_its_images(one_rank, three_ranks):
-    """70 images in global batches of 33: the third has 4, so the equality must hold over uneven shares as well."""
+    """70 images in global batches of 33: the third has 4, so the equality must hold over uneven
+    shares as well.
+    """
     three = three_ranks["uneven"]
     assert [len(r["fed"]) for r in three] == [24, 23, 23]
     assert max(distances(three[2], one_rank["uneven"][0])) <= 1e-4
 
 
 @pytest.mark.parametrize("ranks", [2, 3] if LONG else [3])
-def test_steps_leave_the_same_bits_on_all_ranks_for_each_topology_and_precision(phantom, three_ranks, tmp_path, ranks):
-    """50 steps of all six with CHEXLIB_LONG=1, some 20 minutes where bfloat16 is emulated; else 5 steps of two."""
+def test_steps_leave_the_same_bits_on_all_ranks_for_each_topology_and_precision(
+    phantom, three_ranks, tmp_path, ranks
+):
+    """50 steps of all six with CHEXLIB_LONG=1, some 20 minutes where bfloat16 is emulated; else 5
+    steps of two.
+    """
     trained = three_ranks if ranks == 3 else run_ranks(tmp_path, phantom, SAME_BITS, ranks=ranks)
     found = {settings["name"]: trained[settings["name"]] for settings in SAME_BITS}
     assert len(found) == (6 if LONG else 2)
@@ -171,7 +205,11 @@ def test_engines_train_in_one_world_and_are_gone_afterwards(phantom, tmp_path):
     assert not mine[0] & mine[1] and len(mine[0] | mine[1]) == seen[0]["distribute"]["images"]
 
     strip = [
-        [{k: v for k, v in row.items() if k not in ("images_per_second", "skew")} for row in r.history] for r in results
+        [
+            {k: v for k, v in row.items() if k not in ("images_per_second", "skew")}
+            for row in r.history
+        ]
+        for r in results
     ]
     assert strip[0] == strip[1] and results[0].ranks == 2
     assert len(told[-1]["history"]) == 2 and told[-1]["epochs"] == 2
@@ -185,13 +223,31 @@ def test_engines_train_in_one_world_and_are_gone_afterwards(phantom, tmp_path):
 
     # The same config under plain mpiexec gives what the notebook's engines gave.
     plain = tmp_path / "plain.json"
-    plain.write_text(json.dumps({**json.loads((tmp_path / "config.json").read_text()), "run_dir": str(tmp_path / "p")}))
+    plain.write_text(
+        json.dumps(
+            {**json.loads((tmp_path / "config.json").read_text()), "run_dir": str(tmp_path / "p")}
+        )
+    )
     mpi = find_mpi()
-    command = [mpi.command, "-n", "2", *mpi.flags(), sys.executable, "-m", "chexlib", "train", "--config", str(plain)]
-    done = subprocess.run(command, env={**os.environ, **thread_environment(1)}, capture_output=True, text=True)
+    command = [
+        mpi.command,
+        "-n",
+        "2",
+        *mpi.flags(),
+        sys.executable,
+        "-m",
+        "chexlib",
+        "train",
+        "--config",
+        str(plain),
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, **thread_environment(1)}, capture_output=True, text=True
+    )
     assert done.returncode == 0 and '"ranks": 2' in done.stdout, done.stderr[-2000:]
     for a, b in zip(
-        *(load_model(tmp_path / p)[0].get_weights() for p in ("model.keras", "p/model.keras")), strict=True
+        *(load_model(tmp_path / p)[0].get_weights() for p in ("model.keras", "p/model.keras")),
+        strict=True,
     ):
         np.testing.assert_array_equal(a, b)
 
@@ -205,7 +261,9 @@ def test_a_notebook_that_dies_leaves_no_process(number, tmp_path):
         "    print(e.cluster.profile_dir, flush=True)\n"
         "    time.sleep(60)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+    ) as process:
         profile = process.stdout.readline().strip()
         assert len(members(profile)) >= 4  # the controller, mpiexec and two engines
         process.send_signal(number)
@@ -244,7 +302,10 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_no_process(phantom, tmp_path):
         str(tmp_path / "runs"),
     ]
     command += [word for pair in parameters.items() for word in ("-p", *pair)]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # the cluster's folder is made there: a marker of its own
+    environment = {
+        **os.environ,
+        "TMPDIR": str(tmp_path),
+    }  # the cluster's folder is made there: a marker of its own
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         until = time.monotonic() + 120

@@ -18,7 +18,9 @@ from chexlib.cluster.watchdog import end_members, members
 from chexlib.errors import ClusterError, ConfigError
 from chexlib.mpi import find_mpi, recognise_mpi, thread_environment
 
-OPEN_MPI_5 = "mpiexec (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/community/help/\n"
+OPEN_MPI_5 = (
+    "mpiexec (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/community/help/\n"
+)
 OPEN_MPI_4 = "mpirun (Open MPI) 4.1.6\n\nReport bugs to http://www.open-mpi.org/community/help/\n"
 OPEN_RTE_4 = "mpiexec (OpenRTE) 4.1.4\n\nReport bugs to http://www.open-mpi.org/community/help/\n"
 PRRTE_3 = "prterun (PRRTE) 3.0.11\n\nReport bugs to https://github.com/openpmix/prrte/\n"
@@ -48,14 +50,21 @@ SLEEPER = "import time; time.sleep(120)"
 )
 def test_mpi_is_recognised_by_its_version_text(text, family, major, version):
     mpi = recognise_mpi("/opt/mpiexec", text)
-    assert (mpi.command, mpi.family, mpi.major, mpi.version) == ("/opt/mpiexec", family, major, version)
+    assert (mpi.command, mpi.family, mpi.major, mpi.version) == (
+        "/opt/mpiexec",
+        family,
+        major,
+        version,
+    )
 
 
 def test_prrte_3_is_open_mpi_5s_runtime_and_gets_its_flags():
     assert recognise_mpi("prterun", PRRTE_3).flags() == recognise_mpi("mpiexec", OPEN_MPI_5).flags()
 
 
-@pytest.mark.parametrize("text", ["", "srun: slurm 23.02.6\n", "mpiexec: command not found", "5.0.11"])
+@pytest.mark.parametrize(
+    "text", ["", "srun: slurm 23.02.6\n", "mpiexec: command not found", "5.0.11"]
+)
 def test_an_unknown_mpi_is_an_error_that_quotes_it_and_names_the_known(text):
     with pytest.raises(ClusterError, match="Open MPI 4 and 5, MPICH, Intel MPI") as error:
         recognise_mpi("/opt/odd/mpiexec", text)
@@ -123,7 +132,12 @@ def test_a_missing_mpiexec_is_an_error_with_the_next_step(monkeypatch, tmp_path)
 
 def test_threads_are_set_for_openmp_and_tensorflow():
     one, three = thread_environment(1), thread_environment(3)
-    assert one["OMP_NUM_THREADS"] == one["TF_NUM_INTRAOP_THREADS"] == one["TF_NUM_INTEROP_THREADS"] == "1"
+    assert (
+        one["OMP_NUM_THREADS"]
+        == one["TF_NUM_INTRAOP_THREADS"]
+        == one["TF_NUM_INTEROP_THREADS"]
+        == "1"
+    )
     assert three["OMP_NUM_THREADS"] == three["TF_NUM_INTRAOP_THREADS"] == "3"
     assert all(isinstance(value, str) for value in three.values())
 
@@ -135,13 +149,22 @@ def test_fewer_than_one_thread_is_refused_with_the_number(threads):
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"), [((0, 0), "engines=0 "), ((-2, 0), "engines=-2 "), ((1, -1), "threads=-1 ")]
+    ("settings", "named"),
+    [((0, 0), "engines=0 "), ((-2, 0), "engines=-2 "), ((1, -1), "threads=-1 ")],
 )
-def test_impossible_engines_are_refused_with_the_number_before_anything_starts(monkeypatch, settings, named):
-    monkeypatch.setattr("subprocess.Popen", lambda *args, **kwargs: pytest.fail("a process was started"))
-    monkeypatch.setattr("tempfile.mkdtemp", lambda *args, **kwargs: pytest.fail("a folder was made"))
+def test_impossible_engines_are_refused_with_the_number_before_anything_starts(
+    monkeypatch, settings, named
+):
+    monkeypatch.setattr(
+        "subprocess.Popen", lambda *args, **kwargs: pytest.fail("a process was started")
+    )
+    monkeypatch.setattr(
+        "tempfile.mkdtemp", lambda *args, **kwargs: pytest.fail("a folder was made")
+    )
     find_mpi.cache_clear()
-    monkeypatch.setattr("chexlib.cluster.engines.find_mpi", lambda: recognise_mpi("mpiexec", OPEN_MPI_5))
+    monkeypatch.setattr(
+        "chexlib.cluster.engines.find_mpi", lambda: recognise_mpi("mpiexec", OPEN_MPI_5)
+    )
     n, threads = settings
     with pytest.raises(ConfigError, match=named), mpi_engines(n, threads=threads):
         pytest.fail("engines came up")
@@ -170,11 +193,15 @@ def sleeper():
 
 
 def watchdog(profile_dir):
-    return subprocess.Popen([sys.executable, "-m", "chexlib.cluster.watchdog", str(profile_dir)], stdin=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-m", "chexlib.cluster.watchdog", str(profile_dir)], stdin=subprocess.PIPE
+    )
 
 
 @pytest.mark.parametrize("last_word", [b"", b"don"])
-def test_engines_are_ended_and_their_folder_removed_when_the_notebook_is_gone(tmp_path, sleeper, last_word):
+def test_engines_are_ended_and_their_folder_removed_when_the_notebook_is_gone(
+    tmp_path, sleeper, last_word
+):
     folder, other = tmp_path / "cluster-a", tmp_path / "cluster-b"
     folder.mkdir()
     engine, stranger = sleeper(folder), sleeper(other)
@@ -198,12 +225,16 @@ def test_engines_are_left_alone_after_a_normal_end(tmp_path, sleeper):
     assert folder.exists()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which signals a process ignores")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells which signals a process ignores"
+)
 def test_the_watchdog_outlives_ctrl_c_and_terminate(tmp_path, sleeper):
     engine, guard = sleeper(tmp_path / "cluster-d"), watchdog(tmp_path / "cluster-d")
     started, handled = time.monotonic(), False
     while not handled and time.monotonic() - started < 60:  # until its handlers are set
-        ignored = int(Path(f"/proc/{guard.pid}/status").read_text().split("SigIgn:")[1].split()[0], 16)
+        ignored = int(
+            Path(f"/proc/{guard.pid}/status").read_text().split("SigIgn:")[1].split()[0], 16
+        )
         handled = all(ignored >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM))
         time.sleep(0.1)
     assert handled
@@ -224,7 +255,9 @@ def test_a_process_that_ignores_the_request_to_end_is_killed(tmp_path, sleeper):
     assert not psutil.pid_exists(stubborn.pid)
 
 
-def test_members_are_the_processes_of_that_folder_without_the_caller(tmp_path, sleeper, monkeypatch):
+def test_members_are_the_processes_of_that_folder_without_the_caller(
+    tmp_path, sleeper, monkeypatch
+):
     folder = str(tmp_path / "cluster-f")
     monkeypatch.setenv("IPP_PROFILE_DIR", folder)
     process = sleeper(folder)
@@ -247,7 +280,9 @@ def test_a_launcher_that_ends_before_its_ranks_are_missed_still_says_which_died(
     answer = SimpleNamespace(wait=lambda timeout: False, data=None, exception=lambda: None)
     engines = SimpleNamespace(
         identities=[{"rank": 0, "host": "a", "pid": 1}, {"rank": 1, "host": "b", "pid": 7}],
-        cluster=SimpleNamespace(controller=SimpleNamespace(process=SimpleNamespace(pid=os.getpid()))),
+        cluster=SimpleNamespace(
+            controller=SimpleNamespace(process=SimpleNamespace(pid=os.getpid()))
+        ),
         launcher_runs=lambda: False,
         output=lambda: said,
     )

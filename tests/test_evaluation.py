@@ -38,7 +38,9 @@ def test_auroc_and_average_precision_are_scikit_learns_with_ties_weights_and_mis
     n = int(rng.integers(2, 200))
     labels = rng.integers(0, 2, n)
     labels[:2] = 0, 1
-    scores = rng.integers(0, rng.integers(1, 30), n) / 7  # few values: many ties; one value: all tied
+    scores = (
+        rng.integers(0, rng.integers(1, 30), n) / 7
+    )  # few values: many ties; one value: all tied
     if seed % 3 == 0:
         scores = rng.normal(size=n).astype(np.float32)
     weights = rng.integers(0, 4, (3, n)).astype(float) if seed % 2 else rng.random((3, n))
@@ -46,11 +48,17 @@ def test_auroc_and_average_precision_are_scikit_learns_with_ties_weights_and_mis
     known = rng.random(n) < 0.8
     known[:2] = True
     given = np.where(known, labels, np.nan) if seed % 4 else labels  # NaN: nobody knows
-    y, s, w = (labels, scores, weights) if seed % 4 == 0 else (labels[known], scores[known], weights[:, known])
+    y, s, w = (
+        (labels, scores, weights)
+        if seed % 4 == 0
+        else (labels[known], scores[known], weights[:, known])
+    )
     for ours, theirs in ((auroc, roc_auc_score), (average_precision, average_precision_score)):
         assert ours(given, scores) == pytest.approx(theirs(y, s), abs=1e-12)
         expected = [theirs(y, s, sample_weight=one) for one in w]
-        np.testing.assert_allclose(ours(given, scores, weights=weights), expected, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(
+            ours(given, scores, weights=weights), expected, rtol=0, atol=1e-12
+        )
         assert ours(given, scores, weights=weights[1]) == pytest.approx(expected[1], abs=1e-12)
 
 
@@ -63,13 +71,18 @@ def test_auroc_of_a_hand_worked_case():
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint64, np.int8, np.int64, bool])
 def test_scores_may_be_whole_numbers_or_calls(kind):
-    rng, ends = np.random.default_rng(0), (0, 1) if kind is bool else (np.iinfo(kind).min, np.iinfo(kind).max)
+    rng, ends = (
+        np.random.default_rng(0),
+        (0, 1) if kind is bool else (np.iinfo(kind).min, np.iinfo(kind).max),
+    )
     labels, scores = rng.integers(0, 2, 200), np.array(ends, kind)[rng.integers(0, 2, 200)]
     if kind is not bool:
         scores[:100] = rng.integers(0, 100, 100)
     order = np.unique(scores, return_inverse=True)[1].astype(float)
     assert auroc(labels, scores) == pytest.approx(roc_auc_score(labels, order), abs=1e-12)
-    assert average_precision(labels, scores) == pytest.approx(average_precision_score(labels, order), abs=1e-12)
+    assert average_precision(labels, scores) == pytest.approx(
+        average_precision_score(labels, order), abs=1e-12
+    )
 
 
 def test_weights_of_many_resamples_give_one_value_each_also_when_there_is_only_one():
@@ -104,7 +117,16 @@ def test_table_has_every_finding_and_their_mean_with_positives_and_negatives():
     labels, scores, patients = case(60)
     table = bootstrap_auroc(labels, scores, patients, resamples=50)
     assert table.index.tolist() == [*FINDINGS, "mean"]
-    assert table.columns.tolist() == ["auroc", "low", "high", "ap", "ap_low", "ap_high", "positives", "negatives"]
+    assert table.columns.tolist() == [
+        "auroc",
+        "low",
+        "high",
+        "ap",
+        "ap_low",
+        "ap_high",
+        "positives",
+        "negatives",
+    ]
     expected = [roc_auc_score(y, s) for y, s in zip(labels.T, scores.T, strict=True)]
     np.testing.assert_allclose(table["auroc"], [*expected, np.mean(expected)], atol=1e-12)
     assert table["positives"].tolist()[:-1] == labels.sum(0).tolist()
@@ -112,8 +134,12 @@ def test_table_has_every_finding_and_their_mean_with_positives_and_negatives():
     assert (table["low"] <= table["auroc"]).all()
     assert (table["auroc"] <= table["high"]).all()
     assert (table["low"] < table["high"]).all()
-    assert (table["ap_low"] <= table["ap"]).iloc[:14].all() and (table["ap"] <= table["ap_high"]).iloc[:14].all()
-    assert table.loc["mean", ["ap_low", "ap_high"]].isna().all()  # its bias is larger than they would be wide
+    assert (table["ap_low"] <= table["ap"]).iloc[:14].all() and (
+        table["ap"] <= table["ap_high"]
+    ).iloc[:14].all()
+    assert (
+        table.loc["mean", ["ap_low", "ap_high"]].isna().all()
+    )  # its bias is larger than they would be wide
 
 
 def test_undefined_findings_stay_in_the_table_with_their_counts_and_out_of_the_mean():
@@ -128,7 +154,9 @@ def test_undefined_findings_stay_in_the_table_with_their_counts_and_out_of_the_m
 
 
 def test_no_finding_defined_gives_a_table_of_undefined_values():
-    table = bootstrap_auroc(np.zeros((4, 14)), np.random.default_rng(0).random((4, 14)), np.arange(4), resamples=5)
+    table = bootstrap_auroc(
+        np.zeros((4, 14)), np.random.default_rng(0).random((4, 14)), np.arange(4), resamples=5
+    )
     assert table[["auroc", "low", "high"]].isna().all(axis=None)
     assert len(table) == 15
 
@@ -153,7 +181,10 @@ def test_interval_has_the_error_of_the_logit_of_auroc_over_resampled_patients():
         drawn = np.concatenate([rows[i] for i in rng.integers(0, 40, 40)])
         y, s = labels[drawn, 0], scores[drawn, 0]
         values.append((s[y == 1][:, None] > s[y == 0]).mean())  # no ties
-    area, n = table["auroc"].iloc[0], min(effective(patients[labels[:, 0] == value]) for value in (0, 1))
+    area, n = (
+        table["auroc"].iloc[0],
+        min(effective(patients[labels[:, 0] == value]) for value in (0, 1)),
+    )
     error = np.std(logit(values)) * np.sqrt(n / (n - 1))
     reach = student.ppf(0.975, n - 1) * error
     # Two independent bootstraps of 10,000: their standard errors differ by about 1 %.
@@ -175,7 +206,9 @@ def test_an_auroc_at_its_end_or_near_it_has_an_interval_that_few_patients_deserv
 
 
 def few_positives(seed, *, auroc=0.97, n_patients=200):
-    """One to three images a patient, alike within one; about 12 patients with the finding; scores of a known AUROC."""
+    """One to three images a patient, alike within one; about 12 patients with the finding; scores
+    of a known AUROC.
+    """
     rng = np.random.default_rng(seed)
     patients = np.repeat(np.arange(n_patients), rng.integers(1, 4, n_patients))
 
@@ -188,10 +221,16 @@ def few_positives(seed, *, auroc=0.97, n_patients=200):
 
 
 def test_a_high_auroc_of_few_patients_lies_in_its_interval():
-    """Of 40 x 14 intervals at a true AUROC of 0.97 at least 93 %: Wilson's with the bootstrap's error held 92."""
+    """Of 40 x 14 intervals at a true AUROC of 0.97 at least 93 %: Wilson's with the bootstrap's
+    error held 92.
+    """
     held = []
     for seed in range(40):
-        table = bootstrap_auroc(*few_positives(seed), resamples=150, seed=seed).iloc[:14].dropna(subset="low")
+        table = (
+            bootstrap_auroc(*few_positives(seed), resamples=150, seed=seed)
+            .iloc[:14]
+            .dropna(subset="low")
+        )
         held += list((table["low"] <= 0.97) & (table["high"] >= 0.97))
     assert np.mean(held) >= 0.93 and len(held) > 400
 
@@ -215,7 +254,9 @@ def test_images_without_a_label_count_in_neither_class_nor_in_any_resample():
     fewer = bootstrap_auroc(labels[known], scores[known], patients[known], resamples=50)
     points = ["auroc", "ap", "positives", "negatives"]
     pd.testing.assert_frame_equal(table[points], fewer[points], atol=1e-12, rtol=0)
-    everything = bootstrap_auroc(np.where(known[:, None], labels, 1 - labels), scores, patients, resamples=50)
+    everything = bootstrap_auroc(
+        np.where(known[:, None], labels, 1 - labels), scores, patients, resamples=50
+    )
     assert not np.allclose(table["low"], everything["low"])
 
 
@@ -226,7 +267,11 @@ def test_the_log_names_findings_without_auroc_and_without_interval(caplog):
     with caplog.at_level("INFO", logger="chexlib"):
         bootstrap_auroc(labels, scores, patients, resamples=5)
     undefined, rare = caplog.messages
-    assert "one class only" in undefined and FINDINGS[13] in undefined and FINDINGS[12] not in undefined
+    assert (
+        "one class only" in undefined
+        and FINDINGS[13] in undefined
+        and FINDINGS[12] not in undefined
+    )
     assert "no interval" in rare and FINDINGS[12] in rare
 
 
@@ -239,7 +284,9 @@ def test_names_of_patients_do_not_matter():
 
 def test_seed_decides_the_interval():
     labels, scores, patients = case(40)
-    tables = [bootstrap_auroc(labels, scores, patients, resamples=50, seed=seed) for seed in (1, 1, 2)]
+    tables = [
+        bootstrap_auroc(labels, scores, patients, resamples=50, seed=seed) for seed in (1, 1, 2)
+    ]
     pd.testing.assert_frame_equal(tables[0], tables[1])
     assert not np.allclose(tables[0]["low"], tables[2]["low"])
 
@@ -259,7 +306,9 @@ def predictions_table():
     return frame, labels, scores, patients
 
 
-@pytest.mark.parametrize(("part", "rows"), [("test", slice(30, None)), ("validation", slice(0, 30))])
+@pytest.mark.parametrize(
+    ("part", "rows"), [("test", slice(30, None)), ("validation", slice(0, 30))]
+)
 def test_judging_predictions_looks_at_one_part_alone(part, rows):
     frame, labels, scores, patients = predictions_table()
     expected = bootstrap_auroc(labels[rows], scores[rows], patients[rows], resamples=25, seed=3)
@@ -281,7 +330,10 @@ def test_an_interval_that_is_not_there_is_said_in_words():
 
 
 def test_no_interval_is_made_of_percentiles():
-    """They held 88 to 91 % where few patients have a finding. Ranks of scores and ages are no intervals."""
+    """They held 88 to 91 % where few patients have a finding.
+
+    Ranks of scores and ages are no intervals.
+    """
     for path in sorted((ROOT / "chexlib").rglob("*.py")):
         if path.name != "combine.py":  # ranks of an ensemble
             assert not re.search(r"(quantile|percentile)\(", path.read_text()), path

@@ -1,4 +1,6 @@
-"""Notebooks run headless into one folder: a failing one is told and the others go on; the page needs no network."""
+"""Notebooks run headless into one folder: a failing one is told and the others go on; the page
+needs no network.
+"""
 
 import json
 import logging
@@ -38,7 +40,8 @@ GOOD = [
     f"caption, given = {CAPTION!r}, dict(seed=seed, rate=rate, mirror=mirror, name=name)",
     "from chexlib import runs\nrun = runs.start('00_good', run_dir=run_dir, parameters=given)",
     "from matplotlib.figure import Figure\nfigure = Figure()\n_ = figure.subplots().plot([1, 2])\n"
-    "run.save_figure(figure, 'curve', caption=caption)\nrun.finish(answer=42)\nprint('the last cell')",
+    "run.save_figure(figure, 'curve', caption=caption)\nrun.finish(answer=42)\nprint('the last "
+    "cell')",
 ]
 GIVEN = {"seed": "7", "rate": "1e-3", "mirror": "false", "name": "007"}
 REMOTE = re.compile(
@@ -50,7 +53,11 @@ def notebook(path, cells, title="Good"):
     first = [new_markdown_cell(f"# {title}\n\nAbout $x^2$.")]
     parameters = [new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
     book = new_notebook(cells=[*first, *parameters, *map(new_code_cell, cells)])
-    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    book.metadata["kernelspec"] = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
     book.metadata["language_info"] = {"name": "python"}
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(book, path)
@@ -58,10 +65,16 @@ def notebook(path, cells, title="Good"):
 
 def project(root):
     notebook(root / "notebooks" / "00_good.ipynb", GOOD)
-    notebook(root / "notebooks" / "01_bad.ipynb", ["raise ValueError('the reason <b>')", "print('never')"], "Bad")
+    notebook(
+        root / "notebooks" / "01_bad.ipynb",
+        ["raise ValueError('the reason <b>')", "print('never')"],
+        "Bad",
+    )
     notebook(root / "notebooks" / "02_last.ipynb", ["print('reached')"], "Last")
     (root / "notebooks" / "profiles").mkdir()
-    (root / "notebooks" / "profiles" / "quick.yaml").write_text("seed: 1\nrate: 0.25\nof_no_notebook: 3\n")
+    (root / "notebooks" / "profiles" / "quick.yaml").write_text(
+        "seed: 1\nrate: 0.25\nof_no_notebook: 3\n"
+    )
     return root
 
 
@@ -84,13 +97,19 @@ def executed(tmp_path_factory):
         before = logger.handlers[:], logger.level, logger.propagate
         environment = dict(os.environ)
         failed, report = execute(parameters=GIVEN, runs_dir=str(root / "runs"), reference=True)
-        assert dict(os.environ) == environment  # else what runs later in this process would be headless too
+        assert (
+            dict(os.environ) == environment
+        )  # else what runs later in this process would be headless too
         logger.handlers[:], logger.level, logger.propagate = before
-    return SimpleNamespace(root=root, failed=failed, report=report, run=report.parent, page=report.read_text())
+    return SimpleNamespace(
+        root=root, failed=failed, report=report, run=report.parent, page=report.read_text()
+    )
 
 
 def outputs(path):
-    return "".join(o.get("text", "") for c in nbformat.read(path, 4).cells for o in c.get("outputs", []))
+    return "".join(
+        o.get("text", "") for c in nbformat.read(path, 4).cells for o in c.get("outputs", [])
+    )
 
 
 def test_a_reference_keeps_what_was_found_and_how_and_only_of_what_ended_well(executed):
@@ -108,7 +127,9 @@ def test_a_failing_notebook_is_told_and_the_others_are_executed(executed):
     assert "never" not in outputs(executed.run / "01_bad" / "notebook.ipynb")
 
 
-def test_progress_tells_how_many_are_done_how_long_it_took_and_how_long_it_will(tmp_path, monkeypatch, quiet, capsys):
+def test_progress_tells_how_many_are_done_how_long_it_took_and_how_long_it_will(
+    tmp_path, monkeypatch, quiet, capsys
+):
     """From what the newest run of the same profile took, at this run's pace."""
     root = project(tmp_path)
     monkeypatch.setattr(chexlib.app.execute, "ROOT", root)
@@ -138,7 +159,9 @@ def test_progress_tells_how_many_are_done_how_long_it_took_and_how_long_it_will(
     assert "2 of 3 notebooks were done" in seen[-1] and "Still to come: 02_last." in seen[-1]
 
 
-def test_notebooks_that_measure_no_speed_run_two_at_a_time_with_half_of_the_cores_each(rehearsed, monkeypatch):
+def test_notebooks_that_measure_no_speed_run_two_at_a_time_with_half_of_the_cores_each(
+    rehearsed, monkeypatch
+):
     for name in ("03_alone", "05_one", "06_two"):
         notebook(rehearsed.root / "notebooks" / f"{name}.ipynb", [])
     monkeypatch.setattr(chexlib.app.execute, "cores", lambda: 6)
@@ -146,7 +169,10 @@ def test_notebooks_that_measure_no_speed_run_two_at_a_time_with_half_of_the_core
     both, seen = threading.Barrier(2, timeout=20), {}
 
     def take(path, output, **_):
-        seen[path.stem] = (threading.current_thread() is threading.main_thread(), os.environ.get("OMP_NUM_THREADS"))
+        seen[path.stem] = (
+            threading.current_thread() is threading.main_thread(),
+            os.environ.get("OMP_NUM_THREADS"),
+        )
         if path.stem[:2] in ("05", "06"):
             both.wait()
         output.write_text(path.read_text())
@@ -165,7 +191,14 @@ def test_every_notebook_has_its_folder_in_the_newest_run(executed):
     made = {path.name for path in executed.run.iterdir()}
     assert made == {"00_good", "01_bad", "02_last", "index.html", "run.json", "kernel.log"}
     good = {path.name for path in (executed.run / "00_good").iterdir()}
-    needed = {"notebook.ipynb", "notebook.html", "params.json", "metrics.json", "environment.json", "figures"}
+    needed = {
+        "notebook.ipynb",
+        "notebook.html",
+        "params.json",
+        "metrics.json",
+        "environment.json",
+        "figures",
+    }
     assert needed <= good
     assert json.loads((executed.run / "00_good" / "metrics.json").read_text())["answer"] == 42
 
@@ -207,7 +240,9 @@ def test_pages_load_nothing_from_the_network(executed):
         assert re.findall(r"https?://[^\s\"'<>)]+\.(?:m?js|css)\b", text) == [], path
 
 
-@pytest.mark.parametrize(("name", "value"), [("seed", 7), ("rate", 0.001), ("mirror", False), ("name", "007")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("seed", 7), ("rate", 0.001), ("mirror", False), ("name", "007")]
+)
 def test_parameters_of_the_command_line_get_the_type_of_the_notebook(executed, name, value):
     found = json.loads((executed.run / "00_good" / "params.json").read_text())[name]
     assert found == value
@@ -239,14 +274,17 @@ def test_the_profile_sets_what_a_notebook_has_and_the_command_line_overrides_it(
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("3", 3.0), ("0.5", 0.5), ("1e-3", 0.001), ("1E5", 1e5), ("-2.5e-4", -0.00025), (".5", 0.5)]
+    ("text", "value"),
+    [("3", 3.0), ("0.5", 0.5), ("1e-3", 0.001), ("1E5", 1e5), ("-2.5e-4", -0.00025), (".5", 0.5)],
 )
 def test_numbers_in_any_notation_are_numbers(rehearsed, text, value):
     execute(["00"], parameters={"rate": text}, runs_dir=rehearsed.runs)
     assert rehearsed.asked["00_good"]["rate"] == value
 
 
-@pytest.mark.parametrize(("text", "value"), [("true", True), ("True", True), ("false", False), ("False", False)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("true", True), ("True", True), ("false", False), ("False", False)]
+)
 def test_truth_values_are_truth_values(rehearsed, text, value):
     execute(["00"], parameters={"mirror": text}, runs_dir=rehearsed.runs)
     assert rehearsed.asked["00_good"]["mirror"] is value
@@ -320,7 +358,10 @@ def executed_notebook(folder, *, metrics=None, widgets=False, title="Baseline"):
     if widgets:
         state = {"state": {}, "version_major": 2, "version_minor": 0}
         book.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": state}
-        view = {"application/vnd.jupyter.widget-view+json": {"model_id": "a"}, "text/plain": "a bar"}
+        view = {
+            "application/vnd.jupyter.widget-view+json": {"model_id": "a"},
+            "text/plain": "a bar",
+        }
         book.cells[1].outputs.append(new_output("display_data", view))
     nbformat.write(book, folder / "notebook.ipynb")
     if metrics:
@@ -366,7 +407,10 @@ def test_a_notebook_with_widgets_loads_nothing_from_the_network(tmp_path):
 def parameters_of_project():
     import papermill
 
-    return {path.stem: papermill.inspect_notebook(path) for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))}
+    return {
+        path.stem: papermill.inspect_notebook(path)
+        for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +423,11 @@ def profile(name):
 
 
 def test_the_three_profiles_are_there():
-    assert {path.stem for path in (ROOT / "notebooks" / "profiles").glob("*.yaml")} == {"quick", "standard", "cluster"}
+    assert {path.stem for path in (ROOT / "notebooks" / "profiles").glob("*.yaml")} == {
+        "quick",
+        "standard",
+        "cluster",
+    }
 
 
 @pytest.mark.parametrize("name", ["quick", "standard", "cluster"])
@@ -411,7 +459,9 @@ def test_every_notebook_has_seed_data_and_run_folder_and_a_help_on_each_paramete
     for stem, parameters in accepted.items():
         assert {"seed", "data_dir", "run_dir"} <= set(parameters), stem
         for name, parameter in parameters.items():
-            assert parameter["inferred_type_name"] in ("int", "float", "str", "bool"), f"{stem}: {name}"
+            assert parameter["inferred_type_name"] in ("int", "float", "str", "bool"), (
+                f"{stem}: {name}"
+            )
             assert parameter["help"], f"{stem}: {name}"
 
 
@@ -436,7 +486,9 @@ def test_a_run_ends_when_told_by_force_if_need_be_and_then_says_where_it_was(num
         "    sys.exit(7)\n"
     )
     command = [sys.executable, "-c", script, str(stubborn)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         child = int(process.stdout.readline())
         process.send_signal(number)
         assert process.wait(30) == (130 if stubborn else 7)

@@ -1,4 +1,6 @@
-"""Heat maps are what their papers define, point where the signal is, and are held against boxes as worked by hand."""
+"""Heat maps are what their papers define, point where the signal is, and are held against boxes as
+worked by hand.
+"""
 
 import keras
 import matplotlib.pyplot as plt
@@ -26,7 +28,10 @@ ASKED = ["Mass", "Hernia", "Mass"]
 def enlarged(maps, size):
     """Bilinear, half-pixel centres, as 0..1."""
     maps = [
-        np.asarray(Image.fromarray(m.astype(np.float32)).resize((size, size), Image.Resampling.BILINEAR)) for m in maps
+        np.asarray(
+            Image.fromarray(m.astype(np.float32)).resize((size, size), Image.Resampling.BILINEAR)
+        )
+        for m in maps
     ]
     return np.stack([m / max(m.max(), 1e-30) for m in maps])
 
@@ -43,7 +48,10 @@ def test_on_the_last_layer_grad_cam_and_cam_are_features_times_the_outputs_weigh
     features = keras.Model(model.input, model.get_layer("pool").input)
     features = features(PIXELS, training=False).numpy().astype(np.float64)
     kernel = model.get_layer("findings").get_weights()[0]
-    expected = [np.maximum(f @ kernel[:, FINDINGS.index(name)], 0) for f, name in zip(features, ASKED, strict=True)]
+    expected = [
+        np.maximum(f @ kernel[:, FINDINGS.index(name)], 0)
+        for f, name in zip(features, ASKED, strict=True)
+    ]
     for method in ("cam", "grad_cam"):
         found = heat_maps(model, PIXELS, ASKED, method=method, cells=1)
         assert found.shape == (3, 64, 64) and found.dtype == np.float32
@@ -59,7 +67,9 @@ def test_each_method_gives_maps_of_every_topology_from_0_to_1(model):
 
 
 def toy(size=32):
-    """A network of the same form: brightness, smoothed and made positive, and darkness; Mass likes the first."""
+    """A network of the same form: brightness, smoothed and made positive, and darkness; Mass likes
+    the first.
+    """
     inputs = keras.Input((size, size, 3))
     layers = [
         keras.layers.Conv2D(2, 4, strides=4, name="early"),
@@ -122,12 +132,17 @@ def test_the_hottest_place_is_where_the_signal_is(method):
 
 @pytest.mark.parametrize("how", ["probability", "rank"])
 def test_the_map_of_an_ensemble_is_the_mean_of_its_members(how, tmp_path):
-    members, pixels = [build_model("vgg16", size=32, width=0.25, seed=seed) for seed in (0, 1)], PIXELS[:, :32, :32]
+    members, pixels = (
+        [build_model("vgg16", size=32, width=0.25, seed=seed) for seed in (0, 1)],
+        PIXELS[:, :32, :32],
+    )
     together = combine_models(members, how=how, reference=RNG.random((2, 9, 14)))
     each = np.stack([heat_maps(member, pixels, ASKED) for member in members])
     assert np.abs(each[0] - each[1]).max() > 0.1
     mean = each.mean(axis=0)
-    np.testing.assert_allclose(heat_maps(together, pixels, ASKED), mean / mean.max((1, 2), keepdims=True), atol=1e-5)
+    np.testing.assert_allclose(
+        heat_maps(together, pixels, ASKED), mean / mean.max((1, 2), keepdims=True), atol=1e-5
+    )
 
 
 def test_maps_come_in_batches_that_stay_small(monkeypatch):
@@ -141,10 +156,14 @@ def test_maps_come_in_batches_that_stay_small(monkeypatch):
 def test_a_file_and_the_live_model_give_the_same_maps(vgg_file):
     pixels = PIXELS[:, :32, :32]
     live, _ = load_model(vgg_file)
-    np.testing.assert_allclose(heat_maps(vgg_file, pixels, ASKED), heat_maps(live, pixels, ASKED), atol=1e-5)
+    np.testing.assert_allclose(
+        heat_maps(vgg_file, pixels, ASKED), heat_maps(live, pixels, ASKED), atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("wrong", [{"method": "saliency"}, {"findings": ["mass"] * 3}, {"cells": 500}])
+@pytest.mark.parametrize(
+    "wrong", [{"method": "saliency"}, {"findings": ["mass"] * 3}, {"cells": 500}]
+)
 def test_what_cannot_be_explained_is_refused(wrong):
     with pytest.raises(ConfigError, match=str(*wrong.values()).strip("[]").split(",")[0]):
         heat_maps(toy(), PIXELS[:, :32, :32], **{"findings": ASKED, **wrong})
@@ -178,8 +197,15 @@ def scored(n=300, patients=60):
     rng = np.random.default_rng(1)
     patient = rng.integers(0, patients, n)
     luck = rng.random(patients)[patient]  # a patient's images are alike
-    values = {"hit": rng.random(n) < luck, "chance": rng.random(n) / 5, "iou": rng.random(n), "iobb": rng.random(n)}
-    return pd.DataFrame({"patient": patient, "finding": rng.choice(["Mass", "Nodule"], n), **values})
+    values = {
+        "hit": rng.random(n) < luck,
+        "chance": rng.random(n) / 5,
+        "iou": rng.random(n),
+        "iobb": rng.random(n),
+    }
+    return pd.DataFrame(
+        {"patient": patient, "finding": rng.choice(["Mass", "Nodule"], n), **values}
+    )
 
 
 def test_shares_are_means_and_intervals_are_those_of_patients():
@@ -187,15 +213,26 @@ def test_shares_are_means_and_intervals_are_those_of_patients():
     judged = judge_boxes(table).set_index(["finding", "measure", "threshold"])
     pointing = judged.xs("pointing", level="measure").droplevel("threshold")
     assert pointing["share"]["all"] == pytest.approx(table["hit"].mean())
-    assert pointing["share"]["Mass"] == pytest.approx(table["hit"][table["finding"] == "Mass"].mean())
+    assert pointing["share"]["Mass"] == pytest.approx(
+        table["hit"][table["finding"] == "Mass"].mean()
+    )
     assert pointing["chance"]["all"] == pytest.approx(table["chance"].mean())
     assert pointing["cases"]["all"] == 300
     for threshold in (0.1, 0.25, 0.5, 0.75, 0.9):
         assert judged.loc[("Nodule", "iobb", threshold), "share"] == pytest.approx(
             (table["iobb"][table["finding"] == "Nodule"] > threshold).mean()
         )
-    assert [t for f, m, t in judged.index if (f, m) == ("all", "iou")] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
-    # The standard error of a ratio of sums over patients, by linearisation (Cochran 1977, section 6.4).
+    assert [t for f, m, t in judged.index if (f, m) == ("all", "iou")] == [
+        0.1,
+        0.2,
+        0.3,
+        0.4,
+        0.5,
+        0.6,
+        0.7,
+    ]
+    # The standard error of a ratio of sums over patients, by linearisation (Cochran 1977, section
+    # 6.4).
     sums = table.groupby("patient")["hit"].agg(["sum", "size"])
     left = sums["sum"] - table["hit"].mean() * sums["size"]
     error = np.sqrt((left**2).sum()) / 300
@@ -210,7 +247,9 @@ def test_intervals_of_boxes_hold_the_share_of_few_patients():
     for _ in range(150):
         patient = np.repeat(np.arange(8), rng.integers(1, 11, 8))
         noise = np.sqrt(0.5) * (rng.normal(size=8)[patient] + rng.normal(size=len(patient)))
-        table = pd.DataFrame({"patient": patient, "finding": "Mass", "hit": noise < 0.5, "chance": 0.1})
+        table = pd.DataFrame(
+            {"patient": patient, "finding": "Mass", "hit": noise < 0.5, "chance": 0.1}
+        )
         row = judge_boxes(table.assign(iou=noise, iobb=noise)).iloc[0]
         held.append(row["low"] <= norm.cdf(0.5) <= row["high"])
     assert np.mean(held) >= 0.93
@@ -232,7 +271,9 @@ def test_every_image_and_finding_with_a_box_is_scored_once(phantom, vgg_file, ti
     owner = radiographs.table.set_index("image")["patient"]
     assert (table["patient"].to_numpy() == owner[table["image"]].to_numpy()).all()
     alone = localize(model, radiographs.select(table["image"].iloc[-1:]), cells=4)
-    pd.testing.assert_frame_equal(alone, table[table["image"] == table["image"].iloc[-1]].reset_index(drop=True))
+    pd.testing.assert_frame_equal(
+        alone, table[table["image"] == table["image"].iloc[-1]].reset_index(drop=True)
+    )
     radiographs = load_radiographs(tiny_nih())
     with pytest.raises(DataError, match="box"):
         localize(model, radiographs.select(["00000002_000.png"]))
@@ -245,8 +286,12 @@ def test_an_overlay_leaves_the_radiograph_readable():
     image = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))
     heat = np.zeros((32, 32), np.float32)
     heat[4:12, 4:12] = 1
-    boxes = pd.DataFrame({"finding": ["Mass"], "x": [0.1], "y": [0.1], "width": [0.2], "height": [0.2]})
-    figure = heat_figure([image, image], [heat, heat * 0], ["Mass 0.9", "Hernia 0.1"], boxes=[boxes, boxes.iloc[:0]])
+    boxes = pd.DataFrame(
+        {"finding": ["Mass"], "x": [0.1], "y": [0.1], "width": [0.2], "height": [0.2]}
+    )
+    figure = heat_figure(
+        [image, image], [heat, heat * 0], ["Mass 0.9", "Hernia 0.1"], boxes=[boxes, boxes.iloc[:0]]
+    )
     assert [ax.get_title() for ax in figure.axes] == ["Mass 0.9", "Hernia 0.1"]
     assert "Mass" in [text.get_text() for text in figure.axes[0].texts]
     tint = figure.axes[0].images[1]
@@ -277,7 +322,9 @@ def test_a_heat_map_file_is_written_for_each_image_also_of_one_name(tmp_path, vg
     assert all(Image.open(path).size[0] > 500 for path in (tmp_path / "maps").iterdir())
 
 
-def test_titles_of_heat_maps_have_the_calibrated_probabilities_and_say_so(tmp_path, vgg_file, monkeypatch):
+def test_titles_of_heat_maps_have_the_calibrated_probabilities_and_say_so(
+    tmp_path, vgg_file, monkeypatch
+):
     Image.fromarray(PIXELS[0, ..., 0].astype(np.uint8)).save(tmp_path / "film.png")
     scores, titles = np.full((1, 14), 0.1, np.float32), []
     scores[0, FINDINGS.index("Mass")], scores[0, FINDINGS.index("Hernia")] = 0.9, 0.8

@@ -22,10 +22,18 @@ def test_20_trials_have_each_kind_and_a_seed_draws_the_same_again():
 
 @pytest.mark.parametrize(
     ("number", "kind", "restarts"),
-    [(2, "rank stalled", 1), (3, "everything killed", 0), (4, "checkpoint flipped", 0)],  # the last kills a rank
+    [
+        (2, "rank stalled", 1),
+        (3, "everything killed", 0),
+        (4, "checkpoint flipped", 0),
+    ],  # the last kills a rank
 )
-def test_a_fault_ends_in_a_clear_error_or_in_the_same_weights_and_leaves_nothing(undisturbed, number, kind, restarts):
+def test_a_fault_ends_in_a_clear_error_or_in_the_same_weights_and_leaves_nothing(
+    undisturbed, number, kind, restarts
+):
     trial = Trial(number, kind, seed=0, restarts=restarts, **undisturbed)
     trial.play()
     print(trial.line())
-    assert "equal weights" in trial.outcome and (trial.to_report is None) == (kind == "everything killed")
+    assert "equal weights" in trial.outcome and (trial.to_report is None) == (
+        kind == "everything killed"
+    )

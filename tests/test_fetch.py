@@ -1,4 +1,6 @@
-"""Fetching the NIH release from a server that does all it can to spoil it: one clear error or the right files."""
+"""Fetching the NIH release from a server that does all it can to spoil it: one clear error or the
+right files.
+"""
 
 import contextlib
 import hashlib
@@ -28,7 +30,8 @@ from chexlib.errors import ConfigError, DataError
 LABELS = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Sex,View Position,"
     "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]\n"
-    "00000001_000.png,Mass,0,1,50,M,PA,256,256,1,1\n00000002_000.png,No Finding,0,2,60,F,AP,256,256,1,1\n"
+    "00000001_000.png,Mass,0,1,50,M,PA,256,256,1,1\n00000002_000.png,No "
+    "Finding,0,2,60,F,AP,256,256,1,1\n"
 )
 
 
@@ -46,7 +49,9 @@ def tar_gz(members):
 
 def png(seed):
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (256, 512), np.uint8)).save(buffer, "PNG")
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (256, 512), np.uint8)).save(
+        buffer, "PNG"
+    )
     return buffer.getvalue()  # 130 kB that do not compress
 
 
@@ -128,7 +133,9 @@ def server(monkeypatch):
 def remote(server, path="/1.gz", name="images_001.tar.gz", content=None):
     content = server.files[path] if content is None else content
     digest = hashlib.md5(content).hexdigest()
-    return Remote(name, f"http://127.0.0.1:{server.server_port}{path}", len(content), f"md5:{digest}")
+    return Remote(
+        name, f"http://127.0.0.1:{server.server_port}{path}", len(content), f"md5:{digest}"
+    )
 
 
 def settings(server, **changes):
@@ -149,14 +156,21 @@ def test_what_is_fetched_is_a_data_folder_and_is_not_fetched_twice(server, tmp_p
     assert len(server.ranges) == 2
     radiographs = load_radiographs(folder)  # with NIH's column `Patient Sex`, once `Patient Gender`
     assert radiographs.table[["sex", "Mass"]].to_numpy().tolist() == [["M", 1], ["F", 0]]
-    assert json.loads((folder / "fetch.json").read_text())["archives"]["images_001.tar.gz"]["images"] == 2
+    assert (
+        json.loads((folder / "fetch.json").read_text())["archives"]["images_001.tar.gz"]["images"]
+        == 2
+    )
     shutil.rmtree(folder / "images_001")
     fetch(folder, **settings(server))
     assert len(list((folder / "images_001" / "images").iterdir())) == 2
 
 
-@pytest.mark.parametrize(("mood", "resumed"), [("drops", True), ("drops once", True), ("no ranges", False)])
-def test_a_server_that_drops_connections_or_knows_no_ranges_is_enough(server, tmp_path, mood, resumed):
+@pytest.mark.parametrize(
+    ("mood", "resumed"), [("drops", True), ("drops once", True), ("no ranges", False)]
+)
+def test_a_server_that_drops_connections_or_knows_no_ranges_is_enough(
+    server, tmp_path, mood, resumed
+):
     server.mood = "drops once"
     if mood == "no ranges":  # the first bytes come from an earlier attempt
         (tmp_path / ".fetch").mkdir()
@@ -213,9 +227,16 @@ def stop_after(server, answers):
 HOSTILE = {
     "up and out": [("images/../../out.png", b"x")],
     "an absolute path": [("/tmp/out.png", b"x")],
-    "a symbolic link": [(odd("images/00000001_000.png", tarfile.SYMTYPE, linkname="/etc/passwd"), None)],
-    "a link to a folder": [(odd("images", tarfile.SYMTYPE, linkname=".."), None), ("images/00000001_000.png", b"x")],
-    "a hard link": [(odd("images/00000001_000.png", tarfile.LNKTYPE, linkname="../../fetch.json"), None)],
+    "a symbolic link": [
+        (odd("images/00000001_000.png", tarfile.SYMTYPE, linkname="/etc/passwd"), None)
+    ],
+    "a link to a folder": [
+        (odd("images", tarfile.SYMTYPE, linkname=".."), None),
+        ("images/00000001_000.png", b"x"),
+    ],
+    "a hard link": [
+        (odd("images/00000001_000.png", tarfile.LNKTYPE, linkname="../../fetch.json"), None)
+    ],
     "a device": [(odd("images/00000001_000.png", tarfile.CHRTYPE, devmajor=1, devminor=3), None)],
     "a pipe": [(odd("images/00000001_000.png", tarfile.FIFOTYPE), None)],
     "an absurd size": [("images/00000001_000.png", bytes(17 * 1024**2))],
@@ -228,7 +249,9 @@ def test_an_archive_that_would_write_elsewhere_or_too_much_is_refused(server, tm
     server.files["/1.gz"] = tar_gz(HOSTILE[content])
     with pytest.raises(DataError, match=r"holds .*Nothing of it was kept"):
         fetch(tmp_path / "here" / "nih", **settings(server))
-    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir())
+    left = sorted(
+        str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir()
+    )
     assert left == ["here/nih/.fetch/lock"]
 
 
@@ -253,7 +276,14 @@ fetch(folder, archives=[Remote(**values)], tables=[], timeout=30, pause=0.01)
 
 
 def child(server, folder, limit=0):
-    command = [sys.executable, "-c", CHILD, str(folder), json.dumps(vars(remote(server))), str(limit)]
+    command = [
+        sys.executable,
+        "-c",
+        CHILD,
+        str(folder),
+        json.dumps(vars(remote(server))),
+        str(limit),
+    ]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
@@ -292,7 +322,9 @@ def test_a_folder_that_fetch_has_not_made_is_left_alone(server, tmp_path):
 
 
 def test_the_release_is_12_archives_and_4_files_of_known_size():
-    assert [archive.name for archive in ARCHIVES] == [f"images_{i:03d}.tar.gz" for i in range(1, 13)]
+    assert [archive.name for archive in ARCHIVES] == [
+        f"images_{i:03d}.tar.gz" for i in range(1, 13)
+    ]
     assert sum(archive.size for archive in ARCHIVES) == pytest.approx(45.1e9, rel=1e-3)
     assert len({remote.checksum for remote in (*ARCHIVES, *TABLES)}) == 16
     assert all(remote.url.startswith("https://nihcc.") for remote in (*ARCHIVES, *TABLES))
@@ -300,7 +332,9 @@ def test_the_release_is_12_archives_and_4_files_of_known_size():
 
 def test_parts_are_chosen_on_the_command_line(server, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(module, "fetch", lambda folder, parts: asked.append((folder, parts)) or folder)
+    monkeypatch.setattr(
+        module, "fetch", lambda folder, parts: asked.append((folder, parts)) or folder
+    )
     for words in ([], ["--parts", "1,12"], ["--parts", "none"]):
         assert CliRunner().invoke(main, ["fetch", "nih", *words]).output == "nih\n"
     assert asked == [("nih", None), ("nih", [1, 12]), ("nih", ())]

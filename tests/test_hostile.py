@@ -1,4 +1,6 @@
-"""Broken and hostile files: each gets an error of its own, nothing in them runs, and the rest of a batch is done."""
+"""Broken and hostile files: each gets an error of its own, nothing in them runs, and the rest of a
+batch is done.
+"""
 
 import io
 import json
@@ -62,7 +64,9 @@ def break_images(folder, good):
     """Write 24 files of which none is an image that can be used."""
     whole = Path(good).read_bytes()
     jpeg = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)).save(jpeg, "JPEG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)).save(
+        jpeg, "JPEG"
+    )
     for name, content in {
         "empty.png": b"",
         "cut.png": whole[: len(whole) // 2],
@@ -87,16 +91,34 @@ def break_images(folder, good):
     os.mkfifo(folder / "pipe.png")
     dicom(folder / "empty.dcm", FLAT, PixelData=None)
     dicom(folder / "square.dcm", FLAT, Rows=65535, Columns=65535)
-    dicom(folder / "colour.dcm", FLAT, PhotometricInterpretation="RGB", SamplesPerPixel=3, PlanarConfiguration=0)
-    dicom(folder / "bomb.dcm", np.zeros((2**13, 2**13), np.uint8), Rows=16, Columns=16, BitsAllocated=8, BitsStored=8,
-          HighBit=7, syntax=DeflatedExplicitVRLittleEndian)  # fmt: skip
+    dicom(
+        folder / "colour.dcm",
+        FLAT,
+        PhotometricInterpretation="RGB",
+        SamplesPerPixel=3,
+        PlanarConfiguration=0,
+    )
+    dicom(
+        folder / "bomb.dcm",
+        np.zeros((2**13, 2**13), np.uint8),
+        Rows=16,
+        Columns=16,
+        BitsAllocated=8,
+        BitsStored=8,
+        HighBit=7,
+        syntax=DeflatedExplicitVRLittleEndian,
+    )
     path = dicom(folder / "jpegls.dcm", FLAT)
-    path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", JPEGLSLossless.encode()[:19] + b"\0"))
+    path.write_bytes(
+        path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", JPEGLSLossless.encode()[:19] + b"\0")
+    )
     (folder / "round").symlink_to(folder)
     return sorted(path.name for path in folder.iterdir() if path.name != "round")
 
 
-def test_broken_images_get_an_error_each_and_the_rest_of_the_batch_is_done(tmp_path, files, vgg_file):
+def test_broken_images_get_an_error_each_and_the_rest_of_the_batch_is_done(
+    tmp_path, files, vgg_file
+):
     broken = break_images(tmp_path, files[0][0])
     assert len(broken) == 24
     photo = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
@@ -106,10 +128,22 @@ def test_broken_images_get_an_error_each_and_the_rest_of_the_batch_is_done(tmp_p
     if sys.platform == "darwin":  # which counts in bytes
         peak = "__import__('resource').getrusage(0).ru_maxrss // 1024"
     code += f"print({peak}, file=sys.stderr)"
-    command = [sys.executable, "-c", code, "predict", str(tmp_path), *files[0][:2], "--csv", "--weights", str(vgg_file)]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "predict",
+        str(tmp_path),
+        *files[0][:2],
+        "--csv",
+        "--weights",
+        str(vgg_file),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
-    *errors, peak = (line for line in done.stderr.splitlines() if line.startswith("Error: ") or line.isdigit())
+    *errors, peak = (
+        line for line in done.stderr.splitlines() if line.startswith("Error: ") or line.isdigit()
+    )
     assert len(errors) == 24
     for name in broken:
         (line,) = (line for line in errors if str(tmp_path / name) in line)
@@ -131,7 +165,9 @@ def test_a_batch_gives_the_same_as_its_images_alone(files, vgg_file, tmp_path):
         assert (pixels.shape, scores.shape) == ((len(paths), 32, 32, 1), (len(paths), 14))
         seen.extend(paths)
 
-    found = predict_all([files[0][0], tmp_path / "bad.png", *files[0][1:5]], weights=vgg_file, batch=2, each=each)
+    found = predict_all(
+        [files[0][0], tmp_path / "bad.png", *files[0][1:5]], weights=vgg_file, batch=2, each=each
+    )
     assert found.probabilities.index.tolist() == files[0][:5]
     assert seen == files[0][:5]
     alone = predict_all(files[0][4:5], weights=vgg_file).probabilities
@@ -143,11 +179,15 @@ def test_a_batch_has_no_more_pixels_than_32_images_of_224():
     assert [batch_of(size) for size in (32, 224, 225, 320, 512, 1024)] == [32, 32, 31, 15, 6, 1]
 
 
-def test_images_at_once_follow_the_size_of_the_network_and_run_as_a_graph(files, vgg_file, monkeypatch):
+def test_images_at_once_follow_the_size_of_the_network_and_run_as_a_graph(
+    files, vgg_file, monkeypatch
+):
     import tensorflow as tf
 
     sizes, inside = [], []
-    monkeypatch.setattr("chexlib.models.predict.BATCH_SIDE", 16)  # so that of 32 px there fit a quarter of 32
+    monkeypatch.setattr(
+        "chexlib.models.predict.BATCH_SIDE", 16
+    )  # so that of 32 px there fit a quarter of 32
     call = keras.Model.__call__
 
     def watched(self, *given, **named):
@@ -156,9 +196,13 @@ def test_images_at_once_follow_the_size_of_the_network_and_run_as_a_graph(files,
         return call(self, *given, **named)
 
     monkeypatch.setattr(keras.Model, "__call__", watched)
-    scored = predict_all(files[0], weights=vgg_file, each=lambda _, paths, *__: sizes.append(len(paths)))
+    scored = predict_all(
+        files[0], weights=vgg_file, each=lambda _, paths, *__: sizes.append(len(paths))
+    )
     assert sizes == [8, 3] and len(scored.probabilities) == 11
-    assert inside and not any(inside)  # eagerly, 32 images of 224 px take DenseNet-121 7 GiB; as a graph, 1
+    assert inside and not any(
+        inside
+    )  # eagerly, 32 images of 224 px take DenseNet-121 7 GiB; as a graph, 1
 
 
 # --- weights
@@ -170,7 +214,9 @@ def change(source, target, *, pack=None, **members):
         for item in old.infolist():
             if item.filename not in members:
                 new.writestr(
-                    item, old.read(item), compress_type=zipfile.ZIP_DEFLATED if item.filename == pack else None
+                    item,
+                    old.read(item),
+                    compress_type=zipfile.ZIP_DEFLATED if item.filename == pack else None,
                 )
         for name, content in members.items():
             new.writestr(name, content)
@@ -198,7 +244,11 @@ def hostile(kind, path, source):
         doctored = keras.Sequential([outputs, shout])
         save_model(doctored, path, card={**MEMBER, "size": 32})
         # The weights fit; only the description has the layer.
-        change(source, path.with_name("b"), **{"config.json": zipfile.ZipFile(path).read("config.json")})
+        change(
+            source,
+            path.with_name("b"),
+            **{"config.json": zipfile.ZipFile(path).read("config.json")},
+        )
         path.with_name("b").replace(path)
         if (path.parent / "executed").exists():  # by Keras, when the file was made
             os.rmdir(path.parent / "executed")
@@ -215,11 +265,21 @@ def hostile(kind, path, source):
         change(source, path, **{CARD: json.dumps({**read_card(source), "topology": "os.system"})})
     elif kind == "normalisation":
         change(
-            source, path, **{CARD: json.dumps({**read_card(source), "normalization": {"scale": [1], "offset": [0]}})}
+            source,
+            path,
+            **{
+                CARD: json.dumps(
+                    {**read_card(source), "normalization": {"scale": [1], "offset": [0]}}
+                )
+            },
         )
     elif kind == "shape":
         path_of_one = "layers/dense/vars/0"
-        content = h5(lambda f: f.create_dataset(path_of_one, shape=(2**20, 2**20), chunks=(2**10, 2**10), dtype="f4"))
+        content = h5(
+            lambda f: f.create_dataset(
+                path_of_one, shape=(2**20, 2**20), chunks=(2**10, 2**10), dtype="f4"
+            )
+        )
         change(source, path, **{"model.weights.h5": content})
     elif kind == "link":
         content = h5(lambda f: f.__setitem__("layers", h5py.ExternalLink("/etc/passwd", "/")))
@@ -227,7 +287,16 @@ def hostile(kind, path, source):
     return path
 
 
-KINDS = ("pickled", "pickled members", "lambda", "deflated", "huge card", "deep card", "size", "topology")
+KINDS = (
+    "pickled",
+    "pickled members",
+    "lambda",
+    "deflated",
+    "huge card",
+    "deep card",
+    "size",
+    "topology",
+)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "normalisation", "shape", "link"])
@@ -278,11 +347,15 @@ ARRAYS = {
 
 
 @pytest.mark.parametrize("kind", ARRAYS)
-def test_an_array_that_is_not_in_the_file_as_it_is_is_refused_before_it_is_read(kind, tmp_path, vgg_file, monkeypatch):
+def test_an_array_that_is_not_in_the_file_as_it_is_is_refused_before_it_is_read(
+    kind, tmp_path, vgg_file, monkeypatch
+):
     content = h5(lambda file: file.create_dataset("layers/dense/vars/0", **ARRAYS[kind]))
     path = change(vgg_file, tmp_path / "model.keras", **{"model.weights.h5": content})
     monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda *_: pytest.fail("it was read"))
-    with pytest.raises(WeightsError, match=r"model\.keras (has arrays of|keeps layers/dense/vars/0).*Save it again"):
+    with pytest.raises(
+        WeightsError, match=r"model\.keras (has arrays of|keeps layers/dense/vars/0).*Save it again"
+    ):
         read_arrays(path)
 
 
@@ -293,6 +366,8 @@ def test_the_card_takes_more_facts_and_the_weights_stay(tmp_path, vgg_file):
     model, card = load_model(path)
     assert card == {**read_card(vgg_file), **facts}
     before, _ = load_model(vgg_file)
-    assert all(np.array_equal(a, b) for a, b in zip(before.get_weights(), model.get_weights(), strict=True))
+    assert all(
+        np.array_equal(a, b) for a, b in zip(before.get_weights(), model.get_weights(), strict=True)
+    )
     assert os.listdir(tmp_path) == ["model.keras"]
     keras.saving.load_model(path)  # still a file for other programs

@@ -1,4 +1,6 @@
-"""Engines beyond this host: two hosts (made of namespaces, where root can), Slurm (in effigy), and their settings."""
+"""Engines beyond this host: two hosts (made of namespaces, where root can), Slurm (in effigy), and
+their settings.
+"""
 
 import contextlib
 import itertools
@@ -29,7 +31,9 @@ ENGINE = "-m ipyparallel.engine "
 
 
 def on_two_hosts(test):
-    return pytest.mark.cores(pytest.mark.hosts(pytest.mark.skipif(bool(REASON), reason=REASON)(test)))
+    return pytest.mark.cores(
+        pytest.mark.hosts(pytest.mark.skipif(bool(REASON), reason=REASON)(test))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +73,9 @@ def training(hosts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unencrypted(hosts, tmp_path_factory):
-    """The same without encryption, up to a marker's way to the engines and back; then they hang in a collective."""
+    """The same without encryption, up to a marker's way to the engines and back; then they hang in
+    a collective.
+    """
     folder = tmp_path_factory.mktemp("unencrypted")
     with notebook(hosts, folder, clear=True, hold=True) as told:
         with Recording(hosts.a) as wire:
@@ -104,7 +110,9 @@ def test_gradients_cross_the_cable_but_no_argument_and_no_key(training):
     mpi = [size for _, size in training.wire.sizes.most_common(2)]  # there and back
     assert min(mpi) > 20 * 900_000 * 4
     assert training.wire.dropped == 0
-    assert training.folder in training.wire  # a variable that mpiexec hands over: what it sends can be read
+    assert (
+        training.folder in training.wire
+    )  # a variable that mpiexec hands over: what it sends can be read
     (key,) = training.keys
     assert len(key) == 40 and key not in training.wire
     assert training.echo == [MARKER, MARKER] and MARKER not in training.wire
@@ -136,11 +144,16 @@ def test_engines_end_by_themselves_when_all_that_started_them_was_killed(hosts, 
         told("waiting")
         time.sleep(1)  # now rank 1 is in a collective
         daemons = hosts.b.processes("prted")  # they would end it, when mpiexec is gone
-        doomed = [hosts.a.processes(word) for word in ("hosts_job.py", "ipyparallel.controller", "prterun")]
+        doomed = [
+            hosts.a.processes(word)
+            for word in ("hosts_job.py", "ipyparallel.controller", "prterun")
+        ]
         assert all(doomed) and daemons and hosts.b.processes(ENGINE)
         send(signal.SIGSTOP, daemons)
         for pid in itertools.chain(*doomed):
-            with contextlib.suppress(ProcessLookupError):  # an earlier one's end has ended it: as good as killed
+            with contextlib.suppress(
+                ProcessLookupError
+            ):  # an earlier one's end has ended it: as good as killed
                 os.kill(pid, signal.SIGKILL)
         assert within(20, lambda: not hosts.b.processes(ENGINE))
         send(signal.SIGCONT, daemons)
@@ -152,7 +165,9 @@ def test_engines_end_by_themselves_when_all_that_started_them_was_killed(hosts, 
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """A folder with commands that do here what Slurm's do: notes of what they were asked are left in it."""
+    """A folder with commands that do here what Slurm's do: notes of what they were asked are left
+    in it.
+    """
     write_slurm(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     return tmp_path
@@ -160,14 +175,22 @@ def slurm(tmp_path, monkeypatch):
 
 @pytest.mark.cores
 def test_engines_in_slurm_are_one_world_and_can_be_restarted(slurm):
-    site = find_site(slurm=True, interface=LOOPBACK, options=["--partition=short", "--time=10"], shared=slurm)
+    site = find_site(
+        slurm=True, interface=LOOPBACK, options=["--partition=short", "--time=10"], shared=slurm
+    )
     with mpi_engines(2, threads=1, site=site) as engines:
         assert [who["rank"] for who in engines.run(identify)] == [0, 1]
         script = (slurm / "script").read_text()
-        asked = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
+        asked = [
+            line.removeprefix("#SBATCH ")
+            for line in script.splitlines()
+            if line.startswith("#SBATCH")
+        ]
         assert {"--ntasks=2", "--cpus-per-task=1", "--partition=short", "--time=10"} <= set(asked)
         subprocess.run(["scancel", "4711"], check=True)  # somebody else, or the time limit
-        with pytest.raises(ClusterError, match=r"rank [01] on .*|launcher of the engines has ended"):
+        with pytest.raises(
+            ClusterError, match=r"rank [01] on .*|launcher of the engines has ended"
+        ):
             engines.run(time.sleep, 60)
         assert within(20, lambda: not engines.launcher_runs())
         engines.restart()
@@ -182,7 +205,10 @@ def test_a_slurm_job_that_ends_early_says_why(slurm):
     (slurm / "broken").touch()
     began = time.monotonic()
     site = find_site(slurm=True, interface=LOOPBACK, shared=slurm)
-    with pytest.raises(ClusterError, match="no node wants this") as error, mpi_engines(2, threads=1, site=site):
+    with (
+        pytest.raises(ClusterError, match="no node wants this") as error,
+        mpi_engines(2, threads=1, site=site),
+    ):
         pytest.fail("engines came up")
     assert "launcher ended" in str(error.value) and time.monotonic() - began < 60
 
@@ -205,10 +231,14 @@ def test_hosts_are_understood_in_a_list_and_in_a_file(tmp_path):
     expected = (("node1", 4), ("node-2.lan", 2), ("node3", 1))
     for hosts in (file, str(file), ["node1:4", "node-2.lan:2", "node3"]):
         site = find_site(hosts, interface=LOOPBACK, shared=tmp_path, options=["--verbose"])
-        assert site == Site(expected, "127.0.0.1", "127.0.0.0/8", False, ("--verbose",), str(tmp_path))
+        assert site == Site(
+            expected, "127.0.0.1", "127.0.0.0/8", False, ("--verbose",), str(tmp_path)
+        )
 
 
-@pytest.mark.parametrize("line", ["node1:0", "node1:", "node1:two", "node1 slots=0", "node1 4", "user@node1"])
+@pytest.mark.parametrize(
+    "line", ["node1:0", "node1:", "node1:two", "node1 slots=0", "node1 4", "user@node1"]
+)
 def test_a_host_that_is_not_understood_is_quoted(line):
     with pytest.raises(ConfigError, match=f"'{line}' is no host"):
         find_site(["node0", line], interface=LOOPBACK)
@@ -222,9 +252,14 @@ def test_an_unknown_interface_is_answered_with_those_there_are(where, interface)
 
 
 def test_more_engines_than_slots_are_refused_before_anything_starts(monkeypatch):
-    monkeypatch.setattr("subprocess.Popen", lambda *args, **kwargs: pytest.fail("a process was started"))
+    monkeypatch.setattr(
+        "subprocess.Popen", lambda *args, **kwargs: pytest.fail("a process was started")
+    )
     site = find_site(["node1:2", "node2"], interface=LOOPBACK)
-    with pytest.raises(ConfigError, match="engines=4, but the hosts have 3 slots"), mpi_engines(4, site=site):
+    with (
+        pytest.raises(ConfigError, match="engines=4, but the hosts have 3 slots"),
+        mpi_engines(4, site=site),
+    ):
         pytest.fail("engines came up")
 
 
@@ -236,15 +271,31 @@ def flags(text, *hosts):
 @pytest.mark.parametrize(
     ("text", "across", "here"),
     [
-        (OPEN_MPI_5, "--prtemca prte_if_include 10.0.0.0/24 --mca btl self,sm,tcp", "--mca btl self,sm"),
-        (OPEN_MPI_4, "--mca oob_tcp_if_include 10.0.0.0/24 --mca btl self,vader,tcp", "--mca btl self,vader"),
+        (
+            OPEN_MPI_5,
+            "--prtemca prte_if_include 10.0.0.0/24 --mca btl self,sm,tcp",
+            "--mca btl self,sm",
+        ),
+        (
+            OPEN_MPI_4,
+            "--mca oob_tcp_if_include 10.0.0.0/24 --mca btl self,vader,tcp",
+            "--mca btl self,vader",
+        ),
         (HYDRA, "-hosts a:2,b:1", f"-iface {LOOPBACK}"),
         (INTEL, "-genv I_MPI_FABRICS shm:ofi", "-genv I_MPI_FABRICS shm"),
     ],
 )
 def test_each_mpi_is_told_of_hosts_in_its_own_words_and_else_stays_here(text, across, here):
     alone, several = flags(text) + " ", flags(text, ("a", 2), ("b", 1)) + " "
-    assert f"{here} " in alone and f"{here} " not in several and "host" not in alone and "10.0.0.0" not in alone
-    assert f"{across} " in several and ("--host" if "Open MPI" in text else "-hosts") + " a:2,b:1 " in several
+    assert (
+        f"{here} " in alone
+        and f"{here} " not in several
+        and "host" not in alone
+        and "10.0.0.0" not in alone
+    )
+    assert (
+        f"{across} " in several
+        and ("--host" if "Open MPI" in text else "-hosts") + " a:2,b:1 " in several
+    )
     exported = "--mca btl_tcp_flags send --mca btl_tcp_if_include 10.0.0.0/24 -x OMP_NUM_THREADS -x PYTHONPATH "
     assert (exported in several) is ("Open MPI" in text)

@@ -1,4 +1,6 @@
-"""Notebook 04 in a real JupyterLab: the plot moves while the cell runs, and Stop stops. Needs Chromium.
+"""Notebook 04 in a real JupyterLab: the plot moves while the cell runs, and Stop stops.
+
+Needs Chromium.
 
 Run by hand with `python tests/test_lab.py FOLDER`, it leaves its screenshots in FOLDER.
 """
@@ -25,10 +27,17 @@ SAYS = "document.querySelector('.jupyter-widgets.widget-label')?.textContent"
 
 
 def press_stop_in_lab(folder: Path) -> tuple[set, list, Path]:
-    """Run notebook 04 in JupyterLab and press Stop; gives the plots seen, what the line said, and the run's folder."""
+    """Run notebook 04 in JupyterLab and press Stop; gives the plots seen, what the line said, and
+    the run's folder.
+    """
     data = write_phantom(folder / "phantom", n_images=90, size=32, min_prevalence=0.1, workers=1)
     settings = dict(
-        data_dir=str(data), run_dir=str(folder / "run"), topology="vgg16", size=32, epochs=500, batch_size=8
+        data_dir=str(data),
+        run_dir=str(folder / "run"),
+        topology="vgg16",
+        size=32,
+        epochs=500,
+        batch_size=8,
     )
     notebook = load_notebook_node(str(ROOT / "notebooks" / "04_train_distributed.ipynb"))
     write_ipynb(parameterize_notebook(notebook, settings), str(folder / "train.ipynb"))
@@ -41,7 +50,10 @@ def press_stop_in_lab(folder: Path) -> tuple[set, list, Path]:
             said.append(lab.evaluate(SAYS))
             lab.scroll_to("button.jupyter-button", "Stop")
             lab.screenshot(folder / f"moving-{number}.png")
-            lab.wait_for(f"{PLOT} !== {json.dumps(lab.evaluate(PLOT))} && {SAYS} !== {json.dumps(said[-1])}", 200)
+            lab.wait_for(
+                f"{PLOT} !== {json.dumps(lab.evaluate(PLOT))} && {SAYS} !== {json.dumps(said[-1])}",
+                200,
+            )
         lab.click("button.jupyter-button", "Stop")
         lab.wait_for(f"{STOP}.disabled", 60)
         lab.screenshot(folder / "stopping.png")
@@ -58,7 +70,11 @@ def test_the_live_plot_moves_and_stop_ends_the_training_with_a_checkpoint(tmp_pa
     assert len(plots) == 3 and len(set(said[:3])) == 3
     assert said[3].startswith("ended.")
     metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["stopped"] is True and 0 < len(metrics["history"]) < 500 and metrics["weights_equal"] is True
+    assert (
+        metrics["stopped"] is True
+        and 0 < len(metrics["history"]) < 500
+        and metrics["weights_equal"] is True
+    )
     _, _, facts = newest_checkpoint(run / "checkpoints")
     rows = facts["history"]
     assert facts["position"]["epoch"] in (len(rows), len(rows) - 1) and facts["ranks"] == 2

@@ -1,4 +1,6 @@
-"""The ledger has every published figure once, and beside it what a run found: never a figure of ours that was typed."""
+"""The ledger has every published figure once, and beside it what a run found: never a figure of
+ours that was typed.
+"""
 
 import ast
 import dataclasses
@@ -22,7 +24,12 @@ from chexlib.ledger.projections import RUNS, SYSTEMS
 from chexlib.ledger.published import COLLAPSES, LADDER, claims, published_auroc
 
 PUBLISHED = next(
-    (d / "shared" / "published.md" for d in ROOT.parents if (d / "shared" / "published.md").exists()), None
+    (
+        d / "shared" / "published.md"
+        for d in ROOT.parents
+        if (d / "shared" / "published.md").exists()
+    ),
+    None,
 )
 LATER = ("gain_later", "low_later", "high_later")
 RUNGS = [rung for rung in LADDER if rung != "+ collapsed ensembles"]
@@ -35,7 +42,12 @@ def learnt(rng):
 
 def estimate(rng, name, **more):
     value = rng.uniform(0.3, 0.9)
-    return {name: value, "low": value - rng.uniform(0.01, 0.2), "high": value + rng.uniform(0.01, 0.2), **more}
+    return {
+        name: value,
+        "low": value - rng.uniform(0.01, 0.2),
+        "high": value + rng.uniform(0.01, 0.2),
+        **more,
+    }
 
 
 def lost(rng):
@@ -46,11 +58,16 @@ def lost(rng):
 def later(rng, *, last):
     """A gain over what the training had an epoch later: not known of its last epoch."""
     own = estimate(rng, "gain")
-    return {name: None if last else own[old] for name, old in zip(LATER, ("gain", "low", "high"), strict=True)}
+    return {
+        name: None if last else own[old]
+        for name, old in zip(LATER, ("gain", "low", "high"), strict=True)
+    }
 
 
 def results(seed, **changes):
-    """Results of all notebooks in the form of their `metrics.json`, every figure in them drawn at random."""
+    """Results of all notebooks in the form of their `metrics.json`, every figure in them drawn at
+    random.
+    """
     rng = np.random.default_rng(seed)
     images = {"train": 78468, "validation": 11219, "test": 22433}
     baseline = {
@@ -62,8 +79,13 @@ def results(seed, **changes):
     }
     batches = ("16", "128", "1024")
     recipes = {
-        "ladder": {b: {rung: {**estimate(rng, "gain"), "auroc": learnt(rng)} for rung in RUNGS} for b in batches},
-        "auroc_by_batch": {b: dict(zip(RUNGS, rng.uniform(size=len(RUNGS)), strict=True)) for b in batches},
+        "ladder": {
+            b: {rung: {**estimate(rng, "gain"), "auroc": learnt(rng)} for rung in RUNGS}
+            for b in batches
+        },
+        "auroc_by_batch": {
+            b: dict(zip(RUNGS, rng.uniform(size=len(RUNGS)), strict=True)) for b in batches
+        },
         "losses": [
             estimate(rng, "loss", rung=rung, batch=batch, updates=updates, baseline=learnt(rng))
             for rung in RUNGS
@@ -74,7 +96,12 @@ def results(seed, **changes):
             )
         ],
         "collapse": {
-            str(e): {**estimate(rng, "gain"), "before": rng.uniform(), "after": learnt(rng), **later(rng, last=e == 6)}
+            str(e): {
+                **estimate(rng, "gain"),
+                "before": rng.uniform(),
+                "after": learnt(rng),
+                **later(rng, last=e == 6),
+            }
             for e in range(1, 7)
         },
         "ensemble": {str(s): {"gain": rng.normal(), "member": learnt(rng)} for s in range(3)},
@@ -96,24 +123,33 @@ def results(seed, **changes):
         "ratio": {"ratio": rng.uniform(1, 9)},
         "layouts": {f"({seed + 1}, 1)": 9.0, "(1, 1)": 5.0, "(8, 1)": None},
     }
-    updates = {str(b): {"updates": n, "auroc": learnt(rng), **lost(rng)} for b, n in ((16, 60), (64, 10 + seed))}
+    updates = {
+        str(b): {"updates": n, "auroc": learnt(rng), **lost(rng)}
+        for b, n in ((16, 60), (64, 10 + seed))
+    }
     found = {
         "07": {"updates": updates},
         "08": scaling,
         "02": {"test_images_seen_in_training": {"image": rng.uniform()}},
         "03": baseline,
-        "05": {"counts": {n: int(rng.integers(2, 10**6)) for n in ("densenet121", "resnet50", "vgg16")}},
+        "05": {
+            "counts": {n: int(rng.integers(2, 10**6)) for n in ("densenet121", "resnet50", "vgg16")}
+        },
         "06": recipes,
     }
     return {number: Found(number, metrics, {"size": 64}) for number, metrics in found.items()}
 
 
 def test_no_figure_of_ours_is_typed():
-    """Without results there is none; and when all that the notebooks saved is another number, so is every figure."""
+    """Without results there is none; and when all that the notebooks saved is another number, so is
+    every figure.
+    """
     assert ledger({})[["ours", "low", "high"]].isna().all(axis=None)
     one, other = ledger(results(1)), ledger(results(2))
     measured = one["ours"].notna()
-    assert measured.sum() >= 25 and set(one.index[measured]) == set(other.index[other["ours"].notna()])
+    assert measured.sum() >= 25 and set(one.index[measured]) == set(
+        other.index[other["ours"].notna()]
+    )
     for column in ("ours", "low", "high"):
         given = one[column].notna()
         assert (one.loc[given, column] != other.loc[given, column]).all(), column
@@ -124,17 +160,25 @@ def test_no_figure_of_ours_is_typed():
 def test_every_figure_with_a_counterpart_is_measured_when_its_notebook_has_results():
     table = ledger(results(1))
     assert table.index[(table["verdict"] == "not measured")].tolist() == []
-    assert set(table.loc[table["notebook"] != "", "notebook"]) == {number for number, _ in COUNTERPARTS.values()}
+    assert set(table.loc[table["notebook"] != "", "notebook"]) == {
+        number for number, _ in COUNTERPARTS.values()
+    }
 
 
 def test_figures_are_those_of_the_metrics_in_the_unit_of_the_ledger():
     found = results(3)
     table, recipes = ledger(found), found["06"].metrics
     row = found["03"].metrics["auroc"]["Mass"]
-    assert tuple(table.loc["auroc/jrzech/Mass", ["ours", "low", "high"]]) == (row["auroc"], row["low"], row["high"])
+    assert tuple(table.loc["auroc/jrzech/Mass", ["ours", "low", "high"]]) == (
+        row["auroc"],
+        row["low"],
+        row["high"],
+    )
     row = found["03"].metrics["auroc"]["Emphysema"]
     assert table.loc["baseline/emphysema", "low"] == pytest.approx(100 * row["low"])
-    row = recipes["ladder"]["16"]["+ collapse"]  # the study's ladder ends at its figure for 8K, its smallest batch
+    row = recipes["ladder"]["16"][
+        "+ collapse"
+    ]  # the study's ladder ends at its figure for 8K, its smallest batch
     assert tuple(table.loc["ladder/+ collapse", ["ours", "high"]]) == pytest.approx(
         (100 * row["gain"], 100 * row["high"])
     )
@@ -150,8 +194,12 @@ def test_figures_are_those_of_the_metrics_in_the_unit_of_the_ledger():
     told = table.loc["rules/fine-tuning/loss", ["ours", "low", "high"]]
     assert tuple(told) == (tuned["loss"], tuned["loss_low"], tuned["loss_high"])
     at_64k = next(r for r in recipes["losses"] if r["rung"] == "+ warm-up" and r["updates"] == 22)
-    assert table.loc["large batches/Facebook/64K", "ours"] == at_64k["loss"]  # 1,281,167 / 65,536 is 20 updates
-    assert table.loc["large batches/Facebook/64K", "compared with"] == pytest.approx(100 * (76.2 - 66) / 76.2)
+    assert (
+        table.loc["large batches/Facebook/64K", "ours"] == at_64k["loss"]
+    )  # 1,281,167 / 65,536 is 20 updates
+    assert table.loc["large batches/Facebook/64K", "compared with"] == pytest.approx(
+        100 * (76.2 - 66) / 76.2
+    )
 
 
 def test_a_loss_that_the_studys_recipe_keeps_small_is_contradicted_by_a_large_one():
@@ -163,7 +211,9 @@ def test_a_loss_that_the_studys_recipe_keeps_small_is_contradicted_by_a_large_on
         ]
         table = ledger(found)
         assert table.loc["large batches/the study/64K", "verdict"] == word
-        assert table.loc["large batches/Facebook/64K", "verdict"] == "reproduced"  # that such batches lose
+        assert (
+            table.loc["large batches/Facebook/64K", "verdict"] == "reproduced"
+        )  # that such batches lose
 
 
 def test_what_the_deck_contradicts_itself_and_what_is_its_own_arithmetic_is_not_compared():
@@ -179,7 +229,11 @@ def test_what_the_deck_contradicts_itself_and_what_is_its_own_arithmetic_is_not_
 def test_one_number_told_twice_has_one_verdict():
     """The model's hours for 90 epochs are its images a second again: only the speed is judged."""
     table = ledger(results(1))
-    assert table.loc["scale/tensorflow-256/speed", "verdict"] in ("reproduced", "contradicted", "undecided")
+    assert table.loc["scale/tensorflow-256/speed", "verdict"] in (
+        "reproduced",
+        "contradicted",
+        "undecided",
+    )
     assert table.loc["scale/tensorflow-256/time", "verdict"] == "not comparable"
     assert "one number is tested once" in table.loc["scale/tensorflow-256/time", "why"]
 
@@ -220,7 +274,9 @@ def test_a_network_that_learnt_nothing_gives_way_to_the_reference_which_is_named
     run, kept = results(1)["07"], results(2)["07"]
     for row in run.metrics["updates"].values():
         row.update(auroc=0.6, loss=None, loss_low=None, loss_high=None)
-    told = ledger({"07": dataclasses.replace(run, reference=dataclasses.replace(kept, origin="kept"))})
+    told = ledger(
+        {"07": dataclasses.replace(run, reference=dataclasses.replace(kept, origin="kept"))}
+    )
     assert told.loc["rules/fine-tuning/loss", "origin"] == "kept"
 
 
@@ -235,7 +291,9 @@ def test_a_projection_is_labelled_as_the_models_and_not_by_what_its_notebook_tra
     found["08"].params.update(topology="vgg16", size=64)
     table = ledger(found)
     assert table.loc["scale/caffe-256/speed", "scale"] == "the model: ResNet-50 on MareNostrum 4"
-    assert table.loc["scale/tensorflow-512/efficiency", "scale"] == "the model: ResNet-50 on Stampede2"
+    assert (
+        table.loc["scale/tensorflow-512/efficiency", "scale"] == "the model: ResNet-50 on Stampede2"
+    )
     assert table.loc["densenet/64/time", "scale"] == found["08"].scale != ""
 
 
@@ -249,8 +307,13 @@ def test_an_interval_that_holds_both_sides_is_undecided():
 @pytest.mark.filterwarnings("error::DeprecationWarning")
 def test_a_verdict_of_numpy_values_is_that_of_plain_ones():
     """A string times a numpy bool is an error from numpy 2.5 on."""
-    for own in (Measured(1.0, "", 2, 0.1, 2.1, rule="<"), Measured(1.0, "", 2.3, -0.1, 2.1, rule="side of 0")):
-        numbers = {name: np.float64(getattr(own, name)) for name in ("value", "published", "low", "high")}
+    for own in (
+        Measured(1.0, "", 2, 0.1, 2.1, rule="<"),
+        Measured(1.0, "", 2.3, -0.1, 2.1, rule="side of 0"),
+    ):
+        numbers = {
+            name: np.float64(getattr(own, name)) for name in ("value", "published", "low", "high")
+        }
         assert verdict(dataclasses.replace(own, **numbers)) == verdict(own)
 
 
@@ -258,7 +321,10 @@ def test_points_of_a_shorter_training_answer_those_as_far_into_the_studys():
     found = results(1)
     two = {"1": found["06"].metrics["collapse"]["1"], "2": found["06"].metrics["collapse"]["2"]}
     table = ledger({"06": Found("06", {**found["06"].metrics, "collapse": two})})
-    told = [table.loc[f"collapse/top-1/{point}/before", "ours"] for point in range(1, len(COLLAPSES) + 1)]
+    told = [
+        table.loc[f"collapse/top-1/{point}/before", "ours"]
+        for point in range(1, len(COLLAPSES) + 1)
+    ]
     assert told == [100 * two["1"]["before"]] * 3 + [100 * two["2"]["before"]] * 3
 
 
@@ -302,7 +368,11 @@ def test_the_verdict_follows_the_rule(ours, says):
         ({"split": {"name": "patient", "images": {"train": 112120}}}, "Wang 2017", "another split"),
         ({"split": {"name": "patient", "images": {"train": 112120}}}, "CheXNet", "interval"),
         ({"split": {"name": "image", "images": {"train": 112120}}}, "CheXNet", "another split"),
-        ({"split": {"name": "official", "images": {"train": 999, "test": 100}}}, "Wang 2017", "1,099 of the release"),
+        (
+            {"split": {"name": "official", "images": {"train": 999, "test": 100}}},
+            "Wang 2017",
+            "1,099 of the release",
+        ),
         ({}, "Wang 2017", "interval"),
         ({}, "Dell DenseNet", "leaks"),
     ],
@@ -317,7 +387,10 @@ def test_an_auroc_is_compared_on_the_release_and_a_split_of_its_kind_alone(chang
 def test_what_this_run_has_comes_before_reference_results_which_are_named(tmp_path):
     kept = {name: results(seed)["03"] for name, seed in (("run", 1), ("reference", 2))}
     names = ("metrics", "params", "environment")
-    for file in (tmp_path / "reference" / "03_train.json", tmp_path / "reference" / "06_recipes.json"):
+    for file in (
+        tmp_path / "reference" / "03_train.json",
+        tmp_path / "reference" / "06_recipes.json",
+    ):
         file.parent.mkdir(exist_ok=True)
         own = kept["reference"] if file.stem == "03_train" else results(2)["06"]
         write_json(file, {name: getattr(own, name) for name in names})
@@ -331,13 +404,17 @@ def test_what_this_run_has_comes_before_reference_results_which_are_named(tmp_pa
     assert both.loc["auroc/CheXNet/Mass", "ours"] == kept["run"].metrics["auroc"]["Mass"]["auroc"]
     assert both.loc["auroc/CheXNet/Mass", "origin"] == "this run"
     assert both.loc["ladder/+ warm-up", "origin"] == "reference results"
-    assert both.loc["batch norm/vgg16", "verdict"] == "not measured" and np.isnan(both.loc["batch norm/vgg16", "ours"])
+    assert both.loc["batch norm/vgg16", "verdict"] == "not measured" and np.isnan(
+        both.loc["batch norm/vgg16", "ours"]
+    )
 
 
 def test_what_this_run_did_not_measure_is_answered_by_the_reference_which_is_named():
     run, kept = results(1)["08"], results(2)["08"]
     quick = Found(
-        "08", {**run.metrics, "solution": {}, "ratio": {}}, reference=dataclasses.replace(kept, origin="kept")
+        "08",
+        {**run.metrics, "solution": {}, "ratio": {}},
+        reference=dataclasses.replace(kept, origin="kept"),
     )
     table = ledger({"08": quick})
     for key, origin in {
@@ -347,7 +424,10 @@ def test_what_this_run_did_not_measure_is_answered_by_the_reference_which_is_nam
     }.items():
         (name,) = [name for name in table.index if name.startswith(key)]
         assert table.loc[name, "origin"] == origin
-    assert table.loc["densenet/64/time", "ours"] == kept.metrics["solution"]["densenet121"]["seconds"] / 60
+    assert (
+        table.loc["densenet/64/time", "ours"]
+        == kept.metrics["solution"]["densenet121"]["seconds"] / 60
+    )
 
 
 def test_results_of_another_version_of_a_notebook_are_not_measured_and_say_what_they_lack():
@@ -399,7 +479,10 @@ def test_counts_add_up_to_the_figures():
 
 
 def numbers(text):
-    return {float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\d(?:\.\d+)?|\d(?:\.\d+)?|\.\d+", text)}
+    return {
+        float(n.replace(",", ""))
+        for n in re.findall(r"\d[\d,]*\d(?:\.\d+)?|\d(?:\.\d+)?|\.\d+", text)
+    }
 
 
 def test_each_figure_is_there_once_with_source_and_setting():
@@ -408,10 +491,14 @@ def test_each_figure_is_there_once_with_source_and_setting():
     assert all(claim.source and claim.setting and claim.unit and claim.what for claim in claims())
 
 
-@pytest.mark.skipif(PUBLISHED is None, reason="the list of published figures is not beside this project")
+@pytest.mark.skipif(
+    PUBLISHED is None, reason="the list of published figures is not beside this project"
+)
 def test_the_figures_are_all_those_of_the_list():
     text = Path(PUBLISHED).read_text()
-    have = set().union(*(numbers(f"{c.what} {c.setting} {c.source}") | {float(c.value)} for c in claims()))
+    have = set().union(
+        *(numbers(f"{c.what} {c.setting} {c.source}") | {float(c.value)} for c in claims())
+    )
     assert numbers(text) - have == set()
     table = published_auroc()
     for line in text.splitlines():
@@ -423,31 +510,58 @@ def test_the_figures_are_all_those_of_the_list():
     assert tops == {round(100 * n) for n in numbers(points) if n > 60}
 
 
-@pytest.mark.skipif(PUBLISHED is None, reason="the list of published figures is not beside this project")
+@pytest.mark.skipif(
+    PUBLISHED is None, reason="the list of published figures is not beside this project"
+)
 @pytest.mark.parametrize(
     ("line", "keys"),
     [
-        (r"Caffe.*\| 256 \| (.*) img/s, (.*) % eff\w*, (.*) min, > (.*) / (.*) % \|",
-         "caffe-256/speed caffe-256/efficiency caffe-256/time caffe-256/top-1 caffe-256/top-5"),
-        (r"Caffe.*\| 512 \| (.*) min; > (.*) % eff\w* from 256 to 512 nodes, (.*) % \|",
-         "caffe-512/time caffe-512/efficiency caffe-512/top-1"),
-        (r"Stampede2 \| 256 / 512 \| (.*) / (.*) img/s \((.*) %\), about (.*) h on 256 \|",
-         "tensorflow-256/speed tensorflow-512/speed tensorflow-512/efficiency tensorflow-256/time"),
-        (r"this work.*\| 448 \| (.*) TF peak, (.*) min, (.*) % \|",
-         "caffe-448/peak caffe-448/time caffe-448/efficiency"),
-        (r"Facebook, P100 \| 32 .*\| (.*) TF, (.*) min, (.*) % \|",
-         "facebook-32/peak facebook-32/time facebook-32/efficiency"),
-        (r"You et al.*\| 1024 \| (.*) TF, (.*) min, (.*) % \|", "you-1024/peak you-1024/time you-1024/efficiency"),
-        (r"DenseNet-121.*\| 64 \| (.*) s/epoch, (.*) epochs, .*, (.*) % \|", "64/epoch 64/epochs 64/top-1"),
-        (r"DenseNet-121.*\| 128 \| (.*) s/epoch, (.*) epochs, .*, (.*) % \|", "128/epoch 128/epochs 128/top-1"),
-        (r"fine-tuning ResNet-50.*Keras (.*) s/epoch, TensorFlow (.*) s/epoch",
-         "fine-tuning/keras fine-tuning/tensorflow"),
+        (
+            r"Caffe.*\| 256 \| (.*) img/s, (.*) % eff\w*, (.*) min, > (.*) / (.*) % \|",
+            "caffe-256/speed caffe-256/efficiency caffe-256/time caffe-256/top-1 caffe-256/top-5",
+        ),
+        (
+            r"Caffe.*\| 512 \| (.*) min; > (.*) % eff\w* from 256 to 512 nodes, (.*) % \|",
+            "caffe-512/time caffe-512/efficiency caffe-512/top-1",
+        ),
+        (
+            r"Stampede2 \| 256 / 512 \| (.*) / (.*) img/s \((.*) %\), about (.*) h on 256 \|",
+            "tensorflow-256/speed tensorflow-512/speed tensorflow-512/efficiency "
+            "tensorflow-256/time",
+        ),
+        (
+            r"this work.*\| 448 \| (.*) TF peak, (.*) min, (.*) % \|",
+            "caffe-448/peak caffe-448/time caffe-448/efficiency",
+        ),
+        (
+            r"Facebook, P100 \| 32 .*\| (.*) TF, (.*) min, (.*) % \|",
+            "facebook-32/peak facebook-32/time facebook-32/efficiency",
+        ),
+        (
+            r"You et al.*\| 1024 \| (.*) TF, (.*) min, (.*) % \|",
+            "you-1024/peak you-1024/time you-1024/efficiency",
+        ),
+        (
+            r"DenseNet-121.*\| 64 \| (.*) s/epoch, (.*) epochs, .*, (.*) % \|",
+            "64/epoch 64/epochs 64/top-1",
+        ),
+        (
+            r"DenseNet-121.*\| 128 \| (.*) s/epoch, (.*) epochs, .*, (.*) % \|",
+            "128/epoch 128/epochs 128/top-1",
+        ),
+        (
+            r"fine-tuning ResNet-50.*Keras (.*) s/epoch, TensorFlow (.*) s/epoch",
+            "fine-tuning/keras fine-tuning/tensorflow",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_figures_of_scale_are_each_at_its_place(line, keys):
     (told,) = re.findall(line, Path(PUBLISHED).read_text())
     values = {claim.key: claim.value for claim in claims()}
-    own = [[value for key, value in values.items() if f"/{key}".endswith(f"/{end}")] for end in keys.split()]
+    own = [
+        [value for key, value in values.items() if f"/{key}".endswith(f"/{end}")]
+        for end in keys.split()
+    ]
     assert own == [[float(number.replace(",", ""))] for number in told]
 
 

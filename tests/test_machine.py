@@ -36,7 +36,9 @@ def test_cores_are_those_this_process_may_use():
 
 @pytest.fixture
 def pretend(tmp_path, monkeypatch):
-    """A function that lays out a machine as the kernel would: for each processor its socket, core and node."""
+    """A function that lays out a machine as the kernel would: for each processor its socket, core
+    and node.
+    """
 
     def make(*processors, flags=""):
         for cpu, (socket, core, _) in enumerate(processors):
@@ -52,7 +54,9 @@ def pretend(tmp_path, monkeypatch):
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu avx2 {flags}\n")
         monkeypatch.setattr(machine, "_SYSTEM", tmp_path)
         monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(len(processors))), raising=False)
+        monkeypatch.setattr(
+            os, "sched_getaffinity", lambda pid: set(range(len(processors))), raising=False
+        )
         processor_flags.cache_clear()
 
     yield make
@@ -95,7 +99,9 @@ def test_a_mac_uses_all_its_processors_and_computes_in_float32(mac):
 
 def test_a_mac_names_its_processor_by_sysctl(mac, tmp_path, monkeypatch):
     sysctl = tmp_path / "sysctl"
-    sysctl.write_text('#!/bin/sh\n[ "$*" = "-n machdep.cpu.brand_string" ] && echo "Apple M4 Pro"\n')
+    sysctl.write_text(
+        '#!/bin/sh\n[ "$*" = "-n machdep.cpu.brand_string" ] && echo "Apple M4 Pro"\n'
+    )
     sysctl.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert kind() == {"processor": "Apple M4 Pro", "cores": 8}
@@ -103,7 +109,9 @@ def test_a_mac_names_its_processor_by_sysctl(mac, tmp_path, monkeypatch):
     assert kind() == {"processor": "unknown", "cores": 8}
 
 
-def test_an_arm_processor_is_told_by_its_design_and_computes_in_float32(pretend, tmp_path, monkeypatch):
+def test_an_arm_processor_is_told_by_its_design_and_computes_in_float32(
+    pretend, tmp_path, monkeypatch
+):
     pretend((0, 0, 0), (0, 1, 0))
     (tmp_path / "cpuinfo").write_text(ARM)
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
@@ -114,7 +122,9 @@ def test_an_arm_processor_is_told_by_its_design_and_computes_in_float32(pretend,
 
 def test_a_processor_of_x86_goes_by_the_name_that_the_kernel_gives(pretend, tmp_path):
     pretend((0, 0, 0))
-    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: AMD EPYC: 7763\nflags\t\t: avx2\n\n")
+    (tmp_path / "cpuinfo").write_text(
+        "processor\t: 0\nmodel name\t: AMD EPYC: 7763\nflags\t\t: avx2\n\n"
+    )
     assert kind() == {"processor": "AMD EPYC: 7763", "cores": 1}
 
 
@@ -128,19 +138,22 @@ def test_a_processor_of_x86_goes_by_the_name_that_the_kernel_gives(pretend, tmp_
         ("avx512_bf16 avx512_fp16 amx_bf16", "mixed_bfloat16"),
     ],
 )
-def test_the_precision_of_a_training_follows_the_processor_unless_named(pretend, tmp_path, flags, precision):
+def test_the_precision_of_a_training_follows_the_processor_unless_named(
+    pretend, tmp_path, flags, precision
+):
     pretend((0, 0, 0), flags=flags)
     assert native_precision() == precision
     folders = dict(data_dir=str(tmp_path), run_dir=str(tmp_path))
     assert TrainConfig(**folders).precision == precision
-    assert TrainConfig(**folders).to_dict()["precision"] == precision  # what is kept says what was used
+    assert (
+        TrainConfig(**folders).to_dict()["precision"] == precision
+    )  # what is kept says what was used
     assert TrainConfig(**folders, precision="float32").precision == "float32"
 
 
 def test_tensorflow_starts_without_a_word():
-    code = (
-        "from chexlib.machine import import_tensorflow; import_tensorflow(); import sys; print('end', file=sys.stderr)"
-    )
+    code = "from chexlib.machine import import_tensorflow; import_tensorflow()"
+    code += "; import sys; print('end', file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "end\n")
 
@@ -151,5 +164,11 @@ def test_what_is_said_at_a_start_that_fails_is_shown(tmp_path):
     )
     code = "from chexlib.machine import import_tensorflow; import_tensorflow()"
     own = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=own, cwd=tmp_path)
-    assert done.returncode == 1 and "a library is missing" in done.stderr and "ImportError: no" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=own, cwd=tmp_path
+    )
+    assert (
+        done.returncode == 1
+        and "a library is missing" in done.stderr
+        and "ImportError: no" in done.stderr
+    )

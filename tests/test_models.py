@@ -1,4 +1,6 @@
-"""Three topologies with one contract, batch norm that is Keras' own but faster, weights that fit or are refused."""
+"""Three topologies with one contract, batch norm that is Keras' own but faster, weights that fit or
+are refused.
+"""
 
 import json
 import os
@@ -64,7 +66,11 @@ def weights_equal(a, b):
 def test_a_model_gives_14_probabilities_for_each_grey_radiograph(models, topology):
     model = models(topology)
     assert model.input_shape == (None, 32, 32, 1)
-    for pixels in (PIXELS, np.zeros((2, 32, 32, 1), np.float32), np.full((1, 32, 32, 1), 255, np.float32)):
+    for pixels in (
+        PIXELS,
+        np.zeros((2, 32, 32, 1), np.float32),
+        np.full((1, 32, 32, 1), 255, np.float32),
+    ):
         scores = model(pixels, training=False).numpy()
         assert scores.shape == (len(pixels), 14)
         assert scores.dtype == np.float32
@@ -94,22 +100,32 @@ def test_the_backbone_is_fed_with_normalised_pixels_and_its_features_are_pooled(
     np.testing.assert_allclose(model(PIXELS, training=False), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("topology", "count"), [("densenet121", 121), ("resnet50", 53), ("vgg16", 0)])
+@pytest.mark.parametrize(
+    ("topology", "count"), [("densenet121", 121), ("resnet50", 53), ("vgg16", 0)]
+)
 def test_all_batch_norm_layers_are_there_and_fused(models, topology, count):
     layers = norms(models(topology))
     assert len(layers) == len(norm_layers(models(topology))) == count
     assert {type(layer) for layer in layers} <= {FusedBatchNormalization}
 
 
-@pytest.mark.parametrize(("topology", "millions"), [("densenet121", 7.05), ("resnet50", 23.6), ("vgg16", 14.7)])
+@pytest.mark.parametrize(
+    ("topology", "millions"), [("densenet121", 7.05), ("resnet50", 23.6), ("vgg16", 14.7)]
+)
 def test_parameters_are_those_of_the_published_networks(models, topology, millions):
     assert models(topology).count_params() / 1e6 == pytest.approx(millions, abs=0.06)
 
 
 def test_seed_decides_every_weight_that_is_drawn(models):
-    first, again, other = models("vgg16"), build_model("vgg16", size=32, seed=1), build_model("vgg16", size=32, seed=2)
+    first, again, other = (
+        models("vgg16"),
+        build_model("vgg16", size=32, seed=1),
+        build_model("vgg16", size=32, seed=2),
+    )
     assert weights_equal(first, again)
-    for name, a, b in zip((w.path for w in first.weights), first.get_weights(), other.get_weights(), strict=True):
+    for name, a, b in zip(
+        (w.path for w in first.weights), first.get_weights(), other.get_weights(), strict=True
+    ):
         assert np.array_equal(a, b) == ("bias" in name), name
 
 
@@ -148,7 +164,9 @@ def test_batch_norm_momentum_is_as_asked(models):
     assert {layer.momentum for layer in norms(models("resnet50"))} == {0.9}
 
 
-@pytest.mark.parametrize(("settings", "named"), [({"topology": "alexnet"}, "alexnet"), ({"size": 31}, "31")])
+@pytest.mark.parametrize(
+    ("settings", "named"), [({"topology": "alexnet"}, "alexnet"), ({"size": 31}, "31")]
+)
 @pytest.mark.parametrize("weights", [None, "imagenet"])
 def test_an_impossible_model_is_refused_with_the_value(settings, named, weights):
     with pytest.raises(ConfigError, match=named):
@@ -157,7 +175,8 @@ def test_an_impossible_model_is_refused_with_the_value(settings, named, weights)
 
 # --- small networks
 
-# CRC-32 of all weights in their order, and of their names, of size=32 and seed=1 as chexlib 0.1 built them.
+# CRC-32 of all weights in their order, and of their names, of size=32 and seed=1 as chexlib 0.1
+# built them.
 VERSION_0_1 = {
     "densenet121": (378831982, 1353684931),
     "resnet50": (261973801, 4190800738),
@@ -193,9 +212,13 @@ def test_the_published_width_and_stem_give_the_weights_of_version_0_1_to_the_bit
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_a_quarter_network_has_the_same_layers_and_a_quarter_of_the_channels_in_each(models, small_models, topology):
+def test_a_quarter_network_has_the_same_layers_and_a_quarter_of_the_channels_in_each(
+    models, small_models, topology
+):
     whole, small = backbone_of(models(topology)), backbone_of(small_models(topology))
-    named = [[layer.name for layer in network.layers if layer.weights] for network in (small, whole)]
+    named = [
+        [layer.name for layer in network.layers if layer.weights] for network in (small, whole)
+    ]
     assert named[0] == named[1]
     assert [type(layer) for layer in small.layers] == [type(layer) for layer in whole.layers]
     assert len(norms(small)) == COUNTS[topology]
@@ -207,8 +230,14 @@ def test_a_quarter_network_has_the_same_layers_and_a_quarter_of_the_channels_in_
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_the_small_stem_keeps_maps_of_2_by_2_where_the_last_convolution_works(small_models, topology):
-    convolutions = [layer for layer in backbone_of(small_models(topology)).layers if hasattr(layer, "kernel_size")]
+def test_the_small_stem_keeps_maps_of_2_by_2_where_the_last_convolution_works(
+    small_models, topology
+):
+    convolutions = [
+        layer
+        for layer in backbone_of(small_models(topology)).layers
+        if hasattr(layer, "kernel_size")
+    ]
     assert convolutions[0].output.shape[1:3] == (32, 32)
     assert convolutions[-1].output.shape[1:3] == (2, 2)
     assert small_models(topology).input_shape == (None, 32, 32, 1)
@@ -225,8 +254,15 @@ def test_each_residual_branch_of_a_small_resnet_starts_as_nothing(models, small_
 def test_a_small_network_with_group_norm_has_groups_of_as_many_channels():
     def sizes(**settings):
         model = build_model("resnet50", size=32, norm="group", **settings)
-        layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.GroupNormalization)]
-        assert not any(layer.gamma.numpy().any() for layer in layers if layer.name.endswith("_3_bn")) or not settings
+        layers = [
+            layer
+            for layer in model._flatten_layers()
+            if isinstance(layer, keras.layers.GroupNormalization)
+        ]
+        assert (
+            not any(layer.gamma.numpy().any() for layer in layers if layer.name.endswith("_3_bn"))
+            or not settings
+        )
         return [layer.gamma.shape[0] // layer.groups for layer in layers]
 
     assert sizes(width=0.25, stem="small") == sizes()
@@ -235,21 +271,34 @@ def test_a_small_network_with_group_norm_has_groups_of_as_many_channels():
 # The stem, so many norms per block, one or no norm at the end of each stage, and one more.
 @pytest.mark.parametrize(
     ("topology", "blocks", "norms_left"),
-    [("resnet50", 1, 1 + 4 * 4), ("resnet50", 2, 1 + 4 * 7), ("densenet121", 2, 1 + 4 * 2 * 2 + 3 + 1)],
+    [
+        ("resnet50", 1, 1 + 4 * 4),
+        ("resnet50", 2, 1 + 4 * 7),
+        ("densenet121", 2, 1 + 4 * 2 * 2 + 3 + 1),
+    ],
 )
-def test_blocks_left_out_leave_the_weights_of_the_others_as_they_are(small_models, topology, blocks, norms_left):
+def test_blocks_left_out_leave_the_weights_of_the_others_as_they_are(
+    small_models, topology, blocks, norms_left
+):
     short = build_model(topology, size=32, width=0.25, stem="small", blocks=blocks, seed=1)
     assert len(norms(short)) == norms_left
     whole = {v.path: v.numpy() for v in small_models(topology).weights}
-    for v in short.weights:  # those of DenseNet's transitions and of what follows have fewer channels
+    for (
+        v
+    ) in short.weights:  # those of DenseNet's transitions and of what follows have fewer channels
         if v.shape == whole[v.path].shape:
             np.testing.assert_array_equal(v.numpy(), whole[v.path])
-    assert all(int(place[1]) <= blocks for v in short.weights if (place := re.search(r"_block(\d+)_", v.path)))
+    assert all(
+        int(place[1]) <= blocks
+        for v in short.weights
+        if (place := re.search(r"_block(\d+)_", v.path))
+    )
     assert short(np.zeros((2, 32, 32, 1))).shape == (2, 14)
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"), [({"width": 0.3}, "0.3"), ({"stem": "tiny"}, "tiny"), ({"blocks": -1}, "-1")]
+    ("settings", "named"),
+    [({"width": 0.3}, "0.3"), ({"stem": "tiny"}, "tiny"), ({"blocks": -1}, "-1")],
 )
 def test_another_width_stem_or_number_of_blocks_is_refused_with_the_value(settings, named):
     with pytest.raises(ConfigError, match=named):
@@ -269,7 +318,10 @@ def test_weights_load_into_the_width_and_stem_that_their_card_names(small_models
     assert card["width"] == 0.25 and card["stem"] == "small"
     assert weights_equal(loaded, small_models("vgg16"))
     assert weights_equal(create_model(**network, weights=str(path), seed=9), small_models("vgg16"))
-    for changes, named in (({"width": 1.0}, r"width=0\.25, not 1\.0"), ({"stem": "full"}, "stem='small', not 'full'")):
+    for changes, named in (
+        ({"width": 1.0}, r"width=0\.25, not 1\.0"),
+        ({"stem": "full"}, "stem='small', not 'full'"),
+    ):
         with pytest.raises(WeightsError, match=named):
             create_model(**{**network, **changes}, weights=str(path))
 
@@ -278,11 +330,16 @@ def test_weights_load_into_the_width_and_stem_that_their_card_names(small_models
 
 
 def offline(*args, **kwargs):
-    raise Exception("URL fetch failure on https://storage.googleapis.com/vgg16.h5: None -- [Errno -2]\nmore\nlines")
+    raise Exception(
+        "URL fetch failure on https://storage.googleapis.com/vgg16.h5: None -- [Errno "
+        "-2]\nmore\nlines"
+    )
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_without_a_network_imagenet_weights_are_an_error_that_says_what_to_do(monkeypatch, topology):
+def test_without_a_network_imagenet_weights_are_an_error_that_says_what_to_do(
+    monkeypatch, topology
+):
     name = {"densenet121": "DenseNet121", "resnet50": "ResNet50", "vgg16": "VGG16"}[topology]
     monkeypatch.setattr(keras.applications, name, offline)
     with pytest.raises(WeightsError) as error:
@@ -304,11 +361,15 @@ def test_keras_own_download_path_is_taken_and_its_failure_told(monkeypatch):
     monkeypatch.setattr(module.file_utils, "get_file", get_file)
     with pytest.raises(WeightsError, match="URL fetch failure"):
         create_model("vgg16", size=32, weights="imagenet")
-    assert asked[0].startswith("https://storage.googleapis.com/tensorflow/keras-applications/vgg16/")
+    assert asked[0].startswith(
+        "https://storage.googleapis.com/tensorflow/keras-applications/vgg16/"
+    )
 
 
 def test_imagenet_weights_reach_every_layer_and_give_the_stock_networks_features(monkeypatch):
-    """A small network in place of the download, with batch norm whose statistics are not the initial ones."""
+    """A small network in place of the download, with batch norm whose statistics are not the
+    initial ones.
+    """
     made = []
 
     def stock(include_top, weights, input_shape):
@@ -329,14 +390,18 @@ def test_imagenet_weights_reach_every_layer_and_give_the_stock_networks_features
     rgb = np.repeat(PIXELS, 3, -1)
     assert len(norms(model)) == 1
     assert type(norms(model)[0]) is FusedBatchNormalization
-    np.testing.assert_allclose(backbone(rgb, training=False), made[0](rgb, training=False), rtol=1e-4)
+    np.testing.assert_allclose(
+        backbone(rgb, training=False), made[0](rgb, training=False), rtol=1e-4
+    )
 
 
 # --- fused batch norm
 
 
 def norm_pair(shape=(None, 4, 4, 5), **settings):
-    """The same layer twice: ours, and Keras'; weights and statistics away from their initial values."""
+    """The same layer twice: ours, and Keras'; weights and statistics away from their initial
+    values.
+    """
     pair = [kind(**settings) for kind in (FusedBatchNormalization, keras.layers.BatchNormalization)]
     rng = np.random.default_rng(3)
     for layer in pair:
@@ -353,7 +418,14 @@ def images(channels=5, shape=(4, 6, 3), seed=0):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"scale": False}, {"center": False}, {"momentum": 0.5, "epsilon": 1e-2}, {"axis": 3}, {"axis": 1}],
+    [
+        {},
+        {"scale": False},
+        {"center": False},
+        {"momentum": 0.5, "epsilon": 1e-2},
+        {"axis": 3},
+        {"axis": 1},
+    ],
 )
 @pytest.mark.parametrize("training", [True, False, None])
 def test_fused_batch_norm_gives_keras_outputs_gradients_and_statistics(settings, training):
@@ -398,8 +470,12 @@ def test_a_frozen_fused_batch_norm_uses_and_keeps_its_moving_statistics():
     ours, theirs = norm_pair()
     ours.trainable = theirs.trainable = False
     before = ours.get_weights()
-    np.testing.assert_allclose(ours(images(), training=True), theirs(images(), training=True), atol=1e-5)
-    np.testing.assert_allclose(ours(images(), training=True), ours(images(), training=False), atol=1e-6)
+    np.testing.assert_allclose(
+        ours(images(), training=True), theirs(images(), training=True), atol=1e-5
+    )
+    np.testing.assert_allclose(
+        ours(images(), training=True), ours(images(), training=False), atol=1e-6
+    )
     assert all(np.array_equal(a, b) for a, b in zip(before, ours.get_weights(), strict=True))
 
 
@@ -412,7 +488,9 @@ def test_inputs_that_are_no_images_are_normalised_as_by_keras(shape):
 
 
 def test_float64_images_are_normalised_as_by_keras():
-    ours, theirs = (layer(images().astype(np.float64), training=True) for layer in norm_pair(dtype="float64"))
+    ours, theirs = (
+        layer(images().astype(np.float64), training=True) for layer in norm_pair(dtype="float64")
+    )
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
@@ -435,11 +513,16 @@ def test_weights_and_configuration_move_between_fused_and_stock_batch_norm():
     ours, theirs = norm_pair(momentum=0.7, epsilon=1e-2, name="n")
     assert ours.get_config() == theirs.get_config()
     assert [w.path for w in ours.weights] == [w.path for w in theirs.weights]
-    for source, kind in ((ours, keras.layers.BatchNormalization), (theirs, FusedBatchNormalization)):
+    for source, kind in (
+        (ours, keras.layers.BatchNormalization),
+        (theirs, FusedBatchNormalization),
+    ):
         copy = kind.from_config(source.get_config())
         copy.build((None, 4, 4, 5))
         copy.set_weights(source.get_weights())
-        np.testing.assert_allclose(copy(images(), training=False), source(images(), training=False), atol=1e-5)
+        np.testing.assert_allclose(
+            copy(images(), training=False), source(images(), training=False), atol=1e-5
+        )
 
 
 # --- weights in files
@@ -450,14 +533,18 @@ RESNET_CARD = {"topology": "resnet50", "size": 32, "split": {"images": {"train":
 
 @pytest.fixture(scope="module")
 def resnet_file(models, tmp_path_factory):
-    return save_model(models("resnet50"), tmp_path_factory.mktemp("resnet") / "model.keras", card=RESNET_CARD)
+    return save_model(
+        models("resnet50"), tmp_path_factory.mktemp("resnet") / "model.keras", card=RESNET_CARD
+    )
 
 
 def test_a_saved_model_gives_the_same_scores_and_card(models, resnet_file):
     loaded, card = load_model(resnet_file)
     assert card == {**RESNET_CARD, "findings": list(FINDINGS)}
     assert {type(layer) for layer in norms(loaded)} == {FusedBatchNormalization}
-    np.testing.assert_allclose(loaded(PIXELS, training=False), models("resnet50")(PIXELS, training=False), atol=1e-6)
+    np.testing.assert_allclose(
+        loaded(PIXELS, training=False), models("resnet50")(PIXELS, training=False), atol=1e-6
+    )
     assert os.listdir(resnet_file.parent) == ["model.keras"]
 
 
@@ -491,10 +578,16 @@ def refused(tmp_path, kind):
     elif kind == "stock":
         small().save(path)
     elif kind == "other findings":
-        save_model(small(), path, card={"topology": "vgg16", "size": 32, "findings": ["Mass", "Hernia"]})
+        save_model(
+            small(), path, card={"topology": "vgg16", "size": 32, "findings": ["Mass", "Hernia"]}
+        )
     elif kind in ("card without findings", "card that is a list", "card that is no JSON"):
         small().save(path)
-        text = {"card without findings": '{"size": 32}', "card that is a list": "[]", "card that is no JSON": "{"}[kind]
+        text = {
+            "card without findings": '{"size": 32}',
+            "card that is a list": "[]",
+            "card that is no JSON": "{",
+        }[kind]
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr(CARD, text)
     elif kind == "card alone":
@@ -504,14 +597,26 @@ def refused(tmp_path, kind):
         path.mkdir()
     elif kind == "code":
         inputs = keras.Input((32, 32, 1))
-        save_model(keras.Model(inputs, keras.layers.Lambda(lambda x: x + 1)(inputs)), path, card={"size": 32})
+        save_model(
+            keras.Model(inputs, keras.layers.Lambda(lambda x: x + 1)(inputs)),
+            path,
+            card={"size": 32},
+        )
     elif kind == "cut":
         save_model(small(), path, card={"size": 32})
         path.write_bytes(path.read_bytes()[:-200])
     return path  # "missing" is not made
 
 
-KINDS = ("text", "empty", "stock", "other findings", "card without findings", "card that is a list", "folder")
+KINDS = (
+    "text",
+    "empty",
+    "stock",
+    "other findings",
+    "card without findings",
+    "card that is a list",
+    "folder",
+)
 KINDS = (*KINDS, "card that is no JSON", "card alone", "code", "cut", "missing")
 
 
@@ -566,7 +671,10 @@ def test_bare_weights_that_do_not_fit_are_refused(tmp_path, kind):
 def radiographs(tmp_path):
     """Five images: grey of two sizes, oblong, RGB, 16-bit."""
     rng = np.random.default_rng(0)
-    pictures = [rng.integers(0, 256, shape, np.uint8) for shape in ((32, 32), (64, 64), (50, 70), (40, 40, 3))]
+    pictures = [
+        rng.integers(0, 256, shape, np.uint8)
+        for shape in ((32, 32), (64, 64), (50, 70), (40, 40, 3))
+    ]
     pictures.append(rng.integers(0, 65536, (33, 33), np.uint16))
     paths = [tmp_path / f"{i}.png" for i in range(5)]
     for path, picture in zip(paths, pictures, strict=True):
@@ -581,13 +689,17 @@ def test_predictions_are_the_models_probabilities_image_by_image(radiographs, vg
     assert table.columns.tolist() == list(FINDINGS)
     for path in radiographs:
         pixels = resize_area(read_image(path), 32)[None, ..., None].astype(np.float32)
-        np.testing.assert_allclose(table.loc[str(path)], model(pixels, training=False)[0], atol=1e-5)
+        np.testing.assert_allclose(
+            table.loc[str(path)], model(pixels, training=False)[0], atol=1e-5
+        )
     turned = predict([str(path) for path in reversed(radiographs)], weights=str(vgg_file))
     pd.testing.assert_frame_equal(turned, table.iloc[::-1], atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", ["missing.png", "text.png"])
-def test_an_image_that_cannot_be_read_is_named_before_tensorflow_is_needed(radiographs, vgg_file, tmp_path, bad):
+def test_an_image_that_cannot_be_read_is_named_before_tensorflow_is_needed(
+    radiographs, vgg_file, tmp_path, bad
+):
     (tmp_path / "text.png").write_text("no image")
     code = f"""
 import sys
@@ -599,7 +711,9 @@ try:
 except DataError as error:
     print(error)
 """
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
     assert str(tmp_path / bad) in answer.stdout, answer.stderr
 
 
@@ -611,7 +725,9 @@ def test_broken_images_and_weights_are_errors_of_ours(radiographs, tmp_path):
 
 
 def test_the_weights_written_last_are_the_newest(tmp_path):
-    for i, name in enumerate(("20250101-000000/03_train", "20240101-000000/04_train", "20260101-000000/05_train")):
+    for i, name in enumerate(
+        ("20250101-000000/03_train", "20240101-000000/04_train", "20260101-000000/05_train")
+    ):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "model.keras").touch()
         os.utime(tmp_path / name / "model.keras", (1000 + (i % 2), 1000 + (i % 2)))

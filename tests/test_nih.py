@@ -1,4 +1,6 @@
-"""The NIH layout is read right; each known trap of it has an answer, or a message that names the value."""
+"""The NIH layout is read right; each known trap of it has an answer, or a message that names the
+value.
+"""
 
 import io
 import logging
@@ -18,7 +20,9 @@ from chexlib.errors import ConfigError, DataError
 from chexlib.findings import FINDINGS
 
 SHARED = Path(__file__).parents[2] / "shared"
-needs_real = pytest.mark.skipif(not (SHARED / "nih-256").is_dir(), reason="no real radiographs beside the project")
+needs_real = pytest.mark.skipif(
+    not (SHARED / "nih-256").is_dir(), reason="no real radiographs beside the project"
+)
 CSV = "Data_Entry_2017_v2020.csv"
 
 
@@ -45,7 +49,13 @@ def test_either_edition_gives_the_same_tables(tiny_nih, edition):
     assert list(radiographs.listed.columns) == [c for c in table.columns if c != "path"]
     assert table["image"].is_monotonic_increasing and list(table.index) == list(range(24))
     row = table[table["image"] == "00000001_002.png"].iloc[0]
-    assert (row["patient"], row["follow_up"], row["age"], row["sex"], row["view"]) == ("1", 2, 43.0, "F", "PA")
+    assert (row["patient"], row["follow_up"], row["age"], row["sex"], row["view"]) == (
+        "1",
+        2,
+        43.0,
+        "F",
+        "PA",
+    )
     assert [f for f in FINDINGS if row[f]] == ["Cardiomegaly", "Effusion"]
     assert table[list(FINDINGS)].dtypes.eq(np.int8).all() and table["age"].dtype == float
     assert all(os.path.isabs(path) and os.path.isfile(path) for path in table["path"])
@@ -57,7 +67,9 @@ def test_the_table_is_sorted_by_image_whatever_the_order_of_the_csv(tiny_nih):
     (root / CSV).write_text("\n".join([header, *rows[::-1]]))
     reference = load_radiographs(tiny_nih("reference"))
     shuffled = load_radiographs(root)
-    pd.testing.assert_frame_equal(shuffled.table.drop(columns="path"), reference.table.drop(columns="path"))
+    pd.testing.assert_frame_equal(
+        shuffled.table.drop(columns="path"), reference.table.drop(columns="path")
+    )
     assert [Path(path).name for path in shuffled.table["path"]] == shuffled.table["image"].tolist()
 
 
@@ -65,20 +77,35 @@ def test_labels_are_float32_in_the_order_of_findings(tiny_nih):
     radiographs = load_radiographs(tiny_nih())
     labels = radiographs.labels
     assert labels.dtype == np.float32 and labels.shape == (24, 14)
-    hand = dict(Hernia=3, Infiltration=3, Cardiomegaly=3, Effusion=3, Pleural_Thickening=1, Atelectasis=2)
+    hand = dict(
+        Hernia=3, Infiltration=3, Cardiomegaly=3, Effusion=3, Pleural_Thickening=1, Atelectasis=2
+    )
     assert {finding: labels[:, FINDINGS.index(finding)].sum() for finding in hand} == hand
 
 
 @needs_real
-@pytest.mark.parametrize(("folder", "images", "boxes"), [("nih-64", 998, 9), ("nih-256", 437, 7), ("nih-1024", 23, 4)])
+@pytest.mark.parametrize(
+    ("folder", "images", "boxes"), [("nih-64", 998, 9), ("nih-256", 437, 7), ("nih-1024", 23, 4)]
+)
 def test_real_folders_are_read(folder, images, boxes, caplog):
     caplog.set_level(logging.INFO)
     radiographs = load_radiographs(SHARED / folder)
-    assert (len(radiographs), len(radiographs.listed), len(radiographs.boxes)) == (images, 112120, boxes)
+    assert (len(radiographs), len(radiographs.listed), len(radiographs.boxes)) == (
+        images,
+        112120,
+        boxes,
+    )
     assert f"{images} of 112120 images present" in caplog.text
-    assert set(radiographs.table["sex"]) == {"M", "F"} and set(radiographs.table["view"]) <= {"PA", "AP"}
+    assert set(radiographs.table["sex"]) == {"M", "F"} and set(radiographs.table["view"]) <= {
+        "PA",
+        "AP",
+    }
     assert radiographs.listed["patient"].nunique() == 30805
-    assert radiographs.boxes[["x", "y", "width", "height"]].apply(lambda values: values.between(0, 1)).all(axis=None)
+    assert (
+        radiographs.boxes[["x", "y", "width", "height"]]
+        .apply(lambda values: values.between(0, 1))
+        .all(axis=None)
+    )
     pixels = read_image(radiographs.table["path"].iloc[-1])
     side = int(folder.split("-")[1])
     assert pixels.shape == (side, side) and pixels.dtype == np.uint8 and pixels.std() > 10
@@ -91,7 +118,12 @@ def test_label_counts_are_those_of_the_release():
     raw = pd.read_csv(SHARED / "nih-1024" / CSV)["Finding Labels"]
     expected = raw.str.get_dummies("|")  # an independent, slower parser
     assert (listed[list(FINDINGS)].to_numpy() == expected[list(FINDINGS)].to_numpy()).all()
-    published = {"Hernia": 227, "Pneumonia": 1431, "Infiltration": 19894, "Atelectasis": 11559}  # data card
+    published = {
+        "Hernia": 227,
+        "Pneumonia": 1431,
+        "Infiltration": 19894,
+        "Atelectasis": 11559,
+    }  # data card
     assert {finding: listed[finding].sum() for finding in published} == published
 
 
@@ -143,7 +175,8 @@ def test_boxes_are_fractions_with_canonical_findings_of_present_images(tiny_nih,
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "named"), [("Infiltrate", "Infiltrated", "'Infiltrated'"), (",256,", ",left,", "'left'")]
+    ("old", "new", "named"),
+    [("Infiltrate", "Infiltrated", "'Infiltrated'"), (",256,", ",left,", "'left'")],
 )
 def test_a_bad_box_is_named(tiny_nih, old, new, named):
     root = tiny_nih()
@@ -155,7 +188,9 @@ def test_a_bad_box_is_named(tiny_nih, old, new, named):
 # ---- where images lie
 
 
-@pytest.mark.parametrize("images", ["images", "images/batch/deep", "images_012/images", "images_x/00/01"])
+@pytest.mark.parametrize(
+    "images", ["images", "images/batch/deep", "images_012/images", "images_x/00/01"]
+)
 def test_images_are_found_under_any_images_folder(tiny_nih, images):
     root = tiny_nih(images=images)
     (root / images / "._00000001_000.png").write_bytes(b"left by macOS")
@@ -185,7 +220,9 @@ def test_one_name_in_two_image_folders_is_refused(tiny_nih):
     root = tiny_nih()
     (root / "images_002").mkdir()
     shutil.copy(root / "images_001/images/00000003_001.png", root / "images_002")
-    with pytest.raises(DataError, match=r"1 images lie in two folders.*00000003_001\.png.*images_002") as caught:
+    with pytest.raises(
+        DataError, match=r"1 images lie in two folders.*00000003_001\.png.*images_002"
+    ) as caught:
         load_radiographs(root)
     assert "Remove" in str(caught.value)
 
@@ -202,26 +239,42 @@ def test_a_folder_that_does_not_exist_is_named_with_the_next_step(tmp_path):
 
 
 def test_a_folder_without_csv_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"neither Data_Entry_2017_v2020\.csv nor Data_Entry_2017\.csv.*phantom DIR"):
+    with pytest.raises(
+        DataError, match=r"neither Data_Entry_2017_v2020\.csv nor Data_Entry_2017\.csv.*phantom DIR"
+    ):
         load_radiographs(tmp_path)
 
 
 def test_a_missing_column_is_named_with_those_present(tiny_nih):
     root = tiny_nih()
     edit(root / CSV, "Finding Labels", "Findings")
-    with pytest.raises(DataError, match=r"no column 'Finding Labels' \(columns: Image Index, Findings, Follow-up #"):
+    with pytest.raises(
+        DataError, match=r"no column 'Finding Labels' \(columns: Image Index, Findings, Follow-up #"
+    ):
         load_radiographs(root)
 
 
 @pytest.mark.parametrize(
     ("old", "new", "named"),
     [
-        ("Mass|Nodule", "Mass|Fracture", "unknown findings: 'Fracture'.*Accepted.*No Finding, Atelectasis"),
+        (
+            "Mass|Nodule",
+            "Mass|Fracture",
+            "unknown findings: 'Fracture'.*Accepted.*No Finding, Atelectasis",
+        ),
         ("Pneumothorax", "", "unknown findings: ''"),
         ("00000010_001.png", "00000001_000.png", "occur twice: '00000001_000.png'"),
         ("00000010_001.png", "", "blank or occur twice: ''"),
-        (",1,10,", ",1,,", "patient: 1 rows have no patient, or a number that a spreadsheet has rounded: ''"),
-        (",1,10,", ",1,1.23457E+17,", r"spreadsheet has rounded: '1\.23457E\+17'.*as it was released"),
+        (
+            ",1,10,",
+            ",1,,",
+            "patient: 1 rows have no patient, or a number that a spreadsheet has rounded: ''",
+        ),
+        (
+            ",1,10,",
+            ",1,1.23457E+17,",
+            r"spreadsheet has rounded: '1\.23457E\+17'.*as it was released",
+        ),
         (",1,10,", ",1,12345678901234568.0,", r"spreadsheet has rounded: '12345678901234568\.0'"),
         (",1,10,", ",one,10,", "follow_up: 1 rows are no whole numbers: 'one'"),
         (",0,10,", ",0.5,10,", "follow_up: 1 rows are no whole numbers: '0.5'"),
@@ -243,7 +296,9 @@ def test_patients_of_any_number_of_digits_are_told_apart(tiny_nih, first):
         cells[3] = str(first + int(cells[3]))
     (root / CSV).write_text("\n".join(map(",".join, lines)))
     radiographs = load_radiographs(root)
-    assert radiographs.table["patient"].tolist() == [str(first + int(patient)) for patient in plain["patient"]]
+    assert radiographs.table["patient"].tolist() == [
+        str(first + int(patient)) for patient in plain["patient"]
+    ]
     for split in (patient_split(radiographs, seed=1), make_split(radiographs, kind="official")):
         found = audit(split, radiographs)
         assert sum(found.patients.values()) == 10 and not found.leaks
@@ -281,7 +336,9 @@ def test_patients_that_differ_by_zeros_in_front_are_different_and_named(tiny_nih
 def test_two_columns_for_one_thing_are_refused(tiny_nih, old, new):
     root = tiny_nih()
     edit(root / CSV, old, new)
-    with pytest.raises(DataError, match=f"several columns for one thing: .*{new.strip()}.*Leave one"):
+    with pytest.raises(
+        DataError, match=f"several columns for one thing: .*{new.strip()}.*Leave one"
+    ):
         load_radiographs(root)
 
 
@@ -325,10 +382,16 @@ def test_a_csv_saved_by_a_spreadsheet_is_read(tiny_nih):
 def test_zero_images_are_refused_unless_only_labels_are_wanted(tiny_nih):
     root = tiny_nih()
     shutil.rmtree(root / "images_001")
-    with pytest.raises(DataError, match=r"None of the 24 images.*images\*.*python -m chexlib phantom DIR"):
+    with pytest.raises(
+        DataError, match=r"None of the 24 images.*images\*.*python -m chexlib phantom DIR"
+    ):
         load_radiographs(root)
     labels_only = load_radiographs(root, require_images=False)
-    assert len(labels_only) == 0 and len(labels_only.listed) == 24 and labels_only.labels.shape == (0, 14)
+    assert (
+        len(labels_only) == 0
+        and len(labels_only.listed) == 24
+        and labels_only.labels.shape == (0, 14)
+    )
 
 
 # ---- sampling and selecting
@@ -348,7 +411,9 @@ def test_a_sample_holds_whole_patients_but_for_the_last(tiny_nih):
     assert set(samples[7].table["image"]) < set(samples[12].table["image"])
     again = load_radiographs(root, max_images=7, seed=3)
     pd.testing.assert_frame_equal(again.table, samples[7].table)
-    others = {tuple(load_radiographs(root, max_images=7, seed=seed).table["image"]) for seed in range(5)}
+    others = {
+        tuple(load_radiographs(root, max_images=7, seed=seed).table["image"]) for seed in range(5)
+    }
     assert len(others) > 1
     with pytest.raises(ConfigError, match="max_images=-1"):
         load_radiographs(root, max_images=-1)
@@ -477,7 +542,9 @@ def test_files_that_are_no_image_are_refused_by_name(tmp_path):
     cases = {"it is empty": b"", "cannot identify": b"Not Found\n" * 20, "400000000 pixels": bomb()}
     for reason, content in cases.items():
         path.write_bytes(content)
-        with pytest.raises(DataError, match=rf"00000009_009\.png cannot be read as PNG or JPEG: .*{reason}"):
+        with pytest.raises(
+            DataError, match=rf"00000009_009\.png cannot be read as PNG or JPEG: .*{reason}"
+        ):
             read_image(path)
     with pytest.raises(DataError, match=r"nobody\.png"):
         read_image(tmp_path / "nobody.png")
@@ -488,7 +555,9 @@ def test_files_that_are_no_image_are_refused_by_name(tmp_path):
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_an_image_that_pil_only_warns_of_is_refused(tmp_path):
     Image.new("1", (10000, 9000)).save(tmp_path / "huge.png")
-    with pytest.raises(DataError, match=r"huge\.png.*10000 x 9000 px, over the limit of 67,108,864 px"):
+    with pytest.raises(
+        DataError, match=r"huge\.png.*10000 x 9000 px, over the limit of 67,108,864 px"
+    ):
         read_image(tmp_path / "huge.png")
 
 
@@ -499,11 +568,16 @@ def test_broken_images_are_named_or_dropped(tiny_nih, caplog):
     (root / "images_001/images/00000003_001.png").write_bytes(b"")
     half = root / "images_001/images/00000009_002.png"
     half.write_bytes(half.read_bytes()[:200])
-    with pytest.raises(DataError, match=r"2 of 24 are broken.*00000003_001\.png.*00000009_002\.png") as caught:
+    with pytest.raises(
+        DataError, match=r"2 of 24 are broken.*00000003_001\.png.*00000009_002\.png"
+    ) as caught:
         check_images(whole)
     assert "skip_broken=True" in str(caught.value)
     kept = check_images(whole, skip_broken=True)
-    assert len(kept) == 22 and not kept.table["image"].isin(["00000003_001.png", "00000009_002.png"]).any()
+    assert (
+        len(kept) == 22
+        and not kept.table["image"].isin(["00000003_001.png", "00000009_002.png"]).any()
+    )
     assert "dropped 2 of 24" in caplog.text
     for path in whole.table["path"]:
         Path(path).write_bytes(b"")

@@ -1,4 +1,6 @@
-"""What normalises in training: the layers against references, and models whose norm is another than batch norm."""
+"""What normalises in training: the layers against references, and models whose norm is another than
+batch norm.
+"""
 
 import itertools
 
@@ -10,12 +12,21 @@ import tensorflow as tf
 from chexlib.collectives import World
 from chexlib.errors import ConfigError, WeightsError
 from chexlib.models.normalization import FusedBatchNormalization
-from chexlib.models.statistics import kept_statistics, norm_layers, population_statistics, recalibrate
+from chexlib.models.statistics import (
+    kept_statistics,
+    norm_layers,
+    population_statistics,
+    recalibrate,
+)
 from chexlib.models.topologies import build_model, redraw
 from chexlib.models.weights import create_model, load_model, save_model
 from chexlib.studies.population import bn_report, judge_scores
 
-QUARTER = {"topology": "resnet50", "size": 32, "width": 0.25}  # a norm does not depend on the channels' number
+QUARTER = {
+    "topology": "resnet50",
+    "size": 32,
+    "width": 0.25,
+}  # a norm does not depend on the channels' number
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +36,9 @@ def models():
 
     def get(norm):
         if norm not in made:
-            made[norm] = build_model(**QUARTER, norm=norm, ghost_size=4 if norm == "ghost" else 0, seed=1)
+            made[norm] = build_model(
+                **QUARTER, norm=norm, ghost_size=4 if norm == "ghost" else 0, seed=1
+            )
         return made[norm]
 
     return get
@@ -48,12 +61,19 @@ def outcome(layer, x, weigh):
     with tf.GradientTape() as tape:
         outputs = layer(inputs, training=True)
         loss = tf.reduce_sum(weigh * outputs**2)
-    return [outputs.numpy(), *(g.numpy() for g in tape.gradient(loss, [inputs, layer.gamma.value, layer.beta.value]))]
+    return [
+        outputs.numpy(),
+        *(g.numpy() for g in tape.gradient(loss, [inputs, layer.gamma.value, layer.beta.value])),
+    ]
 
 
-@pytest.mark.parametrize(("n", "size", "parts"), [(8, 4, [4, 4]), (10, 4, [4, 3, 3]), (3, 4, [3]), (5, 2, [2, 2, 1])])
+@pytest.mark.parametrize(
+    ("n", "size", "parts"), [(8, 4, [4, 4]), (10, 4, [4, 3, 3]), (3, 4, [3]), (5, 2, [2, 2, 1])]
+)
 def test_ghost_norm_is_batch_norm_of_each_part_by_itself(n, size, parts):
-    """In float64 by Keras, which is given each part alone; moving statistics are the mean over the parts'."""
+    """In float64 by Keras, which is given each part alone; moving statistics are the mean over the
+    parts'.
+    """
     x, weigh = images(n), images(n, seed=1)
     ghost, alone, start = a_layer(statistics="ghost", ghost_size=size), [], np.cumsum([0, *parts])
     for first, last in itertools.pairwise(start):
@@ -64,7 +84,9 @@ def test_ghost_norm_is_batch_norm_of_each_part_by_itself(n, size, parts):
         alone.append((found, layer.get_weights()))
     found = outcome(ghost, x, weigh)
     for i, join in enumerate((np.concatenate, np.concatenate, sum, sum)):
-        np.testing.assert_allclose(found[i], join([part[i] for part, _ in alone]), rtol=1e-4, atol=2e-4)
+        np.testing.assert_allclose(
+            found[i], join([part[i] for part, _ in alone]), rtol=1e-4, atol=2e-4
+        )
     for i in (2, 3):
         expected = np.mean([weights[i] for _, weights in alone], axis=0)
         np.testing.assert_allclose(ghost.get_weights()[i], expected, rtol=1e-5, atol=1e-6)
@@ -99,7 +121,9 @@ def test_frozen_norm_keeps_its_statistics_and_trains_scale_and_offset():
 
 
 def test_a_layer_keeps_its_statistics_when_it_is_saved():
-    layer = FusedBatchNormalization.from_config(a_layer(statistics="ghost", ghost_size=3).get_config())
+    layer = FusedBatchNormalization.from_config(
+        a_layer(statistics="ghost", ghost_size=3).get_config()
+    )
     assert (layer.statistics, layer.ghost_size) == ("ghost", 3)
     with pytest.raises(ValueError, match="ghost_size=0"):
         FusedBatchNormalization(statistics="ghost")
@@ -112,13 +136,24 @@ def test_every_norm_gives_probabilities_and_gradients_for_all_weights(models, no
     with tf.GradientTape() as tape:
         scores = model(pixels, training=True)
         loss = tf.reduce_mean(scores[:, ::2])
-    assert scores.shape == (6, 14) and np.isfinite(scores).all() and np.std(scores, axis=0).max() > 1e-4
-    assert all(g is not None and np.isfinite(g).all() for g in tape.gradient(loss, model.trainable_variables))
+    assert (
+        scores.shape == (6, 14)
+        and np.isfinite(scores).all()
+        and np.std(scores, axis=0).max() > 1e-4
+    )
+    assert all(
+        g is not None and np.isfinite(g).all()
+        for g in tape.gradient(loss, model.trainable_variables)
+    )
     kinds = [type(layer).__name__ for layer in model._flatten_layers()]
     assert kinds.count("GroupNormalization") == (53 if norm == "group" else 0)
     assert len(norm_layers(model)) == (0 if norm in ("group", "none") else 53)
     if norm == "none":
-        assert all(layer.use_bias for layer in model._flatten_layers() if isinstance(layer, keras.layers.Conv2D))
+        assert all(
+            layer.use_bias
+            for layer in model._flatten_layers()
+            if isinstance(layer, keras.layers.Conv2D)
+        )
 
 
 def test_batch_norm_weights_fill_the_norms_that_have_statistics_and_no_other(models, tmp_path):
@@ -187,10 +222,14 @@ def test_population_statistics_are_those_of_all_images_of_all_ranks(kind):
 
 
 def test_population_statistics_of_virtual_batches_are_those_of_all_their_images():
-    """The layer itself tells the mean over virtual batches, which says nothing of what differs between them."""
+    """The layer itself tells the mean over virtual batches, which says nothing of what differs
+    between them.
+    """
     x = np.concatenate([images(4), 3 * images(4, seed=1) - 2, images(5, seed=2)]).astype(np.float32)
     model = one_norm_layer(
-        lambda momentum: FusedBatchNormalization(statistics="ghost", ghost_size=4, momentum=momentum)
+        lambda momentum: FusedBatchNormalization(
+            statistics="ghost", ghost_size=4, momentum=momentum
+        )
     )
     (found,) = population_statistics(model, [x[:8], x[8:]])
     np.testing.assert_allclose(found.mean, x.mean((0, 1, 2)), rtol=1e-4, atol=1e-4)
@@ -205,13 +244,18 @@ def test_without_images_there_is_nothing_to_recalibrate_from():
     assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
 
 
-@pytest.mark.parametrize(("n", "ranks", "batch"), [(65, 2, 64), (129, 2, 64), (33, 2, 16), (7, 3, 2), (1, 2, 8)])
+@pytest.mark.parametrize(
+    ("n", "ranks", "batch"), [(65, 2, 64), (129, 2, 64), (33, 2, 16), (7, 3, 2), (1, 2, 8)]
+)
 def test_ranks_share_images_in_as_many_batches_each(n, ranks, batch):
     shares = [World(rank, ranks).batches(n, batch=batch) for rank in range(ranks)]
     assert len({len(share) for share in shares}) == 1
     assert sorted(np.concatenate([np.concatenate(share) for share in shares])) == list(range(n))
     assert all(len(part) <= batch for share in shares for part in share)
-    assert all(list(np.concatenate(share)) == list(range(rank, n, ranks)) for rank, share in enumerate(shares))
+    assert all(
+        list(np.concatenate(share)) == list(range(rank, n, ranks))
+        for rank, share in enumerate(shares)
+    )
 
 
 def test_the_report_names_lag_drift_and_what_recalibration_recovers():
@@ -229,7 +273,9 @@ def test_the_report_names_lag_drift_and_what_recalibration_recovers():
     )
     before = model.get_weights()
     report = bn_report(model, x, labels, batch=32)
-    assert report.count == 1 and all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
+    assert report.count == 1 and all(
+        np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True)
+    )
     assert report.scores.loc["moving", "auroc"] == pytest.approx(0.5, abs=0.05)  # all scores are 1
     recalibrate(model, np.split(x, 3))
     expected = judge_scores(labels, model(x, training=False).numpy())

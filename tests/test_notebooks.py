@@ -28,7 +28,11 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 def test_a_notebook_has_the_form_that_its_readers_know(path):
     cells = nbformat.read(path, as_version=4).cells
     headings = [
-        line for c in cells if c.cell_type == "markdown" for line in c.source.splitlines() if line.startswith("# ")
+        line
+        for c in cells
+        if c.cell_type == "markdown"
+        for line in c.source.splitlines()
+        if line.startswith("# ")
     ]
     assert len(headings) == 1 and cells[0].source.startswith("# ")
     assert "**You will**" in cells[0].source and "**You need**" in cells[0].source
@@ -75,7 +79,11 @@ def test_help_lists_every_parameter_with_type_and_help(path):
 def whole_run(tmp_path_factory):
     """Every notebook once, on a phantom small enough for a test, engines and all."""
     data = write_phantom(
-        tmp_path_factory.mktemp("data") / "phantom", n_images=80, size=48, min_prevalence=0.1, workers=1
+        tmp_path_factory.mktemp("data") / "phantom",
+        n_images=80,
+        size=48,
+        min_prevalence=0.1,
+        workers=1,
     )
     parameters = {"data_dir": str(data), "topology": "vgg16", "size": 32, "epochs": 2, "engines": 2}
     parameters["resume_ranks"] = "1,3"
@@ -101,7 +109,13 @@ def test_every_notebook_runs_headless(whole_run):
     assert failed == []
     for path in NOTEBOOKS:
         folder = report.parent / path.stem
-        for name in ("notebook.ipynb", "notebook.html", "params.json", "metrics.json", "environment.json"):
+        for name in (
+            "notebook.ipynb",
+            "notebook.html",
+            "params.json",
+            "metrics.json",
+            "environment.json",
+        ):
             assert (folder / name).exists(), f"{path.stem}/{name}"
 
 
@@ -140,17 +154,26 @@ def test_every_auroc_that_is_printed_has_the_name_and_hash_of_its_split(whole_ru
         for figure in (path.parent / "figures").glob("*.png"):
             with Image.open(figure) as image:
                 caption = image.info["Description"]
-            assert "AUROC" not in caption or re.search(r"split [0-9a-f]{12}", caption), f"{figure}: {caption}"
+            assert "AUROC" not in caption or re.search(r"split [0-9a-f]{12}", caption), (
+                f"{figure}: {caption}"
+            )
         for cell in nbformat.read(path, as_version=4).cells:
-            said = [o.get("text", "") or o.get("data", {}).get("text/markdown", "") for o in cell.get("outputs", [])]
-            text = "\n".join(said)  # a training's first line names the split, those of its epochs come one by one
+            said = [
+                o.get("text", "") or o.get("data", {}).get("text/markdown", "")
+                for o in cell.get("outputs", [])
+            ]
+            text = "\n".join(
+                said
+            )  # a training's first line names the split, those of its epochs come one by one
             if re.search(r"AUROC[^.\n]*\d\.\d{3}", text):
                 assert re.search(r"split [0-9a-f]{12}", text), f"{path.parent.name}: {text}"
 
 
 @pytest.mark.cores
 def test_the_judgement_is_carried_as_plain_values(whole_run):
-    found = json.loads((whole_run[1].parent / "09_evaluate_and_explain" / "metrics.json").read_text())
+    found = json.loads(
+        (whole_run[1].parent / "09_evaluate_and_explain" / "metrics.json").read_text()
+    )
     assert found["models"] == ["03_train_baseline", "04_train_distributed"]
     assert len(found["difference"]) == len(found["leakage"]["gain"]) == 15
     assert Calibration.from_dict(found["calibration"]["isotonic"]).method == "isotonic"
@@ -165,9 +188,16 @@ def test_the_three_rules_are_judged_by_the_numbers_beside_them(whole_run):
     assert [row["images"] for row in found["snapshots"].values()] == [32, 64]
     assert set(found["rules"]) == {"earlier", "rate", "warm-up"}
     verdicts = {row["verdict"] for row in found["rules"].values()}
-    assert len(verdicts) == 1 and verdicts <= {"undecided", "not measured"}  # of one seed nothing follows
+    assert len(verdicts) == 1 and verdicts <= {
+        "undecided",
+        "not measured",
+    }  # of one seed nothing follows
     own, default = (
-        [found["auroc_along"][n][f"{rate} rate, {w}"] for n in ("32", "64") for w in ("warm-up", "no warm-up")]
+        [
+            found["auroc_along"][n][f"{rate} rate, {w}"]
+            for n in ("32", "64")
+            for w in ("warm-up", "no warm-up")
+        ]
         for rate in ("the checkpoint's", "the default")
     )
     assert found["rules"]["rate"]["effect"] == pytest.approx(sum(own) / 4 - sum(default) / 4)
@@ -177,7 +207,10 @@ def test_the_three_rules_are_judged_by_the_numbers_beside_them(whole_run):
         for output in cell.get("outputs", [])
         if "data" in output
     )
-    assert f"*start at the rate it was being trained at*: **{found['rules']['rate']['verdict']}**" in text
+    assert (
+        f"*start at the rate it was being trained at*: **{found['rules']['rate']['verdict']}**"
+        in text
+    )
     assert f"{found['rules']['rate']['effect']:+.3f}" in text
     assert [row["updates"] for row in found["updates"].values()] == [2, 1]
 
@@ -186,7 +219,9 @@ def test_the_three_rules_are_judged_by_the_numbers_beside_them(whole_run):
 def test_the_ledger_reads_what_the_notebooks_of_a_run_saved(whole_run):
     folder = whole_run[1].parent
     rows = json.loads((folder / "10_report" / "metrics.json").read_text())["ledger"]
-    measured = [row for row in rows.values() if row["ours"] is not None and row["origin"] == "this run"]
+    measured = [
+        row for row in rows.values() if row["ours"] is not None and row["origin"] == "this run"
+    ]
     assert len(rows) == len(claims()) and len(measured) >= 25
     assert not [row["why"] for row in rows.values() if "lacks" in row["why"]]
     assert rows["batch norm/densenet121"]["verdict"] == "reproduced"
@@ -199,5 +234,7 @@ def test_the_report_shows_every_notebook_and_needs_no_network(whole_run):
         assert f'href="{path.stem}/notebook.html"' in page
     assert "Not for clinical use" in page and "Pleural Thickening" in page
     for html in whole_run[1].parent.rglob("*.html"):
-        assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']https?:", html.read_text()), html.name
+        assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']https?:", html.read_text()), (
+            html.name
+        )
     assert Path(whole_run[1]).name == "index.html"

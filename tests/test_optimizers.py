@@ -19,21 +19,27 @@ VARIANTS = {
 }
 
 
-# Keras takes 1 - beta_2 in float64 here and in float32 there, the kernel in float32 throughout: 2.4e-5 of each update.
+# Keras takes 1 - beta_2 in float64 here and in float32 there, the kernel in float32 throughout:
+# 2.4e-5 of each update.
 APART = 5e-5
 
 
 def descend(kind, *, graph, steps=20, rates=None, **settings):
     """Variables and optimizer after `steps` updates with noisy gradients."""
     rng = np.random.default_rng(0)
-    variables = [keras.Variable(rng.normal(size=s).astype(np.float32), name=f"v{i}") for i, s in enumerate(SHAPES)]
+    variables = [
+        keras.Variable(rng.normal(size=s).astype(np.float32), name=f"v{i}")
+        for i, s in enumerate(SHAPES)
+    ]
     optimizer = kind(**settings)
     optimizer.build(variables)
     step = tf.function(lambda gradients: optimizer.apply(gradients, variables), autograph=False)
     for i in range(steps):
         if rates is not None:
             optimizer.learning_rate = rates[i]
-        gradients = [tf.constant(2 * v.numpy() + rng.normal(size=v.shape), tf.float32) for v in variables]
+        gradients = [
+            tf.constant(2 * v.numpy() + rng.normal(size=v.shape), tf.float32) for v in variables
+        ]
         step(gradients) if graph else optimizer.apply(gradients, variables)
     return [v.numpy() for v in variables], optimizer
 
@@ -76,7 +82,8 @@ def test_state_moves_between_the_two():
     assert FusedAdam.from_config(reference.get_config()).get_config() == reference.get_config()
 
 
-# What follows is held against NumPy in float64, written from the papers: a small net with kernels, a bias and a gamma.
+# What follows is held against NumPy in float64, written from the papers: a small net with kernels,
+# a bias and a gamma.
 
 VALUES = Schedule(
     decay=((0, 0.05), (7, 0.2), (13, 0.0), (16, 0.4)),  # changes where the rate does not
@@ -89,7 +96,9 @@ VALUES = Schedule(
 
 
 def small_net(seed=0):
-    """Shapes of a dense net with batch norm, and a loss: (w0, gamma, beta, w1, bias) and its gradients in float64."""
+    """Shapes of a dense net with batch norm, and a loss: (w0, gamma, beta, w1, bias) and its
+    gradients in float64.
+    """
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(16, 3)), rng.normal(size=(16, 2))
     start = [rng.normal(size=s) * 0.5 for s in ((3, 4), (4,), (4,), (4, 2), (2,))]
@@ -146,12 +155,15 @@ def reference(kind):
                     trust = 0.001 * norm / (np.sqrt((g**2).sum()) + decay * norm)
                 step = rate * trust * (g + own * w)
                 velocity[n] = momentum * velocity[n] - step
-                parameters[n] = w + (momentum * velocity[n] - step if kind == "nesterov" else velocity[n])
+                parameters[n] = w + (
+                    momentum * velocity[n] - step if kind == "nesterov" else velocity[n]
+                )
                 continue
             first[n] = 0.9 * first[n] + 0.1 * g
             second[n] = 0.999 * second[n] + 0.001 * g**2
             update, root = first[n] / (1 - 0.9 ** (t + 1)), np.sqrt(1 - 0.999 ** (t + 1))
-            # Adam's epsilon is outside of the bias correction (Kingma and Ba 2015, end of section 2), Lamb's within.
+            # Adam's epsilon is outside of the bias correction (Kingma and Ba 2015, end of section
+            # 2), Lamb's within.
             epsilon = 1e-7 / root if kind == "adamw" else 1e-7
             update = update / (np.sqrt(second[n]) / root + epsilon)
             update = update + own * w
@@ -164,7 +176,8 @@ def reference(kind):
 @pytest.mark.parametrize("kind", ["sgd", "nesterov", "lars", "adamw", "lamb"])
 def test_20_steps_under_a_schedule_equal_a_float64_reference(kind):
     found = take_20_steps(create(kind, 0.0, values=VALUES))
-    # Weights of about 1 in float32, 20 times rounded; the last step of the warm-up has momentum 1.125.
+    # Weights of about 1 in float32, 20 times rounded; the last step of the warm-up has momentum
+    # 1.125.
     atol = 1.5e-6 if kind in ("sgd", "nesterov", "lars") else 20 * 0.1 * APART
     for ours, theirs, start in zip(found, reference(kind), small_net()[0], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
@@ -174,16 +187,28 @@ def test_20_steps_under_a_schedule_equal_a_float64_reference(kind):
 @pytest.mark.parametrize("kind", ["sgd", "nesterov", "lars", "adamw", "lamb"])
 def test_batch_norm_and_bias_are_never_decayed_and_kernels_are(kind):
     model = keras.Sequential(
-        [keras.Input((8, 8, 1)), keras.layers.Conv2D(3, 3), keras.layers.BatchNormalization(), keras.layers.Flatten()]
+        [
+            keras.Input((8, 8, 1)),
+            keras.layers.Conv2D(3, 3),
+            keras.layers.BatchNormalization(),
+            keras.layers.Flatten(),
+        ]
     )
     model.add(keras.layers.Dense(2))
     for variable in model.trainable_variables:
         variable.assign(np.full(variable.shape, 0.5, np.float32))
     optimizer = create(kind, 0.1, decay=0.3)
     optimizer.build(model.trainable_variables)
-    optimizer.apply([tf.zeros(v.shape) for v in model.trainable_variables], model.trainable_variables)
-    changed = {v.path.split("/")[-1] for v in model.trainable_variables if not np.all(v.numpy() == 0.5)}
-    assert changed == {"kernel"} and {v.path.split("/")[-1] for v in model.trainable_variables} > {"gamma", "bias"}
+    optimizer.apply(
+        [tf.zeros(v.shape) for v in model.trainable_variables], model.trainable_variables
+    )
+    changed = {
+        v.path.split("/")[-1] for v in model.trainable_variables if not np.all(v.numpy() == 0.5)
+    }
+    assert changed == {"kernel"} and {v.path.split("/")[-1] for v in model.trainable_variables} > {
+        "gamma",
+        "bias",
+    }
     for variable in model.trainable_variables:
         if variable.path.endswith("kernel"):
             ahead = 1.9 if kind == "nesterov" else 1  # the step, and momentum times it
@@ -201,7 +226,9 @@ def test_an_optimizer_without_decay_is_keras_own(kind):
         "lamb": keras.optimizers.Lamb(0.05),
     }[kind]
     for a, b in zip(take_20_steps(create(kind, 0.05)), take_20_steps(theirs), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=20 * 0.05 * APART if kind == "adamw" else 1e-6)
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=20 * 0.05 * APART if kind == "adamw" else 1e-6
+        )
 
 
 def test_plain_adam_refuses_weight_decay():

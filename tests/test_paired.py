@@ -1,4 +1,6 @@
-"""Two models on the same images: the difference, its interval, and how often chance alone is called a difference."""
+"""Two models on the same images: the difference, its interval, and how often chance alone is called
+a difference.
+"""
 
 import numpy as np
 import pandas as pd
@@ -48,16 +50,23 @@ def test_both_models_are_judged_in_the_same_resamples():
     n = min(len(np.unique(patients[labels[:, 0] == value])) for value in (0, 1))
     half = student.ppf(0.975, n - 1) * np.std(apart) * np.sqrt(n / (n - 1))
     row = table.iloc[0]
-    assert (row["low"], row["high"]) == pytest.approx((row["difference"] - half, row["difference"] + half), abs=0.005)
+    assert (row["low"], row["high"]) == pytest.approx(
+        (row["difference"] - half, row["difference"] + half), abs=0.005
+    )
     assert row["low"] == pytest.approx(np.quantile(apart, 0.025), abs=0.015)
     assert ((table["p"] < 0.05) == ((table["low"] > 0) | (table["high"] < 0))).all()
-    own = paired_difference(labels, one, np.random.default_rng(1).permutation(other), patients, resamples=200)
+    own = paired_difference(
+        labels, one, np.random.default_rng(1).permutation(other), patients, resamples=200
+    )
     assert (table["high"] - table["low"]).mean() < 0.8 * (own["high"] - own["low"]).mean()
 
 
 def test_the_order_of_the_two_models_changes_the_sign_alone():
     labels, one, other, patients = two_models(better=0.2)
-    there, back = (paired_difference(labels, *pair, patients, resamples=100) for pair in ((one, other), (other, one)))
+    there, back = (
+        paired_difference(labels, *pair, patients, resamples=100)
+        for pair in ((one, other), (other, one))
+    )
     np.testing.assert_allclose(there["difference"], -back["difference"], atol=1e-12)
     np.testing.assert_allclose(there["low"], -back["high"], atol=1e-12)
     np.testing.assert_allclose(there["p"], back["p"], atol=1e-9)
@@ -76,7 +85,10 @@ def test_a_real_difference_is_found():
 
 
 def test_models_that_differ_by_chance_are_rarely_called_different():
-    """100 trials; the benchmark coverage.py has 500. With 5 % expected at most, 12 or more have a chance of 0.4 %."""
+    """100 trials; the benchmark coverage.py has 500.
+
+    With 5 % expected at most, 12 or more have a chance of 0.4 %.
+    """
     called = 0
     for seed in range(100):
         table = paired_difference(*two_models(60, seed=seed), resamples=200, seed=seed)
@@ -86,7 +98,9 @@ def test_models_that_differ_by_chance_are_rarely_called_different():
 
 def test_holm_is_a_hand_worked_case():
     """0.01 x 4, 0.02 x 3, 0.03 x 2, then 0.04 x 1 raised to its predecessor; NaN is not counted."""
-    np.testing.assert_allclose(holm([0.03, 0.01, np.nan, 0.04, 0.02]), [0.06, 0.04, np.nan, 0.06, 0.06])
+    np.testing.assert_allclose(
+        holm([0.03, 0.01, np.nan, 0.04, 0.02]), [0.06, 0.04, np.nan, 0.06, 0.06]
+    )
     np.testing.assert_allclose(holm([0.5, 0.9]), [1, 1])
 
 
@@ -97,12 +111,16 @@ def test_findings_with_too_few_patients_are_not_tested_and_do_not_weigh_on_the_o
     table = paired_difference(labels, one, other, patients, resamples=50)
     columns = ["low", "high", "p", "p_holm"]
     assert table.loc[list(FINDINGS[12:]), columns].isna().all(axis=None)
-    assert np.isnan(table.loc[FINDINGS[13], "difference"]) and np.isfinite(table.loc[FINDINGS[12], "difference"])
+    assert np.isnan(table.loc[FINDINGS[13], "difference"]) and np.isfinite(
+        table.loc[FINDINGS[12], "difference"]
+    )
     assert table["p_holm"].min() == pytest.approx(min(1, 13 * table["p"].min()))
 
 
 def table_of(labels, scores, patients, *, order=slice(None)):
-    frame = pd.DataFrame({"image": [f"{i}.png" for i in range(len(labels))], "patient": patients, "part": "test"})
+    frame = pd.DataFrame(
+        {"image": [f"{i}.png" for i in range(len(labels))], "patient": patients, "part": "test"}
+    )
     frame[[f"label_{f}" for f in FINDINGS]] = labels
     frame[[f"score_{f}" for f in FINDINGS]] = scores
     return frame.iloc[order]
@@ -110,7 +128,10 @@ def table_of(labels, scores, patients, *, order=slice(None)):
 
 def test_tables_are_matched_by_image_whatever_their_order():
     labels, one, other, patients = two_models(30)
-    ours, theirs = table_of(labels, one, patients), table_of(labels, other, patients, order=slice(None, None, -1))
+    ours, theirs = (
+        table_of(labels, one, patients),
+        table_of(labels, other, patients, order=slice(None, None, -1)),
+    )
     expected = paired_difference(labels, one, other, patients, resamples=20)
     pd.testing.assert_frame_equal(compare(ours, theirs, resamples=20), expected)
 

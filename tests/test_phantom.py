@@ -20,14 +20,33 @@ from chexlib.phantom.film import render
 from chexlib.phantom.population import DIFFICULTIES, Description, sample_patient, stream
 from chexlib.phantom.write import phantom_images, write_phantom
 
-# Films with each finding among the 112,120 of the NIH release (v2020 table), in the order of FINDINGS.
-NIH_POSITIVES = (11559, 2776, 13317, 19894, 5782, 6331, 1431, 5302, 4667, 2303, 2516, 1686, 3385, 227)
+# Films with each finding among the 112,120 of the NIH release (v2020 table), in the order of
+# FINDINGS.
+NIH_POSITIVES = (
+    11559,
+    2776,
+    13317,
+    19894,
+    5782,
+    6331,
+    1431,
+    5302,
+    4667,
+    2303,
+    2516,
+    1686,
+    3385,
+    227,
+)
 PLAIN = replace(DIFFICULTIES["easy"], strength=1.0, spread=0.0)
 
 
 def digest(folder):
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def film(patient, shown=(), *, view="PA", sex="M", follow_up=0, seed=3):
@@ -37,7 +56,11 @@ def film(patient, shown=(), *, view="PA", sex="M", follow_up=0, seed=3):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     return write_phantom(
-        tmp_path_factory.mktemp("phantom") / "set", n_images=40, size=32, min_prevalence=0.1, workers=1
+        tmp_path_factory.mktemp("phantom") / "set",
+        n_images=40,
+        size=32,
+        min_prevalence=0.1,
+        workers=1,
     )
 
 
@@ -61,20 +84,28 @@ def test_it_is_drawn_in_this_process_where_none_can_be_started(small, tmp_path, 
 
 
 def test_another_seed_gives_other_pictures(small, tmp_path):
-    other = write_phantom(tmp_path / "other", n_images=40, size=32, min_prevalence=0.1, seed=1, workers=1)
+    other = write_phantom(
+        tmp_path / "other", n_images=40, size=32, min_prevalence=0.1, seed=1, workers=1
+    )
     name = "images_001/images/00000001_000.png"
     assert digest(other)[name] != digest(small)[name]
 
 
 def test_layout_is_that_of_the_nih_release(small):
     assert (small / "Data_Entry_2017_v2020.csv").read_text().splitlines()[0] == (
-        "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+        "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View "
+        "Position,"
         "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
     )
-    assert (small / "BBox_List_2017.csv").read_text().splitlines()[0] == ("Image Index,Finding Label,Bbox [x,y,w,h],,,")
+    assert (small / "BBox_List_2017.csv").read_text().splitlines()[0] == (
+        "Image Index,Finding Label,Bbox [x,y,w,h],,,"
+    )
     table = pd.read_csv(small / "Data_Entry_2017_v2020.csv")
     assert len(table) == 40
-    assert set(table["View Position"]) <= {"PA", "AP"} and set(table["Patient Gender"]) <= {"M", "F"}
+    assert set(table["View Position"]) <= {"PA", "AP"} and set(table["Patient Gender"]) <= {
+        "M",
+        "F",
+    }
     assert table["Patient Age"].between(1, 95).all()
     known = {*FINDINGS, "No Finding"}
     assert all(set(labels.split("|")) <= known for labels in table["Finding Labels"])
@@ -88,14 +119,22 @@ def test_layout_is_that_of_the_nih_release(small):
 
 
 def test_lists_cut_the_films_by_patient(small):
-    train, test = ((small / name).read_text().split() for name in ("train_val_list.txt", "test_list.txt"))
-    assert sorted(train + test) == sorted(pd.read_csv(small / "Data_Entry_2017_v2020.csv")["Image Index"])
+    train, test = (
+        (small / name).read_text().split() for name in ("train_val_list.txt", "test_list.txt")
+    )
+    assert sorted(train + test) == sorted(
+        pd.read_csv(small / "Data_Entry_2017_v2020.csv")["Image Index"]
+    )
     assert not {name[:8] for name in train} & {name[:8] for name in test}
     assert abs(len(test) / 40 - 0.228) < 0.05
 
 
 def test_boxes_lie_inside_the_picture(small):
-    boxes = pd.read_csv(small / "BBox_List_2017.csv", header=None, skiprows=1).iloc[:, 2:6].to_numpy(float)
+    boxes = (
+        pd.read_csv(small / "BBox_List_2017.csv", header=None, skiprows=1)
+        .iloc[:, 2:6]
+        .to_numpy(float)
+    )
     assert len(boxes) > 10
     assert (boxes[:, 2:] > 0).all() and (boxes[:, :2] >= 0).all()
     assert (boxes[:, :2] + boxes[:, 2:] <= 1024 + 1e-6).all()
@@ -129,7 +168,11 @@ def test_follow_ups_repeat_findings_more_often_than_chance(population):
 
 @pytest.mark.parametrize(("min_prevalence", "share"), [(0, 0.40), (0.04, 0.34)])
 def test_34_to_40_percent_of_follow_ups_have_the_findings_before(min_prevalence, share):
-    films = [d for patient in range(1, 6001) for d in sample_patient(0, patient, min_prevalence=min_prevalence)]
+    films = [
+        d
+        for patient in range(1, 6001)
+        for d in sample_patient(0, patient, min_prevalence=min_prevalence)
+    ]
     pairs = [(a, b) for a, b in pairwise(films) if a.patient == b.patient]
     same = [a.findings == b.findings for a, b in pairs]
     assert np.mean(same) == pytest.approx(share, abs=0.01)
@@ -138,7 +181,9 @@ def test_34_to_40_percent_of_follow_ups_have_the_findings_before(min_prevalence,
 
 
 def test_min_prevalence_is_reached_by_every_finding():
-    films = [d for patient in range(1, 3001) for d in sample_patient(2, patient, min_prevalence=0.08)]
+    films = [
+        d for patient in range(1, 3001) for d in sample_patient(2, patient, min_prevalence=0.08)
+    ]
     share = np.array([[f in d.findings for f in FINDINGS] for d in films]).mean(0)
     assert (share > 0.08 - 4 * 1.2 * np.sqrt(0.08 * 0.92 / len(films))).all()
 
@@ -152,7 +197,10 @@ def test_labels_err_in_proportion_to_prevalence(population):
 
 def test_films_of_one_patient_share_their_anatomy():
     def vectors(follow_up):
-        films = [render(film(p, follow_up=follow_up), size=48, difficulty="easy")[0] for p in range(1, 17)]
+        films = [
+            render(film(p, follow_up=follow_up), size=48, difficulty="easy")[0]
+            for p in range(1, 17)
+        ]
         return np.array(films, float).reshape(16, -1)
 
     first, second = vectors(0), vectors(1)

@@ -1,4 +1,6 @@
-"""One's own images: DICOM to the grey levels of the standard, files found, and what is no frontal film noticed."""
+"""One's own images: DICOM to the grey levels of the standard, files found, and what is no frontal
+film noticed.
+"""
 
 import io
 import math
@@ -35,7 +37,10 @@ def dicom(path, pixels, *, bits=12, kind="MONOCHROME2", syntax=ExplicitVRLittleE
     data = Dataset()
     data.file_meta = FileMetaDataset()
     data.file_meta.TransferSyntaxUID = syntax
-    data.SOPClassUID, data.SOPInstanceUID = ComputedRadiographyImageStorage, pydicom.uid.generate_uid()
+    data.SOPClassUID, data.SOPInstanceUID = (
+        ComputedRadiographyImageStorage,
+        pydicom.uid.generate_uid(),
+    )
     data.Rows, data.Columns = pixels.shape[-2:]
     data.SamplesPerPixel, data.PhotometricInterpretation = 1, kind
     data.BitsAllocated, data.BitsStored, data.HighBit = 16, bits, bits - 1
@@ -51,7 +56,9 @@ def dicom(path, pixels, *, bits=12, kind="MONOCHROME2", syntax=ExplicitVRLittleE
 
 
 def by_the_standard(stored, *, kind, window=None, slope=1.0, intercept=0.0, function="LINEAR"):
-    """Grey levels value by value, after the pseudo-code of PS3.3 C.11.2.1.2.1; least to greatest without a window."""
+    """Grey levels value by value, after the pseudo-code of PS3.3 C.11.2.1.2.1; least to greatest
+    without a window.
+    """
     grey = np.empty(stored.shape, np.uint8)
     values = [int(value) * slope + intercept for value in stored.ravel()]
     least, greatest = min(values), max(values)
@@ -71,7 +78,9 @@ def by_the_standard(stored, *, kind, window=None, slope=1.0, intercept=0.0, func
 @pytest.mark.parametrize("bits", [12, 16])
 @pytest.mark.parametrize("window", [None, (1800, 1500), (1000.5, 1)])
 @pytest.mark.parametrize(("slope", "intercept"), [(1, 0), (0.5, -200)])
-def test_dicom_grey_levels_are_those_of_the_standard(tmp_path, kind, bits, window, slope, intercept):
+def test_dicom_grey_levels_are_those_of_the_standard(
+    tmp_path, kind, bits, window, slope, intercept
+):
     stored = np.random.default_rng(bits).integers(0, 2**bits, (40, 30), np.uint16)
     more = {} if window is None else {"WindowCenter": window[0], "WindowWidth": window[1]}
     if (slope, intercept) != (1, 0):
@@ -88,7 +97,9 @@ def test_each_window_function_and_the_first_of_several_windows_is_used(tmp_path,
     stored = np.random.default_rng(0).integers(-2000, 2000, (20, 20), np.int16)
     more = {"WindowCenter": [40, 0], "WindowWidth": [400, 9], "VOILUTFunction": function}
     found = read_dicom(dicom(tmp_path / "a.dcm", stored, bits=16, **more))
-    assert np.array_equal(found, by_the_standard(stored, kind="MONOCHROME2", window=(40, 400), function=function))
+    assert np.array_equal(
+        found, by_the_standard(stored, kind="MONOCHROME2", window=(40, 400), function=function)
+    )
 
 
 def test_a_lookup_table_goes_before_the_window(tmp_path):
@@ -122,8 +133,12 @@ BAD = {
 @pytest.mark.parametrize("reason", [*BAD, "deflated", "truncated", "bytes"])
 def test_a_dicom_file_that_cannot_be_shown_is_refused_with_the_reason(tmp_path, reason):
     path = tmp_path / "a.dcm"
-    dicom(path, FLAT, syntax=DeflatedExplicitVRLittleEndian if reason == "deflated" else ExplicitVRLittleEndian,
-          **BAD.get(reason, {}))  # fmt: skip
+    dicom(
+        path,
+        FLAT,
+        syntax=DeflatedExplicitVRLittleEndian if reason == "deflated" else ExplicitVRLittleEndian,
+        **BAD.get(reason, {}),
+    )
     if reason == "truncated":
         path.write_bytes(path.read_bytes()[:-50])
         reason = "cannot be read as DICOM"
@@ -156,7 +171,9 @@ def test_a_window_or_table_without_a_value_is_none(tmp_path, elements):
 def test_an_empty_table_leaves_the_window_its_say(tmp_path):
     stored = np.random.default_rng(0).integers(0, 4096, (20, 30), np.uint16)
     window = {"WindowCenter": 1000, "WindowWidth": 500}
-    found = read_dicom(dicom(tmp_path / "a.dcm", stored, VOILUTSequence=[], VOILUTFunction="", **window))
+    found = read_dicom(
+        dicom(tmp_path / "a.dcm", stored, VOILUTSequence=[], VOILUTFunction="", **window)
+    )
     assert np.array_equal(found, read_dicom(dicom(tmp_path / "b.dcm", stored, **window)))
 
 
@@ -174,7 +191,9 @@ def test_an_image_packed_by_rle_is_the_same_as_unpacked(tmp_path, shape):
 def rle(path, *segments, frames=1):
     """An image of 64 x 64 px whose pixels are these segments of RLE."""
     starts = np.cumsum([64, *map(len, segments)])[:-1]
-    frame = struct.pack("<16L", len(segments), *starts, *[0] * (15 - len(segments))) + b"".join(segments)
+    frame = struct.pack("<16L", len(segments), *starts, *[0] * (15 - len(segments))) + b"".join(
+        segments
+    )
     pixels = encapsulate([frame] * frames)
     return dicom(path, np.zeros((64, 64), np.uint16), syntax=RLELossless, PixelData=pixels)
 
@@ -183,7 +202,10 @@ ROWS = b"\x81\x07" * 32  # 128 times 7, so often: 64 x 64 bytes
 
 
 def test_rle_written_by_hand_is_read(tmp_path):
-    assert read_dicom(rle(tmp_path / "a.dcm", ROWS, ROWS + b"\0\x09")).shape == (64, 64)  # a byte of padding
+    assert read_dicom(rle(tmp_path / "a.dcm", ROWS, ROWS + b"\0\x09")).shape == (
+        64,
+        64,
+    )  # a byte of padding
 
 
 @pytest.mark.parametrize(
@@ -196,15 +218,23 @@ def test_rle_written_by_hand_is_read(tmp_path):
         ((ROWS, ROWS), 3, "more frames than the one"),
     ],
 )
-def test_rle_that_unpacks_to_more_than_its_image_is_refused_unread(tmp_path, monkeypatch, segments, frames, reason):
+def test_rle_that_unpacks_to_more_than_its_image_is_refused_unread(
+    tmp_path, monkeypatch, segments, frames, reason
+):
     path = rle(tmp_path / "a.dcm", *segments, frames=frames)
-    monkeypatch.setattr(pydicom.Dataset, "pixel_array", property(lambda _: pytest.fail("it was unpacked")))
+    monkeypatch.setattr(
+        pydicom.Dataset, "pixel_array", property(lambda _: pytest.fail("it was unpacked"))
+    )
     with pytest.raises(DataError, match=reason):
         read_dicom(path)
 
 
-@pytest.mark.parametrize(("kind", "syntax"), [("JPEG", JPEGBaseline8Bit), ("JPEG2000", JPEG2000Lossless)])
-def test_a_jpeg_in_dicom_is_read_and_refused_unread_where_it_is_larger_than_told(tmp_path, monkeypatch, kind, syntax):
+@pytest.mark.parametrize(
+    ("kind", "syntax"), [("JPEG", JPEGBaseline8Bit), ("JPEG2000", JPEG2000Lossless)]
+)
+def test_a_jpeg_in_dicom_is_read_and_refused_unread_where_it_is_larger_than_told(
+    tmp_path, monkeypatch, kind, syntax
+):
     grey, packed = phantom_images(5, size=64), io.BytesIO()
     grey = next(iter(grey))[0]
     Image.fromarray(grey).save(packed, kind)
@@ -214,7 +244,9 @@ def test_a_jpeg_in_dicom_is_read_and_refused_unread_where_it_is_larger_than_told
     expected = (decoded - decoded.min()) / np.ptp(decoded) * 255
     assert np.abs(read_dicom(path) - expected).max() < 1
     dicom(path, grey, bits=8, syntax=syntax, **more, Rows=16, Columns=16)
-    monkeypatch.setattr(pydicom.Dataset, "pixel_array", property(lambda _: pytest.fail("it was unpacked")))
+    monkeypatch.setattr(
+        pydicom.Dataset, "pixel_array", property(lambda _: pytest.fail("it was unpacked"))
+    )
     with pytest.raises(DataError, match="pixels are of 64 x 64 px, unlike its header"):
         read_dicom(path)
 
@@ -246,12 +278,21 @@ def test_an_image_is_found_once_however_its_path_is_spelt(tmp_path, files, monke
     (tmp_path / "link").symlink_to("films")
     (tmp_path / "films" / "c.png").symlink_to("a.png")  # by a name of its own
     monkeypatch.chdir(tmp_path)
-    spelt = ["./films/b.png", "films/b.png", tmp_path / "films" / "b.png", "films", "films/../films/*.png", "link/"]
+    spelt = [
+        "./films/b.png",
+        "films/b.png",
+        tmp_path / "films" / "b.png",
+        "films",
+        "films/../films/*.png",
+        "link/",
+    ]
     assert find_pictures(spelt) == ["./films/b.png", "films/a.png", "films/c.png"]
     assert find_pictures(["none.png", "./none.png"]) == ["none.png"]
 
 
-def test_a_folder_that_cannot_be_listed_is_told_and_the_others_are_done(tmp_path, files, vgg_file, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_told_and_the_others_are_done(
+    tmp_path, files, vgg_file, monkeypatch
+):
     for name in ("films/a.png", "films/locked/b.png", "shut/c.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(files[0][0], tmp_path / name)
@@ -283,24 +324,32 @@ def test_upright_films_are_not_doubted(films):
 
 
 @pytest.mark.parametrize("bits", [10, 12, 14])
-def test_sixteen_bit_films_of_fewer_bits_are_read_right_and_doubted_where_they_cannot_be(tmp_path, films, bits):
+def test_sixteen_bit_films_of_fewer_bits_are_read_right_and_doubted_where_they_cannot_be(
+    tmp_path, films, bits
+):
     right = dark = 0
     for film in films:
         stored = ((film.astype(np.uint32) * 257) >> (16 - bits)).astype(np.uint16)
         Image.fromarray(stored).save(tmp_path / "film.png")
         found = read_picture(tmp_path / "film.png")[0]
         right += np.abs(found.astype(int) - film).max() <= 255 / 2**bits + 1
-        stored[:3, :12] = 65535  # a mark in full white, as viewers burn it in: the bits cannot be told
+        stored[:3, :12] = (
+            65535  # a mark in full white, as viewers burn it in: the bits cannot be told
+        )
         Image.fromarray(stored).save(tmp_path / "marked.png")
         dark += bool(frontal_doubt(read_picture(tmp_path / "marked.png")[0]))
-    assert right >= 0.95 * len(films)  # a film without anything above half of white is shown lighter
+    assert right >= 0.95 * len(
+        films
+    )  # a film without anything above half of white is shown lighter
     assert dark == len(films)
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3])
 def test_turned_films_are_noticed(films, turns):
     turned = [frontal_doubt(np.rot90(film, -turns)) for film in films]
-    assert sum(f"turned by {90 * turns} degrees clockwise" in doubt for doubt in turned) >= 0.95 * len(films)
+    assert sum(
+        f"turned by {90 * turns} degrees clockwise" in doubt for doubt in turned
+    ) >= 0.95 * len(films)
 
 
 def test_inverted_films_are_noticed(films):
@@ -318,7 +367,12 @@ def test_noise_flat_images_and_strips_are_noticed(films):
 def test_colour_is_noticed_and_grey_stored_as_colour_is_not(tmp_path, films):
     grey = np.stack([films[0]] * 3, -1)
     tinted = np.clip(grey * [1.0, 0.7, 0.4], 0, 255).astype(np.uint8)
-    for name, pixels in (("grey.png", grey), ("grey.jpg", grey), ("tinted.png", tinted), ("tinted.jpg", tinted)):
+    for name, pixels in (
+        ("grey.png", grey),
+        ("grey.jpg", grey),
+        ("tinted.png", tinted),
+        ("tinted.jpg", tinted),
+    ):
         Image.fromarray(pixels).save(tmp_path / name)
         image, colour = read_picture(tmp_path / name)
         assert np.array_equal(image, read_image(tmp_path / name))

@@ -52,7 +52,9 @@ def test_every_image_is_seen_exactly_once_over_all_ranks(n, global_batch, ranks)
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize(("n", "global_batch"), SIZES)
-def test_all_ranks_take_equally_many_steps_and_none_has_an_image_more_than_its_fair_share(n, global_batch, ranks):
+def test_all_ranks_take_equally_many_steps_and_none_has_an_image_more_than_its_fair_share(
+    n, global_batch, ranks
+):
     shares = epoch_of(n, ranks=ranks, global_batch=global_batch)
     assert {len(share) for share in shares} == {int(np.ceil(n / global_batch))}
     assert steps_per_epoch(n, global_batch=global_batch) == len(shares[0])
@@ -64,7 +66,9 @@ def test_all_ranks_take_equally_many_steps_and_none_has_an_image_more_than_its_f
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize(("n", "global_batch"), SIZES)
 def test_images_of_a_step_and_their_mirroring_do_not_depend_on_the_ranks(n, global_batch, ranks):
-    one, many = (epoch_of(n, ranks=r, global_batch=global_batch, seed=2, mirror=True) for r in (1, ranks))
+    one, many = (
+        epoch_of(n, ranks=r, global_batch=global_batch, seed=2, mirror=True) for r in (1, ranks)
+    )
     assert order_of(many) == order_of(one)
 
 
@@ -78,10 +82,16 @@ def test_about_half_of_the_images_are_mirrored_and_none_without_mirror():
 def test_another_epoch_or_seed_gives_another_order_and_mirroring_and_the_same_gives_the_same():
     reference = order_of(epoch_of(64, epoch=1, seed=1, mirror=True))
     assert order_of(epoch_of(64, epoch=1, seed=1, mirror=True)) == reference
-    others = [order_of(epoch_of(64, epoch=epoch, seed=seed, mirror=True)) for epoch, seed in ((2, 1), (1, 2), (0, 0))]
+    others = [
+        order_of(epoch_of(64, epoch=epoch, seed=seed, mirror=True))
+        for epoch, seed in ((2, 1), (1, 2), (0, 0))
+    ]
     for other in others:
         assert [images for images, _ in other] != [images for images, _ in reference]
-        by_image = [dict(pair for step in order for pair in zip(*step, strict=True)) for order in (other, reference)]
+        by_image = [
+            dict(pair for step in order for pair in zip(*step, strict=True))
+            for order in (other, reference)
+        ]
         assert by_image[0] != by_image[1]
 
 
@@ -92,7 +102,9 @@ def test_no_two_things_drawn_from_one_seed_are_drawn_alike():
 
 
 def test_the_order_of_an_epoch_is_numpys_permutation_for_seed_and_epoch():
-    images = np.concatenate([share.indices for share in epoch_of(50, global_batch=10, epoch=3, seed=7)[0]])
+    images = np.concatenate(
+        [share.indices for share in epoch_of(50, global_batch=10, epoch=3, seed=7)[0]]
+    )
     np.testing.assert_array_equal(images, np.random.default_rng([7, 3]).permutation(50))
 
 
@@ -112,7 +124,9 @@ def test_a_global_batch_that_does_not_reach_every_rank_is_refused_with_the_numbe
 
 
 def batches_of(files, n_batches, **settings):
-    """Batches as NumPy arrays beside the shares they must come from; labels tell which image a row is."""
+    """Batches as NumPy arrays beside the shares they must come from; labels tell which image a row
+    is.
+    """
     paths, _ = files
     store = ImageStore(paths, size=24)
     labels = np.random.default_rng(1).random((len(paths), 14)).astype(np.float32)
@@ -127,7 +141,9 @@ def test_batches_hold_the_images_of_the_partition_mirrored_where_it_says_with_th
     assert {bool(m) for share in expected for m in share.mirrored} == {True, False}
     for (pixels, y, weights), share in zip(batches, expected, strict=True):
         images = store.take(share.indices)
-        images = np.stack([np.fliplr(i) if m else i for i, m in zip(images, share.mirrored, strict=True)])
+        images = np.stack(
+            [np.fliplr(i) if m else i for i, m in zip(images, share.mirrored, strict=True)]
+        )
         assert pixels.dtype == y.dtype == weights.dtype == np.float32
         np.testing.assert_array_equal(pixels, images[..., None].astype(np.float32))
         np.testing.assert_array_equal(y, labels[share.indices])
@@ -136,7 +152,9 @@ def test_batches_hold_the_images_of_the_partition_mirrored_where_it_says_with_th
 
 def test_batch_shapes_are_known_to_tensorflow(files):
     paths, _ = files
-    dataset = training_batches(ImageStore(paths, size=24), np.zeros((11, 14), np.float32), global_batch=4, seed=0)
+    dataset = training_batches(
+        ImageStore(paths, size=24), np.zeros((11, 14), np.float32), global_batch=4, seed=0
+    )
     pixels, labels, weights = dataset.element_spec
     assert pixels.shape.as_list() == [None, 24, 24, 1]
     assert labels.shape.as_list() == [None, 14]
@@ -154,7 +172,9 @@ def test_an_epoch_cut_short_is_followed_by_the_next_epochs_shuffle(files):
     expected = [
         share
         for epoch in (5, 6)
-        for share in itertools.islice(partition(11, global_batch=4, epoch=epoch, seed=0, mirror=True), 2)
+        for share in itertools.islice(
+            partition(11, global_batch=4, epoch=epoch, seed=0, mirror=True), 2
+        )
     ]
     for (_, y, _), share in zip(batches, expected, strict=True):
         np.testing.assert_array_equal(y, labels[share.indices])
@@ -176,7 +196,9 @@ def test_a_rank_without_an_image_gets_a_stand_in_that_counts_nothing(files):
     assert all(pixels.shape == (1, 24, 24, 1) for pixels, _, _ in last)
 
 
-@pytest.mark.parametrize("n", [37, 26])  # in global batches of 12 with a last one of 1 and of 2 images: stand-ins
+@pytest.mark.parametrize(
+    "n", [37, 26]
+)  # in global batches of 12 with a last one of 1 and of 2 images: stand-ins
 def test_a_rank_with_virtual_ranks_has_their_shares_one_after_the_other(n):
     order = dict(global_batch=12, epoch=1, seed=3, mirror=True)
     four = [list(partition(n, rank=rank, ranks=4, **order)) for rank in range(4)]
@@ -186,14 +208,18 @@ def test_a_rank_with_virtual_ranks_has_their_shares_one_after_the_other(n):
             parts = [four[2 * rank + i][step] for i in range(2)]
             for found, expected in zip(share, zip(*parts, strict=True), strict=True):
                 np.testing.assert_array_equal(found, np.concatenate(expected))
-            sizes = [len(part.indices) for part in parts]  # the trainer cuts a share as array_split does
+            sizes = [
+                len(part.indices) for part in parts
+            ]  # the trainer cuts a share as array_split does
             assert sizes == [len(piece) for piece in np.array_split(share.indices, 2)]
 
 
 @pytest.mark.parametrize("augment", ["study", "radiograph"])
 def test_crops_have_the_area_aspect_and_place_that_are_asked_for(augment):
     least, narrowest = AUGMENTATIONS[augment]
-    top, left, bottom, right = random_boxes(20000, augment=augment, generator=np.random.default_rng(0)).T.astype(float)
+    top, left, bottom, right = random_boxes(
+        20000, augment=augment, generator=np.random.default_rng(0)
+    ).T.astype(float)
     height, width = bottom - top, right - left
     assert min(top.min(), left.min()) >= 0 and max(bottom.max(), right.max()) <= 1 + 1e-6
     whole = (height < 0.999) & (width < 0.999)  # not clipped at a side
@@ -225,15 +251,26 @@ def test_batches_are_cropped_as_the_partition_says_and_only_while_it_is_on(files
         images = store.take(share.indices)
         images = [np.fliplr(i) if m else i for i, m in zip(images, share.mirrored, strict=True)]
         cropped = [crop(i, box) for i, box in zip(images, share.boxes, strict=True)]
-        np.testing.assert_allclose(pixels[..., 0], cropped if on else images, rtol=0, atol=0.02 if on else 0)
+        np.testing.assert_allclose(
+            pixels[..., 0], cropped if on else images, rtol=0, atol=0.02 if on else 0
+        )
         assert np.abs(np.array(cropped) - images).max() > 50
 
 
 def test_the_crops_of_an_image_do_not_depend_on_the_ranks_and_change_with_the_epoch():
     def boxes(ranks, epoch):
         order = {"global_batch": 8, "epoch": epoch, "seed": 1, "augment": "radiograph"}
-        shares = [share for rank in range(ranks) for share in partition(17, rank=rank, ranks=ranks, **order)]
-        held = {i: tuple(b) for s in shares for i, b, w in zip(s.indices, s.boxes, s.weights, strict=True) if w}
+        shares = [
+            share
+            for rank in range(ranks)
+            for share in partition(17, rank=rank, ranks=ranks, **order)
+        ]
+        held = {
+            i: tuple(b)
+            for s in shares
+            for i, b, w in zip(s.indices, s.boxes, s.weights, strict=True)
+            if w
+        }
         return [held[i] for i in range(17)]
 
     assert boxes(1, 0) == boxes(2, 0) == boxes(3, 0)

@@ -35,7 +35,9 @@ def test_a_node_that_cannot_be_read_is_refused_with_what_is_accepted(old, new):
     assert new in str(error.value) and NODE in str(error.value)
 
 
-@pytest.mark.parametrize(("ranks", "expected"), [(1, (46, 2)), (2, (22, 2)), (16, (1, 2)), (24, (1, 1)), (48, (1, 0))])
+@pytest.mark.parametrize(
+    ("ranks", "expected"), [(1, (46, 2)), (2, (22, 2)), (16, (1, 2)), (24, (1, 1)), (48, (1, 0))]
+)
 def test_ranks_of_a_node_get_no_more_than_its_cores(ranks, expected):
     assert deal_out(48, ranks) == expected and ranks * sum(expected) <= 48
 

@@ -1,4 +1,6 @@
-"""Figures say what they show: units on the axes, every finding there, numbers as given, nothing left open."""
+"""Figures say what they show: units on the axes, every finding there, numbers as given, nothing
+left open.
+"""
 
 import matplotlib
 
@@ -43,7 +45,9 @@ def test_every_figure_is_closed_and_has_units_on_its_axes(radiographs):
         plots.ages(table),
         plots.prevalence_by_part(audit(patient_split(radiographs), radiographs)),
         plots.imbalance(labels),
-        plots.history([{"epoch": e, "loss": 1 / (e + 1), "val_loss": 1.0, "val_auroc": 0.6} for e in range(3)]),
+        plots.history(
+            [{"epoch": e, "loss": 1 / (e + 1), "val_loss": 1.0, "val_auroc": 0.6} for e in range(3)]
+        ),
         plots.auroc_bars(judged(), title="a title"),
     ]
     assert not plt.get_fignums()
@@ -54,8 +58,12 @@ def test_every_figure_is_closed_and_has_units_on_its_axes(radiographs):
 
 def test_radiographs_are_grey_with_boxes_and_their_names():
     images = [np.full((32, 32), value, np.uint8) for value in (0, 128, 255)]
-    box = pd.DataFrame([("Mass", 0.1, 0.2, 0.3, 0.4)], columns=["finding", "x", "y", "width", "height"])
-    figure = plots.radiographs(images, ["one", "two", "three"], boxes=[box, box[:0], box[:0]], columns=2)
+    box = pd.DataFrame(
+        [("Mass", 0.1, 0.2, 0.3, 0.4)], columns=["finding", "x", "y", "width", "height"]
+    )
+    figure = plots.radiographs(
+        images, ["one", "two", "three"], boxes=[box, box[:0], box[:0]], columns=2
+    )
     shown = [ax.images[0] for ax in figure.axes if ax.images]
     assert len(shown) == 3 and all(image.get_clim() == (0, 255) for image in shown)
     assert all(image.get_cmap().name == "gray" for image in shown)
@@ -64,7 +72,9 @@ def test_radiographs_are_grey_with_boxes_and_their_names():
 
 def test_auroc_bars_name_every_finding_with_its_positives_and_the_undefined_one():
     table = judged()
-    text = words(plots.auroc_bars(table, published={"CheXNet": published_auroc()["CheXNet"].to_dict()}))
+    text = words(
+        plots.auroc_bars(table, published={"CheXNet": published_auroc()["CheXNet"].to_dict()})
+    )
     for finding in FINDINGS:
         assert f"{finding.replace('_', ' ')} ({table.loc[finding, 'positives']})" in text
     assert "undefined (0 positives)" in text and "CheXNet" in text and "chance" in text
@@ -72,13 +82,21 @@ def test_auroc_bars_name_every_finding_with_its_positives_and_the_undefined_one(
 
 def test_a_forest_says_where_there_is_no_interval_and_fills_what_is_claimed():
     table = pd.DataFrame(
-        {"difference": [0.1, 0.2, np.nan], "low": [0.05, np.nan, np.nan], "high": [0.15, np.nan, np.nan]}
+        {
+            "difference": [0.1, 0.2, np.nan],
+            "low": [0.05, np.nan, np.nan],
+            "high": [0.15, np.nan, np.nan],
+        }
     )
     table.index = ["Mass", "Pleural_Thickening", "Hernia"]
     style = {"xlabel": "difference of AUROC", "line": 0}
     figure = judgement_plots.forest(table, "difference", filled=table["low"] > 0, **style)
     text = words(figure)
-    assert "Pleural Thickening" in text and "0.200, too small to speak" in text and not plt.get_fignums()
+    assert (
+        "Pleural Thickening" in text
+        and "0.200, too small to speak" in text
+        and not plt.get_fignums()
+    )
     assert text.count("too small") == 2 and figure.axes[0].get_xlabel() == "difference of AUROC"
     filled, open_ = figure.axes[0].lines[1:3]
     assert filled.get_ydata() == [0] and len(open_.get_ydata()) == 0
@@ -101,7 +119,9 @@ def test_ours_stand_beside_published_numbers_with_their_splits_and_the_leaking_o
     table = beside_published({"03": {"auroc": judged().to_dict("index"), "split": split}})
     assert table.columns[0] == ("03", "patient split 0123456789ab, 60 test images")
     assert [source for source, _ in table.columns if "LEAKS" in source] == ["Dell DenseNet (LEAKS)"]
-    assert dict(table.columns[1:]) == {f"{s} (LEAKS)" if s == "Dell DenseNet" else s: how for s, how in SPLITS.items()}
+    assert dict(table.columns[1:]) == {
+        f"{s} (LEAKS)" if s == "Dell DenseNet" else s: how for s, how in SPLITS.items()
+    }
     assert table.loc["Hernia", ("CheXNet", SPLITS["CheXNet"])] == 0.9164
     assert table.iloc[14, 0] == pytest.approx(judged()["auroc"].iloc[:14].mean())
 
@@ -109,6 +129,9 @@ def test_ours_stand_beside_published_numbers_with_their_splits_and_the_leaking_o
 def test_published_numbers_are_those_of_their_sources():
     table = published_auroc()
     assert list(table.columns) == list(SPLITS) and list(table.index) == [*FINDINGS, "mean"]
-    assert table.loc["Hernia", "CheXNet"] == 0.9164 and table.loc["Pneumonia", "Dell DenseNet"] == 0.8328
+    assert (
+        table.loc["Hernia", "CheXNet"] == 0.9164
+        and table.loc["Pneumonia", "Dell DenseNet"] == 0.8328
+    )
     assert table.loc["mean", "CheXNet"] == pytest.approx(0.8414, abs=1e-4)
     assert "leaks" in SPLITS["Dell DenseNet"]

@@ -18,12 +18,19 @@ def test_the_results_table_is_that_of_the_reference_run():
     for finding in [*FINDINGS, "mean"]:
         row = found[finding]
         interval = f"{row['low']:.3f} to {row['high']:.3f}"
-        assert f"| {finding.replace('_', ' ')} | {row['auroc']:.3f} | {interval} | {row['positives']} |" in README
+        assert (
+            f"| {finding.replace('_', ' ')} | {row['auroc']:.3f} | {interval} | {row['positives']} |"
+            in README
+        )
 
 
 def test_the_reference_says_how_it_came_about_and_names_no_machine_path():
     kept = json.loads(REFERENCE.read_text())
-    assert kept["profile"] == "standard" and kept["environment"]["commit"] and kept["params"]["seed"] == 0
+    assert (
+        kept["profile"] == "standard"
+        and kept["environment"]["commit"]
+        and kept["params"]["seed"] == 0
+    )
     assert not re.search(r'"/(root|home|work|tmp)', REFERENCE.read_text())
 
 

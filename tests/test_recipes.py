@@ -1,4 +1,6 @@
-"""Trainings under a schedule: what they follow, that they go on from any place in it, and the collapse."""
+"""Trainings under a schedule: what they follow, that they go on from any place in it, and the
+collapse.
+"""
 
 import json
 import os
@@ -30,14 +32,22 @@ PHASES = [
     {"kind": "collapse", "length": 1, "rate": 0.01, "weight_decay": 0.02, "fresh": True},
 ]
 SPEC = {"unit": "epochs", "decay": [[0, 0.001], [0.7, 0.01]], "phases": PHASES}
-SETTINGS = {"schedule": SPEC, "optimizer": "sgd", "augment": "radiograph", "epochs": 3, "max_steps": 4}
+SETTINGS = {
+    "schedule": SPEC,
+    "optimizer": "sgd",
+    "augment": "radiograph",
+    "epochs": 3,
+    "max_steps": 4,
+}
 QUIET = {"checkpoint_steps": 0, "keep_checkpoints": 0}  # of a network of 59 MB
 
 
 @pytest.fixture(scope="module")
 def undisturbed(phantom, tmp_path_factory):
     """Three epochs, one a phase, with checkpoints in the middle and at the end of each."""
-    config = config_for(phantom, tmp_path_factory.mktemp("run"), checkpoint_steps=2, keep_checkpoints=9, **SETTINGS)
+    config = config_for(
+        phantom, tmp_path_factory.mktemp("run"), checkpoint_steps=2, keep_checkpoints=9, **SETTINGS
+    )
     return config, fit(config)
 
 
@@ -70,15 +80,29 @@ KINDS = {
     "step": {"rate": 0.02, "at": (8,), "factor": 0.5},
     "cosine": {"end": 0.005},
     "constant": {"rate": 0.01},
-    "cycle": {"length": 6, "warmup": 3, "start": 0.004, "rate": 0.02, "power": 2, "zero": 6, "fresh": True},
+    "cycle": {
+        "length": 6,
+        "warmup": 3,
+        "start": 0.004,
+        "rate": 0.02,
+        "power": 2,
+        "zero": 6,
+        "fresh": True,
+    },
     "collapse": {"weight_decay": 0.02, "fresh": True},
 }
-PARTS = [name for kind in KINDS for name in (["cycle: re-warm-up", "cycle"] if kind == "cycle" else [kind])]
+PARTS = [
+    name
+    for kind in KINDS
+    for name in (["cycle: re-warm-up", "cycle"] if kind == "cycle" else [kind])
+]
 
 
 @pytest.fixture(scope="module", params=["sgd", "adamw"])
 def through_all_phases(request, phantom, tmp_path_factory):
-    """Six epochs of four steps, three steps a phase, with a checkpoint at each; and what keeps the compiled graph."""
+    """Six epochs of four steps, three steps a phase, with a checkpoint at each; and what keeps the
+    compiled graph.
+    """
     phases = [{"kind": kind, "length": 3, **settings} for kind, settings in KINDS.items()]
     schedule = {"decay": [[0, 0.001], [7, 0.01]], "phases": phases}
     settings = {**SETTINGS, "schedule": schedule, "optimizer": request.param, "epochs": 6}
@@ -97,7 +121,9 @@ def state_at_the_end(config):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_resuming_in_the_middle_of_any_phase_continues_exactly(through_all_phases, tmp_path, monkeypatch, part):
+def test_resuming_in_the_middle_of_any_phase_continues_exactly(
+    through_all_phases, tmp_path, monkeypatch, part
+):
     with_a_tiny_network(monkeypatch)
     config, result, reuse = through_all_phases
     values = values_at(config, Position(8, 32))
@@ -111,15 +137,26 @@ def test_resuming_in_the_middle_of_any_phase_continues_exactly(through_all_phase
         assert [row[name] for row in resumed.history] == [row[name] for row in result.history]
     ours, theirs = state_at_the_end(again), state_at_the_end(config)
     assert ours.keys() == theirs.keys() and len(theirs["steps"]) == 24
-    for name, array in theirs.items():  # weights, slots, statistics, the best so far, and the loss of each step
+    for (
+        name,
+        array,
+    ) in theirs.items():  # weights, slots, statistics, the best so far, and the loss of each step
         np.testing.assert_array_equal(ours[name], array, err_msg=name)
 
 
-@pytest.mark.parametrize(("images", "batch", "steps"), [(90, 8, 4), pytest.param(2860, 64, 32, marks=pytest.mark.long)])
-def test_a_preset_scaled_to_the_data_is_drawn_and_trains_through_all_its_phases(images, batch, steps, tmp_path):
+@pytest.mark.parametrize(
+    ("images", "batch", "steps"), [(90, 8, 4), pytest.param(2860, 64, 32, marks=pytest.mark.long)]
+)
+def test_a_preset_scaled_to_the_data_is_drawn_and_trains_through_all_its_phases(
+    images, batch, steps, tmp_path
+):
     """The whole: 2,000 images to train on, batch 64, 6 epochs."""
-    data = write_phantom(tmp_path / "phantom", n_images=images, size=32, min_prevalence=0.1, workers=2)
-    changes = dict(epochs=6, batch_size=batch, max_steps=steps, augment="radiograph", optimizer="sgd", **QUIET)
+    data = write_phantom(
+        tmp_path / "phantom", n_images=images, size=32, min_prevalence=0.1, workers=2
+    )
+    changes = dict(
+        epochs=6, batch_size=batch, max_steps=steps, augment="radiograph", optimizer="sgd", **QUIET
+    )
     config = config_for(data, tmp_path / "run", schedule="64-nodes-coded", **changes)
     result = fit(config)
     values = values_at(config, Position(batch, min(result.split["images"]["train"], batch * steps)))
@@ -130,10 +167,15 @@ def test_a_preset_scaled_to_the_data_is_drawn_and_trains_through_all_its_phases(
     assert told == pytest.approx(values.rate[[*range(steps, 6 * steps, steps), -1]])
     assert np.isfinite([row["loss"] for row in result.history]).all()
     if batch == 64:  # 24 steps at batch 8 teach nothing yet
-        assert result.split["images"]["train"] == 2000 and result.history[-1]["loss"] < result.history[0]["loss"]
+        assert (
+            result.split["images"]["train"] == 2000
+            and result.history[-1]["loss"] < result.history[0]["loss"]
+        )
 
 
-@pytest.mark.parametrize("name", ["448-nodes-coded", "64-nodes-meant", "64k", "goyal-2017", "+ collapse"])
+@pytest.mark.parametrize(
+    "name", ["448-nodes-coded", "64-nodes-meant", "64k", "goyal-2017", "+ collapse"]
+)
 def test_from_any_step_the_rest_of_the_schedule_is_the_same(phantom, tmp_path, name):
     config = config_for(phantom, tmp_path, schedule=name, optimizer="sgd", epochs=6)
     whole = values_at(config, Position(64, 2000))
@@ -141,14 +183,19 @@ def test_from_any_step_the_rest_of_the_schedule_is_the_same(phantom, tmp_path, n
         at = Position(64, 2000, epoch=step // 32, image=min(step % 32 * 64, 2000), step=step)
         rest = values_at(config, at)
         for column in ("rate", "momentum", "weight_decay", "augment"):
-            np.testing.assert_array_equal(getattr(rest, column)[step:], getattr(whole, column)[step:])
+            np.testing.assert_array_equal(
+                getattr(rest, column)[step:], getattr(whole, column)[step:]
+            )
 
 
 def test_with_another_global_batch_the_schedule_goes_on_at_the_same_epoch_with_the_rates_of_that_batch(
     phantom, tmp_path
 ):
     config = config_for(phantom, tmp_path, schedule="448-nodes-meant", optimizer="sgd", epochs=6)
-    whole, after = values_at(config, Position(64, 2048)), values_at(config, Position(128, 2048, 2, 1024, 80))
+    whole, after = (
+        values_at(config, Position(64, 2048)),
+        values_at(config, Position(128, 2048, 2, 1024, 80)),
+    )
     np.testing.assert_allclose(
         after.rate[80:], 2 * whole.rate[80::2], rtol=0, atol=0.02 * whole.rate.max()
     )  # warm-up in whole steps
@@ -165,22 +212,36 @@ def test_a_training_goes_on_with_its_schedule_on_two_ranks(undisturbed, phantom,
     command = [mpi.command, "-n", "2", *mpi.flags(), sys.executable, "-m", "chexlib", "train"]
     command += ["--config", str(tmp_path / "two.json"), "--resume"]
     done = subprocess.run(
-        command, env={**os.environ, **thread_environment(1)}, capture_output=True, text=True, timeout=600
+        command,
+        env={**os.environ, **thread_environment(1)},
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     history = pd.read_parquet(tmp_path / "history.parquet")
     alone = pd.DataFrame(result.history)
     np.testing.assert_array_equal(history["learning_rate"], alone["learning_rate"])
     np.testing.assert_allclose(history["loss"], alone["loss"], rtol=1e-4)
-    for ours, theirs in zip(weights_of(tmp_path / "model.keras"), weights_of(result.model), strict=True):
+    for ours, theirs in zip(
+        weights_of(tmp_path / "model.keras"), weights_of(result.model), strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
 
-def test_without_a_schedule_the_rate_is_constant_until_the_plateau_and_chexnet_is_the_same(phantom, tmp_path):
+def test_without_a_schedule_the_rate_is_constant_until_the_plateau_and_chexnet_is_the_same(
+    phantom, tmp_path
+):
     changes = dict(epochs=1, max_steps=2, optimizer="adam", **QUIET)
     plain = fit(config_for(phantom, tmp_path / "plain", learning_rate=5e-4, **changes))
-    chexnet = fit(config_for(phantom, tmp_path / "chexnet", schedule="chexnet", **changes))  # 1e-3 for 16, 8 here
-    assert chexnet.history[0]["learning_rate"] == plain.history[0]["learning_rate"] == pytest.approx(5e-4)
+    chexnet = fit(
+        config_for(phantom, tmp_path / "chexnet", schedule="chexnet", **changes)
+    )  # 1e-3 for 16, 8 here
+    assert (
+        chexnet.history[0]["learning_rate"]
+        == plain.history[0]["learning_rate"]
+        == pytest.approx(5e-4)
+    )
     assert chexnet.history[0]["loss"] == plain.history[0]["loss"]
 
 
@@ -201,14 +262,21 @@ def test_any_checkpoint_collapses_by_one_call(undisturbed, phantom, tmp_path):
     steps = np.arange(len(values))
     np.testing.assert_allclose(values.rate, phase["rate"] * (1 - steps / len(steps)) ** 2)
     assert not values.augment.any() and set(values.weight_decay) == {phase["weight_decay"]}
-    moved = [np.abs(a - b).max() for a, b in zip(weights_of(collapsed.model), start.get_weights(), strict=True)]
+    moved = [
+        np.abs(a - b).max()
+        for a, b in zip(weights_of(collapsed.model), start.get_weights(), strict=True)
+    ]
     assert max(moved) > 0
     rows = pd.read_parquet(collapsed.predictions).query("part == 'test'").head(3)
-    scores = predict([phantom / "images_001" / "images" / n for n in rows["image"]], weights=collapsed.model)
+    scores = predict(
+        [phantom / "images_001" / "images" / n for n in rows["image"]], weights=collapsed.model
+    )
     np.testing.assert_allclose(scores, rows[[c for c in rows if c.startswith("score_")]], atol=1e-5)
 
 
-def test_a_collapse_starts_from_exactly_the_weights_of_the_checkpoint(phantom, tmp_path, monkeypatch):
+def test_a_collapse_starts_from_exactly_the_weights_of_the_checkpoint(
+    phantom, tmp_path, monkeypatch
+):
     """Of a training that began with a head of its own and other statistics than its file's."""
     with_a_tiny_network(monkeypatch)
     plain = {"optimizer": "sgd", "learning_rate": 0.1, "epochs": 1}
@@ -216,14 +284,22 @@ def test_a_collapse_starts_from_exactly_the_weights_of_the_checkpoint(phantom, t
     began = {"weights": first.model, "fresh_head": True, "recalibrate": 32}
     trained = fit(config_for(phantom, tmp_path / "trained", **plain, **began))
     arrays, _ = load_checkpoint(checkpoints_of(config_for(phantom, tmp_path / "trained"))[-1])
-    still = {"rate": 1e-30, "weight_decay": 0.0, "norm_momentum": 1 - 1e-9}  # nothing moves that one could see
-    collapsed = collapse(tmp_path / "trained", run_dir=tmp_path / "collapsed", **still, keep_checkpoints=0)
+    still = {
+        "rate": 1e-30,
+        "weight_decay": 0.0,
+        "norm_momentum": 1 - 1e-9,
+    }  # nothing moves that one could see
+    collapsed = collapse(
+        tmp_path / "trained", run_dir=tmp_path / "collapsed", **still, keep_checkpoints=0
+    )
     for result in (trained, collapsed):
         model = load_model(result.model)[0]
         for i, variable in enumerate(model.trainable_variables):
             np.testing.assert_array_equal(variable.numpy(), arrays[f"weights/{i}"])
         for i, variable in enumerate(model.non_trainable_variables):
-            np.testing.assert_allclose(variable.numpy(), arrays[f"statistics/{i}"][0], rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(
+                variable.numpy(), arrays[f"statistics/{i}"][0], rtol=1e-6, atol=1e-6
+            )
 
 
 def test_a_collapse_from_nothing_or_from_a_rate_of_0_says_so(undisturbed, tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
-"""The report is a site that a person enjoys: told without the network, on a phone, to a screen reader, by keyboard.
+"""The report is a site that a person enjoys: told without the network, on a phone, to a screen
+reader, by keyboard.
 
-Run by hand with `python tests/test_report.py RUN FOLDER`, it leaves screenshots of a run's pages in FOLDER.
-"""
+Run by hand with `python tests/test_report.py RUN FOLDER`, it leaves screenshots of a run's pages in
+FOLDER."""
 
 import base64
 import itertools
@@ -36,24 +37,41 @@ CAPTION = "Test AUROC of each finding."
 
 
 def make_run(folder):
-    """A run of two notebooks with what pages stumble over: wide tables, long lines, pictures, links, code, an error."""
+    """A run of two notebooks with what pages stumble over: wide tables, long lines, pictures,
+    links, code, an error.
+    """
     from io import BytesIO
 
-    run = start("03_train", run_dir=str(folder / "03_train"), parameters={"seed": 1, "size": 64, "epochs": 2})
+    run = start(
+        "03_train",
+        run_dir=str(folder / "03_train"),
+        parameters={"seed": 1, "size": 64, "epochs": 2},
+    )
     figure = Figure(figsize=(14, 3))
     figure.subplots().plot([1, 2])
     run.save_figure(figure, "auroc", caption=CAPTION)
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
-    picture = new_output("display_data", {"image/png": base64.b64encode(buffer.getvalue()).decode()})
+    picture = new_output(
+        "display_data", {"image/png": base64.b64encode(buffer.getvalue()).decode()}
+    )
     row = {"auroc": 0.81, "low": 0.75, "high": 0.9, "positives": 37, "negatives": 100}
-    split = {"name": "patient", "digest": "abc123", "images": {"train": 70, "validation": 10, "test": 20}}
+    split = {
+        "name": "patient",
+        "digest": "abc123",
+        "images": {"train": 70, "validation": 10, "test": 20},
+    }
     auroc = dict.fromkeys((*FINDINGS, "mean"), row)
     run.finish(auroc=auroc, split=split, data="phantom (synthetic)", ranks=2, images_per_second=9.5)
-    code = "# why\nfor name in sorted(found):  # each\n    print(f'{name}', 1.5, None, " + LONG + ")"
+    code = (
+        "# why\nfor name in sorted(found):  # each\n    print(f'{name}', 1.5, None, " + LONG + ")"
+    )
     table = new_output("display_data", {"text/html": WIDE, "text/plain": "a table"})
     cells = [
-        new_markdown_cell("# Train\n\nText with a [link](05_other.ipynb) and [another](08_missing.ipynb).\n\n## Part"),
+        new_markdown_cell(
+            "# Train\n\nText with a [link](05_other.ipynb) and [another](08_missing.ipynb).\n\n## "
+            "Part"
+        ),
         new_code_cell(code, outputs=[new_output("stream", name="stdout", text=LONG), table]),
         new_code_cell('run.save_figure(figure, "auroc", caption=caption)', outputs=[picture]),
         new_code_cell("figure", outputs=[picture]),
@@ -72,7 +90,10 @@ def report(tmp_path_factory):
 
 
 def soups(report):
-    return {path: BeautifulSoup(path.read_text(), "html.parser") for path in (report, *report.parent.glob("*/*.html"))}
+    return {
+        path: BeautifulSoup(path.read_text(), "html.parser")
+        for path in (report, *report.parent.glob("*/*.html"))
+    }
 
 
 def test_every_page_names_its_language_and_title_and_its_pictures_have_a_text(report):
@@ -114,7 +135,11 @@ def test_the_first_link_skips_to_the_results_and_each_part_can_be_gone_to(report
 
 def test_links_between_notebooks_lead_to_pages_of_this_run_or_are_text(report):
     page = report.parent / "03_train" / "notebook.html"
-    links = {link["href"]: link.text for link in soups(report)[page].find_all("a") if not link["href"].startswith("#")}
+    links = {
+        link["href"]: link.text
+        for link in soups(report)[page].find_all("a")
+        if not link["href"].startswith("#")
+    }
     assert {"../index.html", "../05_other/notebook.html"} == set(links)
     assert all((page.parent / link).exists() for link in links)
     assert "and another." in soups(report)[page].text
@@ -125,17 +150,26 @@ def test_the_ledger_comes_first_and_shows_every_figure_with_ours(report):
 
     soup, table = soups(report)[report], build_ledger(report.parent)
     assert len(soup.select(".ledger tbody tr")) == len(table)
-    tally = {li.text.strip().split(" ", 1)[1]: int(li.strong.text) for li in soup.select(".tally li")}
+    tally = {
+        li.text.strip().split(" ", 1)[1]: int(li.strong.text) for li in soup.select(".tally li")
+    }
     counts = count_verdicts(table).loc["all"]
     assert tally == {name: counts[name] for name in tally} and sum(tally.values()) == len(table)
-    row = next(tr for tr in soup.select(".ledger tbody tr") if tr.th.text.startswith("CheXNet, Mass"))
+    row = next(
+        tr for tr in soup.select(".ledger tbody tr") if tr.th.text.startswith("CheXNet, Mass")
+    )
     cells = [td.get_text(" ", strip=True) for td in row.find_all("td")]
     assert cells[:2] == ["0.8676 AUROC", "0.810 AUROC 0.750 to 0.900"]
-    assert cells[2] == "not comparable our images are synthetic" and row.a["href"] == "03_train/notebook.html"
+    assert (
+        cells[2] == "not comparable our images are synthetic"
+        and row.a["href"] == "03_train/notebook.html"
+    )
 
 
 def look(report, each):
-    """Open every page at every width, with all that can be unfolded open, and hand the browser to `each`."""
+    """Open every page at every width, with all that can be unfolded open, and hand the browser to
+    `each`.
+    """
     script = (files("axe_core_python") / "axe.min.js").read_text()
     with Browser() as browser:
         for path in (report, *sorted(report.parent.glob("*/*.html"))):
@@ -167,8 +201,12 @@ if __name__ == "__main__":
     def shoot(browser, path, width):
         height = min(browser.evaluate("document.documentElement.scrollHeight"), 6000)
         clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
-        picture = browser.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)["data"]
+        picture = browser.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)[
+            "data"
+        ]
         (target / f"{path.parent.name}-{width}.png").write_bytes(base64.b64decode(picture))
-        print(path.parent.name, width, json.dumps([browser.evaluate(BEYOND), browser.evaluate(AXE)]))
+        print(
+            path.parent.name, width, json.dumps([browser.evaluate(BEYOND), browser.evaluate(AXE)])
+        )
 
     look(Path(sys.argv[1]).resolve() / "index.html", shoot)

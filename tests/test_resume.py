@@ -20,7 +20,12 @@ from chexlib.models.weights import load_model
 from chexlib.phantom.write import write_phantom
 from chexlib.training.callbacks import snapshots_of
 from chexlib.training.fit import fit
-from chexlib.training.state import checkpoint_files, load_checkpoint, newest_checkpoint, save_checkpoint
+from chexlib.training.state import (
+    checkpoint_files,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 
 TIMED = ("images_per_second", "skew")
 
@@ -31,11 +36,15 @@ def undisturbed(phantom, tmp_path_factory):
 
 
 def untimed(result):
-    return [{name: value for name, value in row.items() if name not in TIMED} for row in result.history]
+    return [
+        {name: value for name, value in row.items() if name not in TIMED} for row in result.history
+    ]
 
 
 def assert_same_model(a, b):
-    for x, y in zip(load_model(a.model)[0].get_weights(), load_model(b.model)[0].get_weights(), strict=True):
+    for x, y in zip(
+        load_model(a.model)[0].get_weights(), load_model(b.model)[0].get_weights(), strict=True
+    ):
         np.testing.assert_array_equal(x, y)
 
 
@@ -43,18 +52,25 @@ def ask_at(epoch, step):
     return lambda told: stopping.ask() if (told["epoch"], told["step"]) >= (epoch, step) else None
 
 
-def test_a_stop_keeps_a_checkpoint_and_resuming_ends_as_if_undisturbed(phantom, undisturbed, tmp_path):
+def test_a_stop_keeps_a_checkpoint_and_resuming_ends_as_if_undisturbed(
+    phantom, undisturbed, tmp_path
+):
     stopped = fit(config_for(phantom, tmp_path), report=ask_at(1, 1))
     assert stopped.stopped and len(stopped.history) == 1 and stopped.resumed_from is None
     facts = newest_checkpoint(tmp_path / "checkpoints")[2]
-    assert facts["position"]["epoch"] == 0 and 0 < facts["position"]["image"] < facts["position"]["images"]
+    assert (
+        facts["position"]["epoch"] == 0
+        and 0 < facts["position"]["image"] < facts["position"]["images"]
+    )
     resumed = fit(config_for(phantom, tmp_path, resume=True))
     assert resumed.resumed_from and not resumed.stopped
     assert untimed(resumed) == untimed(undisturbed) and resumed.best_epoch == undisturbed.best_epoch
     assert_same_model(resumed, undisturbed)
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(phantom, undisturbed, tmp_path, caplog):
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
+    phantom, undisturbed, tmp_path, caplog
+):
     class CrashError(Exception):
         pass
 
@@ -70,7 +86,11 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(phantom
     newest.write_bytes(content)
     with caplog.at_level(logging.WARNING):
         resumed = fit(config_for(phantom, tmp_path, checkpoint_steps=3, resume=True))
-    assert str(newest) in caplog.text and "damaged" in caplog.text and resumed.resumed_from == before.name
+    assert (
+        str(newest) in caplog.text
+        and "damaged" in caplog.text
+        and resumed.resumed_from == before.name
+    )
     assert untimed(resumed) == untimed(undisturbed)
     assert_same_model(resumed, undisturbed)
 
@@ -90,7 +110,11 @@ def test_resuming_another_training_is_refused_with_both_values(phantom, undistur
     with pytest.raises(ConfigError, match=r"learning_rate=0.0001 there and 0.01 now"):
         fit(config_for(phantom, run, resume=True, learning_rate=0.01))
     with pytest.raises(ConfigError, match="is of another training: split"):
-        fit(config_for(write_phantom(tmp_path / "other", n_images=60, size=32, workers=1), run, resume=True))
+        fit(
+            config_for(
+                write_phantom(tmp_path / "other", n_images=60, size=32, workers=1), run, resume=True
+            )
+        )
     started = fit(config_for(phantom, run, epochs=1, max_steps=1))  # without resume: anew
     assert [facts for facts in checkpoint_files(run / "checkpoints")] and len(started.history) == 1
     assert newest_checkpoint(run / "checkpoints")[2]["position"]["step"] == 1
@@ -101,18 +125,24 @@ def test_no_room_for_the_checkpoint_is_an_error_that_says_so(phantom, tmp_path, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("chexlib.training.state.np.savez", full)
-    with pytest.raises(WeightsError, match=r"checkpoint .* MB could not be written \(No space left on device\)"):
+    with pytest.raises(
+        WeightsError, match=r"checkpoint .* MB could not be written \(No space left on device\)"
+    ):
         fit(config_for(phantom, tmp_path, epochs=1, max_steps=1))
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(phantom, tmp_path):
-    result = fit(config_for(phantom, tmp_path, epochs=1, max_steps=1, resume=True, keep_checkpoints=0))
+    result = fit(
+        config_for(phantom, tmp_path, epochs=1, max_steps=1, resume=True, keep_checkpoints=0)
+    )
     assert result.resumed_from is None and not checkpoint_files(tmp_path / "checkpoints")
 
 
 @pytest.mark.parametrize(("keeps", "rate"), [("global_batch", 1e-4), ("rank_batch", 2e-4)])
-def test_with_another_batch_the_global_batch_or_the_rate_is_kept_as_asked(phantom, tmp_path, keeps, rate):
+def test_with_another_batch_the_global_batch_or_the_rate_is_kept_as_asked(
+    phantom, tmp_path, keeps, rate
+):
     first = fit(config_for(phantom, tmp_path, epochs=1, keep_checkpoints=1))
     changes = dict(resume=True, batch_size=16, resume_keeps=keeps)
     more = fit(config_for(phantom, tmp_path, **changes))
@@ -123,7 +153,9 @@ def test_with_another_batch_the_global_batch_or_the_rate_is_kept_as_asked(phanto
     assert list(taken) == [-(-images // 8), -(-images // (8 if keeps == "global_batch" else 16))]
 
 
-def test_a_larger_batch_takes_no_more_than_the_images_of_a_shortened_epoch(phantom, tmp_path, monkeypatch):
+def test_a_larger_batch_takes_no_more_than_the_images_of_a_shortened_epoch(
+    phantom, tmp_path, monkeypatch
+):
     """24 of the images, 8 of them in batches of 8: what is left goes in 10 and 6."""
     with_a_tiny_network(monkeypatch)
     settings = dict(epochs=1, max_steps=3, optimizer="sgd")
@@ -158,7 +190,9 @@ def test_a_stream_resumed_after_an_odd_number_of_images_ends_at_the_same_bits(
     assert_same_model(resumed, undisturbed_stream)
 
 
-def test_a_stream_that_goes_on_for_more_epochs_draws_no_image_twice(phantom, undisturbed_stream, tmp_path, monkeypatch):
+def test_a_stream_that_goes_on_for_more_epochs_draws_no_image_twice(
+    phantom, undisturbed_stream, tmp_path, monkeypatch
+):
     with_a_tiny_network(monkeypatch)
     fit(config_for(phantom, tmp_path, **{**STREAM, "epochs": 1}))
     more = fit(config_for(phantom, tmp_path, **{**STREAM, "epochs": 3}, resume=True))
@@ -178,15 +212,26 @@ def test_ranks_that_do_not_agree_are_named_with_the_variable():
     require_agreement(World(), variables, when="after epoch 2")
 
 
-ARRAYS = {"weights/0": np.arange(12, dtype=np.float32).reshape(3, 4), "tracker": np.zeros(2), "none": np.zeros((0, 3))}
+ARRAYS = {
+    "weights/0": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "tracker": np.zeros(2),
+    "none": np.zeros((0, 3)),
+}
 
 
 def test_a_checkpoint_comes_back_as_it_was_and_the_newest_are_kept(tmp_path):
     for step in (1, 2, 10):
         save_checkpoint(tmp_path, step, ARRAYS, {"epoch": step, "best": float("-inf")}, keep=2)
-    assert [path.name for path in checkpoint_files(tmp_path)] == ["step-000000010.npz", "step-000000002.npz"]
+    assert [path.name for path in checkpoint_files(tmp_path)] == [
+        "step-000000010.npz",
+        "step-000000002.npz",
+    ]
     path, arrays, facts = newest_checkpoint(tmp_path)
-    assert path.name == "step-000000010.npz" and facts["epoch"] == 10 and facts["best"] == float("-inf")
+    assert (
+        path.name == "step-000000010.npz"
+        and facts["epoch"] == 10
+        and facts["best"] == float("-inf")
+    )
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(arrays[name], array)
         assert arrays[name].dtype == array.dtype
@@ -205,7 +250,9 @@ def test_no_flipped_bit_and_no_cut_goes_unnoticed(tmp_path):
         except WeightsError as error:
             noticed += str(path) in str(error)
             continue
-        assert said == facts and all(np.array_equal(found[n], arrays[n]) for n in arrays)  # a date in the archive, say
+        assert said == facts and all(
+            np.array_equal(found[n], arrays[n]) for n in arrays
+        )  # a date in the archive, say
     assert noticed > len(whole) / 2
     for length in range(0, len(whole), 7):
         path.write_bytes(whole[:length])

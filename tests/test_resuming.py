@@ -1,4 +1,6 @@
-"""A run that was killed goes on in its folder, where nothing is done twice; runs are compared with the reference."""
+"""A run that was killed goes on in its folder, where nothing is done twice; runs are compared with
+the reference.
+"""
 
 import json
 import os
@@ -19,7 +21,16 @@ from scipy.special import expit, logit
 
 import chexlib.app.execute
 from chexlib.app.cli import main
-from chexlib.app.reference import ALIKE, APART, UNKNOWN, Estimate, compare_run, difference_p, estimates, keep_reference
+from chexlib.app.reference import (
+    ALIKE,
+    APART,
+    UNKNOWN,
+    Estimate,
+    compare_run,
+    difference_p,
+    estimates,
+    keep_reference,
+)
 from chexlib.app.resuming import finished, run_folder
 from chexlib.app.runs import start
 from chexlib.errors import ConfigError
@@ -44,9 +55,17 @@ print("failed:", failed)
 def project(root, notebooks=MappingProxyType({"03_done": "pass", "04_killed": SLEEP})):
     for name, last in notebooks.items():
         cells = [BODY.replace("NAME", name), last, "run.finish(answer=1)"]
-        first = new_code_cell("seed: int = 0  # seed\nrun_dir: str = ''  # folder", metadata={"tags": ["parameters"]})
-        book = new_notebook(cells=[new_markdown_cell(f"# {name}"), first, *map(new_code_cell, cells)])
-        book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        first = new_code_cell(
+            "seed: int = 0  # seed\nrun_dir: str = ''  # folder", metadata={"tags": ["parameters"]}
+        )
+        book = new_notebook(
+            cells=[new_markdown_cell(f"# {name}"), first, *map(new_code_cell, cells)]
+        )
+        book.metadata["kernelspec"] = {
+            "name": "python3",
+            "display_name": "Python 3",
+            "language": "python",
+        }
         book.metadata["language_info"] = {"name": "python"}
         (root / "notebooks" / "profiles").mkdir(parents=True, exist_ok=True)
         nbformat.write(book, root / "notebooks" / f"{name}.ipynb")
@@ -86,7 +105,9 @@ def test_an_interrupt_ends_both_of_two_notebooks_that_run_at_the_same_time(tmp_p
     asleep = "import os, time\n(log.parent / f'kernel-{os.getpid()}').touch()\ntime.sleep(600)"
     project(tmp_path, {"05_one": asleep, "06_two": asleep, "07_three": asleep})
     script = f"import chexlib.app.execute\nchexlib.execute.end_when_told()\n{EXECUTE}"
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stderr=subprocess.DEVNULL
+    )
     end = time.monotonic() + 120
     while len(list(tmp_path.glob("kernel-*"))) < 2:
         assert time.monotonic() < end and process.poll() is None
@@ -100,7 +121,9 @@ def test_an_interrupt_ends_both_of_two_notebooks_that_run_at_the_same_time(tmp_p
         time.sleep(0.1)
 
 
-def test_the_report_of_a_resumed_run_has_what_was_done_before_and_comes_later(tmp_path, monkeypatch):
+def test_the_report_of_a_resumed_run_has_what_was_done_before_and_comes_later(
+    tmp_path, monkeypatch
+):
     project(tmp_path, {"03_first": "pass", "05_later": "pass"})
     monkeypatch.setattr(chexlib.app.execute, "ROOT", tmp_path)
     broken = ["03_first"]
@@ -117,10 +140,18 @@ def test_the_report_of_a_resumed_run_has_what_was_done_before_and_comes_later(tm
     broken.clear()
     _, report = chexlib.app.execute.execute(runs_dir=str(tmp_path / "runs"), resume=True)
     text = report.read_text()
-    assert "03_first/notebook.html" in text and "05_later/notebook.html" in text and "Still to come" not in text
+    assert (
+        "03_first/notebook.html" in text
+        and "05_later/notebook.html" in text
+        and "Still to come" not in text
+    )
 
 
-ASKED = {"notebooks": ["03_train", "05_compare"], "profile": "standard", "settings": {"seed": 1, "rate": 0.5}}
+ASKED = {
+    "notebooks": ["03_train", "05_compare"],
+    "profile": "standard",
+    "settings": {"seed": 1, "rate": 0.5},
+}
 
 
 ENDED = {"metadata": {"papermill": {"end_time": "2026-11-26T10:00:00", "exception": None}}}
@@ -142,7 +173,10 @@ def test_a_run_goes_on_only_if_it_was_asked_for_the_same_and_is_not_finished(tmp
     finish(first, "03_train")
     assert folder() == first
     assert folder({**ASKED, "settings": {"rate": 0.5, "seed": 1}}) == first
-    others = [folder({**ASKED, "profile": "quick"}), folder({**ASKED, "settings": {"seed": 2, "rate": 0.5}})]
+    others = [
+        folder({**ASKED, "profile": "quick"}),
+        folder({**ASKED, "settings": {"seed": 2, "rate": 0.5}}),
+    ]
     assert len({first, *others, folder({**ASKED, "notebooks": ["03_train"]})}) == 4
     assert folder() == first  # and not the newest, which is another's
     finish(first, "05_compare")
@@ -155,12 +189,16 @@ def test_a_run_goes_on_only_if_it_was_asked_for_the_same_and_is_not_finished(tmp
 def test_a_notebook_that_was_killed_while_it_was_written_is_not_finished(tmp_path, spoilt):
     finish(tmp_path, "03_train")
     assert finished(tmp_path / "03_train")
-    text = json.dumps({"metadata": {"papermill": {**ENDED["metadata"]["papermill"], **(spoilt or {})}}})
+    text = json.dumps(
+        {"metadata": {"papermill": {**ENDED["metadata"]["papermill"], **(spoilt or {})}}}
+    )
     (tmp_path / "03_train" / "notebook.ipynb").write_text(text if spoilt else text[:-9])
     assert not finished(tmp_path / "03_train")
 
 
-def test_a_kernel_that_does_not_start_fails_alone_and_what_reads_its_notebook_is_done_again(tmp_path, monkeypatch):
+def test_a_kernel_that_does_not_start_fails_alone_and_what_reads_its_notebook_is_done_again(
+    tmp_path, monkeypatch
+):
     project(tmp_path, {"03_train": "pass", "05_other": "pass", "10_report": "pass"})
     monkeypatch.setattr(chexlib.app.execute, "ROOT", tmp_path)
     done, broken = [], ["03_train"]
@@ -186,7 +224,10 @@ def test_a_kernel_that_does_not_start_fails_alone_and_what_reads_its_notebook_is
 
 
 def test_two_processes_do_not_work_in_one_run(tmp_path):
-    with run_folder(ASKED, runs_dir=tmp_path) as run, pytest.raises(ConfigError, match="is being executed"):
+    with (
+        run_folder(ASKED, runs_dir=tmp_path) as run,
+        pytest.raises(ConfigError, match="is being executed"),
+    ):
         run_folder(ASKED, runs_dir=tmp_path, resume=True).__enter__()
     with run_folder(ASKED, runs_dir=tmp_path, resume=True) as again:
         assert again == run
@@ -204,7 +245,9 @@ def test_a_notebook_knows_whether_it_was_interrupted_here(tmp_path):
     assert not begin(seed=1).interrupted
 
 
-@pytest.mark.parametrize("name", ["03_train_baseline", "04_train_distributed", "09_evaluate_and_explain"])
+@pytest.mark.parametrize(
+    "name", ["03_train_baseline", "04_train_distributed", "09_evaluate_and_explain"]
+)
 def test_an_interrupted_notebook_takes_its_trainings_up(name):
     cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells
     assert sum("resume=run.interrupted" in cell.source for cell in cells) == 1
@@ -215,9 +258,21 @@ def test_an_interrupted_notebook_takes_its_trainings_up(name):
 
 def results(mean, *, epochs=3, low=0.1, high=0.1):
     row = {"auroc": mean, "low": mean - low, "high": mean + high, "positives": 9}
-    gains = [{"topology": t, "batch": 16, "mean": mean, "low": None, "high": None, "seeds": 1} for t in "ab"]
-    metrics = {"auroc": {"Mass": row}, "gains": gains, "e": {"0": {"gain": 0.1, "gain_low": 0, "gain_high": 0.2}}}
-    return {"metrics": metrics, "params": {"epochs": epochs, "seed": 0}, "environment": {}, "profile": "standard"}
+    gains = [
+        {"topology": t, "batch": 16, "mean": mean, "low": None, "high": None, "seeds": 1}
+        for t in "ab"
+    ]
+    metrics = {
+        "auroc": {"Mass": row},
+        "gains": gains,
+        "e": {"0": {"gain": 0.1, "gain_low": 0, "gain_high": 0.2}},
+    }
+    return {
+        "metrics": metrics,
+        "params": {"epochs": epochs, "seed": 0},
+        "environment": {},
+        "profile": "standard",
+    }
 
 
 def kept(root, **notebooks):
@@ -231,12 +286,23 @@ def kept(root, **notebooks):
 
 
 def test_each_figure_with_an_interval_is_compared_and_other_parameters_are_told(tmp_path):
-    run = kept(tmp_path, **{"03_train": (results(0.5), results(0.8, epochs=1)), "05_x": (results(0.5), results(0.6))})
+    run = kept(
+        tmp_path,
+        **{
+            "03_train": (results(0.5), results(0.8, epochs=1)),
+            "05_x": (results(0.5), results(0.6)),
+        },
+    )
     found = compare_run(run, reference=tmp_path / "reference")
-    assert found["03_train"]["parameters"] == {"epochs": (3, 1)} and found["05_x"]["parameters"] == {}
+    assert (
+        found["03_train"]["parameters"] == {"epochs": (3, 1)} and found["05_x"]["parameters"] == {}
+    )
     table = found["03_train"]["estimates"]
     row = table.loc["auroc / Mass / auroc"]
-    assert row.tolist()[:6] == [0.5, 0.4, 0.6, 0.8, pytest.approx(0.7), 0.9] and row["verdict"] == APART
+    assert (
+        row.tolist()[:6] == [0.5, 0.4, 0.6, 0.8, pytest.approx(0.7), 0.9]
+        and row["verdict"] == APART
+    )
     assert found["05_x"]["estimates"]["verdict"].to_dict() == {
         "auroc / Mass / auroc": ALIKE,
         "gains / topology a, batch 16 / mean": UNKNOWN,
@@ -246,13 +312,18 @@ def test_each_figure_with_an_interval_is_compared_and_other_parameters_are_told(
 
 
 def test_compare_on_the_command_line_shows_what_is_apart_and_exits_with_1(tmp_path, monkeypatch):
-    run = kept(tmp_path, **{"03_train": (results(0.5), results(0.8)), "05_x": (results(0.5), results(0.6))})
+    run = kept(
+        tmp_path, **{"03_train": (results(0.5), results(0.8)), "05_x": (results(0.5), results(0.6))}
+    )
     (tmp_path / "data").mkdir()
     (tmp_path / "reference").rename(tmp_path / "data" / "reference")
     monkeypatch.setattr("chexlib.app.reference.ROOT", tmp_path)
     answer = CliRunner().invoke(main, ["compare", str(run)])
     assert answer.exit_code == 1 and answer.output.count("auroc / Mass / auroc") == 1
-    assert "03_train, reference of profile standard: 1 no difference shown, 1 DIFFERENT, 2 no interval" in answer.output
+    assert (
+        "03_train, reference of profile standard: 1 no difference shown, 1 DIFFERENT, 2 no interval"
+        in answer.output
+    )
     (run / "03_train" / "metrics.json").unlink()
     answer = CliRunner().invoke(main, ["compare", str(run), "--all"])
     assert answer.exit_code == 0 and answer.output.count("auroc / Mass / auroc") == 1
@@ -260,17 +331,55 @@ def test_compare_on_the_command_line_shows_what_is_apart_and_exits_with_1(tmp_pa
 
 def test_a_figure_is_found_by_its_interval_whatever_it_is_named():
     rows = [
-        {"finding": "all", "measure": "iou", "threshold": t, "share": 0.5, "low": 0.4, "high": 0.6, "cases": n}
+        {
+            "finding": "all",
+            "measure": "iou",
+            "threshold": t,
+            "share": 0.5,
+            "low": 0.4,
+            "high": 0.6,
+            "cases": n,
+        }
         for n, t in enumerate((0.1, 0.2))
     ]
-    later = {"gain": 0.2, "low": 0.1, "high": 0.3, "seeds": 3, "gain_later": -0.1, "low_later": -0.2, "high_later": 0.0}
-    last = {"gain": 0.2, "low": 0.1, "high": 0.3, "seeds": 3, "gain_later": None, "low_later": None, "high_later": None}
+    later = {
+        "gain": 0.2,
+        "low": 0.1,
+        "high": 0.3,
+        "seeds": 3,
+        "gain_later": -0.1,
+        "low_later": -0.2,
+        "high_later": 0.0,
+    }
+    last = {
+        "gain": 0.2,
+        "low": 0.1,
+        "high": 0.3,
+        "seeds": 3,
+        "gain_later": None,
+        "low_later": None,
+        "high_later": None,
+    }
     metrics = {
         "pointing": rows,
-        "weak": {"ranks": 2, "images_per_second": 99.7, "efficiency": 0.9, "low": 0.8, "high": 1.0, "rounds": 3.0},
+        "weak": {
+            "ranks": 2,
+            "images_per_second": 99.7,
+            "efficiency": 0.9,
+            "low": 0.8,
+            "high": 1.0,
+            "rounds": 3.0,
+        },
         "rule": {"effect": 0.1, "low": 0.0, "high": 0.2, "seeds": 3},
         "means": [{"batch": 16, "mean": 0.6, "seeds": 1, "low": None, "high": None}],
-        "difference": {"auroc": 0.9, "other": 0.8, "difference": 0.1, "low": 0.0, "high": 0.2, "p": 0.05},
+        "difference": {
+            "auroc": 0.9,
+            "other": 0.8,
+            "difference": 0.1,
+            "low": 0.0,
+            "high": 0.2,
+            "p": 0.05,
+        },
         "error": {"rms": 0.1, "rms_low": 0.0, "rms_high": 0.2, "ece": 0.1, "ece_chance": 0.1},
         "member": {
             "gain": 0.0,
@@ -303,24 +412,36 @@ def test_two_means_over_seeds_differ_as_by_welchs_test():
     means = []
     for values in (one, other):
         half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-        means.append(Estimate(values.mean(), values.mean() - half, values.mean() + half, len(values), True))
-    assert difference_p(*means, []) == pytest.approx(stats.ttest_ind(one, other, equal_var=False).pvalue)
+        means.append(
+            Estimate(values.mean(), values.mean() - half, values.mean() + half, len(values), True)
+        )
+    assert difference_p(*means, []) == pytest.approx(
+        stats.ttest_ind(one, other, equal_var=False).pvalue
+    )
 
 
 def test_the_sides_of_two_intervals_that_face_each_other_decide():
     """By hand: 0.15 apart, standard errors 0.1 / 1.96 and 0.05 / 1.96, hence z = 2.63."""
     one, other = Estimate(0.8, 0.5, 0.9, None, True), Estimate(0.95, 0.9, 0.99, None, True)
-    assert difference_p(one, other, []) == pytest.approx(2 * stats.norm.sf(0.15 * 1.96 / np.hypot(0.1, 0.05)), rel=1e-3)
+    assert difference_p(one, other, []) == pytest.approx(
+        2 * stats.norm.sf(0.15 * 1.96 / np.hypot(0.1, 0.05)), rel=1e-3
+    )
     assert difference_p(one, other, []) == difference_p(other, one, [])
-    assert np.isnan(difference_p(one, Estimate(0.9, 0.9, 0.9), []))  # one member was chosen: no interval
+    assert np.isnan(
+        difference_p(one, Estimate(0.9, 0.9, 0.9), [])
+    )  # one member was chosen: no interval
 
 
 BASELINE = json.loads((ROOT / "data" / "reference" / "03_train_baseline.json").read_text())
-BASELINE["metrics"] = {name: BASELINE["metrics"][name] for name in ("auroc", "control_auroc", "best_epoch")}
+BASELINE["metrics"] = {
+    name: BASELINE["metrics"][name] for name in ("auroc", "control_auroc", "best_epoch")
+}
 
 
 def honest_run(rng, *, training=0.0):
-    """Metrics of notebook 03, as another draw of patients and another training give them, on the scale of logits."""
+    """Metrics of notebook 03, as another draw of patients and another training give them, on the
+    scale of logits.
+    """
 
     def drawn(value):
         if not isinstance(value, dict):
@@ -340,7 +461,9 @@ def honest_run(rng, *, training=0.0):
 def called_different(tmp_path, before, now):
     write_json(tmp_path / "reference" / "03_train_baseline.json", before)
     write_json(tmp_path / "run" / "03_train_baseline" / "metrics.json", now)
-    table = compare_run(tmp_path / "run", reference=tmp_path / "reference")["03_train_baseline"]["estimates"]
+    table = compare_run(tmp_path / "run", reference=tmp_path / "reference")["03_train_baseline"][
+        "estimates"
+    ]
     return set(table.index[table["verdict"] == APART])
 
 
@@ -348,9 +471,8 @@ def called_different(tmp_path, before, now):
 def test_two_honest_runs_are_rarely_called_different_over_all_figures(tmp_path, training, seeds):
     """500 pairs, 32 figures each. With 5 % expected at most, 38 or more have a chance of 1 %.
 
-    `training` is the error of another seed, in standard errors over patients. Where it is larger than is known of our
-    trainings, the reference's other seeds have to say so.
-    """
+    `training` is the error of another seed, in standard errors over patients. Where it is larger
+    than is known of our trainings, the reference's other seeds have to say so."""
     (tmp_path / "reference").mkdir()
     (tmp_path / "run" / "03_train_baseline").mkdir(parents=True)
     write_json(tmp_path / "run" / "03_train_baseline" / "params.json", BASELINE["params"])
@@ -358,7 +480,9 @@ def test_two_honest_runs_are_rarely_called_different_over_all_figures(tmp_path, 
     for _ in range(500):
         before = {**BASELINE, "metrics": honest_run(rng, training=training)}
         others = [dict(estimates(honest_run(rng, training=training))) for _ in range(seeds)]
-        before["seeds"] = {str(i + 1): {n: e.value for n, e in own.items()} for i, own in enumerate(others)}
+        before["seeds"] = {
+            str(i + 1): {n: e.value for n, e in own.items()} for i, own in enumerate(others)
+        }
         called += bool(called_different(tmp_path, before, honest_run(rng, training=training)))
     assert called < 38
 
@@ -372,7 +496,9 @@ def test_a_finding_whose_labels_were_swapped_is_found(tmp_path, seeds):
     for _ in range(20):
         before, now = {**BASELINE, "metrics": honest_run(rng)}, honest_run(rng)
         others = [dict(estimates(honest_run(rng))) for _ in range(seeds)]
-        before["seeds"] = {str(i + 1): {n: e.value for n, e in own.items()} for i, own in enumerate(others)}
+        before["seeds"] = {
+            str(i + 1): {n: e.value for n, e in own.items()} for i, own in enumerate(others)
+        }
         row = now["auroc"]["Fibrosis"]  # the least sure but one
         row |= {"auroc": 1 - row["auroc"], "low": 1 - row["high"], "high": 1 - row["low"]}
         found += "auroc / Fibrosis / auroc" in called_different(tmp_path, before, now)
@@ -394,7 +520,10 @@ def test_a_run_of_another_seed_is_added_to_the_reference_and_any_other_replaces_
     run(1, 0.6)
     kept = run(2, 0.7)
     assert kept["metrics"]["auroc"]["Mass"]["auroc"] == 0.5 and kept["params"]["seed"] == 0
-    assert {seed: own["auroc / Mass / auroc"] for seed, own in kept["seeds"].items()} == {"1": 0.6, "2": 0.7}
+    assert {seed: own["auroc / Mass / auroc"] for seed, own in kept["seeds"].items()} == {
+        "1": 0.6,
+        "2": 0.7,
+    }
     again = run(0, 0.55)
     assert again["metrics"]["auroc"]["Mass"]["auroc"] == 0.55 and again["seeds"] == kept["seeds"]
     for other in ({"seed": 3, "epochs": 4}, {"seed": 5, "epochs": 4, "commit": "abc-dirty"}):

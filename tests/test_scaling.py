@@ -36,7 +36,14 @@ from chexlib.scaling.model import (
 )
 from chexlib.scaling.network import Fabric, Link, allreduce_seconds, hierarchical_seconds
 from chexlib.scaling.timeline import read_timeline
-from chexlib.scaling.wires import fit_wires, held_back, hold_whole, launches, measure_wires, wire_seconds
+from chexlib.scaling.wires import (
+    fit_wires,
+    held_back,
+    hold_whole,
+    launches,
+    measure_wires,
+    wire_seconds,
+)
 from chexlib.scaling.workload import Workload, workload_of
 
 FABRIC = Fabric(Link(2e-6, 4e9), Link(30e-6, 1e9))
@@ -52,9 +59,16 @@ class Ranks:
         self.total, self.clocks = self.values.sum(axis=0), np.zeros(self.n)
 
     def exchange(self, messages):
-        """Messages (from, to, slice, add) at once: those that leave one node share its card, and all wait for all."""
-        leaving = [a // self.per_node for a, b, *_ in messages if a // self.per_node != b // self.per_node]
-        sent = [(b, part, add, self.values[a, part].copy(), self.clocks[a]) for a, b, part, add in messages]
+        """Messages (from, to, slice, add) at once: those that leave one node share its card, and
+        all wait for all.
+        """
+        leaving = [
+            a // self.per_node for a, b, *_ in messages if a // self.per_node != b // self.per_node
+        ]
+        sent = [
+            (b, part, add, self.values[a, part].copy(), self.clocks[a])
+            for a, b, part, add in messages
+        ]
         for (a, *_), (b, part, add, data, at) in zip(messages, sent, strict=True):
             size = data.nbytes * self.bytes
             if a // self.per_node == b // self.per_node:
@@ -101,17 +115,35 @@ def tree(world):
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "simulate"), [("ring", ring), ("recursive doubling", recursive_doubling), ("tree", tree)]
+    ("algorithm", "simulate"),
+    [("ring", ring), ("recursive doubling", recursive_doubling), ("tree", tree)],
 )
 @pytest.mark.parametrize(
     ("nodes", "per_node"),
-    [(2, 1), (3, 1), (4, 1), (7, 1), (1, 3), (1, 4), (2, 2), (2, 3), (2, 6), (3, 2), (4, 4), (4, 5), (5, 3), (8, 2)],
+    [
+        (2, 1),
+        (3, 1),
+        (4, 1),
+        (7, 1),
+        (1, 3),
+        (1, 4),
+        (2, 2),
+        (2, 3),
+        (2, 6),
+        (3, 2),
+        (4, 4),
+        (4, 5),
+        (5, 3),
+        (8, 2),
+    ],
 )
 @pytest.mark.parametrize("size", [4e3, 1e8])
 def test_an_allreduce_takes_what_its_messages_take(algorithm, simulate, nodes, per_node, size):
     world = Ranks(nodes, per_node, size, FABRIC)
     simulate(world)
-    np.testing.assert_allclose(world.values, np.tile(world.total, (world.n, 1)), atol=1e-9)  # it is an allreduce
+    np.testing.assert_allclose(
+        world.values, np.tile(world.total, (world.n, 1)), atol=1e-9
+    )  # it is an allreduce
     place = {"nodes": nodes, "per_node": per_node, "fabric": FABRIC, "algorithm": algorithm}
     assert allreduce_seconds(size, **place) == pytest.approx(world.clocks.max(), rel=0.01)
 
@@ -119,10 +151,16 @@ def test_an_allreduce_takes_what_its_messages_take(algorithm, simulate, nodes, p
 def test_two_levels_send_the_gradients_over_the_card_once():
     alone = allreduce_seconds(1e8, nodes=4, per_node=1, fabric=FABRIC)
     inside = allreduce_seconds(1e8, nodes=1, per_node=8, fabric=FABRIC)
-    assert hierarchical_seconds(1e8, nodes=4, per_node=8, fabric=FABRIC) == pytest.approx(alone + inside)
+    assert hierarchical_seconds(1e8, nodes=4, per_node=8, fabric=FABRIC) == pytest.approx(
+        alone + inside
+    )
     slow = dataclasses.replace(FABRIC, copying=1e-9)  # once into the fusion buffer and back
-    assert hierarchical_seconds(1e8, nodes=4, per_node=8, fabric=slow) == pytest.approx(alone + inside + 0.1)
-    assert hierarchical_seconds(1e8, nodes=1, per_node=8, fabric=slow) == pytest.approx(inside + 0.1)
+    assert hierarchical_seconds(1e8, nodes=4, per_node=8, fabric=slow) == pytest.approx(
+        alone + inside + 0.1
+    )
+    assert hierarchical_seconds(1e8, nodes=1, per_node=8, fabric=slow) == pytest.approx(
+        inside + 0.1
+    )
 
 
 @pytest.mark.parametrize("wrong", [{"algorithm": "gossip"}, {"nodes": 0}])
@@ -146,8 +184,16 @@ THREE = Workload("three", 1.0, (1e8, 1e8, 1e8), (0.5, 0.75, 1.0))  # each takes 
         (1.0, Horovod(cycle=0.02, overlap=True), 0.11),  # half a cycle more
         (1.0, Horovod(cycle=0.0, overlap=True, request=0.01), 0.12),  # and two requests of the last
         (0.0, Horovod(cycle=0.0, overlap=True), 0.3),
-        (0.2, Horovod(cycle=0.02, overlap=True, fusion=1e8), 0.21),  # busy for longer than a cycle: it sleeps once
-        (1.0, Horovod(cycle=0.4, overlap=True), 0.3),  # it looks at 0.7, not before 1.1 again, and has two
+        (
+            0.2,
+            Horovod(cycle=0.02, overlap=True, fusion=1e8),
+            0.21,
+        ),  # busy for longer than a cycle: it sleeps once
+        (
+            1.0,
+            Horovod(cycle=0.4, overlap=True),
+            0.3,
+        ),  # it looks at 0.7, not before 1.1 again, and has two
     ],
 )
 def test_gradients_are_reduced_beside_the_backward_pass(compute, horovod, left):
@@ -166,7 +212,9 @@ def test_a_node_waits_for_the_slowest_processor_however_many_ranks_share_them(pe
     job = dataclasses.replace(JOB, per_node=per_node, batch=160 // per_node)
     table = project(job, cluster, horovod=Horovod(), nodes=[1, 32])
     lag = table["waiting"] / table["compute"]
-    assert lag[1] == pytest.approx(0.1 / math.sqrt(math.pi)) and lag[32] == pytest.approx(0.1 * expected_slowest(64))
+    assert lag[1] == pytest.approx(0.1 / math.sqrt(math.pi)) and lag[32] == pytest.approx(
+        0.1 * expected_slowest(64)
+    )
 
 
 def test_the_slowest_of_many_is_that_of_drawn_ones():
@@ -193,7 +241,9 @@ def test_what_follows_from_a_step_is_worked_out():
 
 def test_strong_scaling_shares_one_batch():
     table = project(JOB, SMALL, horovod=Horovod(cycle=0.0), nodes=[1, 4], global_batch=100)
-    assert table["batch"].tolist() == [100, 25] and table["compute"].tolist() == pytest.approx([1.0, 0.25])
+    assert table["batch"].tolist() == [100, 25] and table["compute"].tolist() == pytest.approx(
+        [1.0, 0.25]
+    )
     with pytest.raises(ConfigError, match="less than an image"):
         project(JOB, SMALL, horovod=Horovod(), nodes=[256], global_batch=100)
 
@@ -201,7 +251,11 @@ def test_strong_scaling_shares_one_batch():
 def test_gradients_come_from_the_layers_of_the_network_last_first():
     import keras
 
-    layers = [keras.layers.Conv2D(4, 3, padding="same"), keras.layers.Conv2D(8, 3), keras.layers.Flatten()]
+    layers = [
+        keras.layers.Conv2D(4, 3, padding="same"),
+        keras.layers.Conv2D(8, 3),
+        keras.layers.Flatten(),
+    ]
     model = keras.Sequential([keras.Input((6, 6, 1)), *layers, keras.layers.Dense(14)])
     found = workload_of(model, "small")
     assert found.sizes == (128 * 14 * 4, 14 * 4, 288 * 4, 8 * 4, 36 * 4, 4 * 4)
@@ -214,7 +268,9 @@ def test_gradients_come_from_the_layers_of_the_network_last_first():
     assert len(workload_of(model, biases=False).sizes) == 4
 
 
-@pytest.mark.parametrize(("topology", "half"), [("densenet121", 0.424), ("resnet50", 0.437), ("vgg16", 0.404)])
+@pytest.mark.parametrize(
+    ("topology", "half"), [("densenet121", 0.424), ("resnet50", 0.437), ("vgg16", 0.404)]
+)
 def test_half_of_the_gradients_are_ready_early_in_the_backward_pass(topology, half):
     """The large kernels are those of the last layers, and the backward pass begins with these."""
     work = workload_of(build_model(topology, size=224))
@@ -227,12 +283,17 @@ def test_gradients_of_a_network_inside_a_network_come_in_its_place():
     import keras
 
     pixels = keras.Input((6, 6, 1))
-    parts = [keras.layers.Conv2D(4, 3, padding="same", use_bias=False), keras.layers.Conv2D(8, 3, use_bias=False)]
+    parts = [
+        keras.layers.Conv2D(4, 3, padding="same", use_bias=False),
+        keras.layers.Conv2D(8, 3, use_bias=False),
+    ]
     inner = keras.Sequential([keras.Input((6, 6, 1)), *parts])
     head = keras.layers.Dense(14, use_bias=False)(keras.layers.Flatten()(inner(pixels)))
     found = workload_of(keras.Model(pixels, head))
     assert found.sizes == (128 * 14 * 4, 288 * 4, 36 * 4)
-    steps = np.cumsum([2 * (36 * 36 + 16 * 288 + 128 * 14), 4 * 128 * 14, 4 * 16 * 288, 2 * 36 * 36])
+    steps = np.cumsum(
+        [2 * (36 * 36 + 16 * 288 + 128 * 14), 4 * 128 * 14, 4 * 16 * 288, 2 * 36 * 36]
+    )
     assert found.ready == pytest.approx(steps[1:] / steps[-1])
 
 
@@ -240,17 +301,26 @@ def test_gradients_of_a_network_inside_a_network_come_in_its_place():
 
 
 @pytest.mark.parametrize(
-    ("run", "from_print", "minutes"), zip(PEAK_RUNS, (12.34, 12.04, 6.51), (57.92, 60.04, 48.0), strict=True)
+    ("run", "from_print", "minutes"),
+    zip(PEAK_RUNS, (12.34, 12.04, 6.51), (57.92, 60.04, 48.0), strict=True),
 )
-def test_the_studys_hardware_efficiencies_follow_from_its_minutes_within_their_rounding(run, from_print, minutes):
-    """The deck prints whole minutes. They give 12.34, 12.04, 6.51; 12.36, 12.03, 6.51 need 57.92, 60.04, 48.00."""
+def test_the_studys_hardware_efficiencies_follow_from_its_minutes_within_their_rounding(
+    run, from_print, minutes
+):
+    """The deck prints whole minutes.
+
+    They give 12.34, 12.04, 6.51; 12.36, 12.03, 6.51 need 57.92, 60.04, 48.00.
+    """
 
     def share(minutes):
         return 100 * hardware_efficiency(1, FLOP_90_EPOCHS, 60 * minutes, run.peak)
 
     assert round(share(run.minutes), 2) == from_print
     assert share(run.minutes + 0.5) < 100 * run.efficiency < share(run.minutes - 0.5)
-    assert round(share(minutes), 2) == pytest.approx(100 * run.efficiency) and round(minutes) == run.minutes
+    assert (
+        round(share(minutes), 2) == pytest.approx(100 * run.efficiency)
+        and round(minutes) == run.minutes
+    )
 
 
 def test_nothing_in_the_presets_was_taken_from_an_efficiency_that_is_predicted():
@@ -258,23 +328,31 @@ def test_nothing_in_the_presets_was_taken_from_an_efficiency_that_is_predicted()
     assert set(study_clusters()) == {"MareNostrum 4", "Stampede2", "Zenith"}
     workload = Workload("flat", 1.0, (1e6,) * 100, tuple(np.linspace(0.4, 1, 100)))
     hits = {
-        name: project(study_job(workload), study_clusters()[name], horovod=horovod, nodes=[1, 256, 512])["efficiency"]
+        name: project(
+            study_job(workload), study_clusters()[name], horovod=horovod, nodes=[1, 256, 512]
+        )["efficiency"]
         for name, horovod in study_horovod(request=2e-6).items()
     }
     assert all(1 == found[1] > found[256] > found[512] > 0 for found in hits.values())
     assert hits["Stampede2"][512] < hits["MareNostrum 4"][512]  # the one whose rank 0 negotiates
     table = study_sensitivity(workload, copying=0.0, request=2e-6)
     for system, rows in table.groupby("system"):
-        assert rows["efficiency_512"].iloc[0] == pytest.approx(hits[system][512])  # what is projected comes first
+        assert rows["efficiency_512"].iloc[0] == pytest.approx(
+            hits[system][512]
+        )  # what is projected comes first
         assert rows["efficiency_512"].min() <= hits[system][512] < rows["efficiency_512"].max() < 1
-    assert (table["further"] == table["images_per_second_512"] / table["images_per_second_256"] / 2).all()
+    assert (
+        table["further"] == table["images_per_second_512"] / table["images_per_second_256"] / 2
+    ).all()
 
 
 # What is measured
 
 
 def test_a_timeline_is_read_as_allreduces(tmp_path):
-    """Two fused gradients of 100 and 50 floats, then one of them alone; 30 requests in a burst, 2 us each."""
+    """Two fused gradients of 100 and 50 floats, then one of them alone; 30 requests in a burst, 2
+    us each.
+    """
     events = []
 
     def phase(pids, name, begin, end):
@@ -288,18 +366,33 @@ def test_a_timeline_is_read_as_allreduces(tmp_path):
         phase(pids, "MEMCPY_OUT_FUSION_BUFFER", at + 2100, at + 2300)
         ends = {1: "[100]", 2: "[5, 10]"}
         events += [
-            {"ph": "E", "ts": at + 2300, "pid": pid, "args": {"dtype": "float32", "shape": ends[pid]}} for pid in pids
+            {
+                "ph": "E",
+                "ts": at + 2300,
+                "pid": pid,
+                "args": {"dtype": "float32", "shape": ends[pid]},
+            }
+            for pid in pids
         ]
-    events += [{"ph": "X", "name": "1", "ts": 20_000 + 2 * i, "pid": i, "dur": 0} for i in range(30)]
-    (file := tmp_path / "timeline.json").write_text(json.dumps(events)[:-1] + ",")  # as a job leaves it that was killed
+    events += [
+        {"ph": "X", "name": "1", "ts": 20_000 + 2 * i, "pid": i, "dur": 0} for i in range(30)
+    ]
+    (file := tmp_path / "timeline.json").write_text(
+        json.dumps(events)[:-1] + ","
+    )  # as a job leaves it that was killed
     table, request = read_timeline(file)
     assert table["tensors"].tolist() == [2, 1] and table["bytes"].tolist() == [600, 400]
-    assert table[["copy_in", "allreduce", "copy_out"]].to_numpy() == pytest.approx(np.tile([1e-4, 2e-3, 2e-4], (2, 1)))
+    assert table[["copy_in", "allreduce", "copy_out"]].to_numpy() == pytest.approx(
+        np.tile([1e-4, 2e-3, 2e-4], (2, 1))
+    )
     assert request == pytest.approx(2e-6)
 
 
 def test_the_fit_finds_what_made_the_times_and_predicts_the_other_half():
-    workloads = {"one": Workload("one", 1.0, (3e7,), (1.0,)), "two": Workload("two", 1.0, (9e7,), (1.0,))}
+    workloads = {
+        "one": Workload("one", 1.0, (3e7,), (1.0,)),
+        "two": Workload("two", 1.0, (9e7,), (1.0,)),
+    }
     truth = {"latency": 4e-4, "payload": 0.93, "handling": 2e-9, "copying": 1.5e-9}
     rows = [
         {**point, "rate": rate, "compute": 0.3}
@@ -311,7 +404,9 @@ def test_the_fit_finds_what_made_the_times_and_predicts_the_other_half():
         n * wire_seconds(row, workloads[row["topology"]], truth, processors=2)
         for n, row in zip(noise, rows, strict=True)
     ]
-    unknowns, predicted = fit_wires(pd.DataFrame(rows).assign(seconds=seconds), workloads, processors=2)
+    unknowns, predicted = fit_wires(
+        pd.DataFrame(rows).assign(seconds=seconds), workloads, processors=2
+    )
     assert 12 < predicted["fitted"].sum() < len(rows) - 12
     assert predicted.loc[~predicted["fitted"], "error"].abs().max() < 0.05
     for name in ("payload", "handling", "copying"):
@@ -320,11 +415,15 @@ def test_the_fit_finds_what_made_the_times_and_predicts_the_other_half():
 
 
 def test_the_model_predicts_the_wires_of_the_reference():
-    """What was held back, from what was not, fitted anew: half of the settings, between and beyond those fitted."""
+    """What was held back, from what was not, fitted anew: half of the settings, between and beyond
+    those fitted.
+    """
     kept = json.loads((ROOT / "data" / "reference" / "08_scale_out.json").read_text())
     rows = pd.DataFrame(kept["metrics"]["wires"]).T.infer_objects()
     table = rows[["topology", "hosts", "per_host", "algorithm", "rate", "compute", "seconds"]]
-    workloads = {name: workload_of(build_model(name, size=224), name) for name in table["topology"].unique()}
+    workloads = {
+        name: workload_of(build_model(name, size=224), name) for name in table["topology"].unique()
+    }
     assert len(table) >= 12 and len(workloads) >= 2
     _, predicted = fit_wires(table, workloads, processors=kept["environment"]["cores"])
     found = held_back(predicted)
@@ -340,7 +439,10 @@ def test_pinned_hosts_have_a_processor_each_in_turn():
     ask = [sys.executable, "-c", "import os; print(*os.sched_getaffinity(0))"]
     mine = sorted(os.sched_getaffinity(0))
     with EmulatedHosts(3, pinned=True) as hosts:
-        found = [subprocess.run(hosts[i].wrap(ask), capture_output=True, text=True).stdout.split() for i in range(3)]
+        found = [
+            subprocess.run(hosts[i].wrap(ask), capture_output=True, text=True).stdout.split()
+            for i in range(3)
+        ]
     assert found == [[str(mine[i % len(mine)])] for i in range(3)]
 
 

@@ -1,4 +1,6 @@
-"""Other people's scores: any CSV or Parquet, matched by name, refused with a reason; subgroups; what a leak buys."""
+"""Other people's scores: any CSV or Parquet, matched by name, refused with a reason; subgroups;
+what a leak buys.
+"""
 
 import json
 
@@ -24,7 +26,13 @@ from chexlib.training.fit import fit
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Labels of 400 phantom images, and no image: what somebody has who judges scores."""
-    root = write_phantom(tmp_path_factory.mktemp("data") / "made", n_images=400, size=32, min_prevalence=0.1, workers=1)
+    root = write_phantom(
+        tmp_path_factory.mktemp("data") / "made",
+        n_images=400,
+        size=32,
+        min_prevalence=0.1,
+        workers=1,
+    )
     labels = tmp_path_factory.mktemp("labels")
     for path in root.glob("*.*"):
         (labels / path.name).write_bytes(path.read_bytes())
@@ -41,9 +49,13 @@ def radiographs(folder):
 def table(radiographs):
     """Scores of all images of the official test list, in an order of its own, a column a finding."""
     listed = radiographs.listed
-    rows = listed[listed["image"].isin(read_list(radiographs.root / "test_list.txt"))].sample(frac=1, random_state=0)
+    rows = listed[listed["image"].isin(read_list(radiographs.root / "test_list.txt"))].sample(
+        frac=1, random_state=0
+    )
     rng = np.random.default_rng(0)
-    scores = pd.DataFrame(rng.normal(size=(len(rows), 14)) + rows[list(FINDINGS)].to_numpy(), columns=list(FINDINGS))
+    scores = pd.DataFrame(
+        rng.normal(size=(len(rows), 14)) + rows[list(FINDINGS)].to_numpy(), columns=list(FINDINGS)
+    )
     return pd.concat([rows["image"].reset_index(drop=True), scores], axis=1)
 
 
@@ -54,7 +66,9 @@ def call(*words):
 def expected_of(table, radiographs):
     rows = radiographs.listed.set_index("image").loc[table["image"]]
     return bootstrap_auroc(
-        rows[list(FINDINGS)].to_numpy(), table[list(FINDINGS)].to_numpy(), rows["patient"].to_numpy()
+        rows[list(FINDINGS)].to_numpy(),
+        table[list(FINDINGS)].to_numpy(),
+        rows["patient"].to_numpy(),
     )
 
 
@@ -68,9 +82,13 @@ def test_scores_are_judged_whatever_their_form(form, table, radiographs, folder,
     elif form == "columns in another order":
         table = table[["image", *sorted(FINDINGS, reverse=True)]].assign(model="theirs")
     elif form == "paths":
-        table = table.assign(image="images_001/images/" + table["image"]).rename(columns={"image": "Image Index"})
+        table = table.assign(image="images_001/images/" + table["image"]).rename(
+            columns={"image": "Image Index"}
+        )
     elif form == "our own predictions":
-        table = table.rename(columns={f: f"score_{f}" for f in FINDINGS}).assign(part="test", patient=1)
+        table = table.rename(columns={f: f"score_{f}" for f in FINDINGS}).assign(
+            part="test", patient=1
+        )
         table[[f"label_{f}" for f in FINDINGS]] = 1  # the folder's labels count, not the file's
         table = pd.concat([table, table.assign(part="validation")])
     if form in ("parquet", "our own predictions"):
@@ -81,13 +99,18 @@ def test_scores_are_judged_whatever_their_form(form, table, radiographs, folder,
     pd.testing.assert_frame_equal(evaluate(file, folder)["auroc"], expected)
 
 
-def test_the_command_prints_the_list_its_digest_and_every_finding(table, folder, radiographs, tmp_path):
+def test_the_command_prints_the_list_its_digest_and_every_finding(
+    table, folder, radiographs, tmp_path
+):
     table.to_csv(tmp_path / "scores.csv", index=False)
     answer = call(tmp_path / "scores.csv", "--data", folder)
     assert answer.exit_code == 0, answer.output
     digest = where_from(read_scores(tmp_path / "scores.csv", radiographs), radiographs)["digest"]
     first = answer.stdout.splitlines()[0]
-    assert digest in first and f"{len(table)} of the {len(table)} images of the official test list" in first
+    assert (
+        digest in first
+        and f"{len(table)} of the {len(table)} images of the official test list" in first
+    )
     assert "TRAINING" not in first
     for finding, row in expected_of(table, radiographs).iterrows():
         assert finding in answer.stdout and f"{row['auroc']:.3f}" in answer.stdout
@@ -98,18 +121,27 @@ def test_the_command_as_json_compares_two_files(table, folder, tmp_path):
     other[list(FINDINGS)] += np.random.default_rng(1).normal(size=(len(table), 14))
     table.to_csv(tmp_path / "one.csv", index=False)
     other.sample(frac=1, random_state=2).to_parquet(tmp_path / "other.parquet", index=False)
-    answer = call(tmp_path / "one.csv", "--data", folder, "--against", tmp_path / "other.parquet", "--json")
+    answer = call(
+        tmp_path / "one.csv", "--data", folder, "--against", tmp_path / "other.parquet", "--json"
+    )
     found = json.loads(answer.stdout)
     mean = found["difference"]["mean"]
-    assert mean["auroc"] == found["auroc"]["mean"]["auroc"] > mean["other"] and 0 <= mean["p_holm"] <= 1
-    assert len(found["auroc"]) == len(found["difference"]) == 15 and found["split"]["images"] == len(table)
+    assert (
+        mean["auroc"] == found["auroc"]["mean"]["auroc"] > mean["other"]
+        and 0 <= mean["p_holm"] <= 1
+    )
+    assert len(found["auroc"]) == len(found["difference"]) == 15 and found["split"][
+        "images"
+    ] == len(table)
 
 
 def test_images_of_the_training_list_are_told(table, radiographs, folder, tmp_path):
     seen = read_list(folder / "train_val_list.txt")[:7]
     table.loc[:6, "image"] = seen
     table.to_csv(tmp_path / "scores.csv", index=False)
-    assert "7 of the official TRAINING list" in call(tmp_path / "scores.csv", "--data", folder).stdout
+    assert (
+        "7 of the official TRAINING list" in call(tmp_path / "scores.csv", "--data", folder).stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,8 +154,14 @@ def test_images_of_the_training_list_are_told(table, radiographs, folder, tmp_pa
         (lambda t: t.rename(columns={"Mass": "score_Mass"}), ["'Mass'"]),
         (lambda t: t.rename(columns={"Pleural_Thickening": "Mass "}), ["'Pleural_Thickening'"]),
         (lambda t: t.assign(**{"Pleural Thickening": 0}), ["two columns for one finding"]),
-        (lambda t: t.assign(**{f"b_{f}": 0 for f in FINDINGS}), ["several columns a finding", "'b_'"]),
-        (lambda t: t.set_axis(["image", *map(str, range(14))], axis=1), ["no column of a finding", "Atelectasis"]),
+        (
+            lambda t: t.assign(**{f"b_{f}": 0 for f in FINDINGS}),
+            ["several columns a finding", "'b_'"],
+        ),
+        (
+            lambda t: t.set_axis(["image", *map(str, range(14))], axis=1),
+            ["no column of a finding", "Atelectasis"],
+        ),
         (lambda t: t.assign(Mass=["high", *t["Mass"][1:]]), ["1 scores are missing or no numbers"]),
         (lambda t: t.assign(part="validation"), ["'test'", "'validation'"]),
         (lambda t: t[:0], ["no rows"]),
@@ -138,7 +176,11 @@ def test_scores_that_cannot_be_judged_are_refused_by_name(fault, naming, table, 
 
 
 def labels_of(table, radiographs):
-    return radiographs.listed.set_index("image").loc[table["image"], list(FINDINGS)].reset_index(drop=True)
+    return (
+        radiographs.listed.set_index("image")
+        .loc[table["image"], list(FINDINGS)]
+        .reset_index(drop=True)
+    )
 
 
 def corner(table):
@@ -149,9 +191,12 @@ def corner(table):
 
 
 FORMS_OF_LABELS = {
-    "labels under the names, scores with a suffix": lambda t, y: pd.concat([t.add_suffix("_pred"), y], axis=1),
+    "labels under the names, scores with a suffix": lambda t, y: pd.concat(
+        [t.add_suffix("_pred"), y], axis=1
+    ),
     "labels whole, one score misspelt": lambda t, y: pd.concat(
-        [t.rename(columns={"Pleural_Thickening": "Pleural_thickening"}), y.add_prefix("gt_")], axis=1
+        [t.rename(columns={"Pleural_Thickening": "Pleural_thickening"}), y.add_prefix("gt_")],
+        axis=1,
     ),
     "labels in per cent": lambda t, y: 100 * y,
     "labels smoothed": lambda t, y: 0.05 + 0.9 * y,
@@ -172,7 +217,11 @@ def test_labels_are_not_judged_as_scores(form, kind, table, radiographs, folder,
     file = tmp_path / f"scores.{kind}"
     made.to_csv(file, index=False) if kind == "csv" else made.to_parquet(file, index=False)
     answer = call(file, "--data", folder)
-    assert answer.exit_code == 2 and "are the labels, not scores" in answer.stderr and not answer.stdout
+    assert (
+        answer.exit_code == 2
+        and "are the labels, not scores" in answer.stderr
+        and not answer.stdout
+    )
     also = {"suffix": ["'Hernia_pred'"], "misspelt": ["'Pleural_thickening'", "'Hernia'"]}
     assert all(name in answer.stderr for name in also.get(form.split()[-1], ()))
 
@@ -189,10 +238,14 @@ def test_scores_of_two_values_or_one_are_judged(form, table, radiographs, folder
     }[form]
     made = pd.concat([table["image"], decided], axis=1)
     made.to_csv(tmp_path / "scores.csv", index=False)
-    pd.testing.assert_frame_equal(evaluate(tmp_path / "scores.csv", folder)["auroc"], expected_of(made, radiographs))
+    pd.testing.assert_frame_equal(
+        evaluate(tmp_path / "scores.csv", folder)["auroc"], expected_of(made, radiographs)
+    )
 
 
-def test_columns_that_look_like_findings_and_are_not_used_are_named(table, radiographs, folder, tmp_path, caplog):
+def test_columns_that_look_like_findings_and_are_not_used_are_named(
+    table, radiographs, folder, tmp_path, caplog
+):
     like = {"old_Mass": 0.5, "PNEUMOTHORAX (raw)": 0.5, "Cardiomegly": 0.5}
     made = table.assign(**like, model="theirs", age=50, **{"No Finding": 1})
     made.to_csv(tmp_path / "scores.csv", index=False)
@@ -201,10 +254,14 @@ def test_columns_that_look_like_findings_and_are_not_used_are_named(table, radio
     assert caplog.text.endswith("are not used: 'old_Mass', 'PNEUMOTHORAX (raw)', 'Cardiomegly'.\n")
     found = json.loads(call(tmp_path / "scores.csv", "--data", folder, "--json").stdout)
     assert found["left_out"] == {"images": 0, "first": [], "columns": list(like)}
-    pd.testing.assert_frame_equal(evaluate(tmp_path / "scores.csv", folder)["auroc"], expected_of(table, radiographs))
+    pd.testing.assert_frame_equal(
+        evaluate(tmp_path / "scores.csv", folder)["auroc"], expected_of(table, radiographs)
+    )
 
 
-def test_rows_whose_image_is_unknown_or_not_named_are_left_out(table, radiographs, folder, tmp_path, caplog):
+def test_rows_whose_image_is_unknown_or_not_named_are_left_out(
+    table, radiographs, folder, tmp_path, caplog
+):
     means = table[list(FINDINGS)].mean().to_frame().T
     strangers = table[:3].assign(image=["x.png", "y.png", "x.png"], Mass="?")
     pd.concat([table, strangers, means]).to_csv(tmp_path / "scores.csv", index=False)
@@ -214,29 +271,45 @@ def test_rows_whose_image_is_unknown_or_not_named_are_left_out(table, radiograph
     assert answer.exit_code == 0 and f"4 of {len(table) + 4} rows are left out" in caplog.text
     assert "'x.png'" in caplog.text and "'(no name)'" in caplog.text
     found = evaluate(tmp_path / "scores.csv", folder)
-    assert found["left_out"] == {"images": 4, "first": ["x.png", "y.png", "x.png", ""], "columns": []}
+    assert found["left_out"] == {
+        "images": 4,
+        "first": ["x.png", "y.png", "x.png", ""],
+        "columns": [],
+    }
     pd.testing.assert_frame_equal(found["auroc"], expected_of(table, radiographs))
 
 
-@pytest.mark.parametrize(("separator", "decimal"), [(";", ","), (";", "."), ("\t", ","), (",", ",")])
+@pytest.mark.parametrize(
+    ("separator", "decimal"), [(";", ","), (";", "."), ("\t", ","), (",", ",")]
+)
 def test_a_spreadsheets_separators_and_decimal_commas_are_read(
     separator, decimal, table, radiographs, folder, tmp_path
 ):
     table.to_csv(tmp_path / "scores.csv", index=False, sep=separator, decimal=decimal)
-    pd.testing.assert_frame_equal(evaluate(tmp_path / "scores.csv", folder)["auroc"], expected_of(table, radiographs))
+    pd.testing.assert_frame_equal(
+        evaluate(tmp_path / "scores.csv", folder)["auroc"], expected_of(table, radiographs)
+    )
 
 
-@pytest.mark.parametrize("fault", ["a comma after each row", "a header without the first name", "a column twice"])
+@pytest.mark.parametrize(
+    "fault", ["a comma after each row", "a header without the first name", "a column twice"]
+)
 def test_rows_that_do_not_fit_their_header_are_refused(fault, table, folder, tmp_path):
     header, *rows = table.to_csv(index=False).splitlines()
     if fault == "a comma after each row":
         rows = [row + "," for row in rows]
     else:
-        header = header.removeprefix("image,") if fault == "a header without the first name" else header + ",Mass"
+        header = (
+            header.removeprefix("image,")
+            if fault == "a header without the first name"
+            else header + ",Mass"
+        )
         rows = rows if "first" in fault else [row + ",0.5" for row in rows]
     (tmp_path / "scores.csv").write_text("\n".join([header, *rows]))
     answer = call(tmp_path / "scores.csv", "--data", folder)
-    assert answer.exit_code == 2 and "scores.csv" in answer.stderr and "Traceback" not in answer.output
+    assert (
+        answer.exit_code == 2 and "scores.csv" in answer.stderr and "Traceback" not in answer.output
+    )
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -250,7 +323,9 @@ def test_image_names_are_text_however_much_they_look_like_numbers(kind, table, f
     (root / "Data_Entry_2017.csv").write_text("\n".join([lines[0], *rows]))
     radiographs = load_radiographs(root, require_images=False)
     scores = np.random.default_rng(0).random((len(names), 14))
-    made = pd.concat([pd.DataFrame({"image": names}), pd.DataFrame(scores, columns=list(FINDINGS))], axis=1)
+    made = pd.concat(
+        [pd.DataFrame({"image": names}), pd.DataFrame(scores, columns=list(FINDINGS))], axis=1
+    )
     file = tmp_path / f"scores.{kind}"
     made.to_csv(file, index=False) if kind == "csv" else made.to_parquet(file, index=False)
     found = read_scores(file, radiographs)
@@ -280,11 +355,16 @@ def write_lists(folder, root, form):
         "{};0;1",
     ],
 )
-def test_lists_with_labels_or_folders_beside_the_names_are_understood(form, table, folder, tmp_path):
+def test_lists_with_labels_or_folders_beside_the_names_are_understood(
+    form, table, folder, tmp_path
+):
     root = write_lists(folder, tmp_path / "other", form)
     table.loc[:6, "image"] = read_list(folder / "train_val_list.txt")[:7]
     table.to_csv(tmp_path / "scores.csv", index=False)
-    plain, other = (call(tmp_path / "scores.csv", "--data", data).stdout.splitlines()[0] for data in (folder, root))
+    plain, other = (
+        call(tmp_path / "scores.csv", "--data", data).stdout.splitlines()[0]
+        for data in (folder, root)
+    )
     assert "7 of the official TRAINING list" in plain and other == plain
 
 
@@ -292,11 +372,16 @@ def test_official_lists_of_which_no_name_is_known_are_refused(table, folder, tmp
     root = write_lists(folder, tmp_path / "other", "x{}")
     table.to_csv(tmp_path / "scores.csv", index=False)
     answer = call(tmp_path / "scores.csv", "--data", root)
-    assert answer.exit_code == 2 and "train_val_list.txt: none of its" in answer.stderr and "'x0000" in answer.stderr
+    assert (
+        answer.exit_code == 2
+        and "train_val_list.txt: none of its" in answer.stderr
+        and "'x0000" in answer.stderr
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("none.csv", None), ("bad.parquet", b"PAR1?"), ("bad.csv", b"\xff\x00\n\xfe")]
+    ("name", "content"),
+    [("none.csv", None), ("bad.parquet", b"PAR1?"), ("bad.csv", b"\xff\x00\n\xfe")],
 )
 def test_files_that_cannot_be_read_are_refused(name, content, folder, tmp_path):
     if content:
@@ -308,7 +393,9 @@ def test_files_that_cannot_be_read_are_refused(name, content, folder, tmp_path):
 def test_trained_notebooks_of_a_run_are_found_if_data_and_split_are_the_same(tmp_path):
     def leave(name, *, data="here", digest="aa", whole=True):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.json").write_text(json.dumps({"data": data, "split": {"digest": digest}}))
+        (tmp_path / name / "metrics.json").write_text(
+            json.dumps({"data": data, "split": {"digest": digest}})
+        )
         if whole:
             (tmp_path / name / "config.json").write_text(json.dumps({"seed": 3}))
             pd.DataFrame({"image": [name]}).to_parquet(tmp_path / name / "predictions.parquet")
@@ -321,24 +408,41 @@ def test_trained_notebooks_of_a_run_are_found_if_data_and_split_are_the_same(tmp
     found = judged_in(tmp_path, "here")
     assert list(found) == ["03_first", "06_second"] and judged_in(None, "here") == {}
     assert found["06_second"]["predictions"]["image"].tolist() == ["06_second"]
-    assert found["03_first"]["config"] == {"seed": 3} and found["03_first"]["split"] == {"digest": "aa"}
+    assert found["03_first"]["config"] == {"seed": 3} and found["03_first"]["split"] == {
+        "digest": "aa"
+    }
 
 
 # --- subgroups
 
 
 def test_ages_fall_into_bands_and_blanks_are_unknown():
-    table = pd.DataFrame({"age": [0, 39.9, 40, 59, 60, np.nan], "sex": ["M", "F", "", "M", "M", "F"]})
-    found = traits_of(table.assign(view=["PA", "AP", "", "PA", "PA", "PA"], follow_up=[0, 1, 0, 2, 0, 0]))
-    assert found["age"].tolist() == ["under 40", "under 40", "40 to 59", "40 to 59", "60 and over", "unknown"]
+    table = pd.DataFrame(
+        {"age": [0, 39.9, 40, 59, 60, np.nan], "sex": ["M", "F", "", "M", "M", "F"]}
+    )
+    found = traits_of(
+        table.assign(view=["PA", "AP", "", "PA", "PA", "PA"], follow_up=[0, 1, 0, 2, 0, 0])
+    )
+    assert found["age"].tolist() == [
+        "under 40",
+        "under 40",
+        "40 to 59",
+        "40 to 59",
+        "60 and over",
+        "unknown",
+    ]
     assert found["sex"].tolist()[2] == found["view"].tolist()[2] == "unknown"
     assert found["visit"].tolist() == ["first", "follow-up", "first", "follow-up", "first", "first"]
 
 
-def test_subgroups_are_judged_on_their_own_images_and_cover_all(table, folder, radiographs, tmp_path):
+def test_subgroups_are_judged_on_their_own_images_and_cover_all(
+    table, folder, radiographs, tmp_path
+):
     everything = radiographs.listed[["image"]].copy()
     rng = np.random.default_rng(0)
-    everything[list(FINDINGS)] = rng.normal(size=(len(everything), 14)) + radiographs.listed[list(FINDINGS)].to_numpy()
+    everything[list(FINDINGS)] = (
+        rng.normal(size=(len(everything), 14)) + radiographs.listed[list(FINDINGS)].to_numpy()
+    )
     everything.to_csv(tmp_path / "all.csv", index=False)
     predictions = read_scores(tmp_path / "all.csv", radiographs)
     found = subgroup_auroc(predictions, radiographs, resamples=50)
@@ -346,7 +450,10 @@ def test_subgroups_are_judged_on_their_own_images_and_cover_all(table, folder, r
     women = predictions[radiographs.listed["sex"] == "F"]
     expected = judge(women, resamples=50)
     row, other = found.loc[("sex", "F", "Effusion")], found.loc[("sex", "M", "mean")]
-    assert row[["auroc", "low", "high"]].tolist() == expected.loc["Effusion", ["auroc", "low", "high"]].tolist()
+    assert (
+        row[["auroc", "low", "high"]].tolist()
+        == expected.loc["Effusion", ["auroc", "low", "high"]].tolist()
+    )
     assert found.loc[("sex", "F", "mean"), "findings"] == other["findings"] > 0
     assert row["images"] == len(women) and row["patients"] == women["patient"].nunique()
 
@@ -354,11 +461,16 @@ def test_subgroups_are_judged_on_their_own_images_and_cover_all(table, folder, r
 def test_the_means_of_a_traits_groups_are_over_the_same_findings(radiographs):
     rows = radiographs.listed
     labels = rows[list(FINDINGS)].to_numpy(float, copy=True)
-    labels[(rows["sex"] == "F").to_numpy(), 3] = 0  # no woman has it: the men's mean must do without it too
+    labels[(rows["sex"] == "F").to_numpy(), 3] = (
+        0  # no woman has it: the men's mean must do without it too
+    )
     scores = np.random.default_rng(0).normal(size=labels.shape) + labels
     scores[:, 3] = labels[:, 3]
     frame = rows[["image", "patient"]].assign(part="test")
-    frame[[f"label_{f}" for f in FINDINGS]], frame[[f"score_{f}" for f in FINDINGS]] = labels, scores
+    frame[[f"label_{f}" for f in FINDINGS]], frame[[f"score_{f}" for f in FINDINGS]] = (
+        labels,
+        scores,
+    )
     men = subgroup_auroc(frame, radiographs, resamples=20).loc[("sex", "M")]
     assert men.loc[FINDINGS[3], "auroc"] == 1 and men.loc["mean", "findings"] <= 13
     assert men.loc["mean", "auroc"] < men["auroc"].iloc[:14].mean()
@@ -370,7 +482,10 @@ def test_a_group_that_is_too_small_does_not_speak(radiographs):
     frame[[f"label_{f}" for f in FINDINGS]] = rows[list(FINDINGS)].to_numpy()
     frame[[f"score_{f}" for f in FINDINGS]] = 0.5
     found = subgroup_auroc(frame, radiographs, resamples=5)
-    assert found[["low", "high"]].isna().all(axis=None) and found.xs("mean", level="finding")["auroc"].isna().all()
+    assert (
+        found[["low", "high"]].isna().all(axis=None)
+        and found.xs("mean", level="finding")["auroc"].isna().all()
+    )
 
 
 # --- leakage
@@ -379,7 +494,9 @@ def test_a_group_that_is_too_small_does_not_speak(radiographs):
 def test_leaking_lists_share_test_images_and_size_but_not_patients(phantom):
     data = load_radiographs(phantom)
     lists = leaking_lists(data, seed=1)
-    leaking, honest = ({"train": v["train_val_list.txt"], "test": v["test_list.txt"]} for v in lists.values())
+    leaking, honest = (
+        {"train": v["train_val_list.txt"], "test": v["test_list.txt"]} for v in lists.values()
+    )
     assert list(lists) == ["by image", "by patient"]
     assert leaking["test"] == honest["test"] and len(leaking["train"]) == len(honest["train"])
     assert not audit(honest, data).leaks
@@ -395,7 +512,11 @@ def test_too_few_repeated_patients_are_refused(phantom):
 
 def test_the_gain_is_measured_on_the_same_images_by_two_trainings_of_one_config(phantom, tmp_path):
     configs = leaking_configs(config_for(phantom, tmp_path, epochs=1, max_steps=1), seed=1)
-    different = {k for k in configs["by image"].to_dict() if len({c.to_dict()[k] for c in configs.values()}) > 1}
+    different = {
+        k
+        for k in configs["by image"].to_dict()
+        if len({c.to_dict()[k] for c in configs.values()}) > 1
+    }
     assert different == {"data_dir", "run_dir"}
     results = {name: fit(config) for name, config in configs.items()}
     assert results["by image"].split["digest"] != results["by patient"].split["digest"]
@@ -405,7 +526,9 @@ def test_the_gain_is_measured_on_the_same_images_by_two_trainings_of_one_config(
         np.testing.assert_allclose(gain[column], own["auroc"], atol=1e-12)
 
 
-def test_labels_of_the_test_part_alone_are_judged_beside_both_official_lists(table, folder, tmp_path):
+def test_labels_of_the_test_part_alone_are_judged_beside_both_official_lists(
+    table, folder, tmp_path
+):
     radiographs = load_radiographs(folder, require_images=False)
     tested = read_list(folder / LISTS[1])
     part = tmp_path / "part"
@@ -414,7 +537,9 @@ def test_labels_of_the_test_part_alone_are_judged_beside_both_official_lists(tab
         (part / name).write_text((folder / name).read_text())
     (csv,) = folder.glob("Data_Entry*.csv")
     head, *rows = csv.read_text().splitlines()
-    (part / csv.name).write_text("\n".join([head, *(row for row in rows if row.split(",")[0] in tested)]) + "\n")
+    (part / csv.name).write_text(
+        "\n".join([head, *(row for row in rows if row.split(",")[0] in tested)]) + "\n"
+    )
     subset = load_radiographs(part, require_images=False)
     assert 0 < len(subset.listed) < len(radiographs.listed)
     table[table["image"].isin(tested)].to_csv(tmp_path / "scores.csv", index=False)

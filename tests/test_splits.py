@@ -24,7 +24,9 @@ from chexlib.errors import ConfigError, DataError
 from chexlib.findings import FINDINGS
 
 SHARED = Path(__file__).parents[2] / "shared"
-needs_real = pytest.mark.skipif(not (SHARED / "nih-256").is_dir(), reason="no real radiographs beside the project")
+needs_real = pytest.mark.skipif(
+    not (SHARED / "nih-256").is_dir(), reason="no real radiographs beside the project"
+)
 
 
 @functools.cache
@@ -33,7 +35,9 @@ def real(folder: str) -> Radiographs:
 
 
 def made_up(n_patients: int, *, seed: int = 0, root: Path = Path("made-up")) -> Radiographs:
-    """Label tables alone: patients with 1 to 12 images; findings that are rarer the later they come."""
+    """Label tables alone: patients with 1 to 12 images; findings that are rarer the later they
+    come.
+    """
     rng = np.random.default_rng(seed)
     patient = np.repeat(np.arange(1, n_patients + 1), rng.geometric(0.35, n_patients).clip(max=12))
     chance = np.geomspace(0.25, 0.01, len(FINDINGS)) * rng.lognormal(0, 0.7, (n_patients + 1, 1))
@@ -41,14 +45,18 @@ def made_up(n_patients: int, *, seed: int = 0, root: Path = Path("made-up")) -> 
     names = [f"{p:08d}_{i:05d}.png" for i, p in enumerate(patient)]
     table = pd.DataFrame({"image": names, "patient": patient})
     table = pd.concat([table, pd.DataFrame(labels, columns=list(FINDINGS))], axis=1)
-    return Radiographs(root, table.assign(path=table["image"]), table, pd.DataFrame(columns=["image"]))
+    return Radiographs(
+        root, table.assign(path=table["image"]), table, pd.DataFrame(columns=["image"])
+    )
 
 
 def unevenness(radiographs: Radiographs, split: Split, fractions) -> float:
     """Mean over findings and parts of |positives - fraction x all positives| / all positives."""
     rows = radiographs.table.set_index("image")
     total = rows[list(FINDINGS)].sum()
-    found = pd.DataFrame({part: rows.loc[list(names), list(FINDINGS)].sum() for part, names in split.parts.items()})
+    found = pd.DataFrame(
+        {part: rows.loc[list(names), list(FINDINGS)].sum() for part, names in split.parts.items()}
+    )
     wanted = np.outer(total, fractions)
     return float((np.abs(found.to_numpy() - wanted) / total.to_numpy()[:, None]).mean())
 
@@ -60,7 +68,9 @@ def random_patient_split(radiographs: Radiographs, fractions, seed: int) -> Spli
     images = table["patient"].value_counts()[ids].cumsum() / len(table)
     part = pd.Series(np.searchsorted(np.cumsum(fractions)[:2], images.to_numpy() - 1e-9), index=ids)
     of_row = part[table["patient"]].to_numpy()
-    return Split("random", seed, {name: tuple(table["image"][of_row == i]) for i, name in enumerate(PARTS)})
+    return Split(
+        "random", seed, {name: tuple(table["image"][of_row == i]) for i, name in enumerate(PARTS)}
+    )
 
 
 # ---- by patient
@@ -76,7 +86,9 @@ def test_every_part_gets_its_fraction_of_images_and_findings(fractions):
     n = len(radiographs)
     for part, fraction in zip(PARTS, fractions, strict=True):
         assert result.images[part] / n == pytest.approx(fraction, abs=0.01)
-        assert result.positives[part].sum() == pytest.approx(fraction * result.positives.to_numpy().sum(), rel=0.05)
+        assert result.positives[part].sum() == pytest.approx(
+            fraction * result.positives.to_numpy().sum(), rel=0.05
+        )
 
 
 def test_stratified_parts_are_more_even_than_random_patients():
@@ -84,9 +96,14 @@ def test_stratified_parts_are_more_even_than_random_patients():
     ours, theirs = [], []
     for seed in range(8):
         radiographs = made_up(150, seed=seed)
-        ours.append(unevenness(radiographs, patient_split(radiographs, fractions=fractions, seed=seed), fractions))
+        ours.append(
+            unevenness(
+                radiographs, patient_split(radiographs, fractions=fractions, seed=seed), fractions
+            )
+        )
         random = [
-            unevenness(radiographs, random_patient_split(radiographs, fractions, s), fractions) for s in range(10)
+            unevenness(radiographs, random_patient_split(radiographs, fractions, s), fractions)
+            for s in range(10)
         ]
         theirs.append(np.mean(random))
     assert np.mean(ours) < 0.6 * np.mean(theirs)
@@ -134,7 +151,9 @@ def test_too_few_patients_or_images_are_refused_with_their_number():
         image_split(one)
 
 
-@pytest.mark.parametrize("fractions", [(0.7, 0.3), (0.7, 0.2, 0.2), (0.8, 0.0, 0.2), (0.5, 0.6, -0.1)])
+@pytest.mark.parametrize(
+    "fractions", [(0.7, 0.3), (0.7, 0.2, 0.2), (0.8, 0.0, 0.2), (0.5, 0.6, -0.1)]
+)
 def test_bad_fractions_are_named(fractions):
     with pytest.raises(ConfigError, match=str(fractions).replace("(", r"\(").replace(")", r"\)")):
         patient_split(made_up(10), fractions=fractions)
@@ -144,9 +163,13 @@ def test_an_image_split_leaks_and_the_audit_says_so():
     radiographs = made_up(100)
     split = image_split(radiographs)
     n = len(radiographs)
-    assert [len(split.images(part)) for part in PARTS] == pytest.approx([0.7 * n, 0.1 * n, 0.2 * n], abs=1)
+    assert [len(split.images(part)) for part in PARTS] == pytest.approx(
+        [0.7 * n, 0.1 * n, 0.2 * n], abs=1
+    )
     assert len(set(sum(split.parts.values(), ()))) == n
-    with pytest.raises(DataError, match=r"leaks.*train and test share \d+ patients.*allow_leak=True"):
+    with pytest.raises(
+        DataError, match=r"leaks.*train and test share \d+ patients.*allow_leak=True"
+    ):
         audit(split, radiographs)
 
 
@@ -224,7 +247,9 @@ def test_official_lists_longer_than_the_labels_split_as_if_they_were_not(tiny_ni
     assert split.name == "official" and split.digest == official_split(plain, seed=2).digest
 
 
-@pytest.mark.parametrize("form", ["{} 0 1 0 0", "images/{}", "C:\\nih\\{}", "{}\t1", '"{}",Mass,58', "{} "])
+@pytest.mark.parametrize(
+    "form", ["{} 0 1 0 0", "images/{}", "C:\\nih\\{}", "{}\t1", '"{}",Mass,58', "{} "]
+)
 def test_lists_with_labels_or_folders_beside_the_names_split_officially(tiny_nih, form):
     root, plain = tiny_nih(), load_radiographs(tiny_nih("plain"))
     for name in LISTS:
@@ -239,7 +264,9 @@ def test_a_list_of_which_no_name_is_known_is_an_error_not_a_split_by_patient(tin
     rewrite(root / name, "x{}")
     radiographs = load_radiographs(root)
     for kind in ("auto", "official"):
-        with pytest.raises(DataError, match=rf"{name}: none of its \d+ images is in the label file.*'x0000"):
+        with pytest.raises(
+            DataError, match=rf"{name}: none of its \d+ images is in the label file.*'x0000"
+        ):
             make_split(radiographs, kind=kind)
     assert make_split(radiographs, kind="patient").name == "patient"
 
@@ -307,7 +334,9 @@ def test_the_audit_counts_shared_patients_and_the_images_they_touch():
         ("train", "test", 2, 3, 4),
         ("validation", "test", 0, 0, 0),
     ]
-    assert list(result.positives.loc["Mass"]) == [2, 0, 0] and list(result.prevalence.loc["Mass"]) == [
+    assert list(result.positives.loc["Mass"]) == [2, 0, 0] and list(
+        result.prevalence.loc["Mass"]
+    ) == [
         0.5,
         0,
         0,
@@ -319,7 +348,10 @@ def test_a_leak_is_refused_with_its_numbers_and_the_way_on(caplog):
     with pytest.raises(DataError) as caught:
         audit(LEAK, hand_worked())
     message = str(caught.value)
-    assert "train and validation share 1 patient (1 of 4 images in train, 1 of 2 in validation)" in message
+    assert (
+        "train and validation share 1 patient (1 of 4 images in train, 1 of 2 in validation)"
+        in message
+    )
     assert "train and test share 2 patients (3 of 4 images in train, 4 of 4 in test)" in message
     assert "validation and test" not in message and "allow_leak=True" in message
     audit(LEAK, hand_worked(), allow_leak=True)
@@ -328,12 +360,17 @@ def test_a_leak_is_refused_with_its_numbers_and_the_way_on(caplog):
 
 def test_a_clean_split_passes_and_needs_no_images():
     result = audit({"train": list("abc"), "test": iter("defgh")}, hand_worked())
-    assert not result.leaks and result.images == {"train": 3, "test": 5} and result.patients == {"train": 1, "test": 3}
+    assert (
+        not result.leaks
+        and result.images == {"train": 3, "test": 5}
+        and result.patients == {"train": 1, "test": 3}
+    )
     assert not audit({"test": ["a"]}, hand_worked()).leaks
 
 
 @pytest.mark.parametrize(
-    "parts", [{"train": ("a", "b", "f"), "test": ("d", "f")}, {"train": ("a", "f", "f"), "test": ("d",)}]
+    "parts",
+    [{"train": ("a", "b", "f"), "test": ("d", "f")}, {"train": ("a", "f", "f"), "test": ("d",)}],
 )
 def test_an_image_listed_twice_is_named(parts):
     with pytest.raises(DataError, match="1 images are listed repeatedly: 'f'"):
@@ -353,7 +390,10 @@ def test_names_that_the_labels_do_not_have_are_counted_and_not_checked(caplog):
 
 
 def test_a_part_of_which_no_name_is_known_is_refused():
-    with pytest.raises(DataError, match=r"test: none of its 1 images is in the label file of by-hand: 'A\.png'.*'a'"):
+    with pytest.raises(
+        DataError,
+        match=r"test: none of its 1 images is in the label file of by-hand: 'A\.png'.*'a'",
+    ):
         audit({"train": ["a", "nobody.png"], "test": ["A.png"]}, hand_worked())
 
 
@@ -436,6 +476,8 @@ def test_the_whole_release_splits_at_its_published_sizes():
     assert official.images["train"] + official.images["validation"] == 86524
     assert official.images["validation"] == pytest.approx(0.125 * 86524, abs=10)
     ours = audit(patient_split(whole, fractions=(0.7, 0.1, 0.2)), whole)
-    assert [ours.images[part] / 112120 for part in PARTS] == pytest.approx([0.7, 0.1, 0.2], abs=1e-4)
+    assert [ours.images[part] / 112120 for part in PARTS] == pytest.approx(
+        [0.7, 0.1, 0.2], abs=1e-4
+    )
     shares = ours.positives.div(ours.positives.sum(axis=1), axis=0)
     assert np.abs(shares - [0.7, 0.1, 0.2]).to_numpy().max() < 0.005

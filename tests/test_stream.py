@@ -1,4 +1,6 @@
-"""The phantom stream: never the same image twice, the same for the same seed and number, no process left behind."""
+"""The phantom stream: never the same image twice, the same for the same seed and number, no process
+left behind.
+"""
 
 import signal
 import subprocess
@@ -62,8 +64,12 @@ def test_pixels_show_the_patient_whose_findings_are_the_labels():
 
 
 def test_half_of_the_images_are_mirrored():
-    plain, mirrored = (stream_images(range(100), mirror=mirror, **SETTINGS)[0] for mirror in (False, True))
-    flipped = np.array([np.array_equal(a[:, ::-1], b) for a, b in zip(plain, mirrored, strict=True)])
+    plain, mirrored = (
+        stream_images(range(100), mirror=mirror, **SETTINGS)[0] for mirror in (False, True)
+    )
+    flipped = np.array(
+        [np.array_equal(a[:, ::-1], b) for a, b in zip(plain, mirrored, strict=True)]
+    )
     same = np.array([np.array_equal(a, b) for a, b in zip(plain, mirrored, strict=True)])
     assert (flipped ^ same).all() and 30 < flipped.sum() < 70
 
@@ -84,13 +90,20 @@ def test_batches_are_the_stream_shared_among_ranks_and_go_on_from_any_image(firs
 
     alone = batches(3, workers=1)
     for step, (x, y, w) in enumerate(alone):
-        assert (x.dtype, x.shape, y.dtype, w.tolist()) == (np.float32, (30, 32, 32, 1), np.float32, [1] * 30)
+        assert (x.dtype, x.shape, y.dtype, w.tolist()) == (
+            np.float32,
+            (30, 32, 32, 1),
+            np.float32,
+            [1] * 30,
+        )
         np.testing.assert_array_equal(x[..., 0], pixels[30 * step : 30 * step + 30])
         np.testing.assert_array_equal(y, labels[30 * step : 30 * step + 30])
     shared = [batches(3, workers=2, rank=rank, ranks=2) for rank in range(2)]
     for step, whole in enumerate(alone):
         for part in range(3):
-            np.testing.assert_array_equal(np.concatenate([rank[step][part] for rank in shared]), whole[part])
+            np.testing.assert_array_equal(
+                np.concatenate([rank[step][part] for rank in shared]), whole[part]
+            )
     later = batches(1, workers=1, first_image=60)[0]
     np.testing.assert_array_equal(later[0], alone[2][0])
 
@@ -105,7 +118,9 @@ def test_processes_end_with_the_iterator():
         children = psutil.Process().children(recursive=True)
         return {child for child in children if "spawn_main" in " ".join(child.cmdline())}
 
-    before = drawers()  # of other tests of this process, whose iterators Python has not collected yet
+    before = (
+        drawers()
+    )  # of other tests of this process, whose iterators Python has not collected yet
     iterator = iter(stream_batches(global_batch=8, workers=2, **SETTINGS))
     next(iterator)
     drawing = drawers() - before
@@ -137,7 +152,9 @@ if __name__ == "__main__":
 def test_no_process_is_left_behind_however_training_ends(tmp_path, how):
     (tmp_path / "train.py").write_text(SCRIPT)
     command = [sys.executable, str(tmp_path / "train.py")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
         assert [line.strip() for line in islice(process.stdout, 2)] == ["drawn", "drawn"]
         family = psutil.Process(process.pid).children(recursive=True)
         assert sum("spawn_main" in " ".join(p.cmdline()) for p in family) == 2
@@ -148,31 +165,47 @@ def test_no_process_is_left_behind_however_training_ends(tmp_path, how):
 
 
 def test_a_script_that_cannot_start_processes_is_told_why(tmp_path):
-    script = SCRIPT.replace('if __name__ == "__main__":', "if True:").replace("workers=2", "workers=1")
+    script = SCRIPT.replace('if __name__ == "__main__":', "if True:").replace(
+        "workers=2", "workers=1"
+    )
     (tmp_path / "train.py").write_text(script)
-    done = subprocess.run([sys.executable, str(tmp_path / "train.py")], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "train.py")], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode and "guard" in done.stderr
 
 
 def test_what_an_uncaught_error_holds_is_let_go_before_python_ends():
-    """An iterator that ends later waits for threads that never get Python's lock: seen once in ten ends of 3.13."""
+    """An iterator that ends later waits for threads that never get Python's lock: seen once in ten
+    ends of 3.13.
+    """
     script = (
         "import atexit, sys, weakref\n"
         "from chexlib.data import pipeline\n"
         "class Held:\n    pass\n"
-        "def work():\n    held = Held()\n    alive.append(weakref.ref(held))\n    raise ValueError('planted')\n"
+        "def work():\n    held = Held()\n    alive.append(weakref.ref(held))\n    raise "
+        "ValueError('planted')\n"
         "alive = []\n"
         "atexit._clear()\n"
-        "atexit.register(lambda: print('alive' if alive[0]() else 'gone'))\n"  # the last that is registered is first
+        # The last that is registered is first.
+        "atexit.register(lambda: print('alive' if alive[0]() else 'gone'))\n"
         "if sys.argv[1] == 'on':\n    atexit.register(pipeline._let_go_of_the_last_error)\n"
         "work()\n"
     )
     for how, said in (("on", "gone"), ("off", "alive")):
-        done = subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", script, how], capture_output=True, text=True, timeout=120
+        )
         assert done.stdout.split() == [said] and "ValueError: planted" in done.stderr
 
 
-WRONG = [{"size": 16}, {"workers": 0}, {"views": 0}, {"global_batch": 1, "ranks": 2}, {"difficulty": "odd"}]
+WRONG = [
+    {"size": 16},
+    {"workers": 0},
+    {"views": 0},
+    {"global_batch": 1, "ranks": 2},
+    {"difficulty": "odd"},
+]
 
 
 @pytest.mark.parametrize("wrong", WRONG)

@@ -1,4 +1,6 @@
-"""A grid's rows are each measured once, whatever ends the process, and one table serves several grids."""
+"""A grid's rows are each measured once, whatever ends the process, and one table serves several
+grids.
+"""
 
 import hashlib
 import json
@@ -38,13 +40,17 @@ def test_a_row_is_measured_once_and_rows_come_in_the_order_asked_for(tmp_path):
     assert calls == POINTS[3:] + POINTS[:3] and len(first) == 3
     assert rows[["batch", "seed"]].to_dict("records") == POINTS
     assert list(rows["auroc"]) == [p["batch"] / 100 + p["seed"] for p in POINTS]
-    assert len(pd.read_parquet(table)) == 6 and [p.name for p in table.parent.iterdir() if p.is_file()] == [table.name]
+    assert len(pd.read_parquet(table)) == 6 and [
+        p.name for p in table.parent.iterdir() if p.is_file()
+    ] == [table.name]
 
 
 def test_grids_with_other_settings_share_a_table_and_keep_their_types(tmp_path):
     table = tmp_path / "grid.parquet"
     ours = run_grid([{"seed": 1}], table, lambda point, folder: {"steps": 7}, progress=False)
-    theirs = run_grid([{"rate": 0.1, "norm": None}], table, lambda point, folder: {"auroc": 0.5}, progress=False)
+    theirs = run_grid(
+        [{"rate": 0.1, "norm": None}], table, lambda point, folder: {"auroc": 0.5}, progress=False
+    )
     again = run_grid([{"seed": 1}], table, None, progress=False)
     pd.testing.assert_frame_equal(ours, again)
     assert list(theirs) == ["key", "rate", "norm", "auroc", *MADE_BY]
@@ -63,16 +69,27 @@ def test_a_row_that_was_stopped_is_not_kept_and_ends_the_grid(tmp_path):
     rows = run_grid(POINTS, table, stopped_at_the_third, progress=False)
     assert len(rows) == 2 and len(calls) == 3
     found = []
-    run_grid(POINTS, table, lambda point, folder: {"there": found.append(os.listdir(folder))}, progress=False)
-    assert found[0] == ["checkpoint"] and found[1:] == [[]] * 3  # only the stopped one left something
+    run_grid(
+        POINTS,
+        table,
+        lambda point, folder: {"there": found.append(os.listdir(folder))},
+        progress=False,
+    )
+    assert (
+        found[0] == ["checkpoint"] and found[1:] == [[]] * 3
+    )  # only the stopped one left something
     assert list((tmp_path / ".grid-work").iterdir()) == []
 
 
 def test_results_that_hide_a_setting_and_files_that_are_no_grid_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="seed"):
-        run_grid(POINTS, tmp_path / "grid.parquet", lambda point, folder: {"seed": 3}, progress=False)
+        run_grid(
+            POINTS, tmp_path / "grid.parquet", lambda point, folder: {"seed": 3}, progress=False
+        )
     with pytest.raises(ConfigError, match="commit"):
-        run_grid(POINTS, tmp_path / "grid.parquet", lambda point, folder: {"commit": "a"}, progress=False)
+        run_grid(
+            POINTS, tmp_path / "grid.parquet", lambda point, folder: {"commit": "a"}, progress=False
+        )
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "other.parquet")
     with pytest.raises(ConfigError, match=r"other\.parquet is no table of a grid"):
         run_grid(POINTS, tmp_path / "other.parquet", counted([]), progress=False)
@@ -85,19 +102,27 @@ def test_a_row_of_another_training_version_or_precision_is_trained_anew_and_told
     caplog.set_level("INFO", logger="chexlib")
     monkeypatch.setattr(sweep, "native_precision", lambda: "float32")
     first = run_grid(POINTS, table, counted(calls), progress=False)
-    assert set(first["training_version"]) == {sweep.TRAINING_VERSION} and set(first["precision"]) == {"float32"}
-    named = [{**point, "precision": "float32"} for point in POINTS]  # what they were trained in, by name
+    assert set(first["training_version"]) == {sweep.TRAINING_VERSION} and set(
+        first["precision"]
+    ) == {"float32"}
+    named = [
+        {**point, "precision": "float32"} for point in POINTS
+    ]  # what they were trained in, by name
     assert list(run_grid(named, table, counted(calls), progress=False)["key"]) == list(first["key"])
     assert len(calls) == 6 and "not of training version" not in caplog.text
     monkeypatch.setattr(sweep, "native_precision", lambda: "mixed_bfloat16")  # another processor
-    assert set(run_grid(POINTS, table, counted(calls), progress=False)["precision"]) == {"mixed_bfloat16"}
+    assert set(run_grid(POINTS, table, counted(calls), progress=False)["precision"]) == {
+        "mixed_bfloat16"
+    }
     assert len(calls) == 12
     monkeypatch.setattr(sweep, "TRAINING_VERSION", 99)
     caplog.clear()
     again = run_grid(POINTS[:2], table, counted(calls), progress=False)
     assert len(calls) == 14 and set(again["training_version"]) == {99}
     told = [message for message in caplog.messages if "not of training version" in message]
-    assert told == ["grid: 12 of 12 rows are not of training version 99 and are not used; 2 to be trained"]
+    assert told == [
+        "grid: 12 of 12 rows are not of training version 99 and are not used; 2 to be trained"
+    ]
     assert len(pd.read_parquet(table)) == 14
 
 
@@ -105,16 +130,28 @@ def test_rows_that_name_no_version_are_stale(tmp_path, caplog):
     """As release 0.1.0 wrote them: the key is the hash of the settings alone."""
     calls, table = [], tmp_path / "grid.parquet"
     caplog.set_level("INFO", logger="chexlib")
-    old = [{"key": hashlib.sha256(json.dumps(p, sort_keys=True).encode()).hexdigest()[:16], **p} for p in POINTS]
+    old = [
+        {"key": hashlib.sha256(json.dumps(p, sort_keys=True).encode()).hexdigest()[:16], **p}
+        for p in POINTS
+    ]
     frame = pd.DataFrame([{**row, "auroc": 0.1} for row in old])
-    frame.assign(row=[json.dumps({**row, "auroc": 0.1}) for row in old]).to_parquet(table, index=False)
+    frame.assign(row=[json.dumps({**row, "auroc": 0.1}) for row in old]).to_parquet(
+        table, index=False
+    )
     rows = run_grid(POINTS, table, counted(calls), progress=False)
     assert len(calls) == 6 and (rows["auroc"] != 0.1).all()
-    assert sum("6 of 6 rows are not of training version" in message for message in caplog.messages) == 1
+    assert (
+        sum("6 of 6 rows are not of training version" in message for message in caplog.messages)
+        == 1
+    )
 
 
 def test_commit_and_machine_are_told_in_a_row_and_are_no_part_of_its_key(tmp_path, monkeypatch):
-    calls, table, about = [], tmp_path / "grid.parquet", {"processor": "A", "cores": 2, "commit": "abc"}
+    calls, table, about = (
+        [],
+        tmp_path / "grid.parquet",
+        {"processor": "A", "cores": 2, "commit": "abc"},
+    )
     monkeypatch.setattr("chexlib.studies.grid.environment", lambda: about)
     (row,) = run_grid(POINTS[:1], table, counted(calls), progress=False).to_dict("records")
     assert (row["commit"], row["machine"]) == ("abc", "A, 2 cores")
@@ -125,15 +162,27 @@ def test_commit_and_machine_are_told_in_a_row_and_are_no_part_of_its_key(tmp_pat
 
 def test_every_setting_that_decides_a_training_is_in_its_key_and_no_folder_is(tmp_path):
     base = TrainConfig(data_dir=str(tmp_path), run_dir=str(tmp_path))
-    free = {"data_dir": "/a", "run_dir": "/b", "checkpoint_steps": 5, "keep_checkpoints": 1, "resume": True}
+    free = {
+        "data_dir": "/a",
+        "run_dir": "/b",
+        "checkpoint_steps": 5,
+        "keep_checkpoints": 1,
+        "resume": True,
+    }
     free |= {"resume_keeps": "rank_batch", "skip_broken": True, "allow_leak": True}
     key = point_key(deciding_settings(base))
     for name, value in free.items():
         assert point_key(deciding_settings(base.replace(**{name: value}))) == key, name
     schedule = {"preset": "step decay", "peak": 0.1, "epochs": 10}
-    numbers = dict.fromkeys(("size", "batch_size", "accumulation", "epochs", "max_steps", "plateau_patience"), 48)
-    numbers |= dict.fromkeys(("recalibrate", "early_stop", "max_images", "stream_images", "seed", "split_seed"), 48)
-    numbers |= dict.fromkeys(("learning_rate", "plateau_factor", "weight_decay", "norm_momentum", "stage_rate"), 0.5)
+    numbers = dict.fromkeys(
+        ("size", "batch_size", "accumulation", "epochs", "max_steps", "plateau_patience"), 48
+    )
+    numbers |= dict.fromkeys(
+        ("recalibrate", "early_stop", "max_images", "stream_images", "seed", "split_seed"), 48
+    )
+    numbers |= dict.fromkeys(
+        ("learning_rate", "plateau_factor", "weight_decay", "norm_momentum", "stage_rate"), 0.5
+    )
     numbers |= {"width": 0.25}
     words = {
         "topology": "vgg16",
@@ -143,7 +192,10 @@ def test_every_setting_that_decides_a_training_is_in_its_key_and_no_folder_is(tm
         "augment": "study",
         "split": "patient",
     }
-    words |= {"precision": "mixed_bfloat16" if base.precision == "float32" else "float32", "schedule": schedule}
+    words |= {
+        "precision": "mixed_bfloat16" if base.precision == "float32" else "float32",
+        "schedule": schedule,
+    }
     flags = {"mirror": False, "fresh_head": True, "snapshots": True, "shuffle_labels": True}
     norms = {"norm": "ghost", "ghost_size": 4}  # which go together
     assert {*free, *numbers, *words, *flags, *norms} == set(base.to_dict())
@@ -158,7 +210,12 @@ def test_every_setting_that_decides_a_training_is_in_its_key_and_no_folder_is(tm
 EDITS = {
     "05_compare_topologies": ["plateau_factor=1, ", 'precision="float32"'],
     "06_large_batch_recipes": ['optimizer="sgd"', 'precision="float32"'],
-    "07_transfer_learning": ["recalibrate=256", '"length": 0.25', "default, share = pretrain_rate", "batch_size=32"],
+    "07_transfer_learning": [
+        "recalibrate=256",
+        '"length": 0.25',
+        "default, share = pretrain_rate",
+        "batch_size=32",
+    ],
 }
 ANOTHER = {
     "plateau_factor=1, ": "plateau_factor=0.5, ",
@@ -176,19 +233,30 @@ class Asked(Exception):
 
 
 def first_grid(notebook, phantom, folder, edit=""):
-    """The keys of the first grid that a notebook asks for, with one edit in its cells; nothing is trained."""
+    """The keys of the first grid that a notebook asks for, with one edit in its cells; nothing is
+    trained.
+    """
 
     def ask(points, *args, **kwargs):
         raise Asked({point_key(point) for point in points})
 
     stubs = {"run_grid": ask, "pretrain": lambda *args, **kwargs: None}
     stubs["snapshots_of"] = lambda folder: pd.DataFrame(
-        {"step": [1], "images": [9], "learning_rate": [1e-4], "val_loss": [0.1], "val_auroc": [0.5], "path": ["p"]}
+        {
+            "step": [1],
+            "images": [9],
+            "learning_rate": [1e-4],
+            "val_loss": [0.1],
+            "val_auroc": [0.5],
+            "path": ["p"],
+        }
     )
     space, edited = {}, 0
     (path,) = (ROOT / "notebooks").glob(f"{notebook}.ipynb")
     for cell in nbformat.read(path, 4).cells:
-        if cell.cell_type != "code" or ("save_figure" in cell.source or "TOPOLOGIES}" in cell.source):
+        if cell.cell_type != "code" or (
+            "save_figure" in cell.source or "TOPOLOGIES}" in cell.source
+        ):
             continue
         source = cell.source
         if edit in source and edit:
@@ -239,12 +307,20 @@ run_grid([{"seed": seed, "accumulation": a} for a, seed in ((1, 0), (1, 1), (2, 
 """
 
 
-def test_a_grid_of_trainings_killed_three_times_gives_the_table_of_an_undisturbed_one(phantom, tmp_path):
-    """Killed in the first, the second and the third training; each of them goes on from that of its first epoch."""
+def test_a_grid_of_trainings_killed_three_times_gives_the_table_of_an_undisturbed_one(
+    phantom, tmp_path
+):
+    """Killed in the first, the second and the third training; each of them goes on from that of its
+    first epoch.
+    """
 
     def start(table):
         command = [sys.executable, "-c", JOB, str(phantom), str(table)]
-        place = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TF_CPP_MIN_LOG_LEVEL": "2"}
+        place = {
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parent),
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+        }
         return subprocess.Popen(command, env=place, stdout=subprocess.PIPE, text=True)
 
     calm, killed = tmp_path / "calm.parquet", tmp_path / "killed.parquet"
@@ -267,12 +343,16 @@ def test_a_grid_of_trainings_killed_three_times_gives_the_table_of_an_undisturbe
     assert process.returncode == 0
     tables = [pd.read_parquet(table) for table in (calm, killed)]
     rows = [[{**json.loads(row), "commit": ""} for row in table["row"]] for table in tables]
-    assert rows[0] == rows[1] and rows[0][0]["seed"] == 0  # of other commits, where somebody works meanwhile
+    assert (
+        rows[0] == rows[1] and rows[0][0]["seed"] == 0
+    )  # of other commits, where somebody works meanwhile
     pd.testing.assert_frame_equal(*(table.drop(columns=["commit", "row"]) for table in tables))
 
 
 def test_two_processes_share_a_grid_and_one_that_is_killed_leaves_its_row_to_the_other(tmp_path):
-    """Each row is measured once; that of the process which sleeps over it and is killed is taken over."""
+    """Each row is measured once; that of the process which sleeps over it and is killed is taken
+    over.
+    """
     table, log = tmp_path / "grid.parquet", tmp_path / "log"
     code = """
 import json, os, sys, time
@@ -291,7 +371,9 @@ print(len(run_grid([{"seed": seed} for seed in range(12)], table, measure, progr
 """
 
     def start(pause):
-        return subprocess.Popen([sys.executable, "-c", code, table, log, str(pause)], stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [sys.executable, "-c", code, table, log, str(pause)], stdout=subprocess.PIPE, text=True
+        )
 
     def begun():
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []

@@ -24,5 +24,6 @@ def test_what_has_no_test_file_and_what_has_too_many_is_told_apart():
     assert names("README.md") == (set(), [])
     assert names("chexlib/errors.py") == (set(), ["chexlib.errors"])
     assert all(
-        len(names(f"chexlib/{file}")[0]) <= MOST for file in ("errors.py", "training/fit.py", "models/predict.py")
+        len(names(f"chexlib/{file}")[0]) <= MOST
+        for file in ("errors.py", "training/fit.py", "models/predict.py")
     )

@@ -91,7 +91,9 @@ def test_a_leaking_split_is_refused_unless_allowed(phantom, tmp_path):
     with pytest.raises(DataError, match="patients"):
         fit(config_for(phantom, tmp_path, split="image"))
     assert not list(tmp_path.iterdir())
-    assert fit(config_for(phantom, tmp_path, split="image", allow_leak=True, epochs=1, max_steps=1)).split["name"]
+    assert fit(
+        config_for(phantom, tmp_path, split="image", allow_leak=True, epochs=1, max_steps=1)
+    ).split["name"]
 
 
 def test_a_truncated_image_is_named_and_skipped_only_on_request(phantom, tmp_path):
@@ -129,14 +131,18 @@ def test_a_training_that_diverges_says_so(phantom, tmp_path):
         fit(config_for(phantom, tmp_path, optimizer="sgd", learning_rate=1e30, epochs=1))
 
 
-def test_labels_of_the_control_are_not_dealt_in_the_order_of_an_epoch(phantom, tmp_path, monkeypatch):
+def test_labels_of_the_control_are_not_dealt_in_the_order_of_an_epoch(
+    phantom, tmp_path, monkeypatch
+):
     class DealtError(Exception):
         pass
 
     def look(config, world, train, labels):
         order = np.random.default_rng([config.seed, 0]).permutation(len(labels))
         assert sorted(labels.tolist()) == sorted(train.labels.tolist())
-        assert not np.array_equal(labels, train.labels[order]) and not np.array_equal(labels, train.labels)
+        assert not np.array_equal(labels, train.labels[order]) and not np.array_equal(
+            labels, train.labels
+        )
         raise DealtError
 
     with_a_tiny_network(monkeypatch)

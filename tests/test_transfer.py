@@ -1,4 +1,6 @@
-"""Pre-training on the stream and fine-tuning from it: what is kept, where it goes on, and what each setting does."""
+"""Pre-training on the stream and fine-tuning from it: what is kept, where it goes on, and what each
+setting does.
+"""
 
 import shutil
 
@@ -34,7 +36,9 @@ def asked(phantom, run_dir, **changes):
     return config_for(phantom, run_dir, schedule=FALL, keep_checkpoints=2, **changes)
 
 
-def test_a_trainer_that_is_used_again_starts_as_a_new_one_does(pretrained, vgg_file, phantom, tmp_path):
+def test_a_trainer_that_is_used_again_starts_as_a_new_one_does(
+    pretrained, vgg_file, phantom, tmp_path
+):
     """From other weights, with a head of its own: nothing of the training before is left."""
     common = {"epochs": 1, "max_steps": 1, "optimizer": "sgd", "fresh_head": True}
     last, reuse = snapshots_of(pretrained)["path"].iloc[-1], Reuse()
@@ -66,7 +70,10 @@ def test_snapshots_record_where_they_were_taken(pretrained):
 def test_a_pretraining_that_was_ended_goes_on_to_the_same_weights(pretrained, phantom, tmp_path):
     run = tmp_path / "again"
     shutil.copytree(pretrained, run)
-    for path in (run / "checkpoints" / "step-000000006.npz", run / "snapshots" / "step-000000006.keras"):
+    for path in (
+        run / "checkpoints" / "step-000000006.npz",
+        run / "snapshots" / "step-000000006.keras",
+    ):
         path.unlink()
     result = pretrain(asked(phantom, run, resume=True), images=48, snapshots=3)
     assert result.resumed_from == "step-000000004.npz"
@@ -78,7 +85,9 @@ def test_a_pretraining_eats_the_stream_from_where_it_stands(phantom, tmp_path):
     config = config_for(phantom, tmp_path, stream_images=16, seed=3)
     train = divide(config)[1]["train"]
     at = Position(global_batch=8, images=16, epoch=1, image=8, drawn=24)
-    pixels, labels, _ = next(iter(Feed(config, World(), train, train.labels).batches(at, when=None)))
+    pixels, labels, _ = next(
+        iter(Feed(config, World(), train, train.labels).batches(at, when=None))
+    )
     expected = stream_images(range(24, 32), seed=3, size=32, **drawing_of(phantom))
     np.testing.assert_array_equal(pixels.numpy()[..., 0], expected[0])
     np.testing.assert_array_equal(labels.numpy(), expected[1])
@@ -105,10 +114,18 @@ def test_finetuning_starts_at_the_checkpoints_rate_or_the_given_one(pretrained, 
     # A run's folder: its newest checkpoint, whose rate is that of the last step.
     state = finetune(pretrained, config, warmup=0, reuse=reuse)
     assert state.config["schedule"]["phases"][0]["rate"] == pytest.approx(1e-4 / 6)
-    assert differ(weights_of(tmp_path / "fine" / "start.keras"), weights_of(snapshots_of(pretrained)["path"][2])) == []
+    assert (
+        differ(
+            weights_of(tmp_path / "fine" / "start.keras"),
+            weights_of(snapshots_of(pretrained)["path"][2]),
+        )
+        == []
+    )
 
 
-def test_a_rate_that_means_something_else_is_not_taken_over(pretrained, vgg_file, phantom, tmp_path):
+def test_a_rate_that_means_something_else_is_not_taken_over(
+    pretrained, vgg_file, phantom, tmp_path
+):
     config = config_for(phantom, tmp_path)
     with pytest.raises(ConfigError, match="Name one with rate="):
         finetune(vgg_file, config)
@@ -121,26 +138,44 @@ def test_a_rate_that_means_something_else_is_not_taken_over(pretrained, vgg_file
 def test_warmup_is_in_proportion_to_the_global_batch(vgg_file, phantom, tmp_path):
     lengths, reuse = {}, Reuse(virtual=True)
     for batch, accumulation in ((8, 1), (8, 2)):
-        config = config_for(phantom, tmp_path, epochs=2, max_steps=1, batch_size=batch, accumulation=accumulation)
-        phases = finetune(vgg_file, config, rate=1e-4, warmup=8.0, reuse=reuse).config["schedule"]["phases"]
+        config = config_for(
+            phantom, tmp_path, epochs=2, max_steps=1, batch_size=batch, accumulation=accumulation
+        )
+        phases = finetune(vgg_file, config, rate=1e-4, warmup=8.0, reuse=reuse).config["schedule"][
+            "phases"
+        ]
         lengths[accumulation] = phases[0]["length"]
         assert [p["kind"] for p in phases] == ["warmup", "cosine"]
         assert sum(p["length"] for p in phases) == 2
     assert lengths == {1: 8.0 * 8 / 256, 2: 8.0 * 16 / 256}
     values = Schedule.from_dict(fine_schedule(0.1, epochs=4, warmup=99)).compile(steps_per_epoch=10)
-    assert values.rate.argmax() == 20 and values.rate.max() == 0.1 and values.rate[0] == pytest.approx(0.001)
+    assert (
+        values.rate.argmax() == 20
+        and values.rate.max() == 0.1
+        and values.rate[0] == pytest.approx(0.001)
+    )
 
 
 def test_each_stage_moves_by_its_share(vgg_file, phantom, tmp_path):
     start = weights_of(vgg_file)
-    common = {"weights": str(vgg_file), "epochs": 1, "max_steps": 1, "optimizer": "sgd", "learning_rate": 0.1}
+    common = {
+        "weights": str(vgg_file),
+        "epochs": 1,
+        "max_steps": 1,
+        "optimizer": "sgd",
+        "learning_rate": 0.1,
+    }
 
     def moved(stage_rate):
         result = fit(config_for(phantom, tmp_path, stage_rate=stage_rate, **common))
         return {name: value - start[name] for name, value in weights_of(result.model).items()}
 
     whole, half, head = moved(1.0), moved(0.5), moved(0.0)
-    for name, above in (("findings/kernel", 0), ("block5_conv1/kernel", 1), ("block1_conv1/kernel", 5)):
+    for name, above in (
+        ("findings/kernel", 0),
+        ("block5_conv1/kernel", 1),
+        ("block1_conv1/kernel", 5),
+    ):
         largest = np.abs(whole[name]).max()
         assert largest > 0
         np.testing.assert_allclose(half[name], 0.5**above * whole[name], atol=1e-3 * largest + 1e-7)
@@ -156,7 +191,9 @@ def test_frozen_epochs_train_the_head_alone_and_then_everything(vgg_file, phanto
     assert len(differ(head, weights_of(tmp_path / "model.keras"))) == 28
 
 
-def test_recalibration_gives_the_statistics_of_the_new_images_before_the_first_step(phantom, tmp_path, monkeypatch):
+def test_recalibration_gives_the_statistics_of_the_new_images_before_the_first_step(
+    phantom, tmp_path, monkeypatch
+):
     """With one batch of all images after it, which moves statistics towards themselves."""
     import keras
 

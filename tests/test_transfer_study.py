@@ -21,7 +21,10 @@ def rows_of(auroc, *, snapshots=6):
     """Rows of the whole grid, whose AUROC is `auroc(point)` and a bit of noise."""
     rng = np.random.default_rng(0)
     points = study.transfer_grid(snapshots, **GRID)
-    extra = [{"images": 100 * p["snapshot"], "updates": 10, "auroc": auroc(p) + rng.normal(0, 1e-4)} for p in points]
+    extra = [
+        {"images": 100 * p["snapshot"], "updates": 10, "auroc": auroc(p) + rng.normal(0, 1e-4)}
+        for p in points
+    ]
     return pd.DataFrame([{**point, **more} for point, more in zip(points, extra, strict=True)])
 
 
@@ -30,7 +33,9 @@ def test_the_grid_has_each_snapshot_at_both_rates_with_and_without_warmup():
     assert len(points) == 6 * 2 * 2 * 3 == len({point_key(point) for point in points})
     assert {p["warmup"] * p["batch"] / 256 for p in points} == {1.0, 0.0}  # epochs at this batch
     alone = study.scratch_grid(**GRID)
-    assert {(p["snapshot"], p["rate"]) for p in alone} == {(0, study.DEFAULT)} and [p["seed"] for p in alone] == [
+    assert {(p["snapshot"], p["rate"]) for p in alone} == {(0, study.DEFAULT)} and [
+        p["seed"] for p in alone
+    ] == [
         0,
         1,
         2,
@@ -38,13 +43,21 @@ def test_the_grid_has_each_snapshot_at_both_rates_with_and_without_warmup():
     assert {p["warmup"] for p in alone} == {p["warmup"] for p in points} - {0.0}
     like = {"snapshot": 2, "rate": study.DEFAULT, "warmup": 4.0, "batch": 64}
     batches = study.batch_grid([16, 256], like=like, seeds=[0])
-    assert [p["warmup"] * p["batch"] / 256 for p in batches] == [0.25, 4.0]  # in proportion to the batch
+    assert [p["warmup"] * p["batch"] / 256 for p in batches] == [
+        0.25,
+        4.0,
+    ]  # in proportion to the batch
     assert [p["rate_batch"] for p in batches] == [64, 64]
 
 
 def test_a_rule_is_reproduced_contradicted_or_undecided_as_its_interval_lies():
     def as_the_study_says(p):
-        return 0.8 - 0.05 * (p["snapshot"] == 6) + 0.02 * (p["rate"] == study.OWN) + 0.01 * (p["warmup"] > 0)
+        return (
+            0.8
+            - 0.05 * (p["snapshot"] == 6)
+            + 0.02 * (p["rate"] == study.OWN)
+            + 0.01 * (p["warmup"] > 0)
+        )
 
     found = study.rule_effects(rows_of(as_the_study_says))
     assert found["verdict"].tolist() == ["reproduced"] * 3 and found["why"].tolist() == [""] * 3
@@ -56,14 +69,18 @@ def test_a_rule_is_reproduced_contradicted_or_undecided_as_its_interval_lies():
     by_chance = study.rule_effects(rows_of(lambda p: noise.normal(0.8, 0.1)))
     assert by_chance["verdict"].tolist() == ["undecided"] * 3
     one = study.rule_effects(rows_of(as_the_study_says).query("seed == 0"))
-    assert one["verdict"].tolist() == ["undecided"] * 3 and one["why"].str.contains("one seed").all()
+    assert (
+        one["verdict"].tolist() == ["undecided"] * 3 and one["why"].str.contains("one seed").all()
+    )
 
 
 @pytest.mark.parametrize("snapshot", [1, 6])
 @pytest.mark.parametrize("rate", [study.OWN, study.DEFAULT])
 @pytest.mark.parametrize("warmup", [4.0, 0.0])
 def test_a_cell_that_diverged_makes_no_rule_contradicted_and_is_told(snapshot, rate, warmup):
-    """Snapshots differ by far; rates and warm-ups differ by nothing: no cell that is missing may change that."""
+    """Snapshots differ by far; rates and warm-ups differ by nothing: no cell that is missing may
+    change that.
+    """
     rows = rows_of(lambda p: 0.75 + 0.01 * p["snapshot"])
     gone = (rows["snapshot"] == snapshot) & (rows["rate"] == rate) & (rows["warmup"] == warmup)
     assert gone.sum() == 3  # of each seed
@@ -73,14 +90,18 @@ def test_a_cell_that_diverged_makes_no_rule_contradicted_and_is_told(snapshot, r
     assert found.loc[["rate", "warm-up"], "pairs"].tolist() == [33, 33]
     assert found.loc[["rate", "warm-up"], "diverged"].tolist() == [3, 3]
     assert found.loc["rate", "why"] == "trainings that diverged, left out with their pairs: 3"
-    assert found.loc["earlier", "effect"] == pytest.approx(-0.01, abs=2e-4)  # snapshot 5 is next to the last
+    assert found.loc["earlier", "effect"] == pytest.approx(
+        -0.01, abs=2e-4
+    )  # snapshot 5 is next to the last
     by_rate = study.rate_gains(rows)
     assert by_rate.loc[snapshot, ["pairs", "diverged"]].tolist() == [3, 3]
     assert by_rate["effect"].abs().max() < 2e-4
 
 
 def test_earlier_snapshots_are_compared_with_the_last_at_the_same_warmup():
-    """A warm-up is worth 0.1, and no snapshot anything: without its partner a training has no part in the mean."""
+    """A warm-up is worth 0.1, and no snapshot anything: without its partner a training has no part
+    in the mean.
+    """
     rows = rows_of(lambda p: 0.75 + 0.1 * (p["warmup"] > 0))
     gone = (rows["snapshot"] == 6) & (rows["rate"] == study.DEFAULT) & (rows["warmup"] > 0)
     rows.loc[gone & (rows["seed"] < 2), "auroc"] = np.nan
@@ -91,7 +112,10 @@ def test_earlier_snapshots_are_compared_with_the_last_at_the_same_warmup():
 
 def test_one_snapshot_or_a_last_one_that_diverged_leaves_the_rule_of_earlier_ones_undecided():
     one = study.rule_effects(rows_of(lambda p: 0.8 + 0.02 * (p["rate"] == study.OWN), snapshots=1))
-    assert one["verdict"].tolist() == ["undecided", "reproduced", "undecided"] and one.loc["earlier", "seeds"] == 0
+    assert (
+        one["verdict"].tolist() == ["undecided", "reproduced", "undecided"]
+        and one.loc["earlier", "seeds"] == 0
+    )
     rows = rows_of(lambda p: 0.8 + 0.02 * (p["rate"] == study.OWN))
     rows.loc[rows["snapshot"] == 6, "auroc"] = np.nan
     without = study.rule_effects(rows)
@@ -102,30 +126,54 @@ def test_one_snapshot_or_a_last_one_that_diverged_leaves_the_rule_of_earlier_one
 def test_no_rule_has_a_verdict_where_nothing_was_learnt():
     found = study.rule_effects(rows_of(lambda p: 0.6 + 0.02 * (p["rate"] == study.OWN)))
     assert found["verdict"].tolist() == ["not measured"] * 3
-    assert found.loc["rate", "why"] == "nothing was learnt: a mean AUROC of 0.620 is below 0.7 or not apart from chance"
+    assert (
+        found.loc["rate", "why"]
+        == "nothing was learnt: a mean AUROC of 0.620 is below 0.7 or not apart from chance"
+    )
 
 
 def test_intervals_are_students_over_seeds_and_hold_for_all_snapshots_together():
     rows = rows_of(lambda p: 0.6 + 0.01 * p["snapshot"] * (p["seed"] + 1))
-    default = rows[rows["rate"] == study.DEFAULT].pivot_table(index="snapshot", columns="seed", values="auroc")
+    default = rows[rows["rate"] == study.DEFAULT].pivot_table(
+        index="snapshot", columns="seed", values="auroc"
+    )
     gains = study.earlier_gains(rows)
-    assert gains.index.tolist() == [1, 2, 3, 4, 5] and gains["images"].tolist() == [100, 200, 300, 400, 500]
-    low, high = stats.ttest_1samp(default.loc[2] - default.loc[6], 0).confidence_interval(1 - 0.05 / 5)
+    assert gains.index.tolist() == [1, 2, 3, 4, 5] and gains["images"].tolist() == [
+        100,
+        200,
+        300,
+        400,
+        500,
+    ]
+    low, high = stats.ttest_1samp(default.loc[2] - default.loc[6], 0).confidence_interval(
+        1 - 0.05 / 5
+    )
     assert gains.loc[2, ["low", "high"]].tolist() == pytest.approx([low, high])
     by_seed = rows.groupby(["rate", "seed"])["auroc"].mean()
-    low, high = stats.ttest_1samp(by_seed[study.OWN] - by_seed[study.DEFAULT], 0).confidence_interval()
+    low, high = stats.ttest_1samp(
+        by_seed[study.OWN] - by_seed[study.DEFAULT], 0
+    ).confidence_interval()
     found = study.rule_effects(rows).loc["rate"]
     assert [found["low"], found["high"]] == pytest.approx([low, high])
 
 
 def test_a_pretraining_is_compared_with_random_weights_by_seed():
-    rows = rows_of(lambda p: 0.6 + 0.01 * p["snapshot"] * (p["seed"] + 1) + 0.1 * (p["rate"] == study.OWN))
+    rows = rows_of(
+        lambda p: 0.6 + 0.01 * p["snapshot"] * (p["seed"] + 1) + 0.1 * (p["rate"] == study.OWN)
+    )
     scratch = pd.DataFrame({"seed": [2, 1, 0], "auroc": [0.62, 0.61, 0.6]})
     found = study.pretraining_gains(rows, scratch)
-    assert found.index.tolist() == [1, 2, 3, 4, 5, 6] and found["images"].tolist() == [100, 200, 300, 400, 500, 600]
-    own = rows[(rows["rate"] == study.DEFAULT) & (rows["warmup"] > 0) & (rows["snapshot"] == 3)].set_index("seed")[
-        "auroc"
+    assert found.index.tolist() == [1, 2, 3, 4, 5, 6] and found["images"].tolist() == [
+        100,
+        200,
+        300,
+        400,
+        500,
+        600,
     ]
+    own = rows[
+        (rows["rate"] == study.DEFAULT) & (rows["warmup"] > 0) & (rows["snapshot"] == 3)
+    ].set_index("seed")["auroc"]
     low, high = stats.ttest_1samp(own - [0.6, 0.61, 0.62], 0).confidence_interval(1 - 0.05 / 6)
     assert found.loc[3, ["low", "high"]].tolist() == pytest.approx([low, high])
     assert found.loc[3, "effect"] == pytest.approx(0.05, abs=1e-3)
@@ -133,12 +181,19 @@ def test_a_pretraining_is_compared_with_random_weights_by_seed():
 
 def test_batches_are_compared_with_the_smallest_by_seed():
     rows = pd.DataFrame(
-        {"batch": [16, 16, 64, 64], "seed": [0, 1, 0, 1], "updates": [40, 40, 10, 10], "auroc": [0.7, 0.6, 0.65, 0.53]}
+        {
+            "batch": [16, 16, 64, 64],
+            "seed": [0, 1, 0, 1],
+            "updates": [40, 40, 10, 10],
+            "auroc": [0.7, 0.6, 0.65, 0.53],
+        }
     )
     found = study.by_updates(rows)
     assert found["updates"].tolist() == [40, 10]
     low, high = stats.ttest_1samp([-0.05, -0.07], 0).confidence_interval()
-    assert found.loc[64, ["auroc", "effect", "low", "high"]].tolist() == pytest.approx([0.59, -0.06, low, high])
+    assert found.loc[64, ["auroc", "effect", "low", "high"]].tolist() == pytest.approx(
+        [0.59, -0.06, low, high]
+    )
     assert found["loss"].isna().all()  # at 0.65 the smallest batch has learnt too little
 
 
@@ -164,10 +219,13 @@ def test_the_figures_show_the_rows():
     curve = study.along(rows)
     assert curve.index.tolist() == [100, 200, 300, 400, 500, 600] and curve.shape[1] == 4
     drawn = transfer_figures.along(curve, 0.55)
-    assert any(line.get_ydata()[0] == 0.55 and "random" in line.get_label() for line in drawn.axes[0].lines)
+    assert any(
+        line.get_ydata()[0] == 0.55 and "random" in line.get_label() for line in drawn.axes[0].lines
+    )
     np.testing.assert_allclose(drawn.axes[0].lines[0].get_ydata(), curve.iloc[:, 0])
     words = " ".join(
-        t.get_text() for t in transfer_figures.rules(study.rule_effects(rows)).findobj(matplotlib.text.Text)
+        t.get_text()
+        for t in transfer_figures.rules(study.rule_effects(rows)).findobj(matplotlib.text.Text)
     )
     assert "do not take the last checkpoint: contradicted" in words
     lost = {"effect": [0.0, -0.1], "low": [0.0, -0.3], "high": [0.0, 0.1]}
@@ -177,6 +235,8 @@ def test_the_figures_show_the_rows():
     assert {"1,024", "40", "10"} <= set(texts)
     bars = drawn.axes[0].collections[0].get_segments()
     np.testing.assert_allclose(bars[1][:, 1], [0.4, 0.8])  # around 0.6
-    kept = pd.DataFrame({"images": [10, 20], "val_auroc": [0.5, 0.6], "learning_rate": [1e-3, 1e-4]})
+    kept = pd.DataFrame(
+        {"images": [10, 20], "val_auroc": [0.5, 0.6], "learning_rate": [1e-3, 1e-4]}
+    )
     assert transfer_figures.pretraining(kept).axes[1].get_yscale() == "log"
     assert plt.get_fignums() == []

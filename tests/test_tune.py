@@ -38,7 +38,10 @@ def measured(monkeypatch):
 
     def pretend(settings, *, ranks, threads, steps):
         calls.append((settings["batch_per_rank"], settings["precision"], ranks, threads))
-        return {"images_per_second": 10.0 * ranks + threads + settings["batch_per_rank"], "gflop_per_image": 2.0}
+        return {
+            "images_per_second": 10.0 * ranks + threads + settings["batch_per_rank"],
+            "gflop_per_image": 2.0,
+        }
 
     monkeypatch.setattr(module, "measure", pretend)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
@@ -101,7 +104,9 @@ def test_points_of_fewer_steps_do_not_count(measured, tmp_path):
 def test_points_of_another_machine_do_not_count(measured, tmp_path):
     tune(sweep=tmp_path / "sweep.json", progress=False)
     rows = json.loads((tmp_path / "sweep.json").read_text())
-    (tmp_path / "sweep.json").write_text(json.dumps([{**row, "processor": "another"} for row in rows]))
+    (tmp_path / "sweep.json").write_text(
+        json.dumps([{**row, "processor": "another"} for row in rows])
+    )
     tune(sweep=tmp_path / "sweep.json", progress=False)
     assert len(measured) == 6
 
@@ -119,7 +124,9 @@ def test_a_layout_that_fails_is_left_out_and_said(measured, tmp_path, monkeypatc
     assert "no memory for two" in caplog.text
     assert table["images_per_second"].isna().tolist() == [False, False, True]
     assert save_winner(table, tmp_path / "tuned.yaml") == {"engines": 1, "threads": 2}
-    monkeypatch.setattr(module, "measure", whole)  # it was a bad hour: what failed is measured again, no more
+    monkeypatch.setattr(
+        module, "measure", whole
+    )  # it was a bad hour: what failed is measured again, no more
     assert tune(sweep=tmp_path / "sweep.json", progress=False)["images_per_second"].notna().all()
     assert len(measured) == 3
     with pytest.raises(ConfigError, match="no layout"):
@@ -128,16 +135,26 @@ def test_a_layout_that_fails_is_left_out_and_said(measured, tmp_path, monkeypatc
 
 def test_the_winner_is_a_profile_of_what_was_compared(measured, tmp_path):
     table = tune(
-        sweep=tmp_path / "sweep.json", batches=(8, 32), precisions=("float32", "mixed_bfloat16"), progress=False
+        sweep=tmp_path / "sweep.json",
+        batches=(8, 32),
+        precisions=("float32", "mixed_bfloat16"),
+        progress=False,
     )
     assert len(table) == 12
     save_winner(table, tmp_path / "tuned.yaml")
     text = (tmp_path / "tuned.yaml").read_text()
-    assert yaml.safe_load(text) == {"engines": 2, "threads": 1, "batch_size": 32, "precision": "float32"}
+    assert yaml.safe_load(text) == {
+        "engines": 2,
+        "threads": 1,
+        "batch_size": 32,
+        "precision": "float32",
+    }
     assert "53.00 images/s, the fastest of 12" in text
 
 
-@pytest.mark.parametrize("wrong", [{"topology": "lenet"}, {"size": 8}, {"batches": (0,)}, {"precisions": ("fp8",)}])
+@pytest.mark.parametrize(
+    "wrong", [{"topology": "lenet"}, {"size": 8}, {"batches": (0,)}, {"precisions": ("fp8",)}]
+)
 def test_impossible_settings_are_refused_before_anything_is_measured(measured, tmp_path, wrong):
     with pytest.raises(ConfigError):
         tune(sweep=tmp_path / "sweep.json", progress=False, **wrong)
@@ -160,12 +177,20 @@ def test_the_command_makes_a_profile_that_run_takes_after_another(measured, tmp_
 
 @pytest.mark.cores
 def test_two_ranks_are_really_measured():
-    found = measure({"topology": "vgg16", "size": 32, "batch_per_rank": 2}, ranks=2, threads=1, steps=3)
-    assert len(found["seconds"]) == 3 and found["images_per_second"] > 0 and found["gflop_per_image"] > 1
+    found = measure(
+        {"topology": "vgg16", "size": 32, "batch_per_rank": 2}, ranks=2, threads=1, steps=3
+    )
+    assert (
+        len(found["seconds"]) == 3
+        and found["images_per_second"] > 0
+        and found["gflop_per_image"] > 1
+    )
 
 
 def test_ranks_that_end_or_are_too_slow_are_reported_with_their_words():
     with pytest.raises(ClusterError, match="lenet"):
         measure({"topology": "lenet", "size": 32, "batch_per_rank": 2}, ranks=1, threads=1)
     with pytest.raises(ClusterError, match=r"within 0\.1 s"):
-        measure({"topology": "vgg16", "size": 32, "batch_per_rank": 2}, ranks=1, threads=1, timeout=0.1)
+        measure(
+            {"topology": "vgg16", "size": 32, "batch_per_rank": 2}, ranks=1, threads=1, timeout=0.1
+        )

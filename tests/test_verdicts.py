@@ -1,4 +1,6 @@
-"""A percentage lost is of the skill above chance, its interval covers, and nothing follows where nothing was learnt."""
+"""A percentage lost is of the skill above chance, its interval covers, and nothing follows where
+nothing was learnt.
+"""
 
 import numpy as np
 import pandas as pd
@@ -9,7 +11,9 @@ from chexlib.evaluation.verdicts import VERDICTS, percent_lost, verdict_on_gain
 
 
 def test_a_loss_is_a_share_of_the_skill_above_chance():
-    """By hand: from 0.80 to 0.74 a fifth of the 0.30 above chance is lost, where it would be 7.5 % of the AUROC."""
+    """By hand: from 0.80 to 0.74 a fifth of the 0.30 above chance is lost, where it would be 7.5 %
+    of the AUROC.
+    """
     found = percent_lost(pd.Series([0.81, 0.79]), pd.Series([0.75, 0.73]))
     assert found["loss"] == pytest.approx(20) and found["baseline"] == pytest.approx(0.8)
     assert found["low"] < 20 < found["high"] and found["seeds"] == 2
@@ -57,5 +61,9 @@ def test_one_seed_has_a_loss_and_no_interval_and_a_seed_without_a_pair_is_left_o
 
 
 def test_an_interval_that_holds_0_or_that_is_not_there_is_undecided():
-    told = [verdict_on_gain(*ends) for ends in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1), (np.nan, np.nan))]
-    assert told == ["reproduced", "contradicted", "undecided", "undecided"] and set(told) <= set(VERDICTS)
+    told = [
+        verdict_on_gain(*ends) for ends in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1), (np.nan, np.nan))
+    ]
+    assert told == ["reproduced", "contradicted", "undecided", "undecided"] and set(told) <= set(
+        VERDICTS
+    )

@@ -1,4 +1,6 @@
-"""Each way of weights into a model: what fits is loaded and accounted for, what does not is an error that names it."""
+"""Each way of weights into a model: what fits is loaded and accounted for, what does not is an
+error that names it.
+"""
 
 import re
 import shutil
@@ -41,7 +43,9 @@ def name_in(path, shape):
     """The one array of this shape in a file."""
     found = []
     with h5py.File(path) as file:
-        file.visititems(lambda name, item: found.append(name) if getattr(item, "shape", None) == shape else None)
+        file.visititems(
+            lambda name, item: found.append(name) if getattr(item, "shape", None) == shape else None
+        )
     assert len(found) == 1
     return found[0]
 
@@ -63,23 +67,35 @@ def test_every_weight_and_where_it_came_from_is_in_the_report(trained, bare):
     model = build_model(**QUARTER, size=64, seed=2)
     report = load_weights(model, bare)
     assert set(report["fate"]) == {"loaded"} and len(report) == len(model.weights) == 28
-    assert not report.duplicated(["layer", "weight"]).any() and not report["tensor"].duplicated().any()
+    assert (
+        not report.duplicated(["layer", "weight"]).any() and not report["tensor"].duplicated().any()
+    )
     with h5py.File(bare) as file:
         for row in report.itertuples():
-            np.testing.assert_array_equal(weight(model, row.layer, row.weight), file[row.tensor][()])
-            np.testing.assert_array_equal(weight(model, row.layer, row.weight), weight(trained, row.layer, row.weight))
+            np.testing.assert_array_equal(
+                weight(model, row.layer, row.weight), file[row.tensor][()]
+            )
+            np.testing.assert_array_equal(
+                weight(model, row.layer, row.weight), weight(trained, row.layer, row.weight)
+            )
 
 
 def test_a_head_for_other_findings_is_drawn_anew_and_the_rest_loaded(trained, tmp_path):
     inputs = trained.input
-    other = keras.Model(inputs, keras.layers.Dense(3, name="findings")(trained.get_layer("pool").output), name="vgg16")
+    other = keras.Model(
+        inputs,
+        keras.layers.Dense(3, name="findings")(trained.get_layer("pool").output),
+        name="vgg16",
+    )
     card = {**QUARTER, "size": 32, "findings": ["Mass", "Cough", "Hernia"]}
     files = [save_model(other, tmp_path / "other.keras", card=card), tmp_path / "other.weights.h5"]
     other.save_weights(files[1])
     for file in files:
         model = create_model(**QUARTER, size=32, weights=str(file), seed=5)
         np.testing.assert_array_equal(weight(model, STEM), weight(trained, STEM))
-        np.testing.assert_array_equal(weight(model, HEAD), weight(build_model(**QUARTER, size=32, seed=5), HEAD))
+        np.testing.assert_array_equal(
+            weight(model, HEAD), weight(build_model(**QUARTER, size=32, seed=5), HEAD)
+        )
         report = load_weights(model, file)
         assert report.loc[report["layer"] == HEAD, "fate"].tolist() == ["kept as it was"] * 2
 
@@ -113,7 +129,9 @@ def test_what_is_left_over_is_an_error_unless_named(bare, tmp_path):
     path = changed(bare, tmp_path, put={"optimizer/vars/0": np.ones((2, 3))})
     model = build_model(**QUARTER, size=32)
     before = model.get_weights()
-    with pytest.raises(WeightsError, match=re.escape("optimizer/vars/0 of shape (2, 3) is left over")):
+    with pytest.raises(
+        WeightsError, match=re.escape("optimizer/vars/0 of shape (2, 3) is left over")
+    ):
         load_weights(model, path)
     for ours, then in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(ours, then)
@@ -125,15 +143,21 @@ def test_what_is_missing_is_an_error_unless_named(trained, bare, tmp_path):
     lost = name_in(bare, (3, 3, 3, 16))
     path = changed(bare, tmp_path, drop=[lost])
     model = build_model(**QUARTER, size=32, seed=3)
-    with pytest.raises(WeightsError, match=rf"{STEM}/kernel needs \(3, 3, 3, 16\) and the file has nothing"):
+    with pytest.raises(
+        WeightsError, match=rf"{STEM}/kernel needs \(3, 3, 3, 16\) and the file has nothing"
+    ):
         load_weights(model, path)
     load_weights(model, path, missing=[STEM])
-    np.testing.assert_array_equal(weight(model, STEM), weight(build_model(**QUARTER, size=32, seed=3), STEM))
+    np.testing.assert_array_equal(
+        weight(model, STEM), weight(build_model(**QUARTER, size=32, seed=3), STEM)
+    )
     np.testing.assert_array_equal(weight(model, "block1_conv2"), weight(trained, "block1_conv2"))
 
 
 def test_weights_that_are_not_finite_are_refused(bare, tmp_path):
-    path = changed(bare, tmp_path, put={name_in(bare, (3, 3, 3, 16)): np.full((3, 3, 3, 16), np.nan)})
+    path = changed(
+        bare, tmp_path, put={name_in(bare, (3, 3, 3, 16)): np.full((3, 3, 3, 16), np.nan)}
+    )
     with pytest.raises(WeightsError, match=f"{STEM}/kernel is not finite"):
         create_model(**QUARTER, size=32, weights=str(path))
 

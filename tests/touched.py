@@ -1,8 +1,9 @@
-"""Prints the test files of what has changed since main: `python tests/touched.py`, for `make check`.
+"""Prints the test files of what has changed since main: `python tests/touched.py`, for `make
+check`.
 
-A changed test file is its own; a changed module of chexlib has the test files that name it, or whose helpers beside
-them do. Modules that more than `MOST` test files name, such as chexlib.errors, are left to `make test`.
-"""
+A changed test file is its own; a changed module of chexlib has the test files that name it, or
+whose helpers beside them do. Modules that more than `MOST` test files name, such as chexlib.errors,
+are left to `make test`."""
 
 import re
 import subprocess
@@ -19,7 +20,9 @@ def changed(base: str = "main") -> list[Path]:
     def git(*words: str) -> list[str]:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(f"Error: git {words[0]} failed: {done.stderr.strip()}. Use `make test`.")
+            raise SystemExit(
+                f"Error: git {words[0]} failed: {done.stderr.strip()}. Use `make test`."
+            )
         return done.stdout.splitlines()
 
     (start,) = git("merge-base", base, "HEAD")
@@ -28,7 +31,9 @@ def changed(base: str = "main") -> list[Path]:
 
 
 def imports_of(file: Path) -> set[str]:
-    """Modules of chexlib that a file names, and those that the helpers of the tests which it imports name."""
+    """Modules of chexlib that a file names, and those that the helpers of the tests which it
+    imports name.
+    """
     text = file.read_text()
     named = set(re.findall(r"chexlib(?:\.\w+)+", text))
     for package, modules in re.findall(r"from (chexlib[\w.]*) import (.+)", text):
@@ -48,7 +53,11 @@ def touched(files: list[Path], tests: list[Path]) -> tuple[list[Path], list[str]
         if file.suffix != ".py" or not file.is_relative_to(ROOT / "chexlib"):
             continue
         module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        users = {test for test, named in uses.items() if any(f"{name}.".startswith(f"{module}.") for name in named)}
+        users = {
+            test
+            for test, named in uses.items()
+            if any(f"{name}.".startswith(f"{module}.") for name in named)
+        }
         if len(users) > MOST:
             left.append(module)
         else:
@@ -59,7 +68,10 @@ def touched(files: list[Path], tests: list[Path]) -> tuple[list[Path], list[str]
 if __name__ == "__main__":
     found, too_many = touched(changed(*sys.argv[1:]), sorted((ROOT / "tests").glob("test_*.py")))
     for module in too_many:
-        print(f"{module} is named by more than {MOST} test files: run `make test` for it.", file=sys.stderr)
+        print(
+            f"{module} is named by more than {MOST} test files: run `make test` for it.",
+            file=sys.stderr,
+        )
     if not found:
         print("No test file names what has changed.", file=sys.stderr)
     print(*(path.relative_to(ROOT) for path in found))

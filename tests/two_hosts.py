@@ -13,7 +13,9 @@ from collections import Counter, defaultdict
 
 from chexlib.cluster.emulated import INTERFACE, EmulatedHosts, Host
 
-KEPT = 16_000_000  # bytes that a recording keeps of each direction of each connection; all are counted
+KEPT = (
+    16_000_000  # bytes that a recording keeps of each direction of each connection; all are counted
+)
 
 
 class TwoHosts(EmulatedHosts):
@@ -26,7 +28,9 @@ class TwoHosts(EmulatedHosts):
 
 
 class Recording:
-    """All that crosses the cable while it lasts: `sizes` and `kept` bytes of each direction of each TCP connection."""
+    """All that crosses the cable while it lasts: `sizes` and `kept` bytes of each direction of each
+    TCP connection.
+    """
 
     def __init__(self, host: Host):
         self.sizes, self.kept, self.dropped = Counter(), defaultdict(bytearray), 0
@@ -49,15 +53,17 @@ class Recording:
 
     def _record(self) -> None:
         with open(self._namespace) as file:  # of this thread only
-            assert ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0x40000000) == 0, os.strerror(
-                ctypes.get_errno()
+            assert ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0x40000000) == 0, (
+                os.strerror(ctypes.get_errno())
             )
         with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(3)) as wire:  # ETH_P_ALL
             wire.setsockopt(socket.SOL_SOCKET, 33, 1 << 28)  # SO_RCVBUFFORCE
             wire.bind((INTERFACE, 0))
             wire.settimeout(0.2)
             self._listens.set()
-            buffer = bytearray(1 << 18)  # frames have up to 64 kB here: cutting them up is left to the "card"
+            buffer = bytearray(
+                1 << 18
+            )  # frames have up to 64 kB here: cutting them up is left to the "card"
             while not self._enough.is_set():
                 with contextlib.suppress(TimeoutError):
                     self._keep(memoryview(buffer)[: wire.recv_into(buffer)])
@@ -67,7 +73,9 @@ class Recording:
         if frame[12:14] != b"\x08\x00" or frame[23] != 6:  # not TCP over IPv4
             return
         tcp = 14 + (frame[14] & 15) * 4
-        payload = frame[tcp + (frame[tcp + 12] >> 4) * 4 : 14 + struct.unpack_from(">H", frame, 16)[0]]
+        payload = frame[
+            tcp + (frame[tcp + 12] >> 4) * 4 : 14 + struct.unpack_from(">H", frame, 16)[0]
+        ]
         way = bytes(frame[26:34]) + bytes(frame[tcp : tcp + 4])  # addresses and ports
         self.sizes[way] += len(payload)
         if len(self.kept[way]) < KEPT:

@@ -1,7 +1,8 @@
-"""The machine's matrix peak: multiplications of two large matrices by oneDNN, float32 or what is named.
+"""The machine's matrix peak: multiplications of two large matrices by oneDNN, float32 or what is
+named.
 
-Serves bench.py as chexlib.scaling.throughput does: answers with the seconds of each 2 n^3 operations, n = 2048.
-"""
+Serves bench.py as chexlib.scaling.throughput does: answers with the seconds of each 2 n^3
+operations, n = 2048."""
 
 import json
 import sys

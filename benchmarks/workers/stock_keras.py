@@ -1,8 +1,7 @@
 """The training of stock Keras: keras.applications, `compile`, `fit`, one process.
 
-Serves bench.py as chexlib.scaling.throughput does. Files are read by a loader in Python that decodes and resizes each
-image in every epoch, as the 2018 code did.
-"""
+Serves bench.py as chexlib.scaling.throughput does. Files are read by a loader in Python that
+decodes and resizes each image in every epoch, as the 2018 code did."""
 
 import json
 import sys
@@ -21,7 +20,9 @@ makers = {
     "resnet50": keras.applications.ResNet50,
     "vgg16": keras.applications.VGG16,
 }
-backbone = makers[settings["topology"]](include_top=False, weights=None, input_shape=(size, size, 3), pooling="avg")
+backbone = makers[settings["topology"]](
+    include_top=False, weights=None, input_shape=(size, size, 3), pooling="avg"
+)
 model = keras.Sequential([backbone, keras.layers.Dense(14, activation="sigmoid", dtype="float32")])
 model.compile(optimizer=keras.optimizers.SGD(1e-3, momentum=0.9), loss="binary_crossentropy")
 
@@ -38,10 +39,12 @@ class Loader(keras.utils.PyDataset):
 
     def __getitem__(self, i):
         chosen = slice(i * batch, (i + 1) * batch)
-        images = [Image.open(path).convert("RGB").resize((size, size)) for path in self.paths[chosen]]
-        return np.stack([np.asarray(image, np.float32) / 255 for image in images]), self.labels[chosen].astype(
-            "float32"
-        )
+        images = [
+            Image.open(path).convert("RGB").resize((size, size)) for path in self.paths[chosen]
+        ]
+        return np.stack([np.asarray(image, np.float32) / 255 for image in images]), self.labels[
+            chosen
+        ].astype("float32")
 
 
 if paths := settings.get("paths"):
@@ -53,7 +56,9 @@ else:
     data = tf.data.Dataset.from_tensors((pixels, labels)).cache().repeat()
 
 ends = []
-clock = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: ends.append(time.perf_counter()))
+clock = keras.callbacks.LambdaCallback(
+    on_train_batch_end=lambda batch, logs: ends.append(time.perf_counter())
+)
 while steps := int(sys.stdin.readline() or 0):
     ends[:] = [time.perf_counter()]
     model.fit(data, steps_per_epoch=steps, callbacks=[clock], verbose=0)

@@ -1,8 +1,7 @@
 """A rank of PyTorch's training step: DistributedDataParallel over Gloo, channels last.
 
-Serves bench.py as chexlib.scaling.throughput does. Needs torch, so it runs in an environment of its own (`make peer`);
-torchvision is not needed.
-"""
+Serves bench.py as chexlib.scaling.throughput does. Needs torch, so it runs in an environment of its
+own (`make peer`); torchvision is not needed."""
 
 import json
 import os
@@ -16,7 +15,10 @@ STAGES = {"densenet121": (6, 12, 24, 16), "resnet50": (3, 4, 6, 3), "vgg16": (2,
 
 
 def normalised(inputs: int, outputs: int, side: int, stride: int = 1) -> list[nn.Module]:
-    return [nn.Conv2d(inputs, outputs, side, stride, side // 2, bias=False), nn.BatchNorm2d(outputs)]
+    return [
+        nn.Conv2d(inputs, outputs, side, stride, side // 2, bias=False),
+        nn.BatchNorm2d(outputs),
+    ]
 
 
 class Grow(nn.Sequential):
@@ -24,7 +26,12 @@ class Grow(nn.Sequential):
 
     def __init__(self, channels: int):
         super().__init__(
-            *[nn.BatchNorm2d(channels), nn.ReLU(True), *normalised(channels, 128, 1), nn.ReLU(True)],
+            *[
+                nn.BatchNorm2d(channels),
+                nn.ReLU(True),
+                *normalised(channels, 128, 1),
+                nn.ReLU(True),
+            ],
             nn.Conv2d(128, 32, 3, padding=1, bias=False),
         )
 
@@ -36,10 +43,17 @@ class Residual(nn.Module):
     def __init__(self, inputs: int, middle: int, stride: int):
         super().__init__()
         outputs = 4 * middle
-        parts = [*normalised(inputs, middle, 1, stride), nn.ReLU(True), *normalised(middle, middle, 3), nn.ReLU(True)]
+        parts = [
+            *normalised(inputs, middle, 1, stride),
+            nn.ReLU(True),
+            *normalised(middle, middle, 3),
+            nn.ReLU(True),
+        ]
         self.branch = nn.Sequential(*parts, *normalised(middle, outputs, 1))
         same = stride == 1 and inputs == outputs
-        self.shortcut = nn.Identity() if same else nn.Sequential(*normalised(inputs, outputs, 1, stride))
+        self.shortcut = (
+            nn.Identity() if same else nn.Sequential(*normalised(inputs, outputs, 1, stride))
+        )
 
     def forward(self, x):
         return torch.relu(self.branch(x) + self.shortcut(x))
@@ -58,7 +72,10 @@ def network(topology: str) -> nn.Module:
                 layers.append(Residual(channels, 64 * 2**stage, 2 if stage and not i else 1))
                 channels = 256 * 2**stage
             else:
-                layers += [nn.Conv2d(channels, min(512, 64 * 2**stage), 3, padding=1), nn.ReLU(True)]
+                layers += [
+                    nn.Conv2d(channels, min(512, 64 * 2**stage), 3, padding=1),
+                    nn.ReLU(True),
+                ]
                 channels = min(512, 64 * 2**stage)
         if topology == "vgg16":
             layers.append(nn.MaxPool2d(2))
@@ -77,7 +94,9 @@ def work(rank: int, settings: dict, orders) -> None:
     model = network(settings["topology"]).to(memory_format=torch.channels_last)
     if settings["ranks"] > 1:
         store = f"file://{settings['store']}"
-        distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=settings["ranks"])
+        distributed.init_process_group(
+            "gloo", init_method=store, rank=rank, world_size=settings["ranks"]
+        )
         model = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
     size, batch = settings["size"], settings["batch_per_rank"]
@@ -89,7 +108,9 @@ def work(rank: int, settings: dict, orders) -> None:
         for _ in range(steps):
             began = time.perf_counter()
             optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=settings["precision"] == "mixed_bfloat16"):
+            with torch.autocast(
+                "cpu", torch.bfloat16, enabled=settings["precision"] == "mixed_bfloat16"
+            ):
                 logits = model(pixels)
             loss(logits.float(), labels).backward()
             optimizer.step()
@@ -103,7 +124,10 @@ if __name__ == "__main__":
     settings["store"] = f"{os.environ.get('TMPDIR', '/tmp')}/torch-peer-{os.getpid()}"
     context = torch.multiprocessing.get_context("spawn")
     orders = [context.Queue() for _ in range(settings["ranks"])]
-    ranks = [context.Process(target=work, args=(i, settings, orders), daemon=True) for i in range(settings["ranks"])]
+    ranks = [
+        context.Process(target=work, args=(i, settings, orders), daemon=True)
+        for i in range(settings["ranks"])
+    ]
     for rank in ranks:
         rank.start()
     while steps := int(sys.stdin.readline() or 0):

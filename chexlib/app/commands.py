@@ -13,18 +13,30 @@ from chexlib.machine import import_tensorflow
 
 @click.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path())
-@click.option("--weights", help="A model.keras file, or the folder of its run.  [default: the newest]")
-@click.option("--json", "form", flag_value="json", help="Print JSON: probabilities, doubts and errors by image.")
-@click.option("--csv", "form", flag_value="csv", help="Print CSV: a row an image, a column a finding.")
-@click.option("--heatmaps", metavar="DIR", help="Write where the network looked to DIR, a PNG an image.")
+@click.option(
+    "--weights", help="A model.keras file, or the folder of its run.  [default: the newest]"
+)
+@click.option(
+    "--json",
+    "form",
+    flag_value="json",
+    help="Print JSON: probabilities, doubts and errors by image.",
+)
+@click.option(
+    "--csv", "form", flag_value="csv", help="Print CSV: a row an image, a column a finding."
+)
+@click.option(
+    "--heatmaps", metavar="DIR", help="Write where the network looked to DIR, a PNG an image."
+)
 def predict(images, weights, form, heatmaps):
-    """Print the probability of each of the 14 findings for every image, calibrated if the weights know how.
+    """Print the probability of each of the 14 findings for every image, calibrated if the weights
+    know how.
 
-    JSON also has the findings called at each operating point that the weights carry. Not for clinical use.
+    JSON also has the findings called at each operating point that the weights carry. Not for
+    clinical use.
 
-    IMAGES are PNG, JPEG or DICOM files, folders of them, or quoted patterns such as 'films/**/*.dcm'. Exits with 1 if
-    some could not be read, 2 if none could.
-    """
+    IMAGES are PNG, JPEG or DICOM files, folders of them, or quoted patterns such as
+    'films/**/*.dcm'. Exits with 1 if some could not be read, 2 if none could."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import pandas as pd
 
@@ -36,17 +48,23 @@ def predict(images, weights, form, heatmaps):
 
     weights = find_weights(weights or newest_weights(ROOT / "runs"))
     card = read_card(weights)
-    read_by_card(pd.DataFrame(columns=FINDINGS), card, weights=weights)  # what is wrong is told before any scoring
+    # What is wrong is told before any scoring.
+    read_by_card(pd.DataFrame(columns=FINDINGS), card, weights=weights)
     if heatmaps:
         from chexlib.figures.heat_files import HeatMapFiles
     import_tensorflow()
-    found = predict_all(images, weights=weights, each=HeatMapFiles(heatmaps, card=card) if heatmaps else None)
+    found = predict_all(
+        images, weights=weights, each=HeatMapFiles(heatmaps, card=card) if heatmaps else None
+    )
     for error in found.errors.values():
         click.echo(f"Error: {error}", err=True)
     found.probabilities, called = read_by_card(found.probabilities, card)
     scores, calibration = found.probabilities, (card.get("calibration") or {}).get("method")
     if form == "json":
-        rows = {image: {f: round(float(p), 6) for f, p in row.items()} for image, row in scores.iterrows()}
+        rows = {
+            image: {f: round(float(p), 6) for f, p in row.items()}
+            for image, row in scores.iterrows()
+        }
         notes = {"doubts": found.doubts, "errors": found.errors}
         what = {"weights": str(weights), "split": card.get("split"), "calibration": calibration}
         click.echo(json.dumps({**what, "probabilities": rows, "called": called, **notes}, indent=1))
@@ -64,7 +82,9 @@ def predict(images, weights, form, heatmaps):
 
 @click.command()
 def clean():
-    """End the engines and controllers of all notebooks of this project that are yours, running ones too."""
+    """End the engines and controllers of all notebooks of this project that are yours, running ones
+    too.
+    """
     from chexlib.cluster.leftovers import PREFIX
     from chexlib.cluster.watchdog import end_members
 

@@ -29,10 +29,11 @@ from chexlib.machine import BATCH, cores
 from chexlib.mpi import thread_environment
 
 KERNEL_LOG = "kernel.log"  # in the run's folder: what kernels wrote to standard error
-# Notebooks that neither measure speed nor start engines run two at a time, those that take longest first: a training of
-# small networks keeps one core busy, not two. 09 reads 03 and 04 only.
+# Notebooks that neither measure speed nor start engines run two at a time, those that take longest
+# first: a training of small networks keeps one core busy, not two. 09 reads 03 and 04 only.
 TOGETHER = (("00", "01", "02"), ("05", "09", "07", "06"))
-# Of a quick run on two cores, half of it where two run at a time, for the guess of how long it will take elsewhere.
+# Of a quick run on two cores, half of it where two run at a time, for the guess of how long it will
+# take elsewhere.
 QUICK_SECONDS = dict(zip(range(11), (3, 5, 4, 63, 112, 34, 14, 17, 65, 23, 5), strict=True))
 READERS = ("09", "10")  # notebooks that read what others of their run found
 log = logging.getLogger(__name__)
@@ -60,8 +61,8 @@ def execute(
     reference : bool
         Keep what each notebook found as the project's reference, `data/reference/<notebook>.json`.
     resume : bool
-        Go on in the folder of the newest run that was asked for the same, with the notebooks that are not finished;
-        what they had trained is taken up. Without such a run, begin a new one.
+        Go on in the folder of the newest run that was asked for the same, with the notebooks that
+        are not finished; what they had trained is taken up. Without such a run, begin a new one.
 
     Returns
     -------
@@ -73,8 +74,8 @@ def execute(
     Raises
     ------
     ConfigError
-        An unknown notebook, profile or parameter; engines below 1; a run folder that cannot be written, or that another
-        process works in.
+        An unknown notebook, profile or parameter; engines below 1; a run folder that cannot be
+        written, or that another process works in.
     DataError
         The data folder cannot be used. All of these before anything is made.
     """
@@ -92,7 +93,10 @@ def execute(
         carrier, why = collectives.expected_carrier()
         if why:
             log.info("%s carries what the ranks tell each other: %s.", carrier, why)
-        progress, done = _Progress(run, asked), {path.stem for path in paths if finished(run / path.stem)}
+        progress, done = (
+            _Progress(run, asked),
+            {path.stem for path in paths if finished(run / path.stem)},
+        )
 
         def take(path: Path) -> tuple[Path, bool]:
             log.info("%s %s ...", path.stem, progress.before(path.stem))
@@ -130,14 +134,17 @@ def _groups(paths: list[Path]) -> list[list[Path]]:
         number = path.stem[:2]
         together = next((numbers for numbers in TOGETHER if number in numbers), (number,))
         groups.setdefault(together, []).append(path)
-    return [sorted(group, key=lambda path: numbers.index(path.stem[:2])) for numbers, group in groups.items()]
+    return [
+        sorted(group, key=lambda path: numbers.index(path.stem[:2]))
+        for numbers, group in groups.items()
+    ]
 
 
 def _side_by_side(take: Callable, paths: list[Path], *, log_file: Path) -> Iterator:
     """What `take` gives for each path, as they end: two at a time, each with half of the cores.
 
-    One by itself runs in this thread, which an interrupt reaches; kernels of other threads are ended here.
-    """
+    One by itself runs in this thread, which an interrupt reaches; kernels of other threads are
+    ended here."""
     if min(len(paths), cores()) < 2:
         with _headless(log_file):
             for path in paths:
@@ -174,7 +181,9 @@ class _Progress:
         self.names, self.began = list(asked["notebooks"]), time.monotonic()
         self.begun: list[str] = []
         profile, earlier = asked["profile"], sorted(run.parent.glob("[0-9]*"))
-        self.seconds = {name: QUICK_SECONDS.get(int(name[:2])) for name in self.names if profile == "quick"}
+        self.seconds = {
+            name: QUICK_SECONDS.get(int(name[:2])) for name in self.names if profile == "quick"
+        }
         kept = [(ROOT / "data" / "reference" / f"{name}.json", name) for name in self.names]
         made = [(past / name / "metrics.json", name) for past in earlier for name in self.names
                 if asked_of(past).get("profile") == profile]  # fmt: skip
@@ -186,12 +195,16 @@ class _Progress:
 
     def before(self, name: str) -> str:
         """In words, before the notebook of this name is executed."""
-        spent, done = time.monotonic() - self.began, sum(self.seconds.get(other) or 0 for other in self.begun)
+        spent, done = (
+            time.monotonic() - self.began,
+            sum(self.seconds.get(other) or 0 for other in self.begun),
+        )
         left = [other for other in self.names if other not in self.begun]
         self.begun.append(name)
         words = f"{len(self.names) - len(left) + 1} of {len(self.names)}; {_minutes(spent)} so far"
         if all(self.seconds.get(other) for other in left):
-            pace = spent / done if done > 10 else 1  # of this machine, once something is known of it
+            # Of this machine, once something is known of it.
+            pace = spent / done if done > 10 else 1
             words += f", about {_minutes(pace * sum(self.seconds[other] for other in left))} to go"
         return f"({words})"
 
@@ -215,13 +228,17 @@ def _execute_one(path: Path, folder: Path, parameters: dict) -> bool:
             kernel_name="python3",
             cwd=ROOT,
             progress_bar=False,
-            extra_arguments=["--log-level=CRITICAL"],  # the kernel's chatter; papermill raises errors
+            # The kernel's chatter; papermill raises errors.
+            extra_arguments=["--log-level=CRITICAL"],
         )
     except PapermillExecutionError as error:
         log.error("%s failed with %s: %s", path.stem, error.ename, error.evalue)
         return False
-    except (RuntimeError, CellTimeoutError) as error:  # a kernel that did not start, or was killed: no cell says so
-        log.error("%s failed: %s (its last words: %s)", path.stem, error, folder.parent / KERNEL_LOG)
+    # A kernel that did not start, or was killed: no cell says so.
+    except (RuntimeError, CellTimeoutError) as error:
+        log.error(
+            "%s failed: %s (its last words: %s)", path.stem, error, folder.parent / KERNEL_LOG
+        )
         _note_death(folder / "notebook.ipynb", path, error)
         return False
     return True
@@ -229,11 +246,11 @@ def _execute_one(path: Path, folder: Path, parameters: dict) -> bool:
 
 @contextlib.contextmanager
 def _headless(log_file: Path, *, threads: int = 0) -> Iterator[None]:
-    """The environment of notebooks that nobody watches, with so many threads each; the caller's own is put back.
+    """The environment of notebooks that nobody watches, with so many threads each; the caller's own
+    is put back.
 
-    What kernels write past the notebook (TensorFlow's greetings, a crash) goes to `log_file`; Python's own standard
-    error stays where it was.
-    """
+    What kernels write past the notebook (TensorFlow's greetings, a crash) goes to `log_file`;
+    Python's own standard error stays where it was."""
     before, stderr, terminal = dict(os.environ), sys.stderr, os.dup(2)
     try:
         # Without room for the file, what kernels say goes where it went before.
@@ -241,7 +258,8 @@ def _headless(log_file: Path, *, threads: int = 0) -> Iterator[None]:
             os.dup2(kernels.fileno(), 2)
         sys.stderr = open(terminal, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        # No bars, lines instead; and the kernel of this environment, whatever the user has installed.
+        # No bars, lines instead; and the kernel of this environment, whatever the user has
+        # installed.
         os.environ.update({BATCH: "1", "TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1"})
         for name, value in (thread_environment(threads) if threads else {}).items():
             os.environ.setdefault(name, value)  # what the user has set counts more
@@ -256,12 +274,12 @@ def _headless(log_file: Path, *, threads: int = 0) -> Iterator[None]:
 
 
 def end_when_told(patience: float = 20.0) -> None:
-    """Let Ctrl-C and SIGTERM end this process as Python does, by KeyboardInterrupt, and by force if that takes longer.
+    """Let Ctrl-C and SIGTERM end this process as Python does, by KeyboardInterrupt, and by force if
+    that takes longer.
 
-    papermill waits for its kernel to shut down, and has been seen to wait for ever. After `patience` seconds the
-    children (kernels, whose watchdogs end their engines) are killed, and the process ends with status 130, telling on
-    standard error where it was.
-    """
+    papermill waits for its kernel to shut down, and has been seen to wait for ever. After
+    `patience` seconds the children (kernels, whose watchdogs end their engines) are killed, and the
+    process ends with status 130, telling on standard error where it was."""
 
     def give_up() -> None:
         faulthandler.dump_traceback()
@@ -281,14 +299,21 @@ def end_when_told(patience: float = 20.0) -> None:
 
 
 def find_notebooks(names: Sequence[str] = ()) -> list[Path]:
-    """Paths of the notebooks with these names, numbers or file names, in their order; all if none is named."""
+    """Paths of the notebooks with these names, numbers or file names, in their order; all if none
+    is named.
+    """
     every = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
     found = []
     for name in names:
         wanted = Path(name).name.removesuffix(".ipynb")
-        matches = [path for path in every if path.stem == wanted or path.stem.split("_")[0] == wanted]
+        matches = [
+            path for path in every if path.stem == wanted or path.stem.split("_")[0] == wanted
+        ]
         if not matches:
-            raise ConfigError(f"there is no notebook {name!r}. There are: {', '.join(path.stem for path in every)}.")
+            raise ConfigError(
+                f"there is no notebook {name!r}. There are: "
+                f"{', '.join(path.stem for path in every)}."
+            )
         found += [path for path in matches if path not in found]
     return found or every
 
@@ -300,7 +325,9 @@ def _parameters_of(path: Path) -> dict:
 
 
 def _profile(names: str) -> dict:
-    """The parameters of a profile, or of several with commas between them, of which later ones count more."""
+    """The parameters of a profile, or of several with commas between them, of which later ones
+    count more.
+    """
     import yaml
 
     folder, found = ROOT / "notebooks" / "profiles", {}
@@ -319,44 +346,63 @@ def _note_death(made: Path, source: Path, error: Exception) -> None:
 
     notebook = nbformat.read(made if made.exists() else source, as_version=4)
     cell = nbformat.v4.new_code_cell()
-    cell.outputs = [nbformat.v4.new_output("error", ename=type(error).__name__, evalue=str(error), traceback=[])]
+    cell.outputs = [
+        nbformat.v4.new_output("error", ename=type(error).__name__, evalue=str(error), traceback=[])
+    ]
     notebook.cells.append(cell)
     nbformat.write(notebook, made)
 
 
 def _typed(name: str, value, kind: str):
     """Text from the command line as the type that the notebook's annotation names."""
-    makers = {"int": int, "float": float, "bool": lambda text: {"true": True, "false": False}[text.lower()]}
+    makers = {
+        "int": int,
+        "float": float,
+        "bool": lambda text: {"true": True, "false": False}[text.lower()],
+    }
     if not isinstance(value, str) or kind not in makers:
         return value
     try:
         return makers[kind](value)
     except (ValueError, KeyError):
-        raise ConfigError(f"{name}={value!r} is not accepted. Use a value of type {kind}.") from None
+        raise ConfigError(
+            f"{name}={value!r} is not accepted. Use a value of type {kind}."
+        ) from None
 
 
 def _checked(parameters: dict, accepted: dict[Path, dict]) -> dict:
-    """Refuse what no notebook takes; give text from the command line its type, and the data folder its full path."""
-    names = sorted({name for own in accepted.values() for name in own} - {"run_dir"})  # that one is execute's
+    """Refuse what no notebook takes; give text from the command line its type, and the data folder
+    its full path.
+    """
+    # That one is execute's.
+    names = sorted({name for own in accepted.values() for name in own} - {"run_dir"})
     checked = {}
     for name, value in parameters.items():
         if name not in names:
             near = difflib.get_close_matches(name, names, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"no notebook of this run has a parameter {name!r}.{hint} Accepted: {', '.join(names)}.")
+            raise ConfigError(
+                f"no notebook of this run has a parameter {name!r}.{hint} Accepted: "
+                f"{', '.join(names)}."
+            )
         kind = next(own[name]["inferred_type_name"] for own in accepted.values() if name in own)
         checked[name] = _typed(name, value, kind)
     if checked.get("data_dir"):
-        checked["data_dir"] = str(Path(checked["data_dir"]).absolute())  # the kernels work in another folder
+        # The kernels work in another folder.
+        checked["data_dir"] = str(Path(checked["data_dir"]).absolute())
     return checked
 
 
 def _refuse_what_cannot_work(settings: dict) -> None:
     if settings["engines"] < 1:
-        raise ConfigError(f"engines={settings['engines']} is not accepted. Use 1 or more MPI engines.")
+        raise ConfigError(
+            f"engines={settings['engines']} is not accepted. Use 1 or more MPI engines."
+        )
     if settings["data_dir"]:
         from chexlib.data.nih import load_radiographs
 
         images = len(load_radiographs(settings["data_dir"]))
         if settings["engines"] > images:
-            raise ConfigError(f"{settings['engines']} engines cannot share {images} images. Use at most {images}.")
+            raise ConfigError(
+                f"{settings['engines']} engines cannot share {images} images. Use at most {images}."
+            )

@@ -15,12 +15,19 @@ from chexlib.figures.curves import strip
 from chexlib.machine import BATCH
 
 log = logging.getLogger(__name__)
-SHOWN = {"loss": "loss", "val_loss": "val loss", "val_auroc": "val AUROC", "images_per_second": "images/s"}
+SHOWN = {
+    "loss": "loss",
+    "val_loss": "val loss",
+    "val_auroc": "val AUROC",
+    "images_per_second": "images/s",
+}
 
 
 def in_line(row: dict) -> str:
     """The numbers of an epoch in a line."""
-    return "  ".join(f"{name} {row[key]:.3g}" for key, name in SHOWN.items() if row.get(key) is not None)
+    return "  ".join(
+        f"{name} {row[key]:.3g}" for key, name in SHOWN.items() if row.get(key) is not None
+    )
 
 
 class LiveLine:
@@ -39,7 +46,9 @@ class LiveLine:
 
 
 class LiveView:
-    """A bar, a plot that moves, and a Stop button, in a notebook's output. Pass it as `report` to `fit`.
+    """A bar, a plot that moves, and a Stop button, in a notebook's output.
+
+    Pass it as `report` to `fit`.
 
     Parameters
     ----------
@@ -56,10 +65,16 @@ class LiveView:
         self.stop, self.line = stop, LiveLine()
         self.points, self.drawn = [], 0.0
         self.bar = widgets.FloatProgress(max=1.0, layout={"width": "30%"})
-        self.text = widgets.Label("getting ready: reading images, building the network, tracing the first step ...")
-        self.button = widgets.Button(description="Stop", icon="stop", tooltip="End after this step; keep a checkpoint")
+        self.text = widgets.Label(
+            "getting ready: reading images, building the network, tracing the first step ..."
+        )
+        self.button = widgets.Button(
+            description="Stop", icon="stop", tooltip="End after this step; keep a checkpoint"
+        )
         self.button.on_click(self._asked)
-        self.plot = widgets.Image(format="png", layout={"max_width": "100%", "visibility": "hidden"})
+        self.plot = widgets.Image(
+            format="png", layout={"max_width": "100%", "visibility": "hidden"}
+        )
         self.box = widgets.VBox([widgets.HBox([self.bar, self.button, self.text]), self.plot])
         display(self.box)
 
@@ -90,23 +105,27 @@ class LiveView:
         """Say that nothing moves any more."""
         if self.points:
             self.draw()
-            self.text.value = f"ended.  {in_line((self.points[-1]['history'] or [self.points[-1]])[-1])}"
+            self.text.value = (
+                f"ended.  {in_line((self.points[-1]['history'] or [self.points[-1]])[-1])}"
+            )
         self.button.disabled = True
 
 
 async def watched(function: Callable, *args: Any, engines=None, **kwargs: Any) -> Any:
-    """`function(*args, report=..., **kwargs)`, such as `fit`, seen live from a notebook: `await watched(fit, config)`.
+    """`function(*args, report=..., **kwargs)`, such as `fit`, seen live from a notebook: `await
+    watched(fit, config)`.
 
-    It runs in a thread, so that the kernel goes on serving the Stop button. Headless it logs a line an epoch instead.
-    Interrupting the cell asks for a stop too.
-    """
+    It runs in a thread, so that the kernel goes on serving the Stop button. Headless it logs a line
+    an epoch instead. Interrupting the cell asks for a stop too."""
     from chexlib import stopping
 
     stop = stopping.ask if engines is None else engines.stop
     if engines is not None:
         kwargs["engines"] = engines
     view = LiveLine() if os.environ.get(BATCH) else LiveView(stop)
-    work = asyncio.ensure_future(asyncio.to_thread(functools.partial(function, *args, report=view, **kwargs)))
+    work = asyncio.ensure_future(
+        asyncio.to_thread(functools.partial(function, *args, report=view, **kwargs))
+    )
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:

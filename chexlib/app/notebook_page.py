@@ -1,4 +1,6 @@
-"""An executed notebook as an HTML page: it needs no network, fits a phone, and can be read by a screen reader."""
+"""An executed notebook as an HTML page: it needs no network, fits a phone, and can be read by a
+screen reader.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ from pathlib import Path
 
 # What TensorFlow 2.21 says at its start, before it reads TF_CPP_MIN_LOG_LEVEL.
 START = re.compile(
-    r"WARNING: All log messages before absl::InitializeLog.*\n?|I\d{4} \d\d:.*oneDNN custom operations.*\n?"
+    r"WARNING: All log messages before absl::InitializeLog.*\n?|I\d{4} \d\d:.*oneDNN custom "
+    r"operations.*\n?"
 )
 
 STYLE = """
@@ -31,7 +34,8 @@ nav { font-family: system-ui, sans-serif; }
 
 
 def write_page(notebook, path: Path, *, title: str) -> None:
-    """Write `notebook.html`; pictures are described by the captions of the figures that their cells saved.
+    """Write `notebook.html`; pictures are described by the captions of the figures that their cells
+    saved.
 
     Parameters
     ----------
@@ -42,7 +46,8 @@ def write_page(notebook, path: Path, *, title: str) -> None:
     from bs4 import BeautifulSoup
     from nbconvert import HTMLExporter
 
-    # The exporter would otherwise load scripts from other people's servers; our notebooks need none.
+    # The exporter would otherwise load scripts from other people's servers; our notebooks need
+    # none.
     exporter = HTMLExporter(
         mathjax_url="",
         require_js_url="",
@@ -70,7 +75,8 @@ def write_page(notebook, path: Path, *, title: str) -> None:
                 header.name = "td"
     for wrapper in soup.select(".jp-Cell-inputWrapper[tabindex]"):
         del wrapper["tabindex"]  # nothing in it is operated: only links and tables are stopped at
-    for link in soup.find_all("a", href=re.compile(r"^\d\w*\.ipynb$")):  # to another notebook: its page, if it is here
+    # To another notebook: its page, if it is here.
+    for link in soup.find_all("a", href=re.compile(r"^\d\w*\.ipynb$")):
         other = link["href"].removesuffix(".ipynb")
         if (path.parent.parent / other).exists():
             link["href"] = f"../{other}/notebook.html"
@@ -78,7 +84,8 @@ def write_page(notebook, path: Path, *, title: str) -> None:
             link.unwrap()
     soup.head.append(soup.new_tag("style", string=STYLE))
     back = BeautifulSoup(
-        '<nav aria-label="Run"><p><a href="../index.html">Report of this run</a></p></nav>', "html.parser"
+        '<nav aria-label="Run"><p><a href="../index.html">Report of this run</a></p></nav>',
+        "html.parser",
     )
     soup.body.insert(0, back)
     path.write_text(str(soup))
@@ -91,11 +98,14 @@ def _describe_pictures(soup, notebook, figures: Path) -> None:
             heading = (re.findall(r"^#+ (.+)", cell.source, re.M) or [heading])[-1]
         place = soup.find(id=f"cell-id={cell.get('id', '')}")
         saved = re.findall(r'save_figure\(\s*figure,\s*"(\w+)"', cell.source)
-        captions = [caption(figures / f"{name}.png") for name in saved if (figures / f"{name}.png").exists()]
+        captions = [
+            caption(figures / f"{name}.png") for name in saved if (figures / f"{name}.png").exists()
+        ]
         for picture in place.find_all("img") if place else []:
             if picture.get("alt", "").startswith("No description"):
                 picture["alt"] = captions[0] if captions else f"Figure under “{heading}”"
-    for picture in soup.find_all("img", alt=re.compile("^No description")):  # of a notebook whose cells have no id
+    # Of a notebook whose cells have no id.
+    for picture in soup.find_all("img", alt=re.compile("^No description")):
         picture["alt"] = "Figure of this notebook"
 
 

@@ -14,9 +14,11 @@ from chexlib.findings import FINDINGS
 
 
 def build_report(run: Path, only: Collection[str] | None = None) -> Path:
-    """Turn every executed notebook of a run into HTML and write the run's `index.html` over them: the ledger first.
+    """Turn every executed notebook of a run into HTML and write the run's `index.html` over them:
+    the ledger first.
 
-    A page that is newer than its notebook stays, so that the report can be written anew after each notebook.
+    A page that is newer than its notebook stays, so that the report can be written anew after each
+    notebook.
 
     Parameters
     ----------
@@ -36,7 +38,9 @@ def build_report(run: Path, only: Collection[str] | None = None) -> Path:
 
     folders = [folder for folder in sorted(run.iterdir()) if (folder / "notebook.ipynb").exists()]
     pages = [_page(folder) for folder in folders if only is None or folder.name in only]
-    judged = {page["title"]: page["metrics"]["auroc"] for page in pages if "auroc" in page["metrics"]}
+    judged = {
+        page["title"]: page["metrics"]["auroc"] for page in pages if "auroc" in page["metrics"]
+    }
     environment = next((page["environment"] for page in pages if page["environment"]), {})
     table = build_ledger(run)
     asked, there = _read(run / "run.json"), {page["name"] for page in pages}
@@ -64,7 +68,9 @@ def build_report(run: Path, only: Collection[str] | None = None) -> Path:
 
 
 def figure(value: float | None, unit: str) -> str:
-    """A figure in words: an AUROC with three digits, a count whole, anything else with four that count."""
+    """A figure in words: an AUROC with three digits, a count whole, anything else with four that
+    count.
+    """
     if value is None or math.isnan(value):
         return ""
     if unit == "AUROC":
@@ -77,9 +83,19 @@ def _page(folder: Path) -> dict:
     import nbformat
 
     notebook = nbformat.read(folder / "notebook.ipynb", as_version=4)
-    first = next((c.source for c in notebook.cells if c.cell_type == "markdown" and c.source.startswith("# ")), "# ?")
+    first = next(
+        (
+            c.source
+            for c in notebook.cells
+            if c.cell_type == "markdown" and c.source.startswith("# ")
+        ),
+        "# ?",
+    )
     title, written = first.splitlines()[0].removeprefix("# "), folder / "notebook.html"
-    if not written.exists() or written.stat().st_mtime_ns <= (folder / "notebook.ipynb").stat().st_mtime_ns:
+    if (
+        not written.exists()
+        or written.stat().st_mtime_ns <= (folder / "notebook.ipynb").stat().st_mtime_ns
+    ):
         write_page(notebook, written, title=title)
     return {
         "name": folder.name,
@@ -107,7 +123,13 @@ def _figure(path: Path) -> dict:
     with Image.open(path) as image:
         width, height = image.size
     data = base64.b64encode(path.read_bytes()).decode()
-    return {"name": path.stem, "caption": caption(path), "width": width, "height": height, "data": data}
+    return {
+        "name": path.stem,
+        "caption": caption(path),
+        "width": width,
+        "height": height,
+        "data": data,
+    }
 
 
 def _read(path: Path) -> dict:

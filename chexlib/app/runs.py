@@ -1,8 +1,7 @@
 """Runs: one folder for what a notebook found, with everything needed to know how it came about.
 
-`runs/<id>/<notebook>/` holds params.json, environment.json, metrics.json, figures/*.png and what training wrote;
-`runs/latest` points to the newest run.
-"""
+`runs/<id>/<notebook>/` holds params.json, environment.json, metrics.json, figures/*.png and what
+training wrote; `runs/latest` points to the newest run."""
 
 from __future__ import annotations
 
@@ -19,7 +18,8 @@ from chexlib.files import ROOT, plain, replacing, write_json
 from chexlib.machine import environment
 
 PHANTOM_SIZE = 128  # side in pixels of the phantoms that notebooks make
-PHANTOM_PREVALENCE = 0.04  # least prevalence of each finding in them; in the NIH release the rarest has 0.002
+# Least prevalence of each finding in them; in the NIH release the rarest has 0.002.
+PHANTOM_PREVALENCE = 0.04
 log = logging.getLogger(__name__)
 
 
@@ -54,23 +54,36 @@ class Run:
     parameters: dict
     began: float
     named: bool = False  # the folder was given: what lies around it is not ours
-    interrupted: bool = False  # it began here before, with the same parameters, and did not finish: trainings go on
+    # It began here before, with the same parameters, and did not finish: trainings go on.
+    interrupted: bool = False
 
     def save_figure(self, figure, name: str, *, caption: str) -> None:
-        """Write a matplotlib figure to `figures/<name>.png`, with the caption inside for the report."""
+        """Write a matplotlib figure to `figures/<name>.png`, with the caption inside for the
+        report.
+        """
         folder = self.path / "figures"
         folder.mkdir(exist_ok=True)
         with replacing(folder / f"{name}.png") as file:
-            figure.savefig(file, format="png", dpi=120, bbox_inches="tight", metadata={"Description": caption})
+            figure.savefig(
+                file, format="png", dpi=120, bbox_inches="tight", metadata={"Description": caption}
+            )
 
     def owns(self, path: str | Path) -> bool:
-        """Whether a file lies below this folder or, where that is `<run>/<notebook>`, beside another of the run's."""
+        """Whether a file lies below this folder or, where that is `<run>/<notebook>`, beside
+        another of the run's.
+        """
         mine, path = self.path.resolve(), Path(path).resolve()
-        return path.is_relative_to(mine) or (mine.name == self.notebook and path.parent.parent == mine.parent)
+        return path.is_relative_to(mine) or (
+            mine.name == self.notebook and path.parent.parent == mine.parent
+        )
 
     def finish(self, **metrics) -> Path:
-        """Write `metrics.json`, undefined numbers as null; if the run is our own, point `latest` here."""
-        write_json(self.path / "metrics.json", {**metrics, "seconds": round(time.time() - self.began, 1)})
+        """Write `metrics.json`, undefined numbers as null; if the run is our own, point `latest`
+        here.
+        """
+        write_json(
+            self.path / "metrics.json", {**metrics, "seconds": round(time.time() - self.began, 1)}
+        )
         if not self.named:
             point_latest(self.path.parent)
         log.info("Results: %s", self.path)
@@ -81,7 +94,8 @@ class Run:
 
 
 def start(notebook: str, *, run_dir: str = "", parameters: dict | None = None) -> Run:
-    """Begin a notebook's run: its folder, its parameters and the environment on record, log lines shown.
+    """Begin a notebook's run: its folder, its parameters and the environment on record, log lines
+    shown.
 
     Parameters
     ----------
@@ -117,16 +131,22 @@ def _began_before(path: Path, parameters: dict) -> bool:
 
 
 def data_folder(data_dir: str = "", *, images: int, difficulty: str, seed: int) -> Path:
-    """The folder a notebook works on: `data_dir`, or without one a phantom under `data/phantom`, made if missing.
+    """The folder a notebook works on: `data_dir`, or without one a phantom under `data/phantom`,
+    made if missing.
 
-    The phantom has `images` synthetic radiographs of `PHANTOM_SIZE` px, and every finding in at least
-    `PHANTOM_PREVALENCE` of them: with the release's own prevalence, 12,000 images have seven hernias to test on.
-    """
+    The phantom has `images` synthetic radiographs of `PHANTOM_SIZE` px, and every finding in at
+    least `PHANTOM_PREVALENCE` of them: with the release's own prevalence, 12,000 images have seven
+    hernias to test on."""
     if data_dir:
         return Path(data_dir).absolute()
     from chexlib.phantom.write import VERSION, write_phantom
 
-    folder = ROOT / "data" / "phantom" / f"v{VERSION}-{difficulty}-{images}x{PHANTOM_SIZE}px-seed{seed}-enriched"
+    folder = (
+        ROOT
+        / "data"
+        / "phantom"
+        / f"v{VERSION}-{difficulty}-{images}x{PHANTOM_SIZE}px-seed{seed}-enriched"
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     settings = {"n_images": images, "size": PHANTOM_SIZE, "difficulty": difficulty, "seed": seed}
     return write_phantom(folder, **settings, min_prevalence=PHANTOM_PREVALENCE)
@@ -160,4 +180,6 @@ def show_log(level: int = logging.INFO) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"the run folder {path} cannot be written ({error.strerror}). Name another with run_dir.")
+    return ConfigError(
+        f"the run folder {path} cannot be written ({error.strerror}). Name another with run_dir."
+    )

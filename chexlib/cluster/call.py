@@ -19,7 +19,9 @@ class _Kept(logging.StreamHandler):
 
 
 def call(function: Callable, args: tuple, kwargs: dict, live: bool) -> tuple:
-    """What the function returned, and a (logger, level, text) for each line that chexlib logged meanwhile."""
+    """What the function returned, and a (logger, level, text) for each line that chexlib logged
+    meanwhile.
+    """
     from ipyparallel.datapub import publish_data
 
     if live:

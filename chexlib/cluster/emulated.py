@@ -1,12 +1,15 @@
-"""Several "hosts" on one machine, on a virtual switch. Needs root, util-linux and iproute2, and nothing but Python.
+"""Several "hosts" on one machine, on a virtual switch.
 
-Each host is a set of network, host name, mount and process namespaces, with /etc/hosts and an empty TMPDIR of its own.
-Its first process is a bash that reads from us: when this context ends, or its process dies however it dies, bash ends
-too, and the kernel kills whatever runs on the host, and with its last process its network.
+Needs root, util-linux and iproute2, and nothing but Python.
+
+Each host is a set of network, host name, mount and process namespaces, with /etc/hosts and an empty
+TMPDIR of its own. Its first process is a bash that reads from us: when this context ends, or its
+process dies however it dies, bash ends too, and the kernel kills whatever runs on the host, and
+with its last process its network.
 
     with EmulatedHosts(4) as hosts:
-        hosts.limit(1e9)
-        subprocess.run(hosts[0].wrap([mpiexec, *mpi.flags(hosts.slots(1), hosts.network), *hosts.agent_flags, ...]))
+        hosts.limit(1e9) subprocess.run(hosts[0].wrap([mpiexec, *mpi.flags(hosts.slots(1),
+        hosts.network), *hosts.agent_flags, ...]))
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from pathlib import Path
 NAMESPACES = ("--net", "--uts", "--mount", "--pid")
 INTERFACE = "veth0"  # a host's end of its cable
 NETWORK = "10.77.0.0/24"
-BURST = 1e-3  # seconds at full rate that a limited cable lets through at once; at least one large packet
+# Seconds at full rate that a limited cable lets through at once; at least one large packet.
+BURST = 1e-3
 QUEUE = "100ms"  # longest stay of a packet in a limited cable's queue
 
 
@@ -50,22 +54,40 @@ def why_not() -> str:
 class Host:
     """One of them, or the switch that joins them."""
 
-    def __init__(self, name: str, ip: str, tmp: Path, hosts_file: Path, processor: int | None = None):
+    def __init__(
+        self, name: str, ip: str, tmp: Path, hosts_file: Path, processor: int | None = None
+    ):
         self.name, self.ip, self.tmp = name, ip, tmp
         self._pin = [] if processor is None else ["taskset", "--cpu-list", str(processor)]
         script = (
-            f"hostname {name} && mount --bind {hosts_file} /etc/hosts && mount -t tmpfs none {tmp} && echo up; read"
+            f"hostname {name} && mount --bind {hosts_file} /etc/hosts && "
+            f"mount -t tmpfs none {tmp} && echo up; read"
         )
-        command = ["unshare", *NAMESPACES, "--fork", "--mount-proc", "--kill-child", "bash", "-c", script]
+        command = [
+            "unshare",
+            *NAMESPACES,
+            "--fork",
+            "--mount-proc",
+            "--kill-child",
+            "bash",
+            "-c",
+            script,
+        ]
         self._holder = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         if self._holder.stdout.readline() != "up\n":
             raise RuntimeError(f"{name} did not start")
         children = Path(f"/proc/{self._holder.pid}/task/{self._holder.pid}/children").read_text()
         self.pid = int(children.split()[0])  # of the first process, as we see it
 
-    def wrap(self, command: list[str], *, folder: str = "", env: list[str] | None = None) -> list[str]:
+    def wrap(
+        self, command: list[str], *, folder: str = "", env: list[str] | None = None
+    ) -> list[str]:
         """`command` as it is run on this host, with our environment if none is given."""
         bare = ["-i", *env] if env is not None else []
         place = ["env", "-C", folder or os.getcwd(), *bare, f"TMPDIR={self.tmp}"]
@@ -73,15 +95,25 @@ class Host:
 
     def ip_command(self, words: str, *, tool: str = "ip") -> None:
         """For example "link set veth0 down"."""
-        subprocess.run(["nsenter", f"--target={self.pid}", "--net", tool, *words.split()], check=True)
+        subprocess.run(
+            ["nsenter", f"--target={self.pid}", "--net", tool, *words.split()], check=True
+        )
 
     def processes(self, word: str = "") -> dict[int, str]:
-        """Our process ids and the command lines of what runs on this host and has `word` in its command line."""
+        """Our process ids and the command lines of what runs on this host and has `word` in its
+        command line.
+        """
         mine, found = os.readlink(f"/proc/{self.pid}/ns/pid"), {}
         for entry in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
                 if int(entry) != self.pid and os.readlink(f"/proc/{entry}/ns/pid") == mine:
-                    line = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+                    line = (
+                        Path(f"/proc/{entry}/cmdline")
+                        .read_bytes()
+                        .replace(b"\0", b" ")
+                        .decode()
+                        .strip()
+                    )
                     if line and word in line:  # a process that has ended has no command line
                         found[int(entry)] = line
         return found
@@ -95,9 +127,9 @@ class Host:
 class EmulatedHosts:
     """Hosts called hostA, hostB, ...; `agent` stands for ssh between them; `folder` is seen by all.
 
-    With `pinned` each host has one processor of this machine, in turn, instead of all of them: where there are more
-    ranks than processors the system deals them out well or badly for seconds at a time, and steps differ by half.
-    """
+    With `pinned` each host has one processor of this machine, in turn, instead of all of them:
+    where there are more ranks than processors the system deals them out well or badly for seconds
+    at a time, and steps differ by half."""
 
     network = NETWORK
 
@@ -130,7 +162,9 @@ class EmulatedHosts:
             host.ip_command(f"link set {INTERFACE} up")
             host.ip_command("link set lo up")
         self.agent = str(self.folder / "agent")
-        Path(self.agent).write_text(f'#!/bin/sh\nexec {sys.executable} -I {__file__} {self.folder}/door "$@"\n')
+        Path(self.agent).write_text(
+            f'#!/bin/sh\nexec {sys.executable} -I {__file__} {self.folder}/door "$@"\n'
+        )
         os.chmod(self.agent, 0o755)
         self._door = socket.socket(socket.AF_UNIX)
         self._door.bind(f"{self.folder}/door")
@@ -145,7 +179,9 @@ class EmulatedHosts:
         return [(name, per_host) for name in self.names]
 
     def limit(self, rate: float) -> None:
-        """Let each host send and receive `rate` bits a second, by a token bucket at both ends of its cable."""
+        """Let each host send and receive `rate` bits a second, by a token bucket at both ends of
+        its cable.
+        """
         burst = max(131072, int(rate / 8 * BURST))
         words = f"rate {int(rate)}bit burst {burst} latency {QUEUE}"
         for name in self.names:
@@ -168,23 +204,30 @@ class EmulatedHosts:
 
     def __exit__(self, *_) -> None:
         self.close()
-        for process in self._logged_in:  # nsenter stops when what it started is stopped, and then sees no end
+        # Nsenter stops when what it started is stopped, and then sees no end.
+        for process in self._logged_in:
             process.kill()
             process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _serve(self) -> None:
         while True:
-            threading.Thread(target=self._log_in, args=(self._door.accept()[0],), daemon=True).start()
+            threading.Thread(
+                target=self._log_in, args=(self._door.accept()[0],), daemon=True
+            ).start()
 
     def _log_in(self, caller: socket.socket) -> None:
-        """What sshd does: run a command line with the caller's files, in a bare environment, and tell how it ended."""
+        """What sshd does: run a command line with the caller's files, in a bare environment, and
+        tell how it ended.
+        """
         data, files, _, _ = socket.recv_fds(caller, 1 << 20, 3)
         name, line = json.loads(data)
         host = self._open[name]
         env = ["HOME=/root", "USER=root", "SHELL=/bin/bash", "PATH=/usr/local/bin:/usr/bin:/bin"]
         command = host.wrap(["sh", "-c", line], folder="/root", env=env)
-        process = subprocess.Popen(command, stdin=files[0], stdout=files[1], stderr=files[2], start_new_session=True)
+        process = subprocess.Popen(
+            command, stdin=files[0], stdout=files[1], stderr=files[2], start_new_session=True
+        )
         self._logged_in.append(process)
         code = process.wait()
         for file in files:

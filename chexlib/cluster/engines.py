@@ -35,8 +35,8 @@ from chexlib.mpi import find_mpi, thread_environment
 class Engines:
     """MPI engines that are one MPI world: engine id = MPI rank, checked at every start.
 
-    Made by `mpi_engines`. After a fault that leaves ranks stuck they are taken down; the next `run` starts them again.
-    """
+    Made by `mpi_engines`. After a fault that leaves ranks stuck they are taken down; the next `run`
+    starts them again."""
 
     log = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ class Engines:
         Parameters
         ----------
         function : callable
-            Importable on the engines. With `report` it is called with a keyword `report` of its own.
+            Importable on the engines. With `report` it is called with a keyword `report` of its
+            own.
         report : callable, optional
             Called here with each dict of numbers that the function on rank 0 reports.
         timeout : float, optional
@@ -81,15 +82,16 @@ class Engines:
         Returns
         -------
         list
-            What the function returned, in the order of ranks. What chexlib logged on rank 0 is then logged here.
+            What the function returned, in the order of ranks. What chexlib logged on rank 0 is then
+            logged here.
 
         Raises
         ------
         ChexlibError
             What a rank raised of this family.
         ClusterError
-            Any other failure: the rank, its host, its error and the engines' last lines. Ranks that are stuck because
-            of it are ended.
+            Any other failure: the rank, its host, its error and the engines' last lines. Ranks that
+            are stuck because of it are ended.
         """
         if self.client is None:
             self.restart()
@@ -98,9 +100,13 @@ class Engines:
             self.down()
             raise ClusterError(f"engines have died since the last call. {lines}")
         work = (call, function, args, kwargs, report is not None)
-        self._pending = pending = [self.client[engine].apply_async(*work) for engine in self.client.ids]
+        self._pending = pending = [
+            self.client[engine].apply_async(*work) for engine in self.client.ids
+        ]
         try:
-            answers = faults.follow(self, pending, report, timeout, getattr(function, "__name__", str(function)))
+            answers = faults.follow(
+                self, pending, report, timeout, getattr(function, "__name__", str(function))
+            )
         except BaseException:
             if not all(answer.ready() for answer in pending) or not self.launcher_runs():
                 self.log.info("The engines are taken down.")
@@ -122,7 +128,10 @@ class Engines:
         self._starts += 1
         if not self.site.shared and self.n * self.threads > cores():
             self.log.warning(
-                "%d engines x %d threads on %d cores: they will wait for each other.", self.n, self.threads, cores()
+                "%d engines x %d threads on %d cores: they will wait for each other.",
+                self.n,
+                self.threads,
+                cores(),
             )
         try:
             self._up()
@@ -139,8 +148,13 @@ class Engines:
             profile_dir=f"{self.folder}/{self._starts}",
             config=launcher_settings(site, self.mpi, self.threads, self.stall, self.folder),
             controller_ip=site.address,
-            controller_args=["--HeartMonitor.period=2000", "--HeartMonitor.max_heartmonitor_misses=5", *encrypt],
-            send_engines_connection_env=not site.shared,  # else it would cross the wire, and the folder has it
+            controller_args=[
+                "--HeartMonitor.period=2000",
+                "--HeartMonitor.max_heartmonitor_misses=5",
+                *encrypt,
+            ],
+            # Else it would cross the wire, and the folder has it.
+            send_engines_connection_env=not site.shared,
             engine_timeout=self.timeout,
             shutdown_atexit=False,  # the watchdog does it, also where atexit is never reached
             log_level=logging.ERROR,
@@ -158,12 +172,19 @@ class Engines:
             late = time.monotonic() - began > self.timeout
             if late or not self.launcher_runs():
                 why = f"not within {self.timeout} s" if late else "their launcher ended"
-                raise ClusterError(f"{self.n} MPI engines did not come up: {why}. {faults.last_lines(self)}")
+                raise ClusterError(
+                    f"{self.n} MPI engines did not come up: {why}. {faults.last_lines(self)}"
+                )
             time.sleep(0.1)
         self.identities = one_world(self.client, self.cluster.controller, self.n)
         if self._starts == 1 and (why := self.identities[0]["why"]):
-            self.log.warning("%s carries what the ranks tell each other: %s.", self.identities[0]["carrier"], why)
-        sign(self.folder, [who["pid"] for who in self.identities if who["host"] == socket.gethostname()])
+            self.log.warning(
+                "%s carries what the ranks tell each other: %s.", self.identities[0]["carrier"], why
+            )
+        sign(
+            self.folder,
+            [who["pid"] for who in self.identities if who["host"] == socket.gethostname()],
+        )
 
     def down(self) -> None:
         """End the engines and their controller."""
@@ -188,13 +209,21 @@ class Engines:
         return self.launched is not None and self.launched.runs()
 
     def output(self) -> str:
-        """What the launcher of the engines has said, and what each rank has printed in its last call."""
+        """What the launcher of the engines has said, and what each rank has printed in its last
+        call.
+        """
         said = [answer.metadata for answer in self._pending]
-        return (self.launched.output() if self.launched else "") + "".join(s["stdout"] + s["stderr"] for s in said)
+        return (self.launched.output() if self.launched else "") + "".join(
+            s["stdout"] + s["stderr"] for s in said
+        )
 
     def _repr_html_(self) -> str:
-        cells = [(w["rank"], html.escape(w["host"]), w["pid"], self.threads) for w in self.identities]
-        rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells)
+        cells = [
+            (w["rank"], html.escape(w["host"]), w["pid"], self.threads) for w in self.identities
+        ]
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells
+        )
         hosts = len({w["host"] for w in self.identities})
         carrier = self.identities[0]["carrier"] if self.identities else ""
         build = html.escape(f"{self.mpi.version}; {carrier}")
@@ -215,8 +244,8 @@ def mpi_engines(
     threads : int
         Threads of each rank; 0 divides the cores of this machine among its ranks.
     site : Site, optional
-        Other hosts, or Slurm, from `find_site`; without it this host. Beyond this host ipyparallel's traffic is
-        encrypted (CurveZMQ); what MPI sends is not.
+        Other hosts, or Slurm, from `find_site`; without it this host. Beyond this host
+        ipyparallel's traffic is encrypted (CurveZMQ); what MPI sends is not.
     timeout : int
         Seconds to wait for the engines to come up.
     stall : int
@@ -234,10 +263,15 @@ def mpi_engines(
             raise ConfigError(f"{name}={value} is not accepted. Use 1 or more.")
     site = site or Site()
     if site.slurm and not threads:
-        raise ConfigError("threads=0 says nothing of hosts that Slurm will choose. Name the threads of each rank.")
+        raise ConfigError(
+            "threads=0 says nothing of hosts that Slurm will choose. Name the threads of each rank."
+        )
     slots = sum(slots for _, slots in site.hosts)
     if site.hosts and slots < n:
-        raise ConfigError(f"engines={n}, but the hosts have {slots} slots. Name more hosts, or more slots of each.")
+        raise ConfigError(
+            f"engines={n}, but the hosts have {slots} slots. Name more hosts, or more slots of "
+            "each."
+        )
     of_a_host = max((slots for _, slots in site.hosts), default=n)
     threads = threads or max(1, topology()["physical_cores"] // of_a_host)
     thread_environment(threads)  # refuses impossible numbers before anything is started

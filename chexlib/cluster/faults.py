@@ -20,8 +20,11 @@ STALL_REPORT = 5  # seconds after which Horovod names a rank that keeps the othe
 _PRESENTLY = 0.2
 
 
-def follow(engines, pending: list, report: Callable[[dict], None] | None, timeout: float | None, name: str) -> list:
-    """Wait for the answers of all ranks, passing on what rank 0 tells; raise as soon as something is wrong.
+def follow(
+    engines, pending: list, report: Callable[[dict], None] | None, timeout: float | None, name: str
+) -> list:
+    """Wait for the answers of all ranks, passing on what rank 0 tells; raise as soon as something
+    is wrong.
 
     Parameters
     ----------
@@ -47,29 +50,42 @@ def follow(engines, pending: list, report: Callable[[dict], None] | None, timeou
         if len(done) == len(pending):
             return [answer.get() for answer in pending]
         if not _runs(engines.cluster.controller.process.pid):
-            raise ClusterError(f"the engines' controller on {socket.gethostname()} has ended. {last_lines(engines)}")
+            raise ClusterError(
+                f"the engines' controller on {socket.gethostname()} has ended. "
+                f"{last_lines(engines)}"
+            )
         if not engines.launcher_runs():  # seen before the ranks' own end, where the machine is busy
-            raise _death(engines) or ClusterError(f"the launcher of the engines has ended. {last_lines(engines)}")
+            raise _death(engines) or ClusterError(
+                f"the launcher of the engines has ended. {last_lines(engines)}"
+            )
         if frozen := [who for who in engines.identities if _stopped(who)]:
             since = suspicion.setdefault("frozen", time.monotonic())
             if time.monotonic() - since > STALL_REPORT:
-                raise ClusterError(f"{_names(frozen)} does not run: it was stopped by a signal. {last_lines(engines)}")
+                raise ClusterError(
+                    f"{_names(frozen)} does not run: it was stopped by a signal. "
+                    f"{last_lines(engines)}"
+                )
         else:
             suspicion.pop("frozen", None)
         for rank in stalled_ranks(engines.output()):
             if rank not in suspicion:
                 suspicion[rank] = time.monotonic()
                 engines.log.warning(
-                    "%s has kept the other ranks waiting for %d s.", _names([engines.identities[rank]]), STALL_REPORT
+                    "%s has kept the other ranks waiting for %d s.",
+                    _names([engines.identities[rank]]),
+                    STALL_REPORT,
                 )
         if timeout is not None and time.monotonic() - began > timeout:
             raise ClusterError(
-                f"{name} did not end within {timeout} s on {len(pending)} engines. {last_lines(engines)}"
+                f"{name} did not end within {timeout} s on {len(pending)} engines. "
+                f"{last_lines(engines)}"
             )
 
 
 def explain(engines, failed: dict[int, BaseException]) -> ChexlibError:
-    """The error to raise for what some ranks raised: the cause rather than its consequences on other ranks."""
+    """The error to raise for what some ranks raised: the cause rather than its consequences on
+    other ranks.
+    """
     kinds = {rank: getattr(error, "ename", type(error).__name__) for rank, error in failed.items()}
     for rank, kind in kinds.items():
         ours = getattr(chexlib.errors, kind, None)
@@ -79,26 +95,36 @@ def explain(engines, failed: dict[int, BaseException]) -> ChexlibError:
     if stalled := stalled_ranks(output):
         who = _names([engines.identities[rank] for rank in stalled])
         return ClusterError(
-            f"{who} kept the other ranks waiting for more than {engines.stall} s. {last_lines(engines)}"
+            f"{who} kept the other ranks waiting for more than {engines.stall} s. "
+            f"{last_lines(engines)}"
         )
-    # A rank that dies takes the others with it, and they all look alike: the launcher knows which one it was.
+    # A rank that dies takes the others with it, and they all look alike: the launcher knows which
+    # one it was.
     until = time.monotonic() + LAUNCHER_GRACE
-    while set(kinds.values()) == {"EngineError"} and engines.launcher_runs() and time.monotonic() < until:
+    while (
+        set(kinds.values()) == {"EngineError"}
+        and engines.launcher_runs()
+        and time.monotonic() < until
+    ):
         time.sleep(_PRESENTLY)
     if death := _death(engines):
         return death
-    causes = [rank for rank, kind in kinds.items() if kind not in ("EngineError", "HorovodInternalError")]
+    causes = [
+        rank for rank, kind in kinds.items() if kind not in ("EngineError", "HorovodInternalError")
+    ]
     rank = min(causes or failed)
     text = getattr(failed[rank], "evalue", str(failed[rank]))
     return ClusterError(
-        f"{_names([engines.identities[rank]])} failed with {kinds[rank]}: {text}. {last_lines(engines)}"
+        f"{_names([engines.identities[rank]])} failed with {kinds[rank]}: {text}. "
+        f"{last_lines(engines)}"
     )
 
 
 def _death(engines) -> ClusterError | None:
     """The error for a rank that died of a signal, if the launcher has said so."""
     died = re.search(
-        r"process rank (\d+) with PID \d+ on node \S+ exited on\s+(signal \d+ \([^)]*\))", engines.output()
+        r"process rank (\d+) with PID \d+ on node \S+ exited on\s+(signal \d+ \([^)]*\))",
+        engines.output(),
     )
     if not died:
         return None
@@ -116,7 +142,9 @@ def last_lines(engines) -> str:
     """The end of what the engines printed, for a message."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", engines.output())  # IPython colours its tracebacks
     lines = [line for line in text.splitlines() if line.strip()][-LINES:]
-    return "The engines' last lines:\n" + "\n".join(lines) if lines else "The engines printed nothing."
+    return (
+        "The engines' last lines:\n" + "\n".join(lines) if lines else "The engines printed nothing."
+    )
 
 
 def _settle(pending: list) -> dict[int, BaseException]:
@@ -124,7 +152,9 @@ def _settle(pending: list) -> dict[int, BaseException]:
     until = time.monotonic() + GRACE
     for answer in pending:
         answer.wait(timeout=max(0.0, until - time.monotonic()))
-    return {i: a.exception() for i, a in enumerate(pending) if a.ready() and a.exception() is not None}
+    return {
+        i: a.exception() for i, a in enumerate(pending) if a.ready() and a.exception() is not None
+    }
 
 
 def _names(identities: list[dict]) -> str:
@@ -138,9 +168,14 @@ def _runs(pid: int) -> bool:
 
 
 def _stopped(who: dict) -> bool:
-    """Is this rank, if it is on this host, frozen by SIGSTOP? Elsewhere the controller misses its heartbeat."""
+    """Is this rank, if it is on this host, frozen by SIGSTOP? Elsewhere the controller misses its
+    heartbeat.
+    """
     if who["host"] != socket.gethostname():
         return False
     with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(who["pid"]).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+        return psutil.Process(who["pid"]).status() in (
+            psutil.STATUS_STOPPED,
+            psutil.STATUS_TRACING_STOP,
+        )
     return False

@@ -19,7 +19,8 @@ from chexlib.errors import ClusterError
 from chexlib.mpi import Mpi, thread_environment
 
 WAIT = 120  # seconds for any single answer of the cluster itself
-JOB = "slurm-job"  # file in the cluster's folder: the number of its Slurm job, for whoever has to cancel it
+# File in the cluster's folder: the number of its Slurm job, for whoever has to cancel it.
+JOB = "slurm-job"
 
 
 def launcher_settings(site: Site, mpi: Mpi, threads: int, stall: int, folder: str) -> Config:
@@ -29,7 +30,8 @@ def launcher_settings(site: Site, mpi: Mpi, threads: int, stall: int, folder: st
         "HOROVOD_STALL_CHECK_TIME_SECONDS": str(faults.STALL_REPORT),
         "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(stall),
     }
-    if not site.shared:  # so that what MPI and TensorFlow leave there when they are killed goes with the folder
+    # So that what MPI and TensorFlow leave there when they are killed goes with the folder.
+    if not site.shared:
         environment["TMPDIR"] = f"{folder}/tmp"
         os.makedirs(environment["TMPDIR"], exist_ok=True)
     settings = Config()
@@ -37,9 +39,13 @@ def launcher_settings(site: Site, mpi: Mpi, threads: int, stall: int, folder: st
     launcher.environment = environment
     if site.slurm:
         options = "\n".join(f"#SBATCH {option}" for option in site.options)
-        launcher.batch_template, launcher.namespace = SLURM_SCRIPT, {"threads": threads, "options": options}
+        launcher.batch_template, launcher.namespace = (
+            SLURM_SCRIPT,
+            {"threads": threads, "options": options},
+        )
         launcher.batch_file_name = f"{folder}/engines.sbatch"
-        launcher.engine_args = ["--mpi", "--log-level=ERROR"]  # its mpiexec launcher says --mpi by itself
+        # Its mpiexec launcher says --mpi by itself.
+        launcher.engine_args = ["--mpi", "--log-level=ERROR"]
     else:
         names = ("PYTHONPATH", "LD_LIBRARY_PATH", "CHEXLIB_COLLECTIVES")
         passed_on = [name for name in names if name in os.environ]
@@ -51,7 +57,10 @@ def launcher_settings(site: Site, mpi: Mpi, threads: int, stall: int, folder: st
 
 
 def one_world(client: ipp.Client, controller, n: int) -> list[dict]:
-    """Let every engine guard itself, and check that engine id = MPI rank. Gives who each rank is."""
+    """Let every engine guard itself, and check that engine id = MPI rank.
+
+    Gives who each rank is.
+    """
     from chexlib.collectives import identify
 
     address = json.loads(Path(controller.connection_files["engine"]).read_text())
@@ -61,8 +70,10 @@ def one_world(client: ipp.Client, controller, n: int) -> list[dict]:
     for engine, who in zip(client.ids, identities, strict=True):
         if engine != who["rank"] or who["ranks"] != n:
             raise ClusterError(
-                f"engine {engine} is rank {who['rank']} of {who['ranks']}, expected {engine} of {n}: the engines are "
-                f"not one MPI world. Is the mpiexec found the one of {who['carrier']}? (Slurm may need "
+                f"engine {engine} is rank {who['rank']} of {who['ranks']}, expected {engine} of "
+                f"{n}: the engines are "
+                f"not one MPI world. Is the mpiexec found the one of {who['carrier']}? (Slurm may "
+                "need "
                 "SLURM_MPI_TYPE=pmix.)"
             )
     return list(identities)
@@ -88,7 +99,8 @@ class Launched:
         if self._known and time.monotonic() - self._asked > self.PERIOD:
             self._asked = time.monotonic()
             command = ["squeue", "--noheader", "--jobs", self.launcher.job_id]
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # then what was known last counts
+            # Then what was known last counts.
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
                 unknown = answer.returncode == 0 or "Invalid job id" in answer.stderr
                 self._known = bool(answer.stdout.strip()) or not unknown

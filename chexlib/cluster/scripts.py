@@ -1,4 +1,6 @@
-"""A Slurm script that trains on many nodes: what `chexlib train` needs there, and nothing of this machine."""
+"""A Slurm script that trains on many nodes: what `chexlib train` needs there, and nothing of this
+machine.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +47,15 @@ def launch_script(
     python: str = ".venv/bin/python",
     options: Sequence[str] = (),
 ) -> str:
-    """The script for a training. Nodes are its own, and a processor is a core, not one of its hardware threads.
+    """The script for a training.
+
+    Nodes are its own, and a processor is a core, not one of its hardware threads.
 
     Parameters
     ----------
     config : str
-        File with the training's settings in JSON, seen from the folder in which the script is submitted.
+        File with the training's settings in JSON, seen from the folder in which the script is
+        submitted.
     nodes, per_node, threads : int
         Nodes, ranks on each, and threads of each rank.
     spare : int
@@ -69,13 +74,21 @@ def launch_script(
     """
     for name, value, least in (("nodes", nodes, 1), ("per_node", per_node, 1), ("spare", spare, 0)):
         if not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name}={value!r} is not accepted. Use a whole number of {least} or more.")
+            raise ConfigError(
+                f"{name}={value!r} is not accepted. Use a whole number of {least} or more."
+            )
     if not 0 < hours < math.inf:
         raise ConfigError(f"hours={hours!r} is not accepted. Use a number above 0.")
     if wrong := [option for option in options if not option.startswith("-") or "\n" in option]:
-        raise ConfigError(f"{wrong[0]!r} is no option of sbatch. Write for instance --partition=skx.")
+        raise ConfigError(
+            f"{wrong[0]!r} is no option of sbatch. Write for instance --partition=skx."
+        )
     # A waiting rank yields, as under our mpiexec.
-    own = {"OMPI_MCA_mpi_yield_when_idle": "1", "I_MPI_WAIT_MODE": "1", "OMPI_MCA_btl_tcp_flags": TCP_FLAGS}
+    own = {
+        "OMPI_MCA_mpi_yield_when_idle": "1",
+        "I_MPI_WAIT_MODE": "1",
+        "OMPI_MCA_btl_tcp_flags": TCP_FLAGS,
+    }
     environment = {**thread_environment(threads), **own}
     minutes = math.ceil(hours * 60)
     return _SCRIPT.format(
@@ -87,7 +100,9 @@ def launch_script(
         time=f"{minutes // 60:02d}:{minutes % 60:02d}:00",
         options="".join(f"#SBATCH {option}\n" for option in options),
         stop=stopping.SIGNAL.name.removeprefix("SIG"),
-        exports="\n".join(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
+        exports="\n".join(
+            f"export {name}={shlex.quote(value)}" for name, value in environment.items()
+        ),
         python=shlex.quote(python),
         config=shlex.quote(config),
     )

@@ -28,8 +28,8 @@ srun --kill-on-bad-exit=1 --cpus-per-task={threads} {program_and_args}
 class Site:
     """The place of a cluster of engines.
 
-    `address` is where the controller listens, `network` what ranks speak over (CIDR, empty on one host).
-    """
+    `address` is where the controller listens, `network` what ranks speak over (CIDR, empty on one
+    host)."""
 
     hosts: tuple[tuple[str, int], ...] = ()  # name and slots
     address: str = "127.0.0.1"
@@ -57,7 +57,8 @@ def find_site(
     Parameters
     ----------
     hosts : sequence of str, or path
-        Hosts as "name" or "name:slots", or a hostfile with lines such as "name slots=4"; none for this host alone.
+        Hosts as "name" or "name:slots", or a hostfile with lines such as "name slots=4"; none for
+        this host alone.
     interface : str
         Network interface over which controller and engines speak; needed beyond this host.
     slurm : bool
@@ -65,7 +66,8 @@ def find_site(
     options : sequence of str
         Further flags for mpiexec, or for sbatch, such as "--partition=short".
     shared : path
-        Folder that all hosts see, by default the current one: keys are handed over in it, and not on the wire.
+        Folder that all hosts see, by default the current one: keys are handed over in it, and not
+        on the wire.
 
     Raises
     ------
@@ -84,7 +86,8 @@ def find_site(
     if interface not in addresses:
         known = ", ".join(sorted(addresses))
         raise ConfigError(
-            f"interface={interface!r} has no IPv4 address here. Name the one that all hosts share, of {known}."
+            f"interface={interface!r} has no IPv4 address here. Name the one that all hosts share, "
+            f"of {known}."
         )
     address = addresses[interface]
     network = ipaddress.ip_network(f"{address.address}/{address.netmask}", strict=False)
@@ -107,6 +110,8 @@ def _read_hosts(hosts: Sequence[str] | str | Path) -> tuple[tuple[str, int], ...
         if text := line.split("#")[0].strip():
             match = re.fullmatch(r"([\w.-]+)(?::(\d+)|\s+slots\s*=\s*(\d+).*)?", text)
             if not match or "0" in match.groups()[1:]:
-                raise ConfigError(f"{line!r} is no host. Write name, name:slots, or in a file name slots=4.")
+                raise ConfigError(
+                    f"{line!r} is no host. Write name, name:slots, or in a file name slots=4."
+                )
             found.append((match[1], int(match[2] or match[3] or 1)))
     return tuple(found)

@@ -1,9 +1,9 @@
-"""Ends a cluster whose notebook is gone: `python -m chexlib.cluster.watchdog PROFILE_DIR`, started by `mpi_engines`.
+"""Ends a cluster whose notebook is gone: `python -m chexlib.cluster.watchdog PROFILE_DIR`, started
+by `mpi_engines`.
 
-It reads standard input, a pipe that only the notebook's process holds. The word `done` there means a normal end. End
-of file without it means that the process died, however it died; then every process of the cluster is ended, and its
-profile folder is removed.
-"""
+It reads standard input, a pipe that only the notebook's process holds. The word `done` there means
+a normal end. End of file without it means that the process died, however it died; then every
+process of the cluster is ended, and its profile folder is removed."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ import psutil
 def members(marker: str) -> list[psutil.Process]:
     """This user's processes of the clusters whose profile folder has `marker` in its path.
 
-    ipyparallel gives every process that it starts the folder's path in the variable IPP_PROFILE_DIR.
-    """
+    ipyparallel gives every process that it starts the folder's path in the variable
+    IPP_PROFILE_DIR."""
     found = []
     for process in psutil.process_iter(["environ"]):  # None for the processes of others
         if marker in (process.info["environ"] or {}).get("IPP_PROFILE_DIR", ""):
@@ -32,7 +32,10 @@ def members(marker: str) -> list[psutil.Process]:
 
 
 def end_members(marker: str, *, patience: float = 5.0) -> int:
-    """End `members(marker)`: SIGTERM, then SIGKILL after `patience` seconds. Returns how many there were."""
+    """End `members(marker)`: SIGTERM, then SIGKILL after `patience` seconds.
+
+    Returns how many there were.
+    """
     doomed = members(marker)
     for process in doomed:
         _signal(process, signal.SIGTERM)

@@ -1,11 +1,12 @@
-"""Radiographs decoded and resized once, and kept as 8-bit pixels that are found by the content of their files.
+"""Radiographs decoded and resized once, and kept as 8-bit pixels that are found by the content of
+their files.
 
-A cache folder holds pairs of files: `<name>.pixels`, images of size x size bytes one after another, and
-`<name>.parquet`, a row an image: a key made of its file's name and what the system says of it (bytes, times, inode), a
-digest of the file's content, and where the pixels are, with their CRC-32. A file that is as it was is found by its key;
-one that was copied or touched is read and found by its content; one that was changed has another content, so that stale
-pixels are never read. Every pair is written atomically: a build that was killed goes on with the next image.
-"""
+A cache folder holds pairs of files: `<name>.pixels`, images of size x size bytes one after another,
+and `<name>.parquet`, a row an image: a key made of its file's name and what the system says of it
+(bytes, times, inode), a digest of the file's content, and where the pixels are, with their CRC-32.
+A file that is as it was is found by its key; one that was copied or touched is read and found by
+its content; one that was changed has another content, so that stale pixels are never read. Every
+pair is written atomically: a build that was killed goes on with the next image."""
 
 from __future__ import annotations
 
@@ -38,8 +39,13 @@ ROUND = 5.0  # seconds after which a pair of files is closed and kept
 _ROWS = 1024  # images after which it is too, so that a build's memory does not grow with them
 _CHUNK = 64  # images decoded at a time
 _COLUMNS = {
-    "key": np.uint64, "digest": np.uint64, "pixels": str, "row": np.int64, "crc": np.uint32, "dark": bool,
-}  # fmt: skip
+    "key": np.uint64,
+    "digest": np.uint64,
+    "pixels": str,
+    "row": np.int64,
+    "crc": np.uint32,
+    "dark": bool,
+}
 DARK = 100  # grey levels; an image of fewer bits than its file says has 95 % below
 log = logging.getLogger(__name__)
 
@@ -61,7 +67,8 @@ def resize_area(image: np.ndarray, size: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def _shares(side: int, size: int) -> csr_array:
-    """Which share of each output pixel each input pixel covers: (size, side) float32, rows sum to 1.
+    """Which share of each output pixel each input pixel covers: (size, side) float32, rows sum to
+    1.
 
     In units in which all edges are whole numbers, an input pixel is `size` long and an output pixel
     `side`. Between two neighbouring edges, of either kind, lie one input and one output pixel.
@@ -88,10 +95,11 @@ def cache_folder(size: int) -> Path:
 
 
 class ImageStore:
-    """Radiographs as (size, size) uint8 pixels, from the cache, which is built as far as it lacks them.
+    """Radiographs as (size, size) uint8 pixels, from the cache, which is built as far as it lacks
+    them.
 
-    Pixels are read when they are asked for, and it is the system that keeps them in memory where there is room; only
-    the index is held here.
+    Pixels are read when they are asked for, and it is the system that keeps them in memory where
+    there is room; only the index is held here.
 
     Parameters
     ----------
@@ -100,8 +108,8 @@ class ImageStore:
     size : int
         Side in pixels after area-resizing.
     gather : callable, optional
-        Ranks that open the same images together: `World.gather`. One rank of each cache folder builds, and the hosts
-        that share a folder divide the images.
+        Ranks that open the same images together: `World.gather`. One rank of each cache folder
+        builds, and the hosts that share a folder divide the images.
     progress : bool
         Show a bar while images are decoded.
 
@@ -121,17 +129,21 @@ class ImageStore:
     ):
         self.paths, self.size = [os.path.abspath(path) for path in paths], size
         self.folder = cache_folder(size)
-        self._files: list[str] = []  # names of pairs; indexes hold their numbers, which take no memory to speak of
+        # Names of pairs; indexes hold their numbers, which take no memory to speak of.
+        self._files: list[str] = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             index = self._complete(gather, progress)
         except OSError as error:
             raise DataError(
-                f"the cache in {self.folder} cannot be written ({error.strerror or error}). Make room, or name another "
+                f"the cache in {self.folder} cannot be written ({error.strerror or error}). Make "
+                "room, or name another "
                 f"folder in the environment variable {FOLDER}."
             ) from error
         names = ("pixels", "row", "crc", "index")
-        self._file_of, self._rows, self._crcs, self._indexes = (index[name].to_numpy() for name in names)
+        self._file_of, self._rows, self._crcs, self._indexes = (
+            index[name].to_numpy() for name in names
+        )
         self._sound = np.zeros(len(self.paths), bool)
         self._open: dict[int, int] = {}
 
@@ -158,7 +170,9 @@ class ImageStore:
         number, count = self._file_of[index], image.size
         try:
             if number not in self._open:
-                self._open[number] = os.open(self.folder / f"{self._files[number]}.pixels", os.O_RDONLY)
+                self._open[number] = os.open(
+                    self.folder / f"{self._files[number]}.pixels", os.O_RDONLY
+                )
             read = os.preadv(self._open[number], [image], int(self._rows[index]) * count)
             if read == count and (self._sound[index] or zlib.crc32(image) == self._crcs[index]):
                 self._sound[index] = True  # checked once in this process
@@ -171,14 +185,21 @@ class ImageStore:
         return False
 
     def _complete(self, gather: Callable, progress: bool) -> pd.DataFrame:
-        """Add what the cache lacks, in rounds, so that no rank waits long for another. Gives a row an image."""
+        """Add what the cache lacks, in rounds, so that no rank waits long for another.
+
+        Gives a row an image.
+        """
         builders, place = self._builders(gather)
         known: dict[str, pd.DataFrame] = {}
         with (
             ThreadPoolExecutor(cores()) as pool,
-            tqdm(desc=f"decoding to {self.size} px", unit="image", disable=not progress, leave=False) as bar,
+            tqdm(
+                desc=f"decoding to {self.size} px", unit="image", disable=not progress, leave=False
+            ) as bar,
         ):
-            wanted = pd.DataFrame({"key": np.fromiter(map(_key, self.paths), np.uint64, len(self.paths))})
+            wanted = pd.DataFrame(
+                {"key": np.fromiter(map(_key, self.paths), np.uint64, len(self.paths))}
+            )
             while True:
                 index = self._index(known)
                 found = wanted.merge(index.drop_duplicates("key", keep="last"), how="left")
@@ -208,13 +229,16 @@ class ImageStore:
         if dark.any():
             named = first_few([self.paths[index] for index in np.flatnonzero(dark)])
             log.warning(
-                f"{dark.sum():,} of {len(dark):,} images are very dark, 95 % of each below {DARK} of "
+                f"{dark.sum():,} of {len(dark):,} images are very dark, 95 % of each below {DARK} "
+                "of "
                 f"255 grey levels: {named}. Were films of fewer bits converted as if of 16? Export "
                 "them again, or training suffers."
             )
 
     def _builders(self, gather: Callable) -> tuple[int, int | None]:
-        """How many ranks build in this folder, one of each host, and which of them this one is, if it is one."""
+        """How many ranks build in this folder, one of each host, and which of them this one is, if
+        it is one.
+        """
         mark, me = self.folder / "id", (os.uname().nodename, os.getpid())
         if not mark.exists():
             with replacing(mark) as file:
@@ -233,15 +257,25 @@ class ImageStore:
             if path.name not in known:
                 with contextlib.suppress(FileNotFoundError):  # removed since, as damaged
                     rows = pd.read_parquet(path)
-                    self._files += [name for name in {path.stem, *rows["pixels"].unique()} if name not in self._files]
-                    pixels = rows["pixels"].map({name: number for number, name in enumerate(self._files)})
-                    known[path.name] = rows.assign(pixels=pixels, index=self._files.index(path.stem))
+                    self._files += [
+                        name
+                        for name in {path.stem, *rows["pixels"].unique()}
+                        if name not in self._files
+                    ]
+                    pixels = rows["pixels"].map(
+                        {name: number for number, name in enumerate(self._files)}
+                    )
+                    known[path.name] = rows.assign(
+                        pixels=pixels, index=self._files.index(path.stem)
+                    )
         kinds = {**_COLUMNS, "pixels": np.int64, "index": np.int64}
         empty = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in kinds.items()})
         return pd.concat([empty, *known.values()], ignore_index=True)
 
     def _sweep(self, index: pd.DataFrame) -> None:
-        """Remove pixels that no index knows, an hour after a builder died or they were found damaged."""
+        """Remove pixels that no index knows, an hour after a builder died or they were found
+        damaged.
+        """
         used = {self._files[number] for number in index["pixels"].unique()}
         for path in self.folder.glob("*.pixels"):
             with contextlib.suppress(FileNotFoundError):
@@ -249,33 +283,46 @@ class ImageStore:
                     path.unlink()
 
     def _add(self, pool: ThreadPoolExecutor, missing: pd.DataFrame, index: pd.DataFrame) -> int:
-        """Write one pair of files with as many of the missing images as a round gives time for. Gives their number."""
+        """Write one pair of files with as many of the missing images as a round gives time for.
+
+        Gives their number.
+        """
         until, rows, name = time.monotonic() + ROUND, [], uuid.uuid4().hex
-        places = index.drop_duplicates("digest").set_index("digest")[["pixels", "row", "crc", "dark"]]
+        places = index.drop_duplicates("digest").set_index("digest")[
+            ["pixels", "row", "crc", "dark"]
+        ]
         with replacing(self.folder / f"{name}.pixels") as file:
             written = 0
             for start in range(0, min(len(missing), _ROWS), _CHUNK):
                 chunk = missing.iloc[start : start + _CHUNK]
-                contents = pool.map(lambda i: content(self.paths[i], self.size, places.index), chunk.index)
+                contents = pool.map(
+                    lambda i: content(self.paths[i], self.size, places.index), chunk.index
+                )
                 for key, (digest, pixels) in zip(chunk["key"], contents, strict=True):
                     if pixels is None:
                         pair, *kept = places.loc[digest]
                         rows.append((key, digest, self._files[pair], *kept))
                     else:
                         file.write(pixels)
-                        rows.append((key, digest, name, written, zlib.crc32(pixels), too_dark(pixels)))
+                        rows.append(
+                            (key, digest, name, written, zlib.crc32(pixels), too_dark(pixels))
+                        )
                         written += 1
                 if time.monotonic() > until:
                     break
         with replacing(self.folder / f"{name}.parquet") as file:
-            pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS).to_parquet(file, index=False)
+            pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS).to_parquet(
+                file, index=False
+            )
         if not written:
             (self.folder / f"{name}.pixels").unlink()
         return len(rows)
 
 
 def content(path: str, size: int, known=()) -> tuple[int, np.ndarray | None]:
-    """64 bits of a digest of the file, and its pixels of shape (size, size), uint8, unless the digest is `known`."""
+    """64 bits of a digest of the file, and its pixels of shape (size, size), uint8, unless the
+    digest is `known`.
+    """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -285,7 +332,9 @@ def content(path: str, size: int, known=()) -> tuple[int, np.ndarray | None]:
 
 
 def _key(path: str) -> int:
-    """64 bits of a file's name and what the system says of it; no change of its content leaves them as they were."""
+    """64 bits of a file's name and what the system says of it; no change of its content leaves them
+    as they were.
+    """
     try:
         found = os.stat(path)
         state = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
@@ -295,5 +344,7 @@ def _key(path: str) -> int:
 
 
 def _digest(data: bytes) -> int:
-    """64 bits: that two of the release's 112,120 files agree by chance is as likely as 3 in 10,000 million."""
+    """64 bits: that two of the release's 112,120 files agree by chance is as likely as 3 in 10,000
+    million.
+    """
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")

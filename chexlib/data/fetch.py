@@ -1,8 +1,8 @@
-"""One file from the web, whole and checked: pooch names and verifies it, and what was received is never lost.
+"""One file from the web, whole and checked: pooch names and verifies it, and what was received is
+never lost.
 
-pooch's own downloaders begin again after an interruption; the one here keeps the bytes beside the file and asks for
-the rest (HTTP Range).
-"""
+pooch's own downloaders begin again after an interruption; the one here keeps the bytes beside the
+file and asks for the rest (HTTP Range)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Remote:
-    """A file to be had: its size in bytes, and its checksum as pooch writes them (`md5:...`, `sha256:...`)."""
+    """A file to be had: its size in bytes, and its checksum as pooch writes them (`md5:...`,
+    `sha256:...`).
+    """
 
     name: str
     url: str
@@ -41,12 +43,14 @@ class Remote:
 
 
 def retrieve(remote: Remote, folder: Path, *, timeout: float = 60.0, pause: float = 2.0) -> Path:
-    """Download a file into `folder`, or go on with it, and check it; one that is there and right is left.
+    """Download a file into `folder`, or go on with it, and check it; one that is there and right is
+    left.
 
     Raises
     ------
     DataError
-        The server refuses, or brings nothing for `ATTEMPTS` attempts, or the content is not what it should be.
+        The server refuses, or brings nothing for `ATTEMPTS` attempts, or the content is not what it
+        should be.
     """
     import pooch
 
@@ -56,22 +60,27 @@ def retrieve(remote: Remote, folder: Path, *, timeout: float = 60.0, pause: floa
         _complete(remote, partial, timeout, pause)
         os.unlink(output_file)
         try:
-            os.link(partial, output_file)  # kept until it is checked: a kill meanwhile costs nothing
+            # Kept until it is checked: a kill meanwhile costs nothing.
+            os.link(partial, output_file)
         except OSError:  # no hard links here
             os.replace(partial, output_file)
 
     pooch.get_logger().setLevel(logging.WARNING)
     try:
-        pooch.retrieve(remote.url, remote.checksum, fname=remote.name, path=folder, downloader=download)
+        pooch.retrieve(
+            remote.url, remote.checksum, fname=remote.name, path=folder, downloader=download
+        )
     except ValueError as error:
         partial.unlink(missing_ok=True)
         raise DataError(
-            f"{remote.name} from {remote.url} is not what was expected ({remote.checksum}): damaged on the way, or "
+            f"{remote.name} from {remote.url} is not what was expected ({remote.checksum}): "
+            "damaged on the way, or "
             "changed there. It was removed. Try again; then look at the page of the release."
         ) from error
     except OSError as error:
         raise DataError(
-            f"{remote.name} cannot be written in {folder}: {error.strerror or error}. What came is kept: make room and "
+            f"{remote.name} cannot be written in {folder}: {error.strerror or error}. What came is "
+            "kept: make room and "
             "run it again."
         ) from error
     partial.unlink(missing_ok=True)
@@ -86,7 +95,9 @@ def _complete(remote: Remote, partial: Path, timeout: float, pause: float) -> No
     if have > remote.size:
         partial.unlink()
         have = 0
-    with tqdm(desc=remote.name, total=remote.size, initial=have, unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(
+        desc=remote.name, total=remote.size, initial=have, unit="B", unit_scale=True, disable=None
+    ) as bar:
         while have < remote.size:
             try:
                 _receive(remote, partial, have, timeout, bar)
@@ -98,8 +109,10 @@ def _complete(remote: Remote, partial: Path, timeout: float, pause: float) -> No
                 idle = 0
             elif (idle := idle + 1) == ATTEMPTS:
                 raise DataError(
-                    f"{remote.url} brought nothing in {ATTEMPTS} attempts, last: {fault}. {have:,} of "
-                    f"{remote.size:,} bytes of {remote.name} are kept; run it again to go on from there."
+                    f"{remote.url} brought nothing in {ATTEMPTS} attempts, last: {fault}. {have:,} "
+                    "of "
+                    f"{remote.size:,} bytes of {remote.name} are kept; run it again to go on from "
+                    "there."
                 ) from fault
             if have < remote.size:
                 _log.warning("%s: interrupted at %d bytes (%s), going on", remote.name, have, fault)
@@ -124,15 +137,22 @@ def _receive(remote: Remote, partial: Path, have: int, timeout: float, bar) -> N
     with requests.get(remote.url, headers=headers, stream=True, timeout=timeout) as answer:
         code = answer.status_code
         if 400 <= code < 500 and code not in (408, 429):
-            raise DataError(f"{remote.url} answers {code} {answer.reason}: {remote.name} cannot be had there now.")
+            raise DataError(
+                f"{remote.url} answers {code} {answer.reason}: {remote.name} cannot be had there "
+                "now."
+            )
         answer.raise_for_status()
-        length, span = answer.headers.get("Content-Length", ""), answer.headers.get("Content-Range", "")
+        length, span = (
+            answer.headers.get("Content-Length", ""),
+            answer.headers.get("Content-Range", ""),
+        )
         if code == 206 and not span.startswith(f"bytes {have}-"):
             raise requests.ConnectionError(f"asked for bytes {have}-, got {span!r}")
         total = span.rpartition("/")[2] if code == 206 else length
         if total.isdigit() and int(total) != remote.size:
             raise DataError(
-                f"{remote.url} offers {total} bytes, and {remote.name} has {remote.size}: it is another file."
+                f"{remote.url} offers {total} bytes, and {remote.name} has {remote.size}: it is "
+                "another file."
             )
         with open(partial, "ab") as file:
             if code != 206:  # the server begins again, whatever was asked
@@ -141,7 +161,9 @@ def _receive(remote: Remote, partial: Path, have: int, timeout: float, bar) -> N
             for chunk in answer.iter_content(CHUNK):
                 if file.tell() + len(chunk) > remote.size:
                     file.truncate(0)
-                    raise DataError(f"{remote.url} does not end after the {remote.size} bytes of {remote.name}.")
+                    raise DataError(
+                        f"{remote.url} does not end after the {remote.size} bytes of {remote.name}."
+                    )
                 bar.update(file.write(chunk))
 
 
@@ -181,9 +203,12 @@ TABLES = tuple(
          "38ca5ef7f756092946f57c1a59faca882ed589a1ab1f72590b45dc06c6d5e1cc"),
     )
 )  # fmt: skip
-MEMBER = re.compile(r"(?:\./)?images/(\d{8}_\d{3}\.png)")  # all that an archive of the release holds, but folders
-MAX_MEMBER = 16 * 1024**2  # bytes; the largest radiograph of the release, 1024 px RGBA, has 4 MB before compression
-UNPACKED = 1.1  # bytes on disk for each byte of an archive: PNGs do not compress, tar rounds up to 512
+# All that an archive of the release holds, but folders.
+MEMBER = re.compile(r"(?:\./)?images/(\d{8}_\d{3}\.png)")
+# Bytes; the largest radiograph of the release, 1024 px RGBA, has 4 MB before compression.
+MAX_MEMBER = 16 * 1024**2
+# Bytes on disk for each byte of an archive: PNGs do not compress, tar rounds up to 512.
+UNPACKED = 1.1
 RECORD = "fetch.json"  # in the data folder: which archives were checked and unpacked
 
 
@@ -196,17 +221,20 @@ def fetch(
     timeout: float = 60.0,
     pause: float = 2.0,
 ) -> Path:
-    """Download the tables, the lists and some archives of the NIH release, check them, and unpack the images.
+    """Download the tables, the lists and some archives of the NIH release, check them, and unpack
+    the images.
 
-    What is there already is not fetched again, and a download that was stopped, however, goes on where it was.
-    `directory/images_001` and so on appear when they are whole. An archive is removed once it is unpacked.
+    What is there already is not fetched again, and a download that was stopped, however, goes on
+    where it was. `directory/images_001` and so on appear when they are whole. An archive is removed
+    once it is unpacked.
 
     Parameters
     ----------
     directory : path
         Data folder in the NIH layout; made if need be.
     parts : sequence of int, optional
-        Archives 1 to 12 to fetch; default: all, 45 GB to download. None at all (`()`): labels without images.
+        Archives 1 to 12 to fetch; default: all, 45 GB to download. None at all (`()`): labels
+        without images.
     archives, tables : sequence of Remote
         What there is to fetch.
     timeout : float
@@ -219,14 +247,19 @@ def fetch(
     ConfigError
         A part that does not exist.
     DataError
-        Too little room, a server that fails, another content than the release's, a folder that is in the way.
+        Too little room, a server that fails, another content than the release's, a folder that is
+        in the way.
     """
     directory = Path(directory)
     parts = range(1, len(archives) + 1) if parts is None else sorted(set(parts))
     if strange := [part for part in parts if part not in range(1, len(archives) + 1)]:
-        raise ConfigError(f"there is no part {strange[0]!r}. Choose from 1 to {len(archives)}, for instance 1,2.")
+        raise ConfigError(
+            f"there is no part {strange[0]!r}. Choose from 1 to {len(archives)}, for instance 1,2."
+        )
     work = directory / ".fetch"
-    archives = [archives[part - 1] for part in parts if not _unpacked(directory, archives[part - 1])]
+    archives = [
+        archives[part - 1] for part in parts if not _unpacked(directory, archives[part - 1])
+    ]
     tables = [table for table in tables if not (directory / table.name).exists()]
     _check_room(directory, work, tables, archives)
     with _own(work):
@@ -255,20 +288,25 @@ def _noted(directory: Path) -> dict:
 
 
 def _unpacked(directory: Path, archive: Remote) -> bool:
-    """Whether fetch has unpacked this archive here; DataError if its place is taken by something else."""
+    """Whether fetch has unpacked this archive here; DataError if its place is taken by something
+    else.
+    """
     folder = directory / _folder(archive)
     if not folder.exists():
         return False
     if _noted(directory).get(archive.name, {}).get("checksum") == archive.checksum:
         return True
     raise DataError(
-        f"{folder} is there, and fetch has not made it: it may be whole or not. Move it away, or leave its part out "
+        f"{folder} is there, and fetch has not made it: it may be whole or not. Move it away, or "
+        "leave its part out "
         "with --parts."
     )
 
 
 def _note(directory: Path, archive: Remote, images: int) -> None:
-    noted = _noted(directory) | {archive.name: {"checksum": archive.checksum, "url": archive.url, "images": images}}
+    noted = _noted(directory) | {
+        archive.name: {"checksum": archive.checksum, "url": archive.url, "images": images}
+    }
     with replacing(directory / RECORD) as file:
         file.write(json.dumps({"source": PAGE, "archives": noted}, indent=1).encode())
 
@@ -278,28 +316,42 @@ def _check_room(directory: Path, work: Path, tables, archives) -> None:
     images = sum(UNPACKED * archive.size for archive in archives)
     need = images + sum(table.size for table in tables) + max((a.size for a in archives), default=0)
     need -= sum(max(size_of(work / a.name), size_of(partial_of(a, work))) for a in archives)
-    place = next(folder for folder in (directory.absolute(), *directory.absolute().parents) if folder.exists())
+    place = next(
+        folder
+        for folder in (directory.absolute(), *directory.absolute().parents)
+        if folder.exists()
+    )
     if not place.is_dir():
         raise DataError(f"{place} is a file. Name a folder for the data.")
     free = shutil.disk_usage(place).free
     if need > free:
         raise DataError(
-            f"{directory} needs {need / 1e9:.1f} GB for {len(archives)} archives, and {free / 1e9:.1f} GB are free "
-            "there. Fetch fewer with --parts, free some room, or name another folder. Nothing was written."
+            f"{directory} needs {need / 1e9:.1f} GB for {len(archives)} archives, and "
+            f"{free / 1e9:.1f} GB are free "
+            "there. Fetch fewer with --parts, free some room, or name another folder. Nothing was "
+            "written."
         )
 
 
 @contextmanager
 def _own(work: Path):
-    """The folder of what is under way, for one process at a time, without the drafts that a killed one left."""
+    """The folder of what is under way, for one process at a time, without the drafts that a killed
+    one left.
+    """
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise DataError(f"another fetch is at work in {work.parent}. Wait for it, or stop it first.") from error
+            raise DataError(
+                f"another fetch is at work in {work.parent}. Wait for it, or stop it first."
+            ) from error
         for path in work.iterdir():
-            if path.is_file() and path != work / "lock" and not path.name.endswith((".gz", ".partial")):
+            if (
+                path.is_file()
+                and path != work / "lock"
+                and not path.name.endswith((".gz", ".partial"))
+            ):
                 path.unlink()
         shutil.rmtree(work / "draft", ignore_errors=True)
         try:
@@ -319,18 +371,27 @@ def _unpack(archive: Path, draft: Path, *, room: float) -> int:
                     continue
                 name = MEMBER.fullmatch(member.name)
                 if not name or not member.isreg():
-                    raise DataError(f"{archive.name} holds {member.name!r}, which is no image of the release.")
+                    raise DataError(
+                        f"{archive.name} holds {member.name!r}, which is no image of the release."
+                    )
                 room -= member.size
                 if member.size > MAX_MEMBER or room < 0:
-                    raise DataError(f"{archive.name} holds {member.name!r} of {member.size} bytes: far too much.")
+                    raise DataError(
+                        f"{archive.name} holds {member.name!r} of {member.size} bytes: far too "
+                        "much."
+                    )
                 with open(draft / "images" / name[1], "xb") as file:
                     shutil.copyfileobj(tar.extractfile(member), file)
                 count += 1
     except (tarfile.TarError, zlib.error, EOFError) as error:
-        raise DataError(f"{archive.name} is no whole tar.gz ({error}). Remove {archive} and fetch again.") from error
+        raise DataError(
+            f"{archive.name} is no whole tar.gz ({error}). Remove {archive} and fetch again."
+        ) from error
     except DataError as error:
         archive.unlink()
         raise DataError(f"{error} Nothing of it was kept. Do not use its source.") from None
     except OSError as error:
-        raise DataError(f"{archive.name} cannot be unpacked in {draft.parent}: {error}. Run it again after.") from error
+        raise DataError(
+            f"{archive.name} cannot be unpacked in {draft.parent}: {error}. Run it again after."
+        ) from error
     return count

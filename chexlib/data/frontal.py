@@ -1,10 +1,10 @@
-"""Whether an image looks like an upright frontal chest radiograph: simple statistics, and no learning from people.
+"""Whether an image looks like an upright frontal chest radiograph: simple statistics, and no
+learning from people.
 
-The image, averaged to 16 x 16 px, is correlated with the mean of a few phantoms: dark lungs on both sides of a bright
-mediastinum above a bright abdomen. Upright films correlate with it, turned and inverted ones less or negatively, and
-noise not at all. It is a warning for whoever mixed up a folder, no guarantee: a lateral film, a film of a child or a
-good drawing may pass.
-"""
+The image, averaged to 16 x 16 px, is correlated with the mean of a few phantoms: dark lungs on both
+sides of a bright mediastinum above a bright abdomen. Upright films correlate with it, turned and
+inverted ones less or negatively, and noise not at all. It is a warning for whoever mixed up a
+folder, no guarantee: a lateral film, a film of a child or a good drawing may pass."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from chexlib.data.cache import DARK, resize_area, too_dark
 from chexlib.phantom.write import phantom_images
 
 SIDE = 16  # px; fine enough for lungs, too coarse for disease
-LEAST_LIKENESS = 0.3  # of 437 and 998 NIH radiographs, 5 and 5 have less (README), some of them shown inverted
-MOST_COLOUR = 10.0  # grey levels between the strongest and the weakest of red, green, blue, on average
+# Of 437 and 998 NIH radiographs, 5 and 5 have less (README), some of them shown inverted.
+LEAST_LIKENESS = 0.3
+# Grey levels between the strongest and the weakest of red, green, blue, on average.
+MOST_COLOUR = 10.0
 LONGEST = 2.0  # sides, as a ratio
 LEAST_CONTRAST = 4.0  # grey levels, standard deviation
 
@@ -40,9 +42,15 @@ def frontal_doubt(image: np.ndarray, *, colour: float = 0.0) -> str:
     small = resize_area(image, SIDE).astype(float)
     if small.std() < LEAST_CONTRAST:
         return f"it has hardly any contrast (standard deviation {small.std():.1f} grey levels)"
-    likeness = [float((_template() * np.rot90(_standard(small), turns)).mean()) for turns in range(4)]
+    likeness = [
+        float((_template() * np.rot90(_standard(small), turns)).mean()) for turns in range(4)
+    ]
     if likeness[0] >= LEAST_LIKENESS and likeness[0] == max(likeness):
-        return f"it is very dark (95 % of it is below {DARK} of 255 grey levels)" if too_dark(image) else ""
+        return (
+            f"it is very dark (95 % of it is below {DARK} of 255 grey levels)"
+            if too_dark(image)
+            else ""
+        )
     turns = int(np.argmax(likeness))
     if -likeness[0] > max(LEAST_LIKENESS, likeness[turns]):
         return f"it seems to be inverted, white for black (likeness {likeness[0]:.2f})"
@@ -55,7 +63,9 @@ def frontal_doubt(image: np.ndarray, *, colour: float = 0.0) -> str:
 @functools.cache
 def _template() -> np.ndarray:
     films = itertools.islice(phantom_images(0, size=64, difficulty="easy"), 32)
-    return _standard(np.mean([_standard(resize_area(film, SIDE).astype(float)) for film, _ in films], axis=0))
+    return _standard(
+        np.mean([_standard(resize_area(film, SIDE).astype(float)) for film, _ in films], axis=0)
+    )
 
 
 def _standard(image: np.ndarray) -> np.ndarray:

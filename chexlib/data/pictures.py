@@ -16,16 +16,17 @@ from chexlib.data.dicom import is_dicom, read_dicom
 from chexlib.data.nih import read_image
 from chexlib.errors import DataError
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")  # in folders; a file that is named may have any
+# In folders; a file that is named may have any.
+ENDINGS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 
 
 def find_pictures(wanted: Iterable[str | Path]) -> list[str]:
     """Paths of image files: those named, those that a pattern fits, and those below a folder.
 
-    In folders, files count that end as `ENDINGS`, or have no ending and are DICOM; each folder is entered once,
-    wherever links lead. What is found twice, however its folder was spelt, comes once, as it was spelt first. A name
-    that stands for nothing, and a folder that cannot be listed, is returned as it is, and told when it is read.
-    """
+    In folders, files count that end as `ENDINGS`, or have no ending and are DICOM; each folder is
+    entered once, wherever links lead. What is found twice, however its folder was spelt, comes
+    once, as it was spelt first. A name that stands for nothing, and a folder that cannot be listed,
+    is returned as it is, and told when it is read."""
     found: list[str] = []
     for name in map(str, wanted):
         fits = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
@@ -45,7 +46,8 @@ def read_picture(path: str | Path) -> tuple[np.ndarray, float]:
     -------
     image : (height, width) uint8
     colour : float
-        Mean difference of the strongest and the weakest of red, green and blue, in grey levels; 0 for grey files.
+        Mean difference of the strongest and the weakest of red, green and blue, in grey levels; 0
+        for grey files.
 
     Raises
     ------
@@ -55,13 +57,17 @@ def read_picture(path: str | Path) -> tuple[np.ndarray, float]:
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
-            os.scandir(path).close()  # the reason why it has no images may be that it cannot be listed
+            # The reason why it has no images may be that it cannot be listed.
+            os.scandir(path).close()
         if not stat.S_ISREG(mode):
-            raise DataError(f"{path} is no file. Name image files, folders, or patterns such as 'films/*.png'.")
+            raise DataError(
+                f"{path} is no file. Name image files, folders, or patterns such as 'films/*.png'."
+            )
         dicom = is_dicom(path)
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read: {error.strerror or error}. Name image files, folders, or patterns."
+            f"{path} cannot be read: {error.strerror or error}. Name image files, folders, or "
+            "patterns."
         ) from error
     return (read_dicom(path), 0.0) if dicom else (read_image(path), _colour(path))
 
@@ -86,7 +92,11 @@ def _below(folder: str) -> list[str]:
         places = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders)}
         folders[:] = [name for name, place in places.items() if place not in entered]
         entered.update(places.values())
-        found += [os.path.join(parent, name) for name in sorted(names) if _wanted(os.path.join(parent, name))]
+        found += [
+            os.path.join(parent, name)
+            for name in sorted(names)
+            if _wanted(os.path.join(parent, name))
+        ]
     return found or [folder]
 
 

@@ -1,8 +1,8 @@
 """Cached pixels -> batches: one shuffle an epoch divided among ranks, tf.data.
 
-The order of images is a pure function of (seed, epoch): every rank computes the same permutation and takes its own
-part of each global batch, so each image is seen once an epoch whatever the number of ranks.
-"""
+The order of images is a pure function of (seed, epoch): every rank computes the same permutation
+and takes its own part of each global batch, so each image is seen once an epoch whatever the number
+of ranks."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ import numpy as np
 from chexlib.data.cache import ImageStore
 from chexlib.errors import ConfigError
 
-# Area and aspect of random crops: (least area, its share of the whole, and the narrowest aspect); None: no crops.
+# Area and aspect of random crops: (least area, its share of the whole, and the narrowest aspect);
+# None: no crops.
 AUGMENTATIONS = {
     "none": None,
-    "study": (0.08, 3 / 4),  # of ImageNet photographs (Szegedy et al. 2015; train_val.prototxt of the solver files)
-    "radiograph": (0.7, 9 / 10),  # most of the chest stays in view: a sign that is cut off would leave a false label
+    # Of ImageNet photographs (Szegedy et al. 2015; train_val.prototxt of the solver files).
+    "study": (0.08, 3 / 4),
+    # Most of the chest stays in view: a sign that is cut off would leave a false label.
+    "radiograph": (0.7, 9 / 10),
 }
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 # What is drawn at random from one seed, each from a generator of its own.
@@ -30,12 +33,15 @@ PURPOSES = ("order", "crops", "recalibration", "control")
 
 
 class Share(NamedTuple):
-    """What one rank does in one step: image indices, their weights in the loss, which are mirrored, and their crops."""
+    """What one rank does in one step: image indices, their weights in the loss, which are mirrored,
+    and their crops.
+    """
 
     indices: np.ndarray  # (k,) int64
     weights: np.ndarray  # (k,) float32, 0 for the stand-in of a rank that has no image left
     mirrored: np.ndarray  # (k,) bool
-    boxes: np.ndarray  # (k, 4) float32: top, left, bottom, right of the crop, in fractions of the side
+    # (k, 4) float32: top, left, bottom, right of the crop, in fractions of the side.
+    boxes: np.ndarray
 
 
 def steps_per_epoch(n: int, *, global_batch: int) -> int:
@@ -76,9 +82,10 @@ def partition(
     hold fewer images than others, or one stand-in of weight 0. With `accumulation` a rank stands
     for as many virtual ranks: its share is theirs, one after the other.
 
-    A stand-in has no part in loss and gradients, but a batch norm that sees it counts it as an image: of itself alone
-    on its rank, and as one among all where statistics are of all ranks. That happens where the last global batch has
-    fewer images than there are (virtual) ranks, once an epoch.
+    A stand-in has no part in loss and gradients, but a batch norm that sees it counts it as an
+    image: of itself alone on its rank, and as one among all where statistics are of all ranks. That
+    happens where the last global batch has fewer images than there are (virtual) ranks, once an
+    epoch.
 
     Raises
     ------
@@ -87,24 +94,33 @@ def partition(
     """
     ranks, first = ranks * accumulation, rank * accumulation
     if n < ranks:
-        raise ConfigError(f"{ranks} ranks cannot share {n} images. Use at most {n} engines, or more images.")
+        raise ConfigError(
+            f"{ranks} ranks cannot share {n} images. Use at most {n} engines, or more images."
+        )
     if global_batch < ranks:
-        raise ConfigError(f"a global batch of {global_batch} leaves some of {ranks} ranks without an image.")
+        raise ConfigError(
+            f"a global batch of {global_batch} leaves some of {ranks} ranks without an image."
+        )
     generator = generator_for("order", seed=seed, epoch=epoch)
     order = generator.permutation(n)
     flips = generator.random(n) < 0.5 if mirror else np.zeros(n, bool)
-    boxes = random_boxes(n, augment=augment, generator=generator_for("crops", seed=seed, epoch=epoch))
+    boxes = random_boxes(
+        n, augment=augment, generator=generator_for("crops", seed=seed, epoch=epoch)
+    )
     end = images or n
     for start in range(first_image, end, global_batch):
         batch = order[start : min(start + global_batch, end)]
         parts = np.array_split(batch, ranks)[first : first + accumulation]
-        weights = np.concatenate([np.full(max(1, len(part)), min(1, len(part)), np.float32) for part in parts])
+        weights = np.concatenate(
+            [np.full(max(1, len(part)), min(1, len(part)), np.float32) for part in parts]
+        )
         mine = np.concatenate([part if len(part) else order[:1] for part in parts])
         yield Share(mine, weights, flips[mine], boxes[mine])
 
 
 def random_boxes(n: int, *, augment: str, generator: np.random.Generator) -> np.ndarray:
-    """Crops of `n` images, (n, 4) float32: area uniform from the least to the whole, aspect log-uniform, any place.
+    """Crops of `n` images, (n, 4) float32: area uniform from the least to the whole, aspect
+    log-uniform, any place.
 
     A side that would be longer than the image is as long as the image.
     """
@@ -115,7 +131,8 @@ def random_boxes(n: int, *, augment: str, generator: np.random.Generator) -> np.
     area, aspect = least + (1 - least) * area, narrowest ** (2 * aspect - 1)
     sides = np.minimum(np.sqrt([area * aspect, area / aspect]), 1)
     corner = np.array(place) * (1 - sides)
-    ends = np.minimum(corner + sides, 1 - 1e-6)  # TensorFlow fills with black what rounding puts beyond the edge
+    # TensorFlow fills with black what rounding puts beyond the edge.
+    ends = np.minimum(corner + sides, 1 - 1e-6)
     return np.concatenate([corner, ends]).T.astype(np.float32)
 
 
@@ -145,18 +162,26 @@ def training_batches(
     augment : str
         Random crops: a name in `AUGMENTATIONS`.
     when : (steps,) bool, optional
-        In which of the steps to come images are cropped, the last value holding on; in all without it.
+        In which of the steps to come images are cropped, the last value holding on; in all without
+        it.
     images : int
         Of an epoch: after so many the next epoch's shuffle begins; 0 means all.
 
     Returns
     -------
     tf.data.Dataset
-        Of (pixels float32 (k, size, size, 1) in 0..255, labels float32 (k, 14), weights float32 (k,)).
+        Of (pixels float32 (k, size, size, 1) in 0..255, labels float32 (k, 14), weights float32
+        (k,)).
     """
     import tensorflow as tf
 
-    shares = {"global_batch": global_batch, "seed": seed, "rank": rank, "ranks": ranks, "mirror": mirror}
+    shares = {
+        "global_batch": global_batch,
+        "seed": seed,
+        "rank": rank,
+        "ranks": ranks,
+        "mirror": mirror,
+    }
     shares |= {"accumulation": accumulation, "augment": augment, "images": images}
     cropping = np.array([True]) if when is None else when
 
@@ -165,7 +190,11 @@ def training_batches(
         for epoch in itertools.count(first_epoch):
             for share in partition(len(store), epoch=epoch, first_image=used, **shares):
                 on = cropping[min(next(taken), len(cropping) - 1)]
-                yield share if on else share._replace(boxes=np.tile(np.float32(WHOLE), (len(share.indices), 1)))
+                yield (
+                    share
+                    if on
+                    else share._replace(boxes=np.tile(np.float32(WHOLE), (len(share.indices), 1)))
+                )
             used = 0
 
     def load(indices, weights, mirrored, boxes):
@@ -184,11 +213,18 @@ def training_batches(
     batches = dataset_from(draw, signature)
     options = tf.data.Options()
     options.autotune.enabled = False
-    return batches.map(load, num_parallel_calls=2, deterministic=True).prefetch(2).with_options(options)
+    return (
+        batches.map(load, num_parallel_calls=2, deterministic=True)
+        .prefetch(2)
+        .with_options(options)
+    )
 
 
 def dataset_from(draw: Callable[[], Iterator], signature: tuple):
-    """A tf.data.Dataset of what a generator gives. Every one of chexlib is made here, see the function below."""
+    """A tf.data.Dataset of what a generator gives.
+
+    Every one of chexlib is made here, see the function below.
+    """
     import tensorflow as tf
 
     return tf.data.Dataset.from_generator(draw, output_signature=signature)
@@ -198,9 +234,9 @@ def dataset_from(draw: Callable[[], Iterator], signature: tuple):
 def _let_go_of_the_last_error() -> None:
     """End iterators that an uncaught exception holds, while Python's other threads still run.
 
-    The end of an iterator over a generator waits for a thread of TensorFlow that takes Python's lock. Once Python has
-    begun to end itself no thread gets that lock, and the process would wait for ever (seen with Python 3.13).
-    """
+    The end of an iterator over a generator waits for a thread of TensorFlow that takes Python's
+    lock. Once Python has begun to end itself no thread gets that lock, and the process would wait
+    for ever (seen with Python 3.13)."""
     for name in ("last_exc", "last_value", "last_traceback"):
         if hasattr(sys, name):
             delattr(sys, name)
@@ -208,10 +244,11 @@ def _let_go_of_the_last_error() -> None:
 
 
 def _crop(pixels, boxes):
-    """Crops (k, size, size, 1) at the images' size, bilinear, the corner pixels on the boxes' corners.
+    """Crops (k, size, size, 1) at the images' size, bilinear, the corner pixels on the boxes'
+    corners.
 
-    Not by `tf.image.crop_and_resize`: for each of its graphs TensorFlow writes a screen of "Error in PredictCost()".
-    """
+    Not by `tf.image.crop_and_resize`: for each of its graphs TensorFlow writes a screen of "Error
+    in PredictCost()"."""
     import keras
     import tensorflow as tf
 

@@ -1,12 +1,13 @@
-"""Endless labelled phantom radiographs for pre-training, never the same image twice, drawn while training eats them.
+"""Endless labelled phantom radiographs for pre-training, never the same image twice, drawn while
+training eats them.
 
-Drawing a film from nothing costs milliseconds, most of them Python's. So each patient here is drawn once and taken
-`views` times, each time in another position, exposure and grain, the views of a patient `PATIENTS` images apart. Image
-number i is a pure function of (seed, i): the same with any number of workers and ranks, and from any place on.
+Drawing a film from nothing costs milliseconds, most of them Python's. So each patient here is drawn
+once and taken `views` times, each time in another position, exposure and grain, the views of a
+patient `PATIENTS` images apart. Image number i is a pure function of (seed, i): the same with any
+number of workers and ranks, and from any place on.
 
-Patients are other ones than those of `write_phantom` with the same seed, so that what was pre-trained here can be
-judged there.
-"""
+Patients are other ones than those of `write_phantom` with the same seed, so that what was
+pre-trained here can be judged there."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ PATIENTS = 32  # in turn: each batch of up to so many images shows as many patie
 VIEWS = 8  # of a patient; fewer are more patients for the same images, and slower
 TASK = PATIENTS * VIEWS  # images that a worker draws at a time
 NO_PROCESS = (
-    "a process that draws the phantom stream could not be started, or was killed. A script needs an "
+    "a process that draws the phantom stream could not be started, or was killed. A script needs "
+    "an "
     "`if __name__ == '__main__':` guard; use fewer workers if memory is short."
 )
 
@@ -74,13 +76,18 @@ def stream_images(
     """
     level, drawn = level_of(difficulty), {}
     clean = replace(level, noise=0.0)  # each view has a grain of its own
-    pixels, labels = np.empty((len(indices), size, size), np.uint8), np.empty((len(indices), len(FINDINGS)), np.uint8)
+    pixels, labels = (
+        np.empty((len(indices), size, size), np.uint8),
+        np.empty((len(indices), len(FINDINGS)), np.uint8),
+    )
     for k, index in enumerate(indices):
         block, place = divmod(int(index), PATIENTS * views)
         view, patient = divmod(place, PATIENTS)
         patient += FIRST_PATIENT + block * PATIENTS
         if patient not in drawn:
-            film = sample_patient(seed, patient, difficulty=difficulty, min_prevalence=min_prevalence)[0]
+            film = sample_patient(
+                seed, patient, difficulty=difficulty, min_prevalence=min_prevalence
+            )[0]
             drawn[patient] = Image.fromarray(render(film, size=size, difficulty=clean)[0]), film
         image, film = drawn[patient]
         rng = stream(seed, patient, 7, view)
@@ -101,7 +108,9 @@ def _take(image: Image.Image, rng, noise: float) -> np.ndarray:
     gain, gamma = np.exp(0.08 * rng.normal()), np.exp(0.12 * rng.normal())
     grey = (255 * (gain * np.arange(256) / 255) ** gamma).astype(np.float32)[np.asarray(moved)]
     grain = np.float32(noise * np.exp(0.25 * rng.normal()))
-    grey += rng.standard_normal(grey.shape, dtype=np.float32) * (grain * (np.float32(153) + np.float32(0.7) * grey))
+    grey += rng.standard_normal(grey.shape, dtype=np.float32) * (
+        grain * (np.float32(153) + np.float32(0.7) * grey)
+    )
     return np.clip(grey + np.float32(0.5), 0, 255).astype(np.uint8)
 
 
@@ -118,8 +127,8 @@ def stream_batches(
 ):
     """Endless tf.data of a rank's batches of the stream, in the form of `training_batches`.
 
-    Worker processes draw ahead while the network trains, and end with this process, however it ends. A script that
-    calls this needs an `if __name__ == "__main__":` guard.
+    Worker processes draw ahead while the network trains, and end with this process, however it
+    ends. A script that calls this needs an `if __name__ == "__main__":` guard.
 
     Parameters
     ----------
@@ -137,7 +146,8 @@ def stream_batches(
     Returns
     -------
     tf.data.Dataset
-        Of (pixels float32 (k, size, size, 1) in 0..255, labels float32 (k, 14), weights float32 (k,), all 1).
+        Of (pixels float32 (k, size, size, 1) in 0..255, labels float32 (k, 14), weights float32
+        (k,), all 1).
 
     Raises
     ------
@@ -155,17 +165,27 @@ def stream_batches(
         if not low <= value <= high:
             raise ConfigError(f"{name}={value!r} is not from {low} to {high}. Choose one of these.")
     level_of(drawing.get("difficulty", "standard"))
-    # A worker that reads a script without a guard comes here again. It ends before TensorFlow is loaded.
+    # A worker that reads a script without a guard comes here again. It ends before TensorFlow is
+    # loaded.
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise DataError(NO_PROCESS)
     import tensorflow as tf
 
     def batches():
-        shares, steps = _shares(global_batch, first_image, rank, ranks), max(1, TASK * ranks // global_batch)
-        for pixels, labels in _drawn(shares, steps, workers, {"seed": seed, "size": size, **drawing}):
+        shares, steps = (
+            _shares(global_batch, first_image, rank, ranks),
+            max(1, TASK * ranks // global_batch),
+        )
+        for pixels, labels in _drawn(
+            shares, steps, workers, {"seed": seed, "size": size, **drawing}
+        ):
             yield pixels[..., None], labels, np.ones(len(pixels), np.float32)
 
-    shapes = ((None, size, size, 1), tf.uint8), ((None, len(FINDINGS)), tf.uint8), ((None,), tf.float32)
+    shapes = (
+        ((None, size, size, 1), tf.uint8),
+        ((None, len(FINDINGS)), tf.uint8),
+        ((None,), tf.float32),
+    )
     signature = tuple(tf.TensorSpec(*shape) for shape in shapes)
     options = tf.data.Options()
     options.autotune.enabled = False
@@ -180,8 +200,11 @@ def _shares(global_batch: int, first_image: int, rank: int, ranks: int) -> Itera
 
 
 def _drawn(shares: Iterator[np.ndarray], steps: int, workers: int, settings: dict):
-    """Yield (pixels, labels) of each share, in order, drawn ahead in processes, `steps` shares a task."""
-    context = multiprocessing.get_context("spawn")  # not fork: this process has threads of TensorFlow, maybe MPI
+    """Yield (pixels, labels) of each share, in order, drawn ahead in processes, `steps` shares a
+    task.
+    """
+    # Not fork: this process has threads of TensorFlow, maybe MPI.
+    context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_worker)
     ahead = deque()
     try:

@@ -1,8 +1,8 @@
-"""Are the scores probabilities? Reliability, calibration error and Brier score, and what makes them better.
+"""Are the scores probabilities? Reliability, calibration error and Brier score, and what makes them
+better.
 
-A calibration is fitted on the validation part alone; the test part says what it was worth. Like operating points it
-goes with the weights, as a plain dict.
-"""
+A calibration is fitted on the validation part alone; the test part says what it was worth. Like
+operating points it goes with the weights, as a plain dict."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ from sklearn.model_selection import GroupKFold
 
 from chexlib.errors import ConfigError
 from chexlib.evaluation.paired import difference_table
-from chexlib.evaluation.resampling import FEWEST_PATIENTS, LEVEL, draw_patients, interval_of, mean_of, patients_behind
+from chexlib.evaluation.resampling import (
+    FEWEST_PATIENTS,
+    LEVEL,
+    draw_patients,
+    interval_of,
+    mean_of,
+    patients_behind,
+)
 from chexlib.findings import FINDINGS
 
 METHODS = ("temperature", "isotonic")
@@ -30,7 +37,8 @@ ISOTONIC_PATIENTS = 20  # of each class, below which a curve of one finding fits
 
 
 def reliability_curve(labels: np.ndarray, scores: np.ndarray, *, bins: int = BINS) -> pd.DataFrame:
-    """What was predicted and what was so, in bins of equally many images of one finding, or of several pooled.
+    """What was predicted and what was so, in bins of equally many images of one finding, or of
+    several pooled.
 
     Parameters
     ----------
@@ -39,13 +47,16 @@ def reliability_curve(labels: np.ndarray, scores: np.ndarray, *, bins: int = BIN
     Returns
     -------
     DataFrame
-        A row a bin, from low scores to high: predicted (mean score), observed (share of positives), images, positives.
-        Equal scores may fall into two bins, as equally many images are wanted in each (Nguyen and O'Connor 2015).
+        A row a bin, from low scores to high: predicted (mean score), observed (share of positives),
+        images, positives. Equal scores may fall into two bins, as equally many images are wanted in
+        each (Nguyen and O'Connor 2015).
     """
     labels, scores = np.ravel(labels).astype(float), np.ravel(scores)
     known = ~np.isnan(labels)
     labels, scores = labels[known], scores[known]
-    table = pd.DataFrame({"predicted": scores, "observed": labels, "positives": labels, "images": 1})
+    table = pd.DataFrame(
+        {"predicted": scores, "observed": labels, "positives": labels, "images": 1}
+    )
     means = {"predicted": "mean", "observed": "mean", "images": "sum", "positives": "sum"}
     return table.groupby(_bin(scores, bins)).agg(means).rename_axis("bin")
 
@@ -59,7 +70,8 @@ def calibration_error(
     resamples: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """How far the scores are from probabilities: calibration error and Brier score of each finding and their means.
+    """How far the scores are from probabilities: calibration error and Brier score of each finding
+    and their means.
 
     Parameters
     ----------
@@ -69,15 +81,17 @@ def calibration_error(
     Returns
     -------
     DataFrame
-        Index the findings and "mean"; columns rms, rms_low, rms_high, ece, ece_chance, brier, brier_low, brier_high,
-        positives, images. Findings without `FEWEST_PATIENTS` patients of each class have no interval.
+        Index the findings and "mean"; columns rms, rms_low, rms_high, ece, ece_chance, brier,
+        brier_low, brier_high, positives, images. Findings without `FEWEST_PATIENTS` patients of
+        each class have no interval.
 
-        All are of the distances of predicted and observed in the bins of `reliability_curve`. `ece` is their mean
-        without sign. Perfect probabilities have one above 0 too, about `ece_chance`, from the standard error of each
-        bin: it is biased, and so has no interval. `rms` is the root of their mean square, less what chance adds to
-        that (Broecker 2012; Kumar, Liang and Ma 2019); 0 where chance explains it all. Its interval holds the mean
-        squares q that the one found does not contradict: (found - q)^2 <= z^2 variance(q) (Wilson 1927), where
-        variance(q) = 2 trace(S^2) + 4 q s, S is the covariance of the bins over patients and s the variance
+        All are of the distances of predicted and observed in the bins of `reliability_curve`. `ece`
+        is their mean without sign. Perfect probabilities have one above 0 too, about `ece_chance`,
+        from the standard error of each bin: it is biased, and so has no interval. `rms` is the root
+        of their mean square, less what chance adds to that (Broecker 2012; Kumar, Liang and Ma
+        2019); 0 where chance explains it all. Its interval holds the mean squares q that the one
+        found does not contradict: (found - q)^2 <= z^2 variance(q) (Wilson 1927), where variance(q)
+        = 2 trace(S^2) + 4 q s, S is the covariance of the bins over patients and s the variance
         along the distances found. It begins at 0 where the scores may be perfect.
     """
     labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
@@ -95,13 +109,21 @@ def calibration_error(
     chance = np.array([np.sqrt(2 / np.pi / bins * np.diag(_covariance(own))).sum() for own in gaps])
     ece, ece_chance = (np.append(x, mean_of(x[None])[0]) for x in (distances, chance))
     points, samples = brier_scores(labels, scores, drawn, codes)
-    points, samples = np.append(points, mean_of(points[None])), np.vstack([samples, mean_of(samples[None])])
+    points, samples = (
+        np.append(points, mean_of(points[None])),
+        np.vstack([samples, mean_of(samples[None])]),
+    )
     low, high = interval_of(points, samples, behind)
-    counts = [np.append(n, n.sum()).astype(int) for n in ((labels == 1).sum(0), (~np.isnan(labels)).sum(0))]
+    counts = [
+        np.append(n, n.sum()).astype(int)
+        for n in ((labels == 1).sum(0), (~np.isnan(labels)).sum(0))
+    ]
     names = ["rms", "rms_low", "rms_high", "ece", "ece_chance", "brier", "brier_low", "brier_high"]
     columns = [*rms, ece, ece_chance, points, np.maximum(low, 0), high, *counts]
     index = pd.Index([*FINDINGS, "mean"], name="finding")
-    return pd.DataFrame(dict(zip([*names, "positives", "images"], columns, strict=True)), index=index)
+    return pd.DataFrame(
+        dict(zip([*names, "positives", "images"], columns, strict=True)), index=index
+    )
 
 
 def brier_difference(
@@ -113,7 +135,8 @@ def brier_difference(
     resamples: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Brier score of `scores` minus that of `others` on the same images: below 0 where `scores` are better.
+    """Brier score of `scores` minus that of `others` on the same images: below 0 where `scores` are
+    better.
 
     The Brier score is proper: no scores have a lower one, on average, than the true probabilities.
 
@@ -129,7 +152,9 @@ def brier_difference(
     """
     labels = np.asarray(labels, np.float64)
     drawn, codes = draw_patients(patients, resamples=resamples, seed=seed)
-    found = (brier_scores(labels, np.asarray(own, np.float64), drawn, codes) for own in (scores, others))
+    found = (
+        brier_scores(labels, np.asarray(own, np.float64), drawn, codes) for own in (scores, others)
+    )
     (points, samples), (other_points, other_samples) = found
     behind = patients_behind(labels, codes)
     return difference_table(points - other_points, samples - other_samples, behind)
@@ -138,7 +163,8 @@ def brier_difference(
 def brier_scores(
     labels: np.ndarray, scores: np.ndarray, drawn: np.ndarray, codes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean squared distance of score and label of all findings, (14,), and of each resample, (14, resamples).
+    """Mean squared distance of score and label of all findings, (14,), and of each resample, (14,
+    resamples).
 
     `drawn` and `codes` are those of `draw_patients`.
     """
@@ -158,8 +184,9 @@ class Calibration:
     ----------
     method : {"temperature", "isotonic"}
     curves : dict
-        Finding to {"temperature": T}, or to {"scores": [...], "probabilities": [...]}, a broken line. A finding that
-        is not in it is left as it is: the validation part had too few patients.
+        Finding to {"temperature": T}, or to {"scores": [...], "probabilities": [...]}, a broken
+        line. A finding that is not in it is left as it is: the validation part had too few
+        patients.
     """
 
     method: str
@@ -168,10 +195,14 @@ class Calibration:
     def __post_init__(self):
         _require(self.method)
         if unknown := sorted(set(self.curves) - set(FINDINGS)):
-            raise ConfigError(f"the calibration has unknown findings {', '.join(unknown)}. Fit it anew.")
+            raise ConfigError(
+                f"the calibration has unknown findings {', '.join(unknown)}. Fit it anew."
+            )
         for finding, curve in self.curves.items():
             if not _is_curve(self.method, curve):
-                raise ConfigError(f"{finding}: {curve!r:.200} is no {self.method} calibration. Fit it anew.")
+                raise ConfigError(
+                    f"{finding}: {curve!r:.200} is no {self.method} calibration. Fit it anew."
+                )
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
         """Calibrated probabilities of scores (n, 14) in the order of `FINDINGS`; NaN stays NaN."""
@@ -211,9 +242,10 @@ def fit_calibration(
     labels, scores : (n, 14) of the validation part, never of the test part; a label may be NaN
     patients : (n,)
     method : {"temperature", "isotonic"}
-        "temperature": the logits of all findings divided by one T, of maximum likelihood (Guo et al. 2017, 4.2).
-        "isotonic": for each finding the rising step curve that fits best (Zadrozny and Elkan 2002). That is many
-        numbers, so findings with fewer than `ISOTONIC_PATIENTS` patients of a class are left as they are.
+        "temperature": the logits of all findings divided by one T, of maximum likelihood (Guo et
+        al. 2017, 4.2). "isotonic": for each finding the rising step curve that fits best (Zadrozny
+        and Elkan 2002). That is many numbers, so findings with fewer than `ISOTONIC_PATIENTS`
+        patients of a class are left as they are.
     """
     _require(method)
     labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
@@ -221,29 +253,42 @@ def fit_calibration(
     if method == "temperature":
         fitted = _temperature(labels[known], scores[known])
         return Calibration(method, {finding: fitted for finding in FINDINGS})
-    enough = patients_behind(labels, pd.factorize(np.asarray(patients))[0])[:-1] >= ISOTONIC_PATIENTS
+    enough = (
+        patients_behind(labels, pd.factorize(np.asarray(patients))[0])[:-1] >= ISOTONIC_PATIENTS
+    )
     chosen = np.flatnonzero(enough)
-    curves = {FINDINGS[i]: _isotonic(labels[known[:, i], i], scores[known[:, i], i]) for i in chosen}
+    curves = {
+        FINDINGS[i]: _isotonic(labels[known[:, i], i], scores[known[:, i], i]) for i in chosen
+    }
     return Calibration(method, curves)
 
 
-def compare_calibrations(labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, *, folds: int = 5) -> pd.Series:
-    """Which calibration to carry, by the validation part alone: each is judged on patients it was not fitted to.
+def compare_calibrations(
+    labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, *, folds: int = 5
+) -> pd.Series:
+    """Which calibration to carry, by the validation part alone: each is judged on patients it was
+    not fitted to.
 
     Parameters
     ----------
     labels, scores, patients : as of `fit_calibration`
     folds : int
-        The patients are dealt into so many; each fold is calibrated by what was fitted to the others.
+        The patients are dealt into so many; each fold is calibrated by what was fitted to the
+        others.
 
     Returns
     -------
     Series
-        The Brier score over all labels of "as trained" and each of `METHODS`; the least is the one to use. Of
-        equal ones the first, which changes less. Of a single patient nothing can be held out: only "as trained" has a
-        score then, the others NaN. Brier and not ECE, which scores without any skill can have as low.
+        The Brier score over all labels of "as trained" and each of `METHODS`; the least is the one
+        to use. Of equal ones the first, which changes less. Of a single patient nothing can be held
+        out: only "as trained" has a score then, the others NaN. Brier and not ECE, which scores
+        without any skill can have as low.
     """
-    labels, scores, patients = np.asarray(labels, np.float64), np.asarray(scores, np.float64), np.asarray(patients)
+    labels, scores, patients = (
+        np.asarray(labels, np.float64),
+        np.asarray(scores, np.float64),
+        np.asarray(patients),
+    )
     judged = {"as trained": scores} | {method: np.full_like(scores, np.nan) for method in METHODS}
     folds = min(folds, len(np.unique(patients)))
     for kept, held in GroupKFold(folds).split(scores, groups=patients) if folds > 1 else ():
@@ -260,7 +305,9 @@ def _require(method: str) -> None:
 
 
 def _is_curve(method: str, curve) -> bool:
-    """A temperature above 0; or scores that rise, and to each of them a probability that does not fall."""
+    """A temperature above 0; or scores that rise, and to each of them a probability that does not
+    fall.
+    """
     needed = ("temperature",) if method == "temperature" else ("scores", "probabilities")
     if not isinstance(curve, Mapping) or set(curve) != set(needed):
         return False
@@ -305,7 +352,8 @@ def _bin(scores: np.ndarray, bins: int) -> np.ndarray:
 
 
 def _gaps(labels, scores, codes, patients: int, bins: int) -> np.ndarray:
-    """What each patient adds to the distance of observed and predicted in each bin of a finding, (patients, bins).
+    """What each patient adds to the distance of observed and predicted in each bin of a finding,
+    (patients, bins).
 
     In such units that the squares of the bins' sums add up to the mean square over the bins.
     """
@@ -319,11 +367,15 @@ def _gaps(labels, scores, codes, patients: int, bins: int) -> np.ndarray:
 def _covariance(gaps: np.ndarray) -> np.ndarray:
     """Of the sums over patients of `_gaps`, (bins, bins)."""
     n = len(gaps)
-    return np.atleast_2d(np.cov(gaps, rowvar=False)) * n if n > 1 else np.zeros((gaps.shape[1],) * 2)
+    return (
+        np.atleast_2d(np.cov(gaps, rowvar=False)) * n if n > 1 else np.zeros((gaps.shape[1],) * 2)
+    )
 
 
 def _mean_square(gaps: np.ndarray) -> tuple[float, float, float]:
-    """Mean squared distance of predicted and observed less what chance adds, low and high: see `calibration_error`."""
+    """Mean squared distance of predicted and observed less what chance adds, low and high: see
+    `calibration_error`.
+    """
     distances, covariance, z2 = gaps.sum(axis=0), _covariance(gaps), norm.ppf((1 + LEVEL) / 2) ** 2
     total = distances @ distances
     found = total - np.trace(covariance)

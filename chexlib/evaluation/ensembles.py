@@ -1,8 +1,8 @@
-"""Ensembles: which members, how unlike each other they are, what they gain together, and one file that predicts.
+"""Ensembles: which members, how unlike each other they are, what they gain together, and one file
+that predicts.
 
-Members may be any trainings: seeds, the ends of a schedule's cycles, checkpoints, or collapses from these, as in the
-study's collapsed ensembles (77.5 % after 76.8 % of the best member).
-"""
+Members may be any trainings: seeds, the ends of a schedule's cycles, checkpoints, or collapses from
+these, as in the study's collapsed ensembles (77.5 % after 76.8 % of the best member)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from chexlib.findings import FINDINGS
 LEAST_GAIN = 1e-9  # a member that adds less to the validation AUROC is left out
 
 
-def stack(predictions: Mapping[str, pd.DataFrame], *, part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores (members, n, 14), labels (n, 14) and patients (n,) of one part, from `predictions.parquet` tables.
+def stack(
+    predictions: Mapping[str, pd.DataFrame], *, part: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores (members, n, 14), labels (n, 14) and patients (n,) of one part, from
+    `predictions.parquet` tables.
 
     Raises
     ------
@@ -34,7 +37,9 @@ def stack(predictions: Mapping[str, pd.DataFrame], *, part: str) -> tuple[np.nda
         raise DataError(f"the predictions have no part {part!r}.")
     for name, table in zip(predictions, tables, strict=True):
         if list(table["image"]) != list(first["image"]):
-            raise DataError(f"{name} has scored other images of part {part!r} than {next(iter(predictions))}.")
+            raise DataError(
+                f"{name} has scored other images of part {part!r} than {next(iter(predictions))}."
+            )
     labels = first[[f"label_{f}" for f in FINDINGS]].to_numpy()
     scores = np.stack([table[[f"score_{f}" for f in FINDINGS]].to_numpy() for table in tables])
     return scores, labels, first["patient"].to_numpy()
@@ -46,10 +51,14 @@ def mean_auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     return float(np.nanmean(areas))
 
 
-def choose(scores: np.ndarray, labels: np.ndarray, *, how: str = "probability", most: int = 0) -> list[int]:
-    """Members that gain together, chosen greedily: the best one, then whichever adds most, while one does.
+def choose(
+    scores: np.ndarray, labels: np.ndarray, *, how: str = "probability", most: int = 0
+) -> list[int]:
+    """Members that gain together, chosen greedily: the best one, then whichever adds most, while
+    one does.
 
-    Forward selection (Caruana et al. 2004), without taking a member twice. Choose on validation, judge on test.
+    Forward selection (Caruana et al. 2004), without taking a member twice. Choose on validation,
+    judge on test.
 
     Parameters
     ----------
@@ -72,7 +81,8 @@ def choose(scores: np.ndarray, labels: np.ndarray, *, how: str = "probability", 
 
 
 def diversity(scores: np.ndarray, names: Sequence[str]) -> pd.DataFrame:
-    """How unlike members order the images: 1 - Spearman's correlation of each two, averaged over findings.
+    """How unlike members order the images: 1 - Spearman's correlation of each two, averaged over
+    findings.
 
     Parameters
     ----------
@@ -82,7 +92,8 @@ def diversity(scores: np.ndarray, names: Sequence[str]) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        (members, members), 0 on the diagonal, about 1 for members that have nothing to do with each other.
+        (members, members), 0 on the diagonal, about 1 for members that have nothing to do with each
+        other.
     """
     ranks = rankdata(scores, axis=1)
     apart = [1 - np.corrcoef(ranks[:, :, finding]) for finding in range(scores.shape[2])]
@@ -96,7 +107,8 @@ def save_ensemble(
     how: str = "probability",
     reference: np.ndarray | None = None,
 ) -> Path:
-    """Write the models of `members` as one `.keras` file, which `chexlib predict` takes as any other.
+    """Write the models of `members` as one `.keras` file, which `chexlib predict` takes as any
+    other.
 
     Parameters
     ----------
@@ -110,5 +122,14 @@ def save_ensemble(
     from chexlib.models.weights import ENSEMBLE, load_model, save_model
 
     models, cards = zip(*(load_model(member) for member in members), strict=True)
-    card = {"topology": ENSEMBLE, "size": cards[0]["size"], "split": cards[0].get("split"), "how": how}
-    return save_model(combine_models(list(models), how=how, reference=reference), path, card={**card, "members": cards})
+    card = {
+        "topology": ENSEMBLE,
+        "size": cards[0]["size"],
+        "split": cards[0].get("split"),
+        "how": how,
+    }
+    return save_model(
+        combine_models(list(models), how=how, reference=reference),
+        path,
+        card={**card, "members": cards},
+    )

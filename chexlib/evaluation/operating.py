@@ -1,4 +1,6 @@
-"""Operating points: from which score on a finding is called, chosen on validation; what that means on the test part."""
+"""Operating points: from which score on a finding is called, chosen on validation; what that means
+on the test part.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,16 @@ RATES = {  # which cell of the confusion counts as a success, and among which
 
 @dataclass(frozen=True)
 class OperatingPoints:
-    """Thresholds on the network's own scores, before any calibration: positive is a score of at least so much.
+    """Thresholds on the network's own scores, before any calibration: positive is a score of at
+    least so much.
 
     Attributes
     ----------
     sensitivity, specificity : float
         What the rules of these names ask for.
     thresholds : dict
-        Finding to {"youden": t, "sensitivity": t, "specificity": t}. A finding that is not in it has none: the
-        validation part had too few patients of it.
+        Finding to {"youden": t, "sensitivity": t, "specificity": t}. A finding that is not in it
+        has none: the validation part had too few patients of it.
     """
 
     sensitivity: float
@@ -45,17 +48,28 @@ class OperatingPoints:
     def __post_init__(self):
         for name in ("sensitivity", "specificity"):
             if not 0 < getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not accepted. Use a number between 0 and 1.")
-        for finding, points in self.thresholds.items():
-            named = finding in FINDINGS and isinstance(points, Mapping) and set(points) == set(RULES)
-            if not named or not all(isinstance(t, int | float) and np.isfinite(t) for t in points.values()):
                 raise ConfigError(
-                    f"{finding!s:.80}: {points!r:.200} are no operating points. Needed, as numbers: {', '.join(RULES)}."
+                    f"{name}={getattr(self, name)!r} is not accepted. Use a number between 0 and 1."
+                )
+        for finding, points in self.thresholds.items():
+            named = (
+                finding in FINDINGS and isinstance(points, Mapping) and set(points) == set(RULES)
+            )
+            if not named or not all(
+                isinstance(t, int | float) and np.isfinite(t) for t in points.values()
+            ):
+                raise ConfigError(
+                    f"{finding!s:.80}: {points!r:.200} are no operating points. Needed, as "
+                    f"numbers: {', '.join(RULES)}."
                 )
 
     def to_dict(self) -> dict:
         """Plain values, for JSON and the weights' card."""
-        return {"sensitivity": self.sensitivity, "specificity": self.specificity, "thresholds": self.thresholds}
+        return {
+            "sensitivity": self.sensitivity,
+            "specificity": self.specificity,
+            "thresholds": self.thresholds,
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping) -> OperatingPoints:
@@ -66,7 +80,8 @@ class OperatingPoints:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"{values!r:.200} are no operating points ({error}). Use what `OperatingPoints.to_dict` gave."
+                f"{values!r:.200} are no operating points ({error}). Use what "
+                "`OperatingPoints.to_dict` gave."
             ) from error
 
 
@@ -86,27 +101,36 @@ def choose_points(
     patients : (n,)
         Findings without `FEWEST_PATIENTS` patients of each class get no threshold.
     sensitivity, specificity : float
-        The rule "sensitivity" takes the highest threshold with at least this sensitivity, "specificity" the lowest
-        with at least this specificity; "youden" the one with the largest sum of both (Youden 1950).
+        The rule "sensitivity" takes the highest threshold with at least this sensitivity,
+        "specificity" the lowest with at least this specificity; "youden" the one with the largest
+        sum of both (Youden 1950).
     """
     labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
     enough = patients_behind(labels, pd.factorize(np.asarray(patients))[0])[:-1] >= FEWEST_PATIENTS
     thresholds = {}
-    for finding, y, s in zip(np.array(FINDINGS)[enough], labels.T[enough], scores.T[enough], strict=True):
+    for finding, y, s in zip(
+        np.array(FINDINGS)[enough], labels.T[enough], scores.T[enough], strict=True
+    ):
         known = ~np.isnan(y)
         false, true, at = roc_curve(y[known], s[known], drop_intermediate=False)
-        at[0] = np.nextafter(at[1], np.inf)  # above every score; scikit-learn has infinity, which is no JSON
+        # Above every score; scikit-learn has infinity, which is no JSON.
+        at[0] = np.nextafter(at[1], np.inf)
         places = [
             np.argmax(true - false),
             np.argmax(true >= sensitivity - 1e-12),  # the first, and so the highest threshold
             len(at) - 1 - np.argmax((1 - false >= specificity - 1e-12)[::-1]),
         ]
-        thresholds[str(finding)] = {rule: float(at[place]) for rule, place in zip(RULES, places, strict=True)}
+        thresholds[str(finding)] = {
+            rule: float(at[place]) for rule, place in zip(RULES, places, strict=True)
+        }
     return OperatingPoints(sensitivity, specificity, thresholds)
 
 
-def rates_at(labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, points: OperatingPoints) -> pd.DataFrame:
-    """Sensitivity, specificity, PPV and NPV of chosen points on other images, with intervals and counts.
+def rates_at(
+    labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, points: OperatingPoints
+) -> pd.DataFrame:
+    """Sensitivity, specificity, PPV and NPV of chosen points on other images, with intervals and
+    counts.
 
     Parameters
     ----------
@@ -116,9 +140,9 @@ def rates_at(labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, point
     Returns
     -------
     DataFrame
-        A row a finding and rule (those of `points`): threshold, tp, fp, fn, tn (images), and for each rate its value,
-        _low and _high, as of `share`. NaN where nothing is counted. The PPV and NPV hold for this part's share of
-        positives alone.
+        A row a finding and rule (those of `points`): threshold, tp, fp, fn, tn (images), and for
+        each rate its value, _low and _high, as of `share`. NaN where nothing is counted. The PPV
+        and NPV hold for this part's share of positives alone.
     """
     labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
     codes, rows = pd.factorize(np.asarray(patients))[0], []
@@ -126,9 +150,16 @@ def rates_at(labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, point
         y, s = (array[:, FINDINGS.index(finding)] for array in (labels, scores))
         for rule, threshold in chosen.items():
             called = s >= threshold
-            which = (("tp", (y == 1) & called), ("fp", (y == 0) & called), ("fn", (y == 1) & ~called))
+            which = (
+                ("tp", (y == 1) & called),
+                ("fp", (y == 0) & called),
+                ("fn", (y == 1) & ~called),
+            )
             which += (("tn", (y == 0) & ~called),)
-            cells = {cell: np.bincount(codes[of], minlength=codes.max(initial=-1) + 1) for cell, of in which}
+            cells = {
+                cell: np.bincount(codes[of], minlength=codes.max(initial=-1) + 1)
+                for cell, of in which
+            }
             row = [finding, rule, threshold, *(counts.sum() for counts in cells.values())]
             for success, of in RATES.values():
                 row += share(cells[success], sum(cells[cell] for cell in of))
@@ -139,7 +170,8 @@ def rates_at(labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, point
 
 
 def share(successes: np.ndarray, images: np.ndarray) -> tuple[float, float, float]:
-    """A share of images, and Wilson's interval with as many independent images as the patients are worth.
+    """A share of images, and Wilson's interval with as many independent images as the patients are
+    worth.
 
     Parameters
     ----------
@@ -148,11 +180,12 @@ def share(successes: np.ndarray, images: np.ndarray) -> tuple[float, float, floa
     Returns
     -------
     share, low, high : float
-        NaN without images; no interval below `FEWEST_PATIENTS` patients. The images are worth share (1 - share) /
-        variance (Korn and Graubard 1998), and never more than there are; the variance is that of leaving out one
-        patient at a time (Tukey 1958). At a share of 0 or 1, where that says nothing, they are worth the
-        patients. The reach is Student's, with the effective number of patients (Kish 1965); with one
-        image a patient the variance is that of the share itself, and the interval the plain Wilson's.
+        NaN without images; no interval below `FEWEST_PATIENTS` patients. The images are worth share
+        (1 - share) / variance (Korn and Graubard 1998), and never more than there are; the variance
+        is that of leaving out one patient at a time (Tukey 1958). At a share of 0 or 1, where that
+        says nothing, they are worth the patients. The reach is Student's, with the effective number
+        of patients (Kish 1965); with one image a patient the variance is that of the share itself,
+        and the interval the plain Wilson's.
     """
     successes, images = successes[images > 0], images[images > 0]
     patients, n = len(images), images.sum()
@@ -182,7 +215,8 @@ def read_by_card(
     scores : DataFrame
         (images, 14), one column a finding, as the network gives them.
     card : dict
-        With "calibration" and "operating_points", or without: `models.weights.extend_card` puts them there.
+        With "calibration" and "operating_points", or without: `models.weights.extend_card` puts
+        them there.
     weights : path, optional
         For messages.
 
@@ -191,7 +225,8 @@ def read_by_card(
     probabilities : DataFrame
         Calibrated if the card knows how, else the scores.
     called : dict
-        Image to rule to the findings whose score reaches the rule's threshold; empty without operating points.
+        Image to rule to the findings whose score reaches the rule's threshold; empty without
+        operating points.
 
     Raises
     ------
@@ -211,6 +246,7 @@ def read_by_card(
         probabilities = pd.DataFrame(calibrated, index=scores.index, columns=list(FINDINGS))
     for image, row in scores.iterrows() if points else ():
         called[image] = {
-            rule: [f for f, at in points.thresholds.items() if float(row[f]) >= at[rule]] for rule in RULES
+            rule: [f for f, at in points.thresholds.items() if float(row[f]) >= at[rule]]
+            for rule in RULES
         }
     return probabilities, called

@@ -1,4 +1,6 @@
-"""Resampling patients, not images: how uncertain a value is that was measured on images of the same people."""
+"""Resampling patients, not images: how uncertain a value is that was measured on images of the same
+people.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,17 @@ import pandas as pd
 from scipy.special import expit, logit
 from scipy.stats import t
 
-FEWEST_PATIENTS = 5  # of each class, below which resampling says nothing about how uncertain an AUROC is
+# Of each class, below which resampling says nothing about how uncertain an AUROC is.
+FEWEST_PATIENTS = 5
 LEVEL = 0.95  # of every interval: how often it is to hold the truth
 EDGE = 1e-4  # shares of resamples are kept this far from 0 and 1, where logits are infinite
 
 
-def draw_patients(patients: np.ndarray, *, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each patient is drawn in each resample, (patients, resamples), and the row of each image's patient.
+def draw_patients(
+    patients: np.ndarray, *, resamples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """How often each patient is drawn in each resample, (patients, resamples), and the row of each
+    image's patient.
 
     Patients, not images, are drawn with replacement (Field and Welsh 2007).
     """
@@ -26,18 +32,22 @@ def draw_patients(patients: np.ndarray, *, resamples: int, seed: int) -> tuple[n
 
 
 def patients_behind(labels: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """How many patients speak for each finding, and for the mean the median of those with enough: (15,) float.
+    """How many patients speak for each finding, and for the mean the median of those with enough:
+    (15,) float.
 
     Of the smaller class, and as `effective_number` counts them: one patient with most of the
     positive images is worth little more than one patient.
     """
-    fewer = [min(effective_number(codes[y == value]) for value in (0, 1)) for y in np.asarray(labels).T]
+    fewer = [
+        min(effective_number(codes[y == value]) for value in (0, 1)) for y in np.asarray(labels).T
+    ]
     enough = [patients for patients in fewer if patients >= FEWEST_PATIENTS]
     return np.append(fewer, np.median(enough) if enough else 0.0)
 
 
 def effective_number(codes: np.ndarray) -> float:
-    """Patients with equally many images that are worth as much as these (Kish 1965); 0 without images.
+    """Patients with equally many images that are worth as much as these (Kish 1965); 0 without
+    images.
 
     `codes` (images,) says whose each image is.
     """
@@ -48,7 +58,8 @@ def effective_number(codes: np.ndarray) -> float:
 def interval_of(
     points: np.ndarray, samples: np.ndarray, patients: np.ndarray, *, share: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Student's interval with the standard error of resamples, NaN below `FEWEST_PATIENTS` patients.
+    """Student's interval with the standard error of resamples, NaN below `FEWEST_PATIENTS`
+    patients.
 
     What lies between 0 and 1, a `share`, has it on the scale of logits: an AUROC that is high by
     luck seems more certain than it is, and the logit undoes that. At 0 or 1, where no resample
@@ -76,7 +87,9 @@ def interval_of(
     return tuple(np.where(known, edge, np.nan) for edge in edges)
 
 
-def with_interval(value: float, low: float, high: float, form: str = ".3f", *, without: str = "no interval") -> str:
+def with_interval(
+    value: float, low: float, high: float, form: str = ".3f", *, without: str = "no interval"
+) -> str:
     """ "0.842 (0.830 to 0.853)", for a sentence; in words where there is no interval, or no value."""
     if np.isnan(value):
         return "undefined"
@@ -84,7 +97,8 @@ def with_interval(value: float, low: float, high: float, form: str = ".3f", *, w
 
 
 def wilson(share, n, reach) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's interval (1927) of a share of `n` independent things; its end is the share itself at 0 and 1.
+    """Wilson's interval (1927) of a share of `n` independent things; its end is the share itself at
+    0 and 1.
 
     `reach` is the quantile of the normal distribution, or of Student's, at the interval's end.
     """
@@ -94,9 +108,12 @@ def wilson(share, n, reach) -> tuple[np.ndarray, np.ndarray]:
 
 
 def standard_error(samples: np.ndarray, patients: np.ndarray) -> np.ndarray:
-    """Standard deviation over resamples, (..., rows), made larger for few patients as that of a sample is."""
+    """Standard deviation over resamples, (..., rows), made larger for few patients as that of a
+    sample is.
+    """
     n = np.maximum(patients, 2)
-    kept = np.where((patients >= FEWEST_PATIENTS)[:, None], samples, 0.0)  # no warning where all are NaN
+    # No warning where all are NaN.
+    kept = np.where((patients >= FEWEST_PATIENTS)[:, None], samples, 0.0)
     return np.nanstd(kept, axis=-1) * np.sqrt(n / (n - 1))
 
 

@@ -1,4 +1,6 @@
-"""Scores from any CSV or Parquet file, ours or other people's, judged against the labels of a data folder."""
+"""Scores from any CSV or Parquet file, ours or other people's, judged against the labels of a data
+folder.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from chexlib.findings import ALIASES, FINDINGS
 
 IMAGE_COLUMNS = ("image", "Image Index", "path", "filename")
 TRUTH = "label_"  # prefix of the labels in our own predictions.parquet, which are not scores
-MOST_ALIKE = 0.95  # of positives and of negatives: scores of two values that agree so well are labels
+# Of positives and of negatives: scores of two values that agree so well are labels.
+MOST_ALIKE = 0.95
 FEWEST_ALIKE = 10  # positives and negatives from which one such finding is enough to refuse a file
 _log = logging.getLogger(__name__)
 
@@ -32,25 +35,27 @@ def read_scores(path: str | Path, radiographs: Radiographs, *, part: str = "test
     Parameters
     ----------
     path : path of a CSV or Parquet file
-        A row an image: its name, or path, in a column `image`, `Image Index`, `path` or `filename`, or
-        else in the first one; and a column a finding, in any order, named as in `FINDINGS`, with or
-        without a prefix they share. A CSV may have `;` or tabs between columns, and then decimal commas.
+        A row an image: its name, or path, in a column `image`, `Image Index`, `path` or `filename`,
+        or else in the first one; and a column a finding, in any order, named as in `FINDINGS`, with
+        or without a prefix they share. A CSV may have `;` or tabs between columns, and then decimal
+        commas.
     radiographs : Radiographs
-        Of which the labels of all listed images are used, be the images there or not. Rows of images
-        that it does not list, or without a name, are left out.
+        Of which the labels of all listed images are used, be the images there or not. Rows of
+        images that it does not list, or without a name, are left out.
     part : str
         If the file has a column `part`, only its rows of this part are read.
 
     Returns
     -------
     DataFrame
-        As `predictions.parquet`: image, patient, part, label_*, score_*; the labels are the folder's.
+        As `predictions.parquet`: image, patient, part, label_*, score_*; the labels are the
+        folder's.
 
     Raises
     ------
     DataError
-        No such file; no column of a finding, or two; images that occur twice; not one that the folder
-        lists; scores that are no numbers, or that are the labels.
+        No such file; no column of a finding, or two; images that occur twice; not one that the
+        folder lists; scores that are no numbers, or that are the labels.
     """
     return _matched(Path(path), radiographs, part)[0]
 
@@ -62,7 +67,9 @@ def _matched(path: Path, radiographs: Radiographs, part: str) -> tuple[pd.DataFr
         rows = table[table["part"] == part]
         if rows.empty:
             parts = first_few(table["part"].unique())
-            raise DataError(f"{path} has no rows of part {part!r} (parts: {parts}). Name one of these.")
+            raise DataError(
+                f"{path} has no rows of part {part!r} (parts: {parts}). Name one of these."
+            )
         table = rows
     column = next((name for name in IMAGE_COLUMNS if name in table), table.columns[0])
     images = table[column].map(lambda name: "" if pd.isna(name) else base_name(str(name)))
@@ -76,18 +83,30 @@ def _matched(path: Path, radiographs: Radiographs, part: str) -> tuple[pd.DataFr
     strangers = images[~known].tolist()
     table, images, place = table[known], images[known], place[known]
     if len(twice := images[images.duplicated()].unique()):
-        raise DataError(f"{path}: {len(twice)} images occur twice: {first_few(twice)}. Accepted: one row an image.")
+        raise DataError(
+            f"{path}: {len(twice)} images occur twice: {first_few(twice)}. Accepted: one row an "
+            "image."
+        )
     listed = radiographs.listed.iloc[place].reset_index(drop=True)
     labels = listed[list(FINDINGS)].to_numpy()
-    columns, unused = _columns_of_findings(path, [str(name) for name in table if name not in (column, "part")])
+    columns, unused = _columns_of_findings(
+        path, [str(name) for name in table if name not in (column, "part")]
+    )
     scores = table[columns].apply(_numbers).to_numpy(float)
     if missing := int(np.isnan(scores).sum()):
-        raise DataError(f"{path}: {missing:,} scores are missing or no numbers. Give every image all 14 scores.")
-    also = f" These columns look like findings and are not used: {first_few(unused, 14)}." if unused else ""
+        raise DataError(
+            f"{path}: {missing:,} scores are missing or no numbers. Give every image all 14 scores."
+        )
+    also = (
+        f" These columns look like findings and are not used: {first_few(unused, 14)}."
+        if unused
+        else ""
+    )
     if copied := _labels_among(scores, labels):
         raise DataError(
             f"{path}: the columns {first_few([columns[k] for k in copied], 3)} are the labels, not "
-            f"scores.{also} Name the columns of scores as the findings, with a prefix or without, and "
+            f"scores.{also} Name the columns of scores as the findings, with a prefix or without, "
+            "and "
             "leave the labels out."
         )
     if also:
@@ -96,8 +115,12 @@ def _matched(path: Path, radiographs: Radiographs, part: str) -> tuple[pd.DataFr
         named = first_few([name or "(no name)" for name in strangers])
         _log.warning(
             "%s: %s of %s rows are left out, as the label file of %s does not have their images: %s",
-            path, f"{len(strangers):,}", f"{len(known):,}", radiographs.root, named,
-        )  # fmt: skip
+            path,
+            f"{len(strangers):,}",
+            f"{len(known):,}",
+            radiographs.root,
+            named,
+        )
     frame = listed[["image", "patient"]].assign(part=part)
     frame[[f"label_{f}" for f in FINDINGS]] = labels
     frame[[f"score_{f}" for f in FINDINGS]] = scores
@@ -107,9 +130,9 @@ def _matched(path: Path, radiographs: Radiographs, part: str) -> tuple[pd.DataFr
 def _labels_among(scores: np.ndarray, labels: np.ndarray) -> list[int]:
     """Findings whose scores are the labels, in whatever two numbers they are written.
 
-    None if they are too few to be sure: fewer than `FEWEST_ALIKE` positives or negatives, and no more
-    than half of the findings. A model that decides, with few images, may be right on all of a finding.
-    """
+    None if they are too few to be sure: fewer than `FEWEST_ALIKE` positives or negatives, and no
+    more than half of the findings. A model that decides, with few images, may be right on all of a
+    finding."""
     copied, enough, told = [], False, 0
     for k, has in enumerate(labels.T == 1):
         if has.all() or not has.any():
@@ -125,48 +148,59 @@ def _labels_among(scores: np.ndarray, labels: np.ndarray) -> list[int]:
 
 
 def where_from(predictions: pd.DataFrame, radiographs: Radiographs) -> dict:
-    """Which images were judged, for the line above any AUROC: name of the list, its digest, images, patients.
+    """Which images were judged, for the line above any AUROC: name of the list, its digest, images,
+    patients.
 
-    The name says whether the images are those of the official test list, and how many of them are in the official
-    training list, which most models have seen.
-    """
+    The name says whether the images are those of the official test list, and how many of them are
+    in the official training list, which most models have seen."""
     images, files = tuple(predictions["image"]), [radiographs.root / name for name in LISTS]
     name = "images of the file"
     if all(file.is_file() for file in files):
         training, testing = (set(read_list(file)) for file in files)
         if not (training | testing).intersection(radiographs.listed["image"]):
-            read_list(files[0], radiographs)  # raises; one list alone may be of images whose labels are not here
+            # Raises; one list alone may be of images whose labels are not here.
+            read_list(files[0], radiographs)
         seen, tested = len(training.intersection(images)), len(testing.intersection(images))
         name = f"{tested:,} of the {len(testing):,} images of the official test list"
         name += f", and {seen:,} of the official TRAINING list" if seen else ""
     digest = Split("file", None, {"test": images}).digest
-    return {"name": name, "digest": digest, "images": len(images), "patients": predictions["patient"].nunique()}
+    return {
+        "name": name,
+        "digest": digest,
+        "images": len(images),
+        "patients": predictions["patient"].nunique(),
+    }
 
 
-def evaluate(path: str | Path, data_dir: str | Path, *, against: str | Path = "", part="test", seed: int = 0) -> dict:
+def evaluate(
+    path: str | Path, data_dir: str | Path, *, against: str | Path = "", part="test", seed: int = 0
+) -> dict:
     """Judge a file of scores, alone or beside another one of the same images.
 
     Returns
     -------
     dict
-        split (as `where_from` says), left_out (the number of `images` in the file that have no labels, the
-        `first` of their names, and `columns` that look like findings and were not used), auroc (the table
-        of `judge`) and, with `against`, difference (that of `compare`).
+        split (as `where_from` says), left_out (the number of `images` in the file that have no
+        labels, the `first` of their names, and `columns` that look like findings and were not
+        used), auroc (the table of `judge`) and, with `against`, difference (that of `compare`).
     """
     radiographs = load_radiographs(data_dir, require_images=False)
     scores, left_out = _matched(Path(path), radiographs, part)
     found = {"split": where_from(scores, radiographs), "left_out": left_out}
     found["auroc"] = judge(scores, part=part, seed=seed)
     if against:
-        found["difference"] = compare(scores, read_scores(against, radiographs, part=part), part=part, seed=seed)
+        found["difference"] = compare(
+            scores, read_scores(against, radiographs, part=part), part=part, seed=seed
+        )
     return found
 
 
 def judged_in(run: str | Path | None, data: str) -> dict[str, dict]:
-    """What notebooks of a run have trained on this data and split alike: name to folder, split, config, predictions.
+    """What notebooks of a run have trained on this data and split alike: name to folder, split,
+    config, predictions.
 
-    `data` is the name that `data_name` gives. Of those with different splits the first and its like are taken.
-    """
+    `data` is the name that `data_name` gives. Of those with different splits the first and its like
+    are taken."""
     found = {}
     for folder in sorted(Path(run).iterdir()) if run else ():
         files = [folder / name for name in ("metrics.json", "config.json", "predictions.parquet")]
@@ -192,7 +226,9 @@ def _read(path: Path) -> pd.DataFrame:
         ) from error
     names = table.columns.astype(str)
     if names.has_duplicates:
-        raise DataError(f"{path} has several columns {first_few(names[names.duplicated()])}. Leave one of each.")
+        raise DataError(
+            f"{path} has several columns {first_few(names[names.duplicated()])}. Leave one of each."
+        )
     table = table.dropna(how="all")
     if table.empty:
         raise DataError(f"{path} has no rows. Accepted: a row an image, and a header.")
@@ -203,7 +239,9 @@ def _read_text(path: Path) -> pd.DataFrame:
     with open(path, encoding="utf-8-sig") as file:
         first = file.readline()
     separator = max(",;\t", key=first.count)
-    lines = pd.read_csv(path, sep=separator, header=None, dtype=str, encoding="utf-8-sig", skipinitialspace=True)
+    lines = pd.read_csv(
+        path, sep=separator, header=None, dtype=str, encoding="utf-8-sig", skipinitialspace=True
+    )
     header = [f"column {i + 1}" if pd.isna(name) else name for i, name in enumerate(lines.iloc[0])]
     return lines[1:].set_axis(header, axis=1)
 
@@ -226,30 +264,42 @@ def _columns_of_findings(path: Path, columns: list[str]) -> tuple[list[str], lis
         for spelling in (*FINDINGS, *ALIASES):
             prefix = name.removesuffix(spelling)
             if name.endswith(spelling) and prefix != TRUTH:
-                found.setdefault(prefix, {}).setdefault(ALIASES.get(spelling, spelling), []).append(column)
+                found.setdefault(prefix, {}).setdefault(ALIASES.get(spelling, spelling), []).append(
+                    column
+                )
     if not found:
         raise DataError(
-            f"{path} has no column of a finding (columns: {first_few(columns)}). Needed, with or without a common "
+            f"{path} has no column of a finding (columns: {first_few(columns)}). Needed, with or "
+            "without a common "
             f"prefix: {', '.join(FINDINGS)}."
         )
     whole = [prefix for prefix, by_finding in found.items() if len(by_finding) == len(FINDINGS)]
     if len(whole) > 1:
         raise DataError(
-            f"{path} has several columns a finding, with the prefixes {first_few(whole)}. Leave one of each."
+            f"{path} has several columns a finding, with the prefixes {first_few(whole)}. Leave "
+            "one of each."
         )
     prefix = whole[0] if whole else max(found, key=lambda p: len(found[p]))
     if missing := [finding for finding in FINDINGS if finding not in found[prefix]]:
-        raise DataError(f"{path} has no column {first_few([prefix + f for f in missing], 14)}. Needed: one a finding.")
+        raise DataError(
+            f"{path} has no column {first_few([prefix + f for f in missing], 14)}. Needed: one a "
+            "finding."
+        )
     if twice := [columns for columns in found[prefix].values() if len(columns) > 1]:
-        raise DataError(f"{path} has two columns for one finding: {first_few(twice[0])}. Leave one of them.")
+        raise DataError(
+            f"{path} has two columns for one finding: {first_few(twice[0])}. Leave one of them."
+        )
     used = [found[prefix][finding][0] for finding in FINDINGS]
     ours = {TRUTH + finding for finding in FINDINGS}
-    return used, [name for name in columns if name not in used and name not in ours and _like_a_finding(name)]
+    return used, [
+        name for name in columns if name not in used and name not in ours and _like_a_finding(name)
+    ]
 
 
 def _like_a_finding(column: str) -> bool:
     plain, findings = (
-        [re.sub("[^a-z]", "", name.lower()) for name in names] for names in ([column], (*FINDINGS, *ALIASES))
+        [re.sub("[^a-z]", "", name.lower()) for name in names]
+        for names in ([column], (*FINDINGS, *ALIASES))
     )
     within = any(finding in plain[0] for finding in findings)
     return within or bool(difflib.get_close_matches(plain[0], findings, 1, 0.8))

@@ -14,7 +14,8 @@ TRAITS = ("sex", "age", "view", "visit")
 
 
 def traits_of(table: pd.DataFrame) -> pd.DataFrame:
-    """Sex, age band, view position and visit ("first" or "follow-up") of radiographs; "unknown" where not told.
+    """Sex, age band, view position and visit ("first" or "follow-up") of radiographs; "unknown"
+    where not told.
 
     `table` is that of `Radiographs`, its columns sex, age, view and follow_up.
     """
@@ -32,7 +33,12 @@ def traits_of(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def subgroup_auroc(
-    predictions: pd.DataFrame, radiographs, *, part: str = "test", resamples: int = 1000, seed: int = 0
+    predictions: pd.DataFrame,
+    radiographs,
+    *,
+    part: str = "test",
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """AUROC of each finding and their mean in each subgroup, with intervals over patients.
 
@@ -45,9 +51,10 @@ def subgroup_auroc(
     Returns
     -------
     DataFrame
-        Index trait, group, finding; columns images, patients, findings, auroc, low, high, positives, negatives. The
-        mean of a group is over the `findings` that have `FEWEST_PATIENTS` patients of each class in every group of the
-        trait that has any such finding: so groups of a trait can be compared. One without is too small to speak: NaN.
+        Index trait, group, finding; columns images, patients, findings, auroc, low, high,
+        positives, negatives. The mean of a group is over the `findings` that have `FEWEST_PATIENTS`
+        patients of each class in every group of the trait that has any such finding: so groups of a
+        trait can be compared. One without is too small to speak: NaN.
     """
     rows, labels, scores = part_of(predictions, part)
     patients = rows["patient"].to_numpy()
@@ -55,14 +62,21 @@ def subgroup_auroc(
     found = {}
     for trait, values in traits_of(listed).items():
         groups = {group: (values == group).to_numpy() for group in sorted(values.unique())}
-        behind = {g: patients_behind(labels[of], pd.factorize(patients[of])[0])[:-1] for g, of in groups.items()}
+        behind = {
+            g: patients_behind(labels[of], pd.factorize(patients[of])[0])[:-1]
+            for g, of in groups.items()
+        }
         enough = {g: counts >= FEWEST_PATIENTS for g, counts in behind.items()}
         speaking = [e for e in enough.values() if e.any()]
         common = np.all(speaking, axis=0) if speaking else np.zeros(len(FINDINGS), bool)
         for group, of in groups.items():
-            table = auroc_table(labels[of], scores[of], patients[of], resamples=resamples, seed=seed)
+            table = auroc_table(
+                labels[of], scores[of], patients[of], resamples=resamples, seed=seed
+            )
             shared = np.where(common & enough[group], labels[of], np.nan)
-            mean = auroc_table(shared, scores[of], patients[of], resamples=resamples, seed=seed).loc["mean"]
+            mean = auroc_table(
+                shared, scores[of], patients[of], resamples=resamples, seed=seed
+            ).loc["mean"]
             table.loc["mean", ["auroc", "low", "high"]] = mean[["auroc", "low", "high"]]
             counts = {"images": of.sum(), "patients": len(np.unique(patients[of]))}
             findings = int((common & enough[group]).sum())

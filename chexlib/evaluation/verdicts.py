@@ -1,4 +1,5 @@
-"""Means over seeds with Student's t interval: how another start of the same training would have ended.
+"""Means over seeds with Student's t interval: how another start of the same training would have
+ended.
 
 They say nothing of other patients: for that see `chexlib.evaluation.resampling`.
 """
@@ -15,7 +16,9 @@ from chexlib.evaluation.resampling import LEVEL
 
 
 def half_width(deviation, n, *, level: float = LEVEL):
-    """Half of Student's interval of a mean of n values with this standard deviation, NaN where n is 1."""
+    """Half of Student's interval of a mean of n values with this standard deviation, NaN where n is
+    1.
+    """
     return stats.t.ppf((1 + level) / 2, np.maximum(n - 1, 1)) * deviation / np.sqrt(n)
 
 
@@ -55,12 +58,16 @@ LEARNT = 0.7
 
 
 def has_learnt(auroc: float | None) -> bool:
-    """Whether a mean AUROC is high enough for a gain or a loss to mean something: `LEARNT`. None is not."""
+    """Whether a mean AUROC is high enough for a gain or a loss to mean something: `LEARNT`.
+
+    None is not.
+    """
     return auroc is not None and bool(auroc >= LEARNT)
 
 
 def nothing_learnt(auroc: float | None) -> str:
-    """The reason for no verdict, where `has_learnt` is false or the interval of the AUROC holds chance.
+    """The reason for no verdict, where `has_learnt` is false or the interval of the AUROC holds
+    chance.
 
     None, as JSON has NaN: no seed has all the trainings that are compared.
     """
@@ -70,18 +77,22 @@ def nothing_learnt(auroc: float | None) -> str:
 
 
 def verdict_on_gain(low: float, high: float) -> str:
-    """The verdict on a gain that is claimed to be above 0, from its interval. NaN, as of one seed, leaves it open."""
+    """The verdict on a gain that is claimed to be above 0, from its interval.
+
+    NaN, as of one seed, leaves it open.
+    """
     if low > 0:
         return REPRODUCED
     return CONTRADICTED if high < 0 else UNDECIDED
 
 
 def percent_lost(baseline: pd.Series, other: pd.Series) -> dict:
-    """How much of the skill above chance is lost: 100 (A0 - A) / (A0 - 0.5), with A0 the baseline's AUROC.
+    """How much of the skill above chance is lost: 100 (A0 - A) / (A0 - 0.5), with A0 the baseline's
+    AUROC.
 
-    The ratio of the two means over seeds. Its interval is Fieller's (1954), for paired normal values: every ratio r
-    for which Student's t test finds the mean of (A0 - A) - r (A0 - 0.5) not apart from 0. It is finite exactly where
-    the interval of A0 does not hold 0.5.
+    The ratio of the two means over seeds. Its interval is Fieller's (1954), for paired normal
+    values: every ratio r for which Student's t test finds the mean of (A0 - A) - r (A0 - 0.5) not
+    apart from 0. It is finite exactly where the interval of A0 does not hold 0.5.
 
     Parameters
     ----------
@@ -91,8 +102,9 @@ def percent_lost(baseline: pd.Series, other: pd.Series) -> dict:
     Returns
     -------
     dict
-        baseline, its mean AUROC; loss, low, high (in %), seeds. The loss is NaN where nothing was learnt: the baseline
-        is below `LEARNT`, or its interval holds 0.5. The interval is NaN for one seed too.
+        baseline, its mean AUROC; loss, low, high (in %), seeds. The loss is NaN where nothing was
+        learnt: the baseline is below `LEARNT`, or its interval holds 0.5. The interval is NaN for
+        one seed too.
     """
     pairs = pd.DataFrame({"baseline": baseline, "other": other}).dropna()
     n, mean = len(pairs), pairs["baseline"].mean()

@@ -13,10 +13,20 @@ from chexlib.figures.plots import LINES, MARKERS, SMALL
 
 
 def loss_curves(curves: pd.DataFrame, *, resumed_after: int) -> Figure:
-    """Loss by step, a column a training; a line marks the step after which all but the first were resumed."""
+    """Loss by step, a column a training; a line marks the step after which all but the first were
+    resumed.
+    """
     fig, ax = plt.subplots(figsize=(9, 3.2))
     for i, (name, values) in enumerate(curves.items()):
-        ax.plot(values.index, values, LINES[i % len(LINES)], marker=MARKERS[i], markersize=3, lw=1.2, label=name)
+        ax.plot(
+            values.index,
+            values,
+            LINES[i % len(LINES)],
+            marker=MARKERS[i],
+            markersize=3,
+            lw=1.2,
+            label=name,
+        )
     ax.axvline(resumed_after + 0.5, color="0.4", linestyle=":", label="resumed here")
     ax.set(xlabel="step", ylabel="binary cross-entropy of the step")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, **SMALL)
@@ -25,14 +35,17 @@ def loss_curves(curves: pd.DataFrame, *, resumed_after: int) -> Figure:
 
 
 def strip(points: Sequence[Mapping]) -> Figure:
-    """What `fit` has reported so far: loss, AUROC, images/s and the compute of each rank, in a strip of four panels.
+    """What `fit` has reported so far: loss, AUROC, images/s and the compute of each rank, in a
+    strip of four panels.
 
     Parameters
     ----------
     points : sequence of dict
-        The reports, each with `epoch` as a fraction, step_loss, images_per_second, busy and history.
+        The reports, each with `epoch` as a fraction, step_loss, images_per_second, busy and
+        history.
     """
-    fig = Figure(figsize=(12, 2.6), layout="constrained")  # not pyplot's: this is drawn from a thread
+    # Not pyplot's: this is drawn from a thread.
+    fig = Figure(figsize=(12, 2.6), layout="constrained")
     loss, area, speed, ranks = fig.subplots(1, 4)
     epochs, rows = [p["epoch"] for p in points], points[-1]["history"]
     ends = [row["epoch"] + 1 for row in rows]

@@ -18,7 +18,8 @@ from chexlib.findings import FINDINGS
 
 
 class HeatMapFiles:
-    """Writes `<image>.png` to a folder, the findings with the highest probabilities; for `predict_all(each=...)`.
+    """Writes `<image>.png` to a folder, the findings with the highest probabilities; for
+    `predict_all(each=...)`.
 
     Parameters
     ----------
@@ -26,7 +27,8 @@ class HeatMapFiles:
     count : int
         Findings an image.
     card : dict, optional
-        Of the weights: where it calibrates a finding, the title has the calibrated probability, and says so.
+        Of the weights: where it calibrates a finding, the title has the calibrated probability, and
+        says so.
 
     Raises
     ------
@@ -43,17 +45,25 @@ class HeatMapFiles:
                 pass
         except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
             reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"{folder!s:.300} cannot hold heat maps ({reason}). Name another folder.") from error
+            raise ConfigError(
+                f"{folder!s:.300} cannot hold heat maps ({reason}). Name another folder."
+            ) from error
 
     def __call__(self, model, paths: Sequence[str], pixels: np.ndarray, scores: np.ndarray) -> None:
         from chexlib.figures.overlays import heat_figure
 
         scores = read_by_card(pd.DataFrame(scores, columns=list(FINDINGS)), self.card)[0].to_numpy()
-        curves = (self.card.get("calibration") or {}).get("curves", ())  # not of every finding, if isotonic
-        named = [f"{f.replace('_', ' ')} {{:.2f}}{', calibrated' if f in curves else ''}" for f in FINDINGS]
+        # Not of every finding, if isotonic.
+        curves = (self.card.get("calibration") or {}).get("curves", ())
+        named = [
+            f"{f.replace('_', ' ')} {{:.2f}}{', calibrated' if f in curves else ''}"
+            for f in FINDINGS
+        ]
         top = np.argsort(-scores, axis=1, kind="stable")[:, : self.count]
         asked = [FINDINGS[i] for i in top.ravel()]
-        maps = heat_maps(model, np.repeat(pixels, top.shape[1], axis=0), asked).reshape(*top.shape, *pixels.shape[1:3])
+        maps = heat_maps(model, np.repeat(pixels, top.shape[1], axis=0), asked).reshape(
+            *top.shape, *pixels.shape[1:3]
+        )
         for path, row, order, heat in zip(paths, scores, top, maps, strict=True):
             titles = [named[i].format(row[i]) for i in order]
             image = read_picture(path)[0]

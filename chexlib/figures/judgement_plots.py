@@ -13,9 +13,17 @@ from chexlib.figures.plots import LINES, MARKERS, SMALL
 
 
 def forest(
-    table: pd.DataFrame, value: str, *, xlabel: str, line: float, title: str = "", filled: pd.Series | None = None
+    table: pd.DataFrame,
+    value: str,
+    *,
+    xlabel: str,
+    line: float,
+    title: str = "",
+    filled: pd.Series | None = None,
 ) -> Figure:
-    """A row a value, with its interval; where there is none, the row says so. Findings, which have a mean, are sorted.
+    """A row a value, with its interval; where there is none, the row says so.
+
+    Findings, which have a mean, are sorted.
 
     Parameters
     ----------
@@ -27,7 +35,9 @@ def forest(
         Indexed as the table: whose marker is filled, as what is claimed; all if not given.
     """
     if "mean" in table.index:
-        table = pd.concat([table.loc[["mean"]], table.drop(index="mean").sort_values(value, ascending=False)])
+        table = pd.concat(
+            [table.loc[["mean"]], table.drop(index="mean").sort_values(value, ascending=False)]
+        )
     y, at = np.arange(len(table)), table[value].to_numpy(float)
     known = table[["low", "high"]].notna().all(axis=1).to_numpy() & ~np.isnan(at)
     filled = np.ones(len(table), bool) if filled is None else filled[table.index].to_numpy(bool)
@@ -39,7 +49,12 @@ def forest(
     for row in y[~known]:
         point = "" if np.isnan(at[row]) else f"{at[row]:.3f}, "
         ax.text(line, row, f" {point}too small to speak", va="center", color="0.3", **SMALL)
-    ax.set(yticks=y, yticklabels=[str(name).replace("_", " ") for name in table.index], xlabel=xlabel, title=title)
+    ax.set(
+        yticks=y,
+        yticklabels=[str(name).replace("_", " ") for name in table.index],
+        xlabel=xlabel,
+        title=title,
+    )
     ax.set_ylim(len(table) - 0.4, -0.6)
     ax.margins(x=0.08)
     plt.close(fig)
@@ -55,14 +70,23 @@ def reliability(curves: Mapping[str, pd.DataFrame], *, title: str = "") -> Figur
         As `chexlib.evaluation.calibration.reliability_curve` returns it.
     """
     fig, ax = plt.subplots(figsize=(6, 5))
-    drawn = [c for c in pd.concat([t[["predicted", "observed"]] for t in curves.values()]).to_numpy().ravel() if c > 0]
+    drawn = [
+        c
+        for c in pd.concat([t[["predicted", "observed"]] for t in curves.values()])
+        .to_numpy()
+        .ravel()
+        if c > 0
+    ]
     least = min([*drawn, 0.1]) / 2
     ax.plot([least, 1], [least, 1], color="0.4", linestyle=":", label="predicted as observed")
     for i, (name, table) in enumerate(curves.items()):
         style = {"marker": MARKERS[i], "linestyle": LINES[i % len(LINES)], "alpha": 0.85}
         ax.plot(table["predicted"].clip(least), table["observed"].clip(least), label=name, **style)
     ax.set(xscale="log", yscale="log", xlim=(least, 1.1), ylim=(least * 0.9, 1.1), title=title)
-    ax.set(xlabel="mean score of the bin (log scale)", ylabel="share of positives in the bin (log scale)")
+    ax.set(
+        xlabel="mean score of the bin (log scale)",
+        ylabel="share of positives in the bin (log scale)",
+    )
     ax.legend(loc="upper left", **SMALL)
     plt.close(fig)
     return fig

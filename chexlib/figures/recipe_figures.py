@@ -15,13 +15,18 @@ from chexlib.machine import BATCH
 
 
 def schedule(values, *, steps_per_epoch: float = 1.0, title: str = "") -> Figure:
-    """Rate, momentum and weight decay of every step of a `chexlib.training.schedules.Values`, its phases named.
+    """Rate, momentum and weight decay of every step of a `chexlib.training.schedules.Values`, its
+    phases named.
 
     Where images are cropped the background is white; where they are not, grey.
     """
     at = np.arange(len(values)) / steps_per_epoch
     fig, axs = plt.subplots(3, 1, figsize=(9, 7), sharex=True, height_ratios=[5, 2, 2])
-    panels = {"learning rate": values.rate, "momentum": values.momentum, "weight decay": values.weight_decay}
+    panels = {
+        "learning rate": values.rate,
+        "momentum": values.momentum,
+        "weight decay": values.weight_decay,
+    }
     starts = np.flatnonzero(np.diff(values.phase, prepend=-1))
     ends = np.append(starts[1:], len(values))
     for ax, (label, column) in zip(axs, panels.items(), strict=True):
@@ -33,7 +38,14 @@ def schedule(values, *, steps_per_epoch: float = 1.0, title: str = "") -> Figure
                 ax.axvspan(at[start], at[end - 1], color="0.9")
     for start in starts:
         text = values.names[values.phase[start]]
-        axs[0].text(at[start], 1.01, f" {text}", transform=axs[0].get_xaxis_transform(), rotation=45, **SMALL)
+        axs[0].text(
+            at[start],
+            1.01,
+            f" {text}",
+            transform=axs[0].get_xaxis_transform(),
+            rotation=45,
+            **SMALL,
+        )
     axs[0].set_ylim(bottom=0)
     axs[-1].set(xlabel="epoch" if steps_per_epoch != 1 else "step", ylim=(0, None))
     fig.suptitle(title)
@@ -42,14 +54,19 @@ def schedule(values, *, steps_per_epoch: float = 1.0, title: str = "") -> Figure
 
 
 def ladder(gains: pd.DataFrame, published: Mapping[str, float]) -> Figure:
-    """What each rung gains over the one before, ours with its interval and the study's, each in its own unit."""
+    """What each rung gains over the one before, ours with its interval and the study's, each in its
+    own unit.
+    """
     fig, (ours, theirs) = plt.subplots(1, 2, figsize=(10, 3), sharey=True)
     rows = gains.iloc[:0:-1]
     y = np.arange(len(rows))
     whiskers = np.abs(rows[["low", "high"]].to_numpy().T - rows["gain"].to_numpy())
     ours.errorbar(rows["gain"], y, xerr=whiskers, fmt="o", capsize=3)
     theirs.plot([published.get(rung, np.nan) for rung in rows.index], y, "D", color="C1")
-    for ax, label in ((ours, "gain in mean test AUROC, ours"), (theirs, "gain in ImageNet top-1 (%), the study")):
+    for ax, label in (
+        (ours, "gain in mean test AUROC, ours"),
+        (theirs, "gain in ImageNet top-1 (%), the study"),
+    ):
         ax.axvline(0, color="0.4", linestyle=":")
         ax.set(xlabel=label, yticks=y, yticklabels=rows.index, ylim=(-0.5, len(rows) - 0.5))
     plt.close(fig)
@@ -68,7 +85,9 @@ def collapse_curve(gains: pd.DataFrame, published: pd.DataFrame) -> Figure:
         if "low" in table:
             edges = np.abs(table[["low", "high"]].to_numpy(float).T - table["gain"].to_numpy(float))
             label_of = "interval of the gain, over seeds" if np.isfinite(edges).any() else None
-            ax.errorbar(at, table["after"], yerr=edges, fmt="none", ecolor="C1", capsize=3, label=label_of)
+            ax.errorbar(
+                at, table["after"], yerr=edges, fmt="none", ecolor="C1", capsize=3, label=label_of
+            )
         ax.set(ylabel=label, xlabel="point of the training", xticks=at)
     axs[0].set_xlabel("epoch from which it collapses")
     axs[0].legend(**SMALL)
@@ -77,7 +96,8 @@ def collapse_curve(gains: pd.DataFrame, published: pd.DataFrame) -> Figure:
 
 
 def workbench(presets: Mapping, resolve, *, images: int, batch: int, epochs: int):
-    """Sliders over `schedule`: a preset, its global batch, epochs and rule, drawn before anything is trained.
+    """Sliders over `schedule`: a preset, its global batch, epochs and rule, drawn before anything
+    is trained.
 
     Parameters
     ----------
@@ -89,8 +109,8 @@ def workbench(presets: Mapping, resolve, *, images: int, batch: int, epochs: int
 
     Returns
     -------
-    ipywidgets.Widget, or what says that there is none, as in a notebook that runs headless nobody moves sliders
-    """
+    ipywidgets.Widget, or what says that there is none, as in a notebook that runs headless nobody
+    moves sliders"""
     import ipywidgets as widgets
     from IPython.display import Markdown, display
 
@@ -106,7 +126,9 @@ def workbench(presets: Mapping, resolve, *, images: int, batch: int, epochs: int
     return widgets.interactive(
         draw,
         preset=list(presets),
-        global_batch=widgets.SelectionSlider(options=sorted({batch, *(2**i for i in range(3, 13))}), value=batch),
+        global_batch=widgets.SelectionSlider(
+            options=sorted({batch, *(2**i for i in range(3, 13))}), value=batch
+        ),
         epochs=widgets.IntSlider(epochs, 1, 90),
         rule=["linear", "sqrt", "none"],
         warmup=["epochs", "batch"],

@@ -1,4 +1,7 @@
-"""Figures of transfer learning. As in `chexlib.figures.plots`, each function returns a closed matplotlib Figure."""
+"""Figures of transfer learning.
+
+As in `chexlib.figures.plots`, each function returns a closed matplotlib Figure.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,27 @@ def pretraining(snapshots: pd.DataFrame) -> Figure:
 
 
 def along(table: pd.DataFrame, scratch: float | None = None) -> Figure:
-    """Test AUROC after fine-tuning, over where in the pre-training it began; a line a rate and warm-up.
+    """Test AUROC after fine-tuning, over where in the pre-training it began; a line a rate and
+    warm-up.
 
     `scratch` is that of the same training from random weights.
     """
     fig, ax = plt.subplots(figsize=(8, 3.8))
     for i, (name, column) in enumerate(table.items()):
-        ax.plot(table.index, column, LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)], label=name)
+        ax.plot(
+            table.index, column, LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)], label=name
+        )
     if scratch is not None:
-        ax.axhline(scratch, color="0.4", linestyle=":", label="from random weights, the default rate, warm-up")
-    ax.set(xlabel="images seen in pre-training when the snapshot was taken", ylabel="mean test AUROC, fine-tuned")
+        ax.axhline(
+            scratch,
+            color="0.4",
+            linestyle=":",
+            label="from random weights, the default rate, warm-up",
+        )
+    ax.set(
+        xlabel="images seen in pre-training when the snapshot was taken",
+        ylabel="mean test AUROC, fine-tuned",
+    )
     ax.legend(**SMALL)
     plt.close(fig)
     return fig
@@ -42,23 +56,36 @@ def rules(effects: pd.DataFrame) -> Figure:
     rows = effects.iloc[::-1]
     fig, ax = plt.subplots(figsize=(8, 2.2))
     whiskers = np.abs(rows[["low", "high"]].to_numpy(float).T - rows["effect"].to_numpy(float))
-    ax.errorbar(rows["effect"].astype(float), np.arange(len(rows)), xerr=whiskers, fmt="o", capsize=3)
+    ax.errorbar(
+        rows["effect"].astype(float), np.arange(len(rows)), xerr=whiskers, fmt="o", capsize=3
+    )
     ax.axvline(0, color="0.4", linestyle=":")
     labels = rows["rule"] + ": " + rows["verdict"]
-    ax.set(xlabel="gain in mean test AUROC", yticks=range(len(rows)), yticklabels=labels, ylim=(-0.5, len(rows) - 0.5))
+    ax.set(
+        xlabel="gain in mean test AUROC",
+        yticks=range(len(rows)),
+        yticklabels=labels,
+        ylim=(-0.5, len(rows) - 0.5),
+    )
     plt.close(fig)
     return fig
 
 
 def updates(table: pd.DataFrame) -> Figure:
-    """Test AUROC over updates an epoch, the batch beside each point, with the interval of what it lost to the first."""
+    """Test AUROC over updates an epoch, the batch beside each point, with the interval of what it
+    lost to the first.
+    """
     fig, ax = plt.subplots(figsize=(7, 3.4))
     whiskers = np.abs(table[["low", "high"]].to_numpy(float).T - table["effect"].to_numpy(float))
     ax.errorbar(table["updates"], table["auroc"], yerr=whiskers, fmt="o-", capsize=3)
     for batch, row in table.iterrows():
         place = {"xytext": (7, -12), "textcoords": "offset points"}
         ax.annotate(f"{batch:,}", (row["updates"], row["auroc"]), **place, **SMALL)
-    ax.set(xscale="log", xlabel="updates an epoch (beside each point the global batch)", ylabel="mean test AUROC")
+    ax.set(
+        xscale="log",
+        xlabel="updates an epoch (beside each point the global batch)",
+        ylabel="mean test AUROC",
+    )
     ax.set_xticks(table["updates"], [f"{n:g}" for n in table["updates"]])
     ax.minorticks_off()
     plt.close(fig)

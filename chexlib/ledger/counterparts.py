@@ -1,4 +1,6 @@
-"""What of a run answers a published figure: from a notebook's `metrics.json`, converted to the figure's unit."""
+"""What of a run answers a published figure: from a notebook's `metrics.json`, converted to the
+figure's unit.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from chexlib.ledger.published import BATCHES, COLLAPSES, IMAGENET, LADDER, LARGE
 
 RELEASE = 112_120  # images of the NIH release
 TOP_1 = "top-1 of 1,000 classes of photographs there, mean AUROC of 14 findings here"
-RUNGS = {"the study": "+ collapse", "Facebook": "+ warm-up"}  # whose batches are answered by which rung of our ladder
+# Whose batches are answered by which rung of our ladder.
+RUNGS = {"the study": "+ collapse", "Facebook": "+ warm-up"}
 
 
 def _auroc(claim: Claim, found: Found, times: float = 1.0) -> Measured | str:
@@ -23,7 +26,9 @@ def _auroc(claim: Claim, found: Found, times: float = 1.0) -> Measured | str:
     if row["auroc"] is None:
         return "the test part has images of one class only"
     own = between(row, "auroc", times)
-    return Measured(**own, unit=claim.unit, published=claim.value, differs=_other_images(claim, found.metrics))
+    return Measured(
+        **own, unit=claim.unit, published=claim.value, differs=_other_images(claim, found.metrics)
+    )
 
 
 def _other_images(claim: Claim, metrics: Mapping) -> str:
@@ -31,7 +36,11 @@ def _other_images(claim: Claim, metrics: Mapping) -> str:
     if "synthetic" in metrics["data"]:
         return "our images are synthetic"
     if claim.setting.startswith("leaks") or "not printed" in claim.setting:
-        return "its split leaks patients" if claim.setting.startswith("leaks") else "its split is not printed"
+        return (
+            "its split leaks patients"
+            if claim.setting.startswith("leaks")
+            else "its split is not printed"
+        )
     if images < 0.99 * RELEASE:
         return f"{images:,} of the release's {RELEASE:,} images"
     if ours != ("official" if claim.setting.startswith("official") else "patient"):
@@ -52,12 +61,16 @@ def _speed(claim: Claim, found: Found) -> Measured:
 def _epoch(claim: Claim, found: Found) -> Measured:
     """Hours for the release's training part (70 %) at the speed of `_speed`."""
     speed = _speed(claim, found)
-    return Measured(0.7 * RELEASE / speed.value / 3600, claim.unit, claim.value, differs=speed.differs)
+    return Measured(
+        0.7 * RELEASE / speed.value / 3600, claim.unit, claim.value, differs=speed.differs
+    )
 
 
 def _leak(claim: Claim, found: Found) -> Measured:
     share = found.metrics["test_images_seen_in_training"]["image"]
-    return Measured(100 * share, claim.unit, claim.value, differs="our split by image, of our images")
+    return Measured(
+        100 * share, claim.unit, claim.value, differs="our split by image, of our images"
+    )
 
 
 def _layers(claim: Claim, found: Found) -> Measured:
@@ -66,7 +79,9 @@ def _layers(claim: Claim, found: Found) -> Measured:
 
 
 def _rung(claim: Claim, found: Found) -> Measured | str:
-    """On our smallest batch: the study's ladder ends at its figure for 8K, which has as many updates an epoch."""
+    """On our smallest batch: the study's ladder ends at its figure for 8K, which has as many
+    updates an epoch.
+    """
     rungs, name = found.metrics["ladder"], claim.key.split("/")[-1]
     climbed = rungs[min(rungs, key=int)]
     trained = [rung for rung in LADDER if rung in climbed]
@@ -76,21 +91,31 @@ def _rung(claim: Claim, found: Found) -> Measured | str:
     if not place:
         return Measured(100 * climbed[name]["auroc"], "% AUROC", claim.value, differs=TOP_1)
     before = trained[place - 1]
-    highest = max((climbed[rung]["auroc"] for rung in (before, name)), key=lambda auroc: auroc or 0.0)
+    highest = max(
+        (climbed[rung]["auroc"] for rung in (before, name)), key=lambda auroc: auroc or 0.0
+    )
     if not has_learnt(highest):
         return nothing_learnt(highest)
     gained = LADDER[name] - LADDER[before]
-    return Measured(**between(climbed[name], "gain", 100), unit="% AUROC", published=gained, rule="side of 0")
+    return Measured(
+        **between(climbed[name], "gain", 100), unit="% AUROC", published=gained, rule="side of 0"
+    )
 
 
 def _ensemble(claim: Claim, found: Found) -> Measured | str:
-    """The gain over the best member, its interval over seeds; of one seed there is none, as of any one training."""
+    """The gain over the best member, its interval over seeds; of one seed there is none, as of any
+    one training.
+    """
     seeds = pd.DataFrame(found.metrics["ensemble"].values())
     if not has_learnt(member := seeds["member"].mean()):
         return nothing_learnt(member)
     row = {"gain": seeds["gain"][0], "low": None, "high": None}
     if len(seeds) > 1:
-        row = over_seeds(seeds.assign(all=0), ["all"], ["gain"]).rename(columns={"mean": "gain"}).iloc[0]
+        row = (
+            over_seeds(seeds.assign(all=0), ["all"], ["gain"])
+            .rename(columns={"mean": "gain"})
+            .iloc[0]
+        )
     gained = claim.value - LADDER["+ collapse"]
     return Measured(**between(row, "gain", 100), unit="% AUROC", published=gained, rule="side of 0")
 
@@ -98,9 +123,9 @@ def _ensemble(claim: Claim, found: Found) -> Measured | str:
 def _collapse(claim: Claim, found: Found) -> Measured | str:
     """From the epoch that is as far into our training as the point is into theirs.
 
-    A collapse is one epoch more, so it is judged over what the training itself had reached by then (`gain_later`), and
-    the study's over what it had reached at its next point. Neither is known of the end of a training.
-    """
+    A collapse is one epoch more, so it is judged over what the training itself had reached by then
+    (`gain_later`), and the study's over what it had reached at its next point. Neither is known of
+    the end of a training."""
     point, when = int(claim.key.split("/")[2]), claim.key.split("/")[3]
     epochs = sorted(found.metrics["collapse"], key=int)
     row = found.metrics["collapse"][epochs[math.ceil(point / len(COLLAPSES) * len(epochs)) - 1]]
@@ -108,17 +133,27 @@ def _collapse(claim: Claim, found: Found) -> Measured | str:
         return Measured(100 * row["before"], "% AUROC", claim.value, differs=TOP_1)
     before, after = COLLAPSES[point - 1]
     if row["gain_later"] is None or point == len(COLLAPSES):
-        differs = "what one more epoch without a collapse had given is not known of the end of a training"
-        return Measured(**between(row, "gain", 100), unit="% AUROC", published=after - before, differs=differs)
-    highest = max((own["after"] for own in found.metrics["collapse"].values()), key=lambda auroc: auroc or 0.0)
+        differs = (
+            "what one more epoch without a collapse had given is not known of the end of a training"
+        )
+        return Measured(
+            **between(row, "gain", 100), unit="% AUROC", published=after - before, differs=differs
+        )
+    highest = max(
+        (own["after"] for own in found.metrics["collapse"].values()), key=lambda auroc: auroc or 0.0
+    )
     if not has_learnt(highest):
         return nothing_learnt(highest)
     later = between(row, "gain_later", 100, ends=("low_later", "high_later"))
-    return Measured(**later, unit="% AUROC", published=after - COLLAPSES[point][0], rule="side of 0")
+    return Measured(
+        **later, unit="% AUROC", published=after - COLLAPSES[point][0], rule="side of 0"
+    )
 
 
 def _losses(found: Found, rung: str) -> list[dict]:
-    """What each batch above the smallest loses, in % of the smallest's skill above chance, the smallest batch first."""
+    """What each batch above the smallest loses, in % of the smallest's skill above chance, the
+    smallest batch first.
+    """
     return [row for row in found.metrics["losses"] if row["rung"] == rung]
 
 
@@ -131,7 +166,9 @@ def _at_updates(rows: list[dict], updates: float) -> dict | str:
 
 
 def _lost(row: dict, **how) -> Measured | str:
-    """A row of `_losses` beside a published loss, where the smallest batch had learnt something that can be lost."""
+    """A row of `_losses` beside a published loss, where the smallest batch had learnt something
+    that can be lost.
+    """
     if row["loss"] is None or not has_learnt(row["baseline"]):
         return nothing_learnt(row["baseline"])
     return Measured(**between(row, "loss"), unit="% of skill lost", **how)
@@ -159,7 +196,9 @@ def _rule_loss(claim: Claim, found: Found) -> Measured | str:
 
 
 def _rule_reach(claim: Claim, found: Found) -> Measured | str:
-    """The largest batch, or the fewest updates an epoch, that loses less than 2 % with its whole interval."""
+    """The largest batch, or the fewest updates an epoch, that loses less than 2 % with its whole
+    interval.
+    """
     losses = _losses(found, RUNGS["the study"])
     learnt = [row for row in losses if row["loss"] is not None and has_learnt(row["baseline"])]
     if losses and not learnt:
@@ -168,7 +207,9 @@ def _rule_reach(claim: Claim, found: Found) -> Measured | str:
     if not kept:
         return "no batch of ours is known to lose less than 2 % of the skill above chance"
     if claim.key.endswith("updates"):
-        return Measured(min(row["updates"] for row in kept), claim.unit, claim.value, rule="<=", tolerance=0)
+        return Measured(
+            min(row["updates"] for row in kept), claim.unit, claim.value, rule="<=", tolerance=0
+        )
     differs = "fewer images: what makes a batch large is how few updates are left"
     return Measured(max(row["batch"] for row in kept), claim.unit, claim.value, differs=differs)
 
@@ -192,7 +233,12 @@ def _tuned_updates(claim: Claim, found: Found) -> Measured | str:
     row = _at_updates(list(table.values()), claim.value)
     if isinstance(row, str):
         return row
-    return Measured(row["updates"], claim.unit, claim.value, differs="chosen, not found: the loss there is the result")
+    return Measured(
+        row["updates"],
+        claim.unit,
+        claim.value,
+        differs="chosen, not found: the loss there is the result",
+    )
 
 
 COUNTERPARTS: dict[str, tuple[str, Callable[[Claim, Found], Measured | str]]] = {
@@ -224,8 +270,10 @@ NO_COUNTERPART = {  # looked at first
     "hardware/caffe-448/peak": "a data sheet's, and an input of the share of the peak",
     "hardware/facebook-32/peak": "a data sheet's, and an input of the share of the peak",
     "hardware/you-1024/peak": "a data sheet's, and an input of the share of the peak",
-    "hardware/caffe-448/time": "an input of the share of the peak, and of a node's speed in the model",
-    "hardware/facebook-32/time": "an input of the share of the peak; those processors are not modelled",
+    "hardware/caffe-448/time": "an input of the share of the peak, and of a node's speed in the "
+    "model",
+    "hardware/facebook-32/time": "an input of the share of the peak; those processors are not "
+    "modelled",
     "hardware/you-1024/time": "an input of the share of the peak; that run is not modelled",
     "densenet/64/top-1": "ImageNet is not trained here",
     "densenet/128/top-1": "ImageNet is not trained here",

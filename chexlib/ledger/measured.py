@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-SHOWN = ("topology", "topologies", "size", "epochs", "seeds", "engines")  # of a notebook's parameters
+# Of a notebook's parameters.
+SHOWN = ("topology", "topologies", "size", "epochs", "seeds", "engines")
 
 
 @dataclass(frozen=True)
@@ -18,25 +19,33 @@ class Found:
     params: Mapping = field(default_factory=dict)
     environment: Mapping = field(default_factory=dict)
     origin: str = "this run"
-    reference: Found | None = None  # the reference results of the same notebook, for what this run did not measure
+    # The reference results of the same notebook, for what this run did not measure.
+    reference: Found | None = None
 
     @property
     def scale(self) -> str:
         """At which scale: the data, and those of `SHOWN` that the notebook has."""
         words = [str(self.metrics["data"])] if "data" in self.metrics else []
         own = {name: self.params[name] for name in SHOWN if name in self.params}
-        lists = {name: " ".join(map(str, value)) for name, value in own.items() if isinstance(value, list)}
+        lists = {
+            name: " ".join(map(str, value))
+            for name, value in own.items()
+            if isinstance(value, list)
+        }
         return ", ".join(words + [f"{name} {value}" for name, value in {**own, **lists}.items()])
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure of ours, to be set beside a published one that comes to `published` in the same unit."""
+    """A figure of ours, to be set beside a published one that comes to `published` in the same
+    unit.
+    """
 
     value: float
     unit: str
     published: float | None = None
-    low: float | None = None  # of the 95 % interval; of a projection what it spans, the unknown being another
+    # Of the 95 % interval; of a projection what it spans, the unknown being another.
+    low: float | None = None
     high: float | None = None
     rule: str = "equal"  # or "side of 0", "<", "<=", of a projection ">": see `ledger`
     tolerance: float | None = None  # 0 of a count, more of a projection
@@ -44,9 +53,12 @@ class Measured:
     scale: str = ""  # at which ours was found, where that is not the notebook's
 
 
-def between(row: Mapping, name: str, times: float = 1.0, *, ends: tuple[str, str] = ("low", "high")) -> dict:
+def between(
+    row: Mapping, name: str, times: float = 1.0, *, ends: tuple[str, str] = ("low", "high")
+) -> dict:
     """Value and interval of an estimate in `metrics.json`, whose ends are in the columns `ends`."""
     found = {
-        end: None if row[own] is None else times * row[own] for end, own in zip(("low", "high"), ends, strict=True)
+        end: None if row[own] is None else times * row[own]
+        for end, own in zip(("low", "high"), ends, strict=True)
     }
     return {"value": math.nan if row[name] is None else times * row[name], **found}

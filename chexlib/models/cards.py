@@ -1,4 +1,7 @@
-"""The card of a `.keras` file: a JSON member of the archive that says what the weights are. No TensorFlow is needed."""
+"""The card of a `.keras` file: a JSON member of the archive that says what the weights are.
+
+No TensorFlow is needed.
+"""
 
 from __future__ import annotations
 
@@ -33,22 +36,40 @@ def read_card(path, *, any_findings: bool = False) -> dict:
     path = find_weights(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            # Keras and save_model store members as they are, so that a small file cannot hold a large one.
-            if packed := [item.filename for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED]:
+            # Keras and save_model store members as they are, so that a small file cannot hold a
+            # large one.
+            if packed := [
+                item.filename
+                for item in archive.infolist()
+                if item.compress_type != zipfile.ZIP_STORED
+            ]:
                 raise ValueError(f"{packed[0]!r} in it is compressed")
             if (length := archive.getinfo(CARD).file_size) > LARGEST_CARD:
                 raise ValueError(f"its card has {length:,} bytes")
             card = json.loads(archive.read(CARD))
         findings = card["findings"]
-    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, OSError, RuntimeError, RecursionError) as error:
+    except (
+        zipfile.BadZipFile,
+        KeyError,
+        ValueError,
+        TypeError,
+        OSError,
+        RuntimeError,
+        RecursionError,
+    ) as error:
         raise WeightsError(
-            f"{path} is not a model written by chexlib ({first_line(error)}). Name the model.keras of a run, "
+            f"{path} is not a model written by chexlib ({first_line(error)}). Name the model.keras "
+            "of a run, "
             "for instance runs/latest/03_train_baseline/model.keras."
         ) from error
     if findings != list(FINDINGS) and not any_findings:
-        raise WeightsError(f"{path} predicts {findings!s:.300}; expected the 14 findings {list(FINDINGS)}.")
+        raise WeightsError(
+            f"{path} predicts {findings!s:.300}; expected the 14 findings {list(FINDINGS)}."
+        )
     if not isinstance(size := card.get("size"), int) or not 32 <= size <= LARGEST_SIZE:
-        raise WeightsError(f"{path} is for images of {size!r:.80} px. Accepted: 32 to {LARGEST_SIZE}.")
+        raise WeightsError(
+            f"{path} is for images of {size!r:.80} px. Accepted: 32 to {LARGEST_SIZE}."
+        )
     return card
 
 
@@ -81,15 +102,22 @@ def find_weights(weights: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise WeightsError(
-            f"there is no weights file {path}. Accepted: a .keras, .weights.h5 or .safetensors file, a run's folder, "
+            f"there is no weights file {path}. Accepted: a .keras, .weights.h5 or .safetensors "
+            "file, a run's folder, "
             "'imagenet', or none at all."
         )
     found = [f for f in (path / "model.keras", *sorted(path.glob("*/model.keras"))) if f.is_file()]
     if len(found) == 1 or (found and found[0].parent == path):
         return found[0]
     kept = found or sorted(path.glob("snapshots/*.keras"))
-    several = f"holds several: {', '.join(str(f.relative_to(path)) for f in kept[:9])}" if kept else "has none"
-    raise WeightsError(f"{path} is no folder of one model.keras: it {several}. Name a weights file, or one run.")
+    several = (
+        f"holds several: {', '.join(str(f.relative_to(path)) for f in kept[:9])}"
+        if kept
+        else "has none"
+    )
+    raise WeightsError(
+        f"{path} is no folder of one model.keras: it {several}. Name a weights file, or one run."
+    )
 
 
 def config_of(path, card: dict) -> dict:
@@ -102,16 +130,23 @@ def config_of(path, card: dict) -> dict:
     """
     config = card.get("config") or {}
     if not isinstance(config, dict):
-        raise WeightsError(f"{path} has the config {config!r:.80}, no settings by name. Use a file that chexlib wrote.")
+        raise WeightsError(
+            f"{path} has the config {config!r:.80}, no settings by name. Use a file that chexlib "
+            "wrote."
+        )
     return config
 
 
 def split_of(card: dict) -> str:
-    """ "patient split 70e7a9376113": where a card, or what was found of a model, says what it was trained on."""
+    """ "patient split 70e7a9376113": where a card, or what was found of a model, says what it was
+    trained on.
+    """
     split = card.get("split") if isinstance(card.get("split"), dict) else {}
     return f"{split.get('name', 'unknown')!s:.80} split {split.get('digest') or 'without digest'!s:.80}"
 
 
 def first_line(error: BaseException) -> str:
     """Of an error's text, at most 200 characters: for a message of one line."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+    return next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )[:200]

@@ -15,11 +15,12 @@ QUANTILES = 101  # of the reference scores, between which ranks are interpolated
 
 @keras.saving.register_keras_serializable("chexlib")
 class Combine(keras.layers.Layer):
-    """(batch, members, findings) probabilities to (batch, findings): their mean, that of their logits, or of ranks.
+    """(batch, members, findings) probabilities to (batch, findings): their mean, that of their
+    logits, or of ranks.
 
-    A rank is the share of reference images, such as those of validation, with a lower score of this member: it has no
-    scale of its own, so a member that is surer than the others weighs no more than they.
-    """
+    A rank is the share of reference images, such as those of validation, with a lower score of this
+    member: it has no scale of its own, so a member that is surer than the others weighs no more
+    than they."""
 
     def __init__(self, how: str = "probability", **settings):
         super().__init__(**settings)
@@ -29,7 +30,9 @@ class Combine(keras.layers.Layer):
 
     def build(self, shape):
         if self.how == "rank":
-            self.table = self.add_weight(shape=(QUANTILES, *shape[1:]), trainable=False, name="quantiles")
+            self.table = self.add_weight(
+                shape=(QUANTILES, *shape[1:]), trainable=False, name="quantiles"
+            )
 
     def call(self, scores):
         if self.how == "logit":
@@ -46,11 +49,15 @@ class Combine(keras.layers.Layer):
 
 
 def quantiles(reference: np.ndarray) -> np.ndarray:
-    """The table of ranks, (QUANTILES, members, findings), from (members, n, findings) scores of reference images."""
+    """The table of ranks, (QUANTILES, members, findings), from (members, n, findings) scores of
+    reference images.
+    """
     return np.quantile(reference, np.linspace(0, 1, QUANTILES), axis=1)
 
 
-def combine(scores: np.ndarray, *, how: str = "probability", reference: np.ndarray | None = None) -> np.ndarray:
+def combine(
+    scores: np.ndarray, *, how: str = "probability", reference: np.ndarray | None = None
+) -> np.ndarray:
     """One set of scores from those of several members.
 
     Parameters
@@ -72,8 +79,11 @@ def combine(scores: np.ndarray, *, how: str = "probability", reference: np.ndarr
     return np.asarray(layer(scores.transpose(1, 0, 2)))
 
 
-def combine_models(models: list, *, how: str = "probability", reference: np.ndarray | None = None) -> keras.Model:
-    """A model of models: pixels (batch, size, size, 1) to the (batch, findings) that `combine` makes of their scores.
+def combine_models(
+    models: list, *, how: str = "probability", reference: np.ndarray | None = None
+) -> keras.Model:
+    """A model of models: pixels (batch, size, size, 1) to the (batch, findings) that `combine`
+    makes of their scores.
 
     Raises
     ------
@@ -82,14 +92,22 @@ def combine_models(models: list, *, how: str = "probability", reference: np.ndar
     """
     if len({model.input_shape for model in models}) != 1:
         raise ConfigError(
-            f"{len(models)} models of sizes {sorted({m.input_shape[1] for m in models})} are no ensemble."
+            f"{len(models)} models of sizes {sorted({m.input_shape[1] for m in models})} are no "
+            "ensemble."
         )
     if how == "rank" and reference is None:
-        raise ConfigError('how="rank" needs reference scores. Give those of validation, (members, images, findings).')
+        raise ConfigError(
+            'how="rank" needs reference scores. Give those of validation, (members, images, '
+            "findings)."
+        )
     pixels = keras.Input(models[0].input_shape[1:], name="radiograph")
-    members = [keras.Model(m.inputs[0], m.outputs[0], name=f"{MEMBER}{i}") for i, m in enumerate(models)]
+    members = [
+        keras.Model(m.inputs[0], m.outputs[0], name=f"{MEMBER}{i}") for i, m in enumerate(models)
+    ]
     layer = Combine(how, dtype="float32", name="combine")
-    together = keras.Model(pixels, layer(ops.stack([member(pixels) for member in members], axis=1)), name="ensemble")
+    together = keras.Model(
+        pixels, layer(ops.stack([member(pixels) for member in members], axis=1)), name="ensemble"
+    )
     if how == "rank":
         layer.table.assign(quantiles(reference))
     return together

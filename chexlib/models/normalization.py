@@ -1,12 +1,12 @@
 """Batch normalisation that runs fused on CPUs, over the images that one asks for.
 
-Keras 3 computes batch norm on CPU from separate moments, in float32; TensorFlow's fused kernel does it in one
-pass and takes bfloat16 with float32 statistics. The layer here is Keras' own in weights, configuration and
-results, so weights move freely between the two.
+Keras 3 computes batch norm on CPU from separate moments, in float32; TensorFlow's fused kernel does
+it in one pass and takes bfloat16 with float32 statistics. The layer here is Keras' own in weights,
+configuration and results, so weights move freely between the two.
 
-Keras' own `BatchNormalization(synchronized=True)` asks TensorFlow's replica context for the other replicas. MPI ranks
-are no replicas of that context, so between ranks it silently normalises each rank by itself.
-"""
+Keras' own `BatchNormalization(synchronized=True)` asks TensorFlow's replica context for the other
+replicas. MPI ranks are no replicas of that context, so between ranks it silently normalises each
+rank by itself."""
 
 from __future__ import annotations
 
@@ -14,54 +14,76 @@ import keras
 
 from chexlib.collectives import World, joined_world
 
-STATISTICS = ("batch", "sync", "ghost", "frozen")  # those that are batch norm, with its four weights a channel
+# Those that are batch norm, with its four weights a channel.
+STATISTICS = ("batch", "sync", "ghost", "frozen")
 
 
 @keras.saving.register_keras_serializable("chexlib")
 class FusedBatchNormalization(keras.layers.BatchNormalization):
     """Drop-in for `keras.layers.BatchNormalization` on NHWC images that calls `FusedBatchNormV3`.
 
-    Inputs that the kernel does not take (not 4-D, another axis, a mask) go to Keras' implementation.
+    Inputs that the kernel does not take (not 4-D, another axis, a mask) go to Keras'
+    implementation.
 
     Parameters
     ----------
     statistics : {"batch", "sync", "ghost", "frozen"}
-        What normalises in training. "sync": moments over all ranks, each image counting once however the ranks'
-        parts differ. "ghost": over virtual batches of `ghost_size` images of this rank, in their order (Hoffer et al.
-        2017); the moving statistics move once a step, by the mean over virtual batches, as those of real ranks do when
-        they are averaged. "frozen": the moving statistics, which stay as they are; scale and offset are trained.
+        What normalises in training. "sync": moments over all ranks, each image counting once
+        however the ranks' parts differ. "ghost": over virtual batches of `ghost_size` images of
+        this rank, in their order (Hoffer et al. 2017); the moving statistics move once a step, by
+        the mean over virtual batches, as those of real ranks do when they are averaged. "frozen":
+        the moving statistics, which stay as they are; scale and offset are trained.
     ghost_size : int
-        A batch that is no multiple of it is cut into as few, nearly equal parts of at most so many images.
+        A batch that is no multiple of it is cut into as few, nearly equal parts of at most so many
+        images.
     """
 
     def __init__(self, *, statistics: str = "batch", ghost_size: int = 0, **settings):
         super().__init__(**settings)
         if statistics not in STATISTICS or (statistics == "ghost") != (ghost_size > 0):
-            raise ValueError(f"statistics={statistics!r} with ghost_size={ghost_size} is not accepted.")
+            raise ValueError(
+                f"statistics={statistics!r} with ghost_size={ghost_size} is not accepted."
+            )
         self.statistics, self.ghost_size = statistics, ghost_size
 
     def get_config(self):
-        own = {} if self.statistics == "batch" else {"statistics": self.statistics, "ghost_size": self.ghost_size}
+        own = (
+            {}
+            if self.statistics == "batch"
+            else {"statistics": self.statistics, "ghost_size": self.ghost_size}
+        )
         return {**super().get_config(), **own}
 
     def call(self, inputs, training=None, mask=None):
         import tensorflow as tf
 
         training = bool(training) and self.statistics != "frozen"
-        if mask is not None or len(inputs.shape) != 4 or self.axis not in (-1, 3) or inputs.dtype == "float64":
+        if (
+            mask is not None
+            or len(inputs.shape) != 4
+            or self.axis not in (-1, 3)
+            or inputs.dtype == "float64"
+        ):
             if training and self.statistics != "batch":
-                raise ValueError(f"statistics={self.statistics!r} needs images of 4 axes, channels last.")
+                raise ValueError(
+                    f"statistics={self.statistics!r} needs images of 4 axes, channels last."
+                )
             return super().call(inputs, training=training, mask=mask)
         # The kernel takes its statistics and scale in float32 whatever the type of the images is.
         channels = inputs.shape[-1]
-        mean, variance = tf.cast(self.moving_mean, "float32"), tf.cast(self.moving_variance, "float32")
+        mean, variance = (
+            tf.cast(self.moving_mean, "float32"),
+            tf.cast(self.moving_variance, "float32"),
+        )
         gamma = tf.cast(self.gamma, "float32") if self.scale else tf.ones([channels])
         beta = tf.cast(self.beta, "float32") if self.center else tf.zeros([channels])
         use_batch = training and self.trainable
         if use_batch and self.statistics != "batch":
             sync = self.statistics == "sync"
             parts = _whole(inputs) if sync else _virtual_batches(inputs, self.ghost_size)
-            outputs, means, variances = normalise_by_parts(inputs, gamma, beta, parts, self.epsilon, ranks=sync)
+            outputs, means, variances = normalise_by_parts(
+                inputs, gamma, beta, parts, self.epsilon, ranks=sync
+            )
             batch_mean, batch_variance = tf.reduce_mean(means, 0), tf.reduce_mean(variances, 0)
         else:
             empty = tf.zeros([0])
@@ -75,7 +97,8 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
                 is_training=use_batch,
             )
         if use_batch and self.statistics == "batch":
-            # The kernel reports the unbiased variance; Keras' moving statistics hold the biased one.
+            # The kernel reports the unbiased variance; Keras' moving statistics hold the biased
+            # one.
             count = tf.cast(tf.size(inputs) // channels, "float32")
             batch_variance = batch_variance * (count - 1.0) / count
         if use_batch:
@@ -88,8 +111,8 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
 def normalise_by_parts(x, gamma, beta, parts, epsilon, *, ranks: bool = False):
     """Batch norm of parts of a batch, each by its own moments, and exact gradients through these.
 
-    Moments are float32, taken in two passes, so that a mean far from 0 costs no digits; those of ranks are combined as
-    by Chan et al. (1979), from one message forward and one back.
+    Moments are float32, taken in two passes, so that a mean far from 0 costs no digits; those of
+    ranks are combined as by Chan et al. (1979), from one message forward and one back.
 
     Parameters
     ----------
@@ -131,7 +154,10 @@ def normalise_by_parts(x, gamma, beta, parts, epsilon, *, ranks: bool = False):
         pixels_of, mean_of, squares_of = tf.split(each, [1, channels, channels], axis=2)
         count = tf.reduce_sum(pixels_of, 0)
         mean = tf.reduce_sum(pixels_of * mean_of, 0) / count
-        variance = tf.reduce_sum(squares_of + pixels_of * tf.math.squared_difference(mean_of, mean), 0) / count
+        variance = (
+            tf.reduce_sum(squares_of + pixels_of * tf.math.squared_difference(mean_of, mean), 0)
+            / count
+        )
         inverse = tf.math.rsqrt(variance + epsilon)
         scale = gamma * inverse
         outputs = (images - to_images(mean)) * to_images(scale) + beta
@@ -142,7 +168,11 @@ def normalise_by_parts(x, gamma, beta, parts, epsilon, *, ranks: bool = False):
             of_beta, of_gamma = of_parts(upstream), of_parts(upstream * slope) * inverse
             sums = total(tf.concat([of_beta, of_gamma], axis=1)) / count
             along = scale * inverse * sums[:, channels:]
-            inwards = to_images(scale) * upstream - slope * to_images(along) - to_images(scale * sums[:, :channels])
+            inwards = (
+                to_images(scale) * upstream
+                - slope * to_images(along)
+                - to_images(scale * sums[:, :channels])
+            )
             return tf.cast(inwards, x.dtype), tf.reduce_sum(of_gamma, 0), tf.reduce_sum(of_beta, 0)
 
         return (tf.cast(outputs, x.dtype), mean, variance), gradient
@@ -157,7 +187,9 @@ def _whole(inputs):
 
 
 def _virtual_batches(inputs, size: int):
-    """The virtual batch of each image: as `numpy.array_split` cuts, so that parts differ by one image at most."""
+    """The virtual batch of each image: as `numpy.array_split` cuts, so that parts differ by one
+    image at most.
+    """
     import tensorflow as tf
 
     images = tf.shape(inputs)[0]

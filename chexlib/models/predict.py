@@ -19,11 +19,14 @@ from chexlib.findings import FINDINGS
 from chexlib.machine import cores
 
 BATCH = 32  # images at once, of at most `BATCH_SIDE`
-BATCH_SIDE = 224  # px; of larger images as many as have no more pixels, as activations take memory by the pixel
+# Px; of larger images as many as have no more pixels, as activations take memory by the pixel.
+BATCH_SIDE = 224
 
 
 def batch_of(size: int) -> int:
-    """How many images of this side in pixels a network is given at once, with which each stays below 4 GiB."""
+    """How many images of this side in pixels a network is given at once, with which each stays
+    below 4 GiB.
+    """
     return max(1, min(BATCH, BATCH * BATCH_SIDE**2 // size**2))
 
 
@@ -46,14 +49,18 @@ class Predictions:
     errors: dict[str, str] = field(default_factory=dict)
 
     def to_table(self) -> pd.DataFrame:
-        """A row an image, read or not: image, doubt, error, then a probability a finding; empty where there is none."""
+        """A row an image, read or not: image, doubt, error, then a probability a finding; empty
+        where there is none.
+        """
         rows = self.probabilities.reindex([*self.probabilities.index, *self.errors])
         rows.insert(0, "doubt", [self.doubts.get(image, "") for image in rows.index])
         rows.insert(1, "error", [self.errors.get(image, "") for image in rows.index])
         return rows.rename_axis("image").reset_index()
 
 
-def predict(images: Sequence[str | Path], *, weights: str | Path, batch: int | None = None) -> pd.DataFrame:
+def predict(
+    images: Sequence[str | Path], *, weights: str | Path, batch: int | None = None
+) -> pd.DataFrame:
     """Score image files with a trained model.
 
     Parameters
@@ -86,18 +93,24 @@ def predict(images: Sequence[str | Path], *, weights: str | Path, batch: int | N
 
 
 def predict_all(
-    images: Sequence[str | Path], *, weights: str | Path, batch: int | None = None, each: Callable | None = None
+    images: Sequence[str | Path],
+    *,
+    weights: str | Path,
+    batch: int | None = None,
+    each: Callable | None = None,
 ) -> Predictions:
-    """Score files, folders and patterns; an image that cannot be read is told, and the others are scored.
+    """Score files, folders and patterns; an image that cannot be read is told, and the others are
+    scored.
 
     Parameters
     ----------
-    images : paths of PNG, JPEG or DICOM files, of folders of them, or patterns such as `films/*.dcm`
-    weights : path of a `model.keras` that chexlib wrote, or of its run's folder
-    batch : int, optional
+    images : paths of PNG, JPEG or DICOM files, of folders of them, or patterns such as
+    `films/*.dcm` weights : path of a `model.keras` that chexlib wrote, or of its run's folder batch
+    : int, optional
         Images at once; `batch_of` the network's size if not given.
     each : callable, optional
-        Called after every batch with the model, paths, pixels (k, size, size, 1) and probabilities (k, 14).
+        Called after every batch with the model, paths, pixels (k, size, size, 1) and probabilities
+        (k, 14).
 
     Raises
     ------
@@ -107,7 +120,9 @@ def predict_all(
     return _score(find_pictures(images), weights, batch, each=each)
 
 
-def _score(paths: list[str], weights: str | Path, batch: int | None, *, each=None, strict: bool = False) -> Predictions:
+def _score(
+    paths: list[str], weights: str | Path, batch: int | None, *, each=None, strict: bool = False
+) -> Predictions:
     from chexlib.models.weights import load_model, read_card
 
     size, model = read_card(weights)["size"], None
@@ -117,7 +132,9 @@ def _score(paths: list[str], weights: str | Path, batch: int | None, *, each=Non
         for start in range(0, len(paths), batch):
             pixels = []
             chunk = paths[start : start + batch]
-            for path, found in zip(chunk, pool.map(lambda path: _read(path, size), chunk), strict=True):
+            for path, found in zip(
+                chunk, pool.map(lambda path: _read(path, size), chunk), strict=True
+            ):
                 if isinstance(found, DataError):
                     if strict:
                         raise found
@@ -130,7 +147,8 @@ def _score(paths: list[str], weights: str | Path, batch: int | None, *, each=Non
                     doubts[path] = doubt
             if not pixels:
                 continue
-            if model is None:  # images first: a wrong path is told before the slow import of TensorFlow
+            # Images first: a wrong path is told before the slow import of TensorFlow.
+            if model is None:
                 model, _ = load_model(weights)
                 infer = _compiled(model)
             pixels = np.stack(pixels)[..., None].astype(np.float32)
@@ -142,7 +160,9 @@ def _score(paths: list[str], weights: str | Path, batch: int | None, *, each=Non
 
 
 def _compiled(model):
-    """The network as a graph, which lets go of each layer's output as soon as it can: DenseNet-121 needs a sixth."""
+    """The network as a graph, which lets go of each layer's output as soon as it can: DenseNet-121
+    needs a sixth.
+    """
     import tensorflow as tf
 
     pixels = tf.TensorSpec((None, *model.input_shape[1:]), tf.float32)
@@ -168,5 +188,8 @@ def newest_weights(runs_dir: str | Path) -> Path:
     """
     found = sorted(Path(runs_dir).glob("*/*/model.keras"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise WeightsError(f"no run under {runs_dir} has a model.keras. Train with `make run`, or name --weights FILE.")
+        raise WeightsError(
+            f"no run under {runs_dir} has a model.keras. Train with `make run`, or name --weights "
+            "FILE."
+        )
     return found[-1].resolve()

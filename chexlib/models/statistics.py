@@ -1,4 +1,6 @@
-"""Batch norm's statistics, of any Keras model: what they are for the population, and setting them to that."""
+"""Batch norm's statistics, of any Keras model: what they are for the population, and setting them
+to that.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +26,28 @@ def norm_layers(model) -> list:
     import keras
 
     nested = [norm_layers(layer) if hasattr(layer, "layers") else [layer] for layer in model.layers]
-    return [layer for inside in nested for layer in inside if isinstance(layer, keras.layers.BatchNormalization)]
+    return [
+        layer
+        for inside in nested
+        for layer in inside
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
 
 
 def moving_layers(model) -> list:
     """Those of `norm_layers` that learn their statistics: not the frozen ones."""
-    return [n for n in norm_layers(model) if n.trainable and getattr(n, "statistics", "batch") != "frozen"]
+    return [
+        n
+        for n in norm_layers(model)
+        if n.trainable and getattr(n, "statistics", "batch") != "frozen"
+    ]
 
 
 @contextlib.contextmanager
 def kept_statistics(model) -> Iterator[None]:
-    """Within the block a model may be called as in training; then its moving statistics are what they were."""
+    """Within the block a model may be called as in training; then its moving statistics are what
+    they were.
+    """
     before = [v.numpy() for v in model.non_trainable_variables]
     try:
         yield
@@ -43,8 +56,11 @@ def kept_statistics(model) -> Iterator[None]:
             variable.assign(value)
 
 
-def population_statistics(model, batches: Iterable, world=None, *, forward: Callable | None = None) -> list[Population]:
-    """What the layers' inputs look like over all batches, each batch being normalised by its own statistics.
+def population_statistics(
+    model, batches: Iterable, world=None, *, forward: Callable | None = None
+) -> list[Population]:
+    """What the layers' inputs look like over all batches, each batch being normalised by its own
+    statistics.
 
     Parameters
     ----------
@@ -73,23 +89,31 @@ def population_statistics(model, batches: Iterable, world=None, *, forward: Call
     if not (layers := moving_layers(model)):
         return []
     sums = [np.zeros((3, layer.moving_mean.shape[0])) for layer in layers]
-    # A layer tells the mean over its virtual batches: what differs between these is seen if each comes by itself.
+    # A layer tells the mean over its virtual batches: what differs between these is seen if each
+    # comes by itself.
     ghost, images = max((getattr(layer, "ghost_size", 0) for layer in layers), default=0), 0
     parts = (
-        part for batch in batches for part in (np.array_split(batch, -(-len(batch) // ghost)) if ghost else [batch])
+        part
+        for batch in batches
+        for part in (np.array_split(batch, -(-len(batch) // ghost)) if ghost else [batch])
     )
     with kept_statistics(model):
         for batch in parts:
-            for layer in layers:  # from nothing, one call moves them by 1 - momentum of the batch's own
+            # From nothing, one call moves them by 1 - momentum of the batch's own.
+            for layer in layers:
                 layer.moving_mean.assign(np.zeros(layer.moving_mean.shape, np.float32))
                 layer.moving_variance.assign(np.zeros(layer.moving_mean.shape, np.float32))
             forward(batch)
             images += len(batch)
             for total, layer in zip(sums, layers, strict=True):
-                mean, variance = (v.numpy() / (1 - layer.momentum) for v in (layer.moving_mean, layer.moving_variance))
+                mean, variance = (
+                    v.numpy() / (1 - layer.momentum)
+                    for v in (layer.moving_mean, layer.moving_variance)
+                )
                 total += len(batch) * np.stack([mean, mean.astype(float) ** 2, variance])
     if world:
-        everything = [*map(tf.constant, sums), tf.constant(images, tf.float64)]  # of one type, as Horovod needs
+        # Of one type, as Horovod needs.
+        everything = [*map(tf.constant, sums), tf.constant(images, tf.float64)]
         *sums, images = (total.numpy() for total in world.sum(everything))
     if not images:
         raise ConfigError("there are no images to take statistics of. Give at least one batch.")
@@ -101,10 +125,12 @@ def population_statistics(model, batches: Iterable, world=None, *, forward: Call
 
 
 def recalibrate(model, batches: Iterable, world=None, *, forward: Callable | None = None) -> int:
-    """Replace moving statistics by the population's, for the weights as they are now: precise batch norm.
+    """Replace moving statistics by the population's, for the weights as they are now: precise batch
+    norm.
 
-    Moving statistics are a memory of weights that have moved on; after few updates, or with a high momentum, also of
-    their initial 0 and 1. Here all batches are seen by the same weights (Wu and Johnson 2021, section 3).
+    Moving statistics are a memory of weights that have moved on; after few updates, or with a high
+    momentum, also of their initial 0 and 1. Here all batches are seen by the same weights (Wu and
+    Johnson 2021, section 3).
 
     Parameters
     ----------

@@ -1,8 +1,7 @@
 """The study's three topologies with a head of 14 sigmoids: grey radiographs in, probabilities out.
 
-A model takes grey pixels of 0 to 255, shape (batch, size, size, 1), and holds its own ImageNet normalisation, so
-that training, prediction and other people's code cannot disagree about it.
-"""
+A model takes grey pixels of 0 to 255, shape (batch, size, size, 1), and holds its own ImageNet
+normalisation, so that training, prediction and other people's code cannot disagree about it."""
 
 from __future__ import annotations
 
@@ -15,14 +14,16 @@ from chexlib.errors import ConfigError, WeightsError
 from chexlib.findings import FINDINGS
 
 TOPOLOGIES = ("densenet121", "resnet50", "vgg16")
-# Whose statistics normalise an image in training: those of its rank's batch, of all ranks' batches, of a virtual batch
-# inside its rank's; of a group of its own channels; the moving ones; or nobody's, the layers being left out.
+# Whose statistics normalise an image in training: those of its rank's batch, of all ranks' batches,
+# of a virtual batch inside its rank's; of a group of its own channels; the moving ones; or
+# nobody's, the layers being left out.
 NORMS = ("batch", "sync", "ghost", "group", "frozen", "none")
 WIDTHS = (0.25, 1.0)  # share of the published channels in every layer
 STEMS = ("full", "small")  # the published one, for 224 px, or one for 32 px
 GROUPS = 32  # of channels in group norm at width 1 (Wu and He 2018)
 
-# keras.applications.imagenet_utils: "torch" mode is (x / 255 - mean) / deviation in RGB, "caffe" mode x - mean in BGR.
+# keras.applications.imagenet_utils: "torch" mode is (x / 255 - mean) / deviation in RGB, "caffe"
+# mode x - mean in BGR.
 _TORCH = {
     "scale": [1 / (255 * s) for s in (0.229, 0.224, 0.225)],
     "offset": [-m / s for m, s in zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)],
@@ -45,7 +46,8 @@ def build_model(
     momentum: float = 0.9,
     seed: int = 0,
 ):
-    """Build one of `TOPOLOGIES` from keras.applications, with fused batch norm and 14 sigmoid outputs.
+    """Build one of `TOPOLOGIES` from keras.applications, with fused batch norm and 14 sigmoid
+    outputs.
 
     Parameters
     ----------
@@ -53,26 +55,29 @@ def build_model(
     size : int
         Side of the input in pixels, at least 32.
     width : one of `WIDTHS`
-        Share of the published channels in every layer. Layers and places of batch norm stay the same.
+        Share of the published channels in every layer. Layers and places of batch norm stay the
+        same.
     stem : one of `STEMS`
         "small", for images of 32 pixels: the first convolution has stride 1, so that the last stage
-        keeps maps of 2 x 2, and the last gamma of each residual branch of ResNet-50 starts at 0 (Goyal
-        et al. 2017, section 5.1). VGG-16's first convolution has stride 1 already: nothing differs.
+        keeps maps of 2 x 2, and the last gamma of each residual branch of ResNet-50 starts at 0
+        (Goyal et al. 2017, section 5.1). VGG-16's first convolution has stride 1 already: nothing
+        differs.
     blocks : int
-        At most so many residual or dense blocks per stage, for tests of a mechanism; 0 means all. VGG-16 has none.
+        At most so many residual or dense blocks per stage, for tests of a mechanism; 0 means all.
+        VGG-16 has none.
     imagenet : bool
         Start from Keras' ImageNet weights (downloaded by Keras, checksummed there).
     precision : {"float32", "mixed_bfloat16"}
         Type of the backbone's computations; weights, statistics and probabilities stay float32.
     norm : one of `NORMS`
-        What is done where the published network has batch norm; VGG-16 has none, so for it nothing differs.
-        "group": groups of channels, 32 at width 1 (Wu and He 2018). "none": nothing, and convolutions that had no
-        bias of their own get one.
+        What is done where the published network has batch norm; VGG-16 has none, so for it nothing
+        differs. "group": groups of channels, 32 at width 1 (Wu and He 2018). "none": nothing, and
+        convolutions that had no bias of their own get one.
     ghost_size : int
         Images of a virtual batch, for norm="ghost".
     momentum : float
-        Of the moving statistics of batch norm. CheXNet's is 0.9 (PyTorch's default, there called 0.1);
-        keras.applications' 0.99 trails far behind in a training of a few hundred steps.
+        Of the moving statistics of batch norm. CheXNet's is 0.9 (PyTorch's default, there called
+        0.1); keras.applications' 0.99 trails far behind in a training of a few hundred steps.
     seed : int
         Seed of every initial weight that is drawn; no global generator is touched.
 
@@ -86,11 +91,13 @@ def build_model(
     ConfigError
         Unknown topology, width, stem or norm, a size below 32, or a negative number of blocks.
     WeightsError
-        ImageNet weights are asked for with another width, stem or number of blocks than the published ones,
-        or with a norm that cannot use those of batch norm.
+        ImageNet weights are asked for with another width, stem or number of blocks than the
+        published ones, or with a norm that cannot use those of batch norm.
     """
     if topology not in TOPOLOGIES:
-        raise ConfigError(f"topology {topology!r} is not known. Use one of {', '.join(TOPOLOGIES)}.")
+        raise ConfigError(
+            f"topology {topology!r} is not known. Use one of {', '.join(TOPOLOGIES)}."
+        )
     if size < 32:
         raise ConfigError(f"size {size} is too small for {topology}. Use at least 32 pixels.")
     if width not in WIDTHS or stem not in STEMS:
@@ -107,17 +114,20 @@ def build_model(
 
     if norm not in NORMS or (norm == "ghost") != (ghost_size > 0):
         raise ConfigError(
-            f"norm={norm!r} with ghost_size={ghost_size} is not accepted. Use one of {', '.join(NORMS)}, and a "
+            f"norm={norm!r} with ghost_size={ghost_size} is not accepted. Use one of "
+            f"{', '.join(NORMS)}, and a "
             "ghost_size of 1 or more with ghost alone."
         )
     if imagenet and (width, stem, blocks) != (1, "full", 0):
         raise WeightsError(
             f"the ImageNet weights of {topology} are of the published network, and do not fit "
-            f"width={width!r}, stem={stem!r}, blocks={blocks}. Use width=1, stem='full', blocks=0, or weights=None."
+            f"width={width!r}, stem={stem!r}, blocks={blocks}. Use width=1, stem='full', blocks=0, "
+            "or weights=None."
         )
     if imagenet and norm not in STATISTICS and topology != "vgg16":
         raise WeightsError(
-            f"the ImageNet weights of {topology} were trained with batch norm, and mean nothing with norm={norm!r}. "
+            f"the ImageNet weights of {topology} were trained with batch norm, and mean nothing "
+            f"with norm={norm!r}. "
             f"Use norm={STATISTICS[0]!r}, {', '.join(map(repr, STATISTICS[1:]))}, or weights=None."
         )
 
@@ -151,7 +161,8 @@ def build_model(
     def call(layer, *tensors, **settings):
         settings.pop("mask", None)  # batch norm's, which what takes its place does not know
         place = re.match(r"conv\d_block(\d+)_", layer.name)
-        if place and 0 < blocks < int(place[1]):  # the layers of a block left out hand on what they are given
+        # The layers of a block left out hand on what they are given.
+        if place and 0 < blocks < int(place[1]):
             return keras.tree.flatten(tensors)[0]
         return layer(*tensors, **settings)
 
@@ -160,7 +171,9 @@ def build_model(
         backbone.set_weights(stock.get_weights())
     grey = keras.Input((size, size, 1), name="radiograph")
     rgb = keras.layers.Concatenate(name="grey_to_rgb")([grey, grey, grey])
-    rgb = keras.layers.Rescaling(**NORMALIZATION[topology], dtype="float32", name="imagenet_normalization")(rgb)
+    rgb = keras.layers.Rescaling(
+        **NORMALIZATION[topology], dtype="float32", name="imagenet_normalization"
+    )(rgb)
     features = keras.layers.GlobalAveragePooling2D(name="pool")(backbone(rgb))
     head = keras.layers.Dense(
         len(FINDINGS),
@@ -192,7 +205,9 @@ def _published(topology: str, size: int, weights: str | None):
 
 @functools.lru_cache(maxsize=1)
 def _outline(topology: str, size: int):
-    """The layers that `build_model` copies, kept for the next model: half of the seconds of a build."""
+    """The layers that `build_model` copies, kept for the next model: half of the seconds of a
+    build.
+    """
     return _published(topology, size, None)
 
 
@@ -206,13 +221,17 @@ def redraw(model, seed: int) -> None:
 
 
 def stages_above(model) -> list[int]:
-    """For each trainable variable of `build_model`, how many stages follow its own: 0 for the head, 5 for the stem.
+    """For each trainable variable of `build_model`, how many stages follow its own: 0 for the head,
+    5 for the stem.
 
-    A stage is what works at one resolution, as Keras numbers its layers: conv1_conv, conv2_block3_1_conv, pool2_conv.
-    """
+    A stage is what works at one resolution, as Keras numbers its layers: conv1_conv,
+    conv2_block3_1_conv, pool2_conv."""
     places = [re.match(r"(?:conv|block|pool)(\d)", v.path) for v in model.trainable_variables]
     heads = [v.path.startswith("findings/") for v in model.trainable_variables]
-    return [0 if head else 6 - int(found[1]) if found else 1 for head, found in zip(heads, places, strict=True)]
+    return [
+        0 if head else 6 - int(found[1]) if found else 1
+        for head, found in zip(heads, places, strict=True)
+    ]
 
 
 def _seed(seed: int, name: str) -> int:

@@ -1,8 +1,9 @@
-"""Weights in and out: one `.keras` file that carries its own card, loaded strictly and without running code.
+"""Weights in and out: one `.keras` file that carries its own card, loaded strictly and without
+running code.
 
-The network is built by `build_model` from the card; of the rest of the file only the arrays are read. Keras' own
-`config.json` in it, which can name functions and classes, is for other people's programs and is never looked at here.
-"""
+The network is built by `build_model` from the card; of the rest of the file only the arrays are
+read. Keras' own `config.json` in it, which can name functions and classes, is for other people's
+programs and is never looked at here."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ from chexlib.models.topologies import NORMALIZATION, TOPOLOGIES, WIDTHS, build_m
 
 ENSEMBLE = "ensemble"  # the topology of several models in one
 LEAST_MEMBER = 2**24  # bytes at width 1: the smallest topology, DenseNet-121, has 28 million
-PUBLISHED = {"width": 1.0, "stem": "full"}  # the network of a card that names none, as chexlib 0.1 wrote it
+# The network of a card that names none, as chexlib 0.1 wrote it.
+PUBLISHED = {"width": 1.0, "stem": "full"}
 log = logging.getLogger(__name__)
 
 
@@ -47,8 +49,8 @@ def create_model(
     fresh_head : bool
         Draw the head anew, whatever the weights hold.
     settings
-        Others of `build_model`: width, stem, precision, norm, ghost_size, momentum. Weights with batch norm fill
-        every norm that has statistics (batch, sync, ghost, frozen), and no other.
+        Others of `build_model`: width, stem, precision, norm, ghost_size, momentum. Weights with
+        batch norm fill every norm that has statistics (batch, sync, ghost, frozen), and no other.
 
     Raises
     ------
@@ -65,8 +67,10 @@ def create_model(
             raise
         except Exception as error:  # Keras raises a bare Exception when its download fails
             raise WeightsError(
-                f"the ImageNet weights of {topology} could not be downloaded ({first_line(error)}). Connect to the "
-                "internet once, or copy that file from a machine that has it (Keras keeps it in ~/.keras/models, and "
+                f"the ImageNet weights of {topology} could not be downloaded "
+                f"({first_line(error)}). Connect to the "
+                "internet once, or copy that file from a machine that has it (Keras keeps it in "
+                "~/.keras/models, and "
                 "checks its checksum), use weights=None, or name a file."
             ) from error
     path = find_weights(weights)
@@ -79,18 +83,23 @@ def create_model(
 
 
 def load_weights(
-    model, weights: str | Path, *, fresh_head: bool = False, unused: Sequence[str] = (), missing: Sequence[str] = ()
+    model,
+    weights: str | Path,
+    *,
+    fresh_head: bool = False,
+    unused: Sequence[str] = (),
+    missing: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """Fill a model of `build_model` from a file, and account for every array in it and every weight of the model.
+    """Fill a model of `build_model` from a file, and account for every array in it and every weight
+    of the model.
 
-    The head stays as it was drawn if the file's findings are others. A first kernel for one grey channel fills that
-    for three. The size of the input is free: no weight depends on it.
+    The head stays as it was drawn if the file's findings are others. A first kernel for one grey
+    channel fills that for three. The size of the input is free: no weight depends on it.
 
     Parameters
     ----------
-    model : keras.Model
-    weights : a `.keras` file of ours, a `.weights.h5` of Keras, a `.safetensors` of PyTorch, or a run's folder
-    fresh_head : bool
+    model : keras.Model weights : a `.keras` file of ours, a `.weights.h5` of Keras, a
+    `.safetensors` of PyTorch, or a run's folder fresh_head : bool
         Leave the head as it is, although the file has one for our findings.
     unused : patterns of arrays in the file that may be left out
     missing : patterns of layers that may keep the weights they have, such as `conv1_*`
@@ -98,19 +107,23 @@ def load_weights(
     Returns
     -------
     DataFrame
-        A row for each weight, and for each array left out: tensor, layer, weight, shape in the file, fate.
+        A row for each weight, and for each array left out: tensor, layer, weight, shape in the
+        file, fate.
 
     Raises
     ------
     WeightsError
-        There is no such file, or an array is left over, missing or of another shape, and was not named.
+        There is no such file, or an array is left over, missing or of another shape, and was not
+        named.
     """
     path, topology = find_weights(weights), model.name
     if path.suffix == ".safetensors":
         from chexlib.models.convert import load_torch_weights
 
         head = {"missing": (*missing, HEAD), "unused": (*unused, "classifier.*")}
-        report = load_torch_weights(model, path, **(head if fresh_head else {"missing": missing, "unused": unused}))
+        report = load_torch_weights(
+            model, path, **(head if fresh_head else {"missing": missing, "unused": unused})
+        )
     else:
         if path.suffix == ".keras":
             card = read_card(path, any_findings=True)
@@ -153,8 +166,8 @@ def load_model(path):
     Raises
     ------
     WeightsError
-        No such file, not a model of this project, other findings or another normalisation, or weights that do not fit
-        every layer of the topology that the card names.
+        No such file, not a model of this project, other findings or another normalisation, or
+        weights that do not fit every layer of the topology that the card names.
     """
     path, card = find_weights(path), read_card(path)
     model, topology = _build(path, card), card["topology"]
@@ -173,11 +186,15 @@ def _build(path: Path, card: dict):
     members, how, size = card.get("members"), card.get("how"), card["size"]
     listed = isinstance(members, list) and all(isinstance(member, dict) for member in members)
     # Each is built before its weights are looked for.
-    room = path.stat().st_size >= sum(_least_bytes(member) for member in members) if listed else False
+    room = (
+        path.stat().st_size >= sum(_least_bytes(member) for member in members) if listed else False
+    )
     if not room or not members or how not in WAYS:
         raise WeightsError(
-            f"{path} is an ensemble of {members!r:.80}, combined by {how!r:.80}. Accepted: a list of cards, of no more "
-            f"networks than a file of this length holds, combined by {', '.join(WAYS)}. Write it again with "
+            f"{path} is an ensemble of {members!r:.80}, combined by {how!r:.80}. Accepted: a list "
+            "of cards, of no more "
+            f"networks than a file of this length holds, combined by {', '.join(WAYS)}. Write it "
+            "again with "
             "`save_ensemble`."
         )
     models = [_build_one(path, {**member, "size": size}) for member in members]
@@ -185,7 +202,9 @@ def _build(path: Path, card: dict):
 
 
 def _least_bytes(card: dict) -> float:
-    """What a file of the network of a card has at least; kernels shrink with the square of their width."""
+    """What a file of the network of a card has at least; kernels shrink with the square of their
+    width.
+    """
     return LEAST_MEMBER * (min(WIDTHS) if card.get("width") == min(WIDTHS) else 1) ** 2
 
 
@@ -193,18 +212,27 @@ def _build_one(path: Path, card: dict):
     """The network of a card that is of one topology."""
     topology, config = card.get("topology"), config_of(path, card)
     if topology not in TOPOLOGIES:
-        raise WeightsError(f"{path} is of topology {topology!r:.80}. Accepted: {', '.join(TOPOLOGIES)}.")
+        raise WeightsError(
+            f"{path} is of topology {topology!r:.80}. Accepted: {', '.join(TOPOLOGIES)}."
+        )
     if card.get("normalization", NORMALIZATION[topology]) != NORMALIZATION[topology]:
-        raise WeightsError(f"{path} is for another normalisation than {topology} has here. Use chexlib as it was then.")
+        raise WeightsError(
+            f"{path} is for another normalisation than {topology} has here. Use chexlib as it was "
+            "then."
+        )
     precision = config.get("precision", "float32")
     if precision not in ("float32", "mixed_bfloat16"):
-        raise WeightsError(f"{path} is of precision {precision!r:.80}. Accepted: float32, mixed_bfloat16.")
+        raise WeightsError(
+            f"{path} is of precision {precision!r:.80}. Accepted: float32, mixed_bfloat16."
+        )
     norm = {name: config[name] for name in ("norm", "ghost_size") if name in config}
     network = {name: card.get(name, usual) for name, usual in PUBLISHED.items()}
     try:
         return build_model(topology, size=card["size"], precision=precision, **network, **norm)
     except (TypeError, ValueError) as error:  # a ConfigError is one
-        raise WeightsError(f"{path} names a network that cannot be built: {first_line(error)}") from error
+        raise WeightsError(
+            f"{path} names a network that cannot be built: {first_line(error)}"
+        ) from error
 
 
 def _config(path: Path) -> dict:
@@ -213,7 +241,9 @@ def _config(path: Path) -> dict:
         with zipfile.ZipFile(path) as archive:
             return json.loads(archive.read("config.json"))
     except (zipfile.BadZipFile, KeyError, ValueError, OSError, RecursionError) as error:
-        raise WeightsError(f"{path} has no readable config.json ({first_line(error)}). Copy it again.") from error
+        raise WeightsError(
+            f"{path} has no readable config.json ({first_line(error)}). Copy it again."
+        ) from error
 
 
 def _classes(config) -> set[str]:
@@ -244,18 +274,23 @@ def _arrays(path: Path, topology: str) -> dict[str, np.ndarray]:
 def _require_network(path: Path, card: dict, topology: str, **asked) -> None:
     """Refuse a card of another topology, or of another width or stem than is asked."""
     if (name := card.get("topology")) != topology:
-        raise _misfit(path, topology, f"they are of {name}" if name else "their card names no topology")
+        raise _misfit(
+            path, topology, f"they are of {name}" if name else "their card names no topology"
+        )
     for name, value in asked.items():
         if (theirs := card.get(name, PUBLISHED[name])) != value:
             raise _misfit(path, topology, f"they are of {name}={theirs!r:.80}, not {value!r}")
 
 
 def _stem_of(model) -> dict:
-    """The stem that `build_model` noted, which no array of a file tells; a network of another making has none."""
+    """The stem that `build_model` noted, which no array of a file tells; a network of another
+    making has none.
+    """
     return {"stem": model.stem} if hasattr(model, "stem") else {}
 
 
 def _misfit(path: Path, topology: str, why: str) -> WeightsError:
     return WeightsError(
-        f"the weights in {path} do not fit {topology}: {why}. Choose the topology they were trained with."
+        f"the weights in {path} do not fit {topology}: {why}. Choose the topology they were "
+        "trained with."
     )

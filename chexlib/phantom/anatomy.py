@@ -1,10 +1,10 @@
 """Draws the normal anatomy of a synthetic frontal chest radiograph.
 
-Coordinates are the patient's: u runs across the film from the midline (positive on the right of the picture,
-the patient's left), v runs down it, both in units of the picture's side. Lung is air: a finding that fills it
-(`Film.fill`) takes away air, and with it vessels and borders, as on a real film (the silhouette sign).
-Dimensions and contrasts are set by eye; no radiograph is part of a picture.
-"""
+Coordinates are the patient's: u runs across the film from the midline (positive on the right of the
+picture, the patient's left), v runs down it, both in units of the picture's side. Lung is air: a
+finding that fills it (`Film.fill`) takes away air, and with it vessels and borders, as on a real
+film (the silhouette sign). Dimensions and contrasts are set by eye; no radiograph is part of a
+picture."""
 
 from functools import cache
 from types import SimpleNamespace
@@ -17,7 +17,8 @@ def soft(x, width):
     """0 below -width, 1 above width, smooth between."""
     t = x * np.float32(0.5 / width)
     t += np.float32(0.5)
-    np.maximum(t, 0, out=t)  # two calls, yet a third of the time of np.clip: this runs fifty times an image
+    # Two calls, yet a third of the time of np.clip: this runs fifty times an image.
+    np.maximum(t, 0, out=t)
     np.minimum(t, 1, out=t)
     slope = t * -2
     slope += 3
@@ -39,7 +40,10 @@ def cloud(rng, size, cells):
 
 
 def anatomy(d, rng):
-    """Shape of one patient, the same for every film. Lengths are fractions of the picture's side."""
+    """Shape of one patient, the same for every film.
+
+    Lengths are fractions of the picture's side.
+    """
     n = np.clip(rng.standard_normal(12), -2.2, 2.2)
     male, old = d.sex == "M", (d.age - 46) / 17
     dome = 0.665 + 0.022 * n[1]
@@ -58,7 +62,8 @@ def anatomy(d, rng):
         bend=0.05 * n[11],
         markings=1 + 0.12 * old,
         stomach=rng.random() < 0.6,
-        bubble=(rng.uniform(0.045, 0.08), rng.uniform(0.02, 0.035)),  # half axes of the stomach bubble
+        # Half axes of the stomach bubble.
+        bubble=(rng.uniform(0.045, 0.08), rng.uniform(0.02, 0.035)),
         calcified=d.age > 62 and rng.random() < 0.5,
         depth=0.37,  # how much darker air is than soft tissue
     )
@@ -71,12 +76,17 @@ def posture(g, d, rng, variation):
     g.dome += 0.01 * rng.normal() - 0.035 * ap
     g.ctr = min(g.ctr * (1 + 0.1 * ap) + 0.008 * variation * rng.normal(), 0.54 if ap else 0.49)
     spread = 1.5 if ap else 1.0
-    g.tilt, g.zoom = np.radians(1.5 * spread * rng.normal()), float(np.exp(0.045 * spread * rng.normal()))
+    g.tilt, g.zoom = (
+        np.radians(1.5 * spread * rng.normal()),
+        float(np.exp(0.045 * spread * rng.normal())),
+    )
     g.shift = 0.018 * spread * rng.normal(size=2)
 
 
 def edges(g, v, inset=0.0):
-    """Lateral and medial border of the lung at height v; `inset` shrinks it away from the chest wall."""
+    """Lateral and medial border of the lung at height v; `inset` shrinks it away from the chest
+    wall.
+    """
     top = g.top + 1.5 * inset
     q = np.clip((v - top) / 0.45, 0, 1)
     m = np.clip((v - top) / 0.13, 0, 1)
@@ -90,8 +100,11 @@ class Film:
     """The film while it is drawn: grids, lung, heart and what lies in them, float32 (size, size)."""
 
     def __init__(self, g, size):
-        for name, value in vars(g).items():  # NumPy's own float64 scalars would make every array float64
-            setattr(g, name, value.tolist() if isinstance(value, np.floating | np.ndarray) else value)
+        # NumPy's own float64 scalars would make every array float64.
+        for name, value in vars(g).items():
+            setattr(
+                g, name, value.tolist() if isinstance(value, np.floating | np.ndarray) else value
+            )
         self.g, self.size = g, size
         x, y = _pixels(size)
         x, y = (x - np.float32(g.shift[0])) / g.zoom, (y - np.float32(g.shift[1])) / g.zoom
@@ -113,7 +126,9 @@ class Film:
         round_off = np.sqrt(np.clip(1 - (np.maximum(t - 1, 0) / 0.4) ** 2, 0, 1))
         reach = 2 * g.width * g.ctr - right
         out = 0.045 + (reach - 0.045) * np.sin(np.minimum(t, 1) * np.float32(np.pi / 2)) ** 1.4
-        back = 0.048 + (right - 0.048) * np.sin(np.clip((self.v - 0.42) / 0.3, 0, 1) * np.float32(np.pi))
+        back = 0.048 + (right - 0.048) * np.sin(
+            np.clip((self.v - 0.42) / 0.3, 0, 1) * np.float32(np.pi)
+        )
         self.heart = soft(out * round_off - self.u, 0.014) * soft(self.u + back, 0.014)
         self.heart *= soft(self.v - 0.3, 0.05) * soft(base + 0.1 - self.v, 0.06)
         self.air = self.lung * (1 - 0.9 * self.heart)
@@ -136,7 +151,9 @@ class Film:
         return opacity * self.lung
 
     def strokes(self, paths, widths, values):
-        """Tapering lines, 0..1: paths (n, points, 2) in (u, v), widths (n, points - 1), values (n,)."""
+        """Tapering lines, 0..1: paths (n, points, 2) in (u, v), widths (n, points - 1), values
+        (n,).
+        """
         g, k = self.g, 2 if self.size >= 128 else 4
         scale = self.size * k
         u, v = paths[..., 0] + g.bend * (paths[..., 1] - 0.4) ** 2, paths[..., 1] - 0.5
@@ -145,10 +162,17 @@ class Film:
         y = ((s * u + c * v) * g.zoom + g.shift[1] + 0.5) * scale
         points = np.stack([x, y], -1).reshape(len(paths), -1).tolist()
         wide = widths * scale * g.zoom
-        fills = np.minimum(255 * np.asarray(values)[:, None] * np.minimum(wide, 1), 255).astype(int).tolist()
+        fills = (
+            np.minimum(255 * np.asarray(values)[:, None] * np.minimum(wide, 1), 255)
+            .astype(int)
+            .tolist()
+        )
         canvas = Image.new("L", (scale, scale))
-        draw = ImageDraw.Draw(canvas).draw.draw_lines  # `line` without its look at the colour, half of its time
-        for xy, row, fill in zip(points, np.maximum(1, np.rint(wide)).astype(int).tolist(), fills, strict=True):
+        # `line` without its look at the colour, half of its time.
+        draw = ImageDraw.Draw(canvas).draw.draw_lines
+        for xy, row, fill in zip(
+            points, np.maximum(1, np.rint(wide)).astype(int).tolist(), fills, strict=True
+        ):
             for j, width in enumerate(row):
                 draw(xy[2 * j : 2 * j + 4], fill[j], width)
         return np.asarray(canvas.reduce(k), dtype=np.float32) / 255
@@ -162,17 +186,26 @@ def _vessels(f, rng):
     length = (0.2 + 0.05 * rng.standard_normal(2 * mains)) * (1 + 0.35 * np.abs(np.sin(angle)))
     bend = 0.16 * rng.standard_normal((2 * mains, 6))
     heading = angle[:, None] + np.cumsum(bend, 1)
-    step = np.stack([side[:, None] * np.cos(heading), np.sin(heading)], -1) * (length / 6)[:, None, None]
+    step = (
+        np.stack([side[:, None] * np.cos(heading), np.sin(heading)], -1)
+        * (length / 6)[:, None, None]
+    )
     start = np.stack([side * 0.075, 0.42 + 0.05 * np.sin(angle)], -1)[:, None]
     trunk = start + np.concatenate([np.zeros_like(step[:, :1]), np.cumsum(step, 1)], 1)
     taper = g.markings * np.array([0.015, 0.0125, 0.0095, 0.007, 0.0045, 0.003])
     first = f.strokes(trunk, np.tile(taper, (2 * mains, 1)), rng.uniform(0.6, 1, 2 * mains))
     root = trunk[:, 1:6].reshape(-1, 1, 2)
-    heading = heading[:, 1:].reshape(-1) + rng.choice([-1, 1], root.shape[0]) * rng.uniform(0.4, 0.9, root.shape[0])
+    heading = heading[:, 1:].reshape(-1) + rng.choice([-1, 1], root.shape[0]) * rng.uniform(
+        0.4, 0.9, root.shape[0]
+    )
     heading = heading[:, None] + np.cumsum(0.2 * rng.standard_normal((len(root), 3)), 1)
     step = np.stack([np.repeat(side, 5)[:, None] * np.cos(heading), np.sin(heading)], -1) * 0.032
     twig = root + np.concatenate([np.zeros_like(step[:, :1]), np.cumsum(step, 1)], 1)
-    second = f.strokes(twig, np.tile(g.markings * np.array([0.0055, 0.004, 0.002]), (len(root), 1)), [0.75] * len(root))
+    second = f.strokes(
+        twig,
+        np.tile(g.markings * np.array([0.0055, 0.004, 0.002]), (len(root), 1)),
+        [0.75] * len(root),
+    )
     return np.maximum(first, second)
 
 
@@ -181,7 +214,9 @@ def _ribs(f):
     g = f.g
     r = f.a / np.float32(g.width)
     phase = np.where(f.left, np.float32(g.phase[1] * 0.3), np.float32(g.phase[0] * 0.3))
-    back = (f.v + np.float32(0.05 * g.slope) * (4 * r * (1 - r)) - np.float32(0.16 * g.slope) * r**3) / g.rib
+    back = (
+        f.v + np.float32(0.05 * g.slope) * (4 * r * (1 - r)) - np.float32(0.16 * g.slope) * r**3
+    ) / g.rib
     front = (f.v + np.float32(0.24) * r - np.float32(0.02)) / np.float32(g.rib * 1.12)
     cage = soft(f.lateral + 0.025 - f.a, 0.012) * soft(f.v - g.top + 0.02, 0.02)
     total = np.zeros_like(f.v)
@@ -196,22 +231,31 @@ def _ribs(f):
 
 
 def expose(f, rng, patient_rng):
-    """The film before noise: 0 is black (air, background), 1 white. Adds up what the beam goes through."""
+    """The film before noise: 0 is black (air, background), 1 white.
+
+    Adds up what the beam goes through.
+    """
     g, u, v, a = f.g, f.u, f.v, f.a
     shoulder = 0.03 + 0.13 * soft(a - 0.27, 0.17) - 0.5 * soft(0.095 - a, 0.05)
     trunk = g.trunk + 0.12 * np.exp(-(((v - 0.28) / 0.17) ** 2)) + 0.02 * soft(v - 0.8, 0.3)
     body = soft(v - shoulder, 0.03) * soft(trunk - a, 0.025)
     belly = soft(v - f.floor + 0.06, 0.16) * (1 - 1.6 * a * a)
     film = 0.5 + 0.07 * soft(v - 0.2, 0.2) + 0.24 * belly - 0.1 * soft(a - trunk + 0.07, 0.07)
-    film += 0.09 * np.exp(-((u / 0.075) ** 2)) * soft(v - 0.05, 0.1) + 0.075 * f.heart * soft(v - 0.44, 0.14)
+    film += 0.09 * np.exp(-((u / 0.075) ** 2)) * soft(v - 0.05, 0.1) + 0.075 * f.heart * soft(
+        v - 0.44, 0.14
+    )
     film += 0.075 * soft(1 - f.disc(0.048, g.top + 0.185, g.knob, g.knob * 1.25), 0.5)
-    film += 0.08 * np.exp(-f.disc(0.075, 0.4, 0.035, 0.05)) + 0.08 * np.exp(-f.disc(-0.075, 0.43, 0.035, 0.055))
+    film += 0.08 * np.exp(-f.disc(0.075, 0.4, 0.035, 0.05)) + 0.08 * np.exp(
+        -f.disc(-0.075, 0.43, 0.035, 0.055)
+    )
     if g.breast:
         for side in (-1, 1):
             film += (
                 0.085
                 * g.breast
-                * np.sqrt(np.clip(1 - f.disc(side * 0.215, 0.64 + 0.04 * g.breast, 0.145, 0.135), 0, 1))
+                * np.sqrt(
+                    np.clip(1 - f.disc(side * 0.215, 0.64 + 0.04 * g.breast, 0.145, 0.135), 0, 1)
+                )
             )
     deep = 0.72 + 0.28 * soft(f.lateral - a - 0.05, 0.06) - 0.1 * soft(v - 0.6, 0.12)
     film -= np.float32(g.depth) * f.air * deep
@@ -225,9 +269,19 @@ def expose(f, rng, patient_rng):
     bar = soft(0.014 - np.abs(v - collar), 0.007) * soft(a - 0.03, 0.01) * soft(0.33 - a, 0.03)
     bones += 0.09 * bar * (1 + 0.5 * (1 - bar))
     blade = g.scapula + 0.12 * (v - 0.2) - 0.6 * np.clip(v - 0.36, 0, 1)
-    bones += 0.055 * soft(a - blade, 0.008) * soft(v - 0.14, 0.03) * soft(0.46 - v, 0.05) * soft(blade + 0.12 - a, 0.06)
+    bones += (
+        0.055
+        * soft(a - blade, 0.008)
+        * soft(v - 0.14, 0.03)
+        * soft(0.46 - v, 0.05)
+        * soft(blade + 0.12 - a, 0.06)
+    )
     humerus = ((a - 0.435) / 0.05) ** 2 + ((v - 0.2) / 0.055) ** 2
-    shaft = soft(0.026 - np.abs(a - 0.45 - 0.12 * (v - 0.2)), 0.01) * soft(v - 0.2, 0.02) * soft(0.5 - v, 0.1)
+    shaft = (
+        soft(0.026 - np.abs(a - 0.45 - 0.12 * (v - 0.2)), 0.01)
+        * soft(v - 0.2, 0.02)
+        * soft(0.5 - v, 0.1)
+    )
     bones += 0.09 * np.maximum(soft(1 - humerus, 0.3), 0.8 * shaft)
     film += bones
     film += 0.17 * _vessels(f, patient_rng) * f.air * f.vessels * soft(0.24 - a, 0.16)

@@ -1,8 +1,9 @@
-"""Who is on the synthetic films: patients, views, findings, drawn after the table of the 112,120 NIH films.
+"""Who is on the synthetic films: patients, views, findings, drawn after the table of the 112,120
+NIH films.
 
-Each combination of findings is as frequent as there, given the view position, so prevalence and co-occurrence
-are those of the table (`nih_label_combinations.csv`: films per combination, in all and by view).
-"""
+Each combination of findings is as frequent as there, given the view position, so prevalence and
+co-occurrence are those of the table (`nih_label_combinations.csv`: films per combination, in all
+and by view)."""
 
 import csv
 from dataclasses import dataclass
@@ -18,31 +19,65 @@ from chexlib.findings import FINDINGS, NO_FINDING
 # Drawn anew they often agree too, mostly in no finding: in all 34 to 40 % have the findings before.
 REPEAT = 0.16
 # NIH patients with 1, 2, ... 20 films; the 803 with more (up to 184) are left out.
-FILMS = (17503, 4113, 2100, 1330, 938, 787, 608, 494, 387, 320, 281, 235, 165, 181, 121, 120, 91, 77, 77, 74)
+FILMS = (
+    17503,
+    4113,
+    2100,
+    1330,
+    938,
+    787,
+    608,
+    494,
+    387,
+    320,
+    281,
+    235,
+    165,
+    181,
+    121,
+    120,
+    91,
+    77,
+    77,
+    74,
+)
 
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How plain the signs are. Strength 1 is a textbook sign, 0.2 is hard to see even for one who knows."""
+    """How plain the signs are.
+
+    Strength 1 is a textbook sign, 0.2 is hard to see even for one who knows.
+    """
 
     strength: float  # median strength of a sign
     spread: float  # standard deviation of the logarithm of the strength
-    lookalikes: float  # strength of what mimics findings on normal films: haze, skin folds, nipples, heart size
+    # Strength of what mimics findings on normal films: haze, skin folds, nipples, heart size.
+    lookalikes: float
     noise: float  # standard deviation of the quantum noise, as a fraction of the grey scale
     absent: float  # probability that a labelled finding shows no sign (an error of the label)
     unlabelled: float  # signs without a label, as a fraction of the finding's prevalence
 
 
 DIFFICULTIES = {
-    "easy": Difficulty(strength=1.1, spread=0.25, lookalikes=0.4, noise=0.008, absent=0.0, unlabelled=0.0),
-    "standard": Difficulty(strength=0.75, spread=0.5, lookalikes=1.0, noise=0.014, absent=0.06, unlabelled=0.04),
-    "hard": Difficulty(strength=0.5, spread=0.6, lookalikes=1.4, noise=0.022, absent=0.1, unlabelled=0.08),
+    "easy": Difficulty(
+        strength=1.1, spread=0.25, lookalikes=0.4, noise=0.008, absent=0.0, unlabelled=0.0
+    ),
+    "standard": Difficulty(
+        strength=0.75, spread=0.5, lookalikes=1.0, noise=0.014, absent=0.06, unlabelled=0.04
+    ),
+    "hard": Difficulty(
+        strength=0.5, spread=0.6, lookalikes=1.4, noise=0.022, absent=0.1, unlabelled=0.08
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Description:
-    """All that decides a picture but size and difficulty. `findings` are labels, `shown` the signs drawn."""
+    """All that decides a picture but size and difficulty.
+
+    `findings` are labels, `shown` the signs drawn.
+    """
 
     seed: int
     patient: int
@@ -64,18 +99,25 @@ def level_of(difficulty) -> Difficulty:
     if isinstance(difficulty, Difficulty):
         return difficulty
     if difficulty not in DIFFICULTIES:
-        raise ConfigError(f"difficulty={difficulty!r} is not one of {', '.join(DIFFICULTIES)}. Choose one of these.")
+        raise ConfigError(
+            f"difficulty={difficulty!r} is not one of {', '.join(DIFFICULTIES)}. Choose one of "
+            "these."
+        )
     return DIFFICULTIES[difficulty]
 
 
 def stream(seed, *key):
-    """A generator of its own for each purpose, so that leaving out one finding changes nothing else."""
+    """A generator of its own for each purpose, so that leaving out one finding changes nothing
+    else.
+    """
     return np.random.default_rng(np.random.SeedSequence((seed, *key)))
 
 
 @cache
 def _table(min_prevalence):
-    """(findings, view) pairs of the NIH table, their cumulative probability, each finding's prevalence."""
+    """(findings, view) pairs of the NIH table, their cumulative probability, each finding's
+    prevalence.
+    """
     with open(Path(__file__).with_name("nih_label_combinations.csv"), newline="") as file:
         rows = list(csv.DictReader(file))
     pairs = [(tuple(r["Finding Labels"].split("|")), view) for view in ("PA", "AP") for r in rows]
@@ -99,13 +141,14 @@ def _table(min_prevalence):
     return pairs, np.cumsum(weight), weight @ has
 
 
-def sample_patient(seed, patient, *, difficulty="standard", min_prevalence=0.0) -> list[Description]:
+def sample_patient(
+    seed, patient, *, difficulty="standard", min_prevalence=0.0
+) -> list[Description]:
     """All films of one patient, described and not yet drawn.
 
-    View and findings are drawn together from the NIH table; with probability 0.16 a follow-up copies those
-    of the film before and is not drawn anew, which leaves the overall frequencies as they are. Patients have at most
-    20 films.
-    """
+    View and findings are drawn together from the NIH table; with probability 0.16 a follow-up
+    copies those of the film before and is not drawn anew, which leaves the overall frequencies as
+    they are. Patients have at most 20 films."""
     level = level_of(difficulty)
     pairs, cumulative, prevalence = _table(float(min_prevalence))
     rng = stream(seed, patient, 5)
@@ -118,8 +161,13 @@ def sample_patient(seed, patient, *, difficulty="standard", min_prevalence=0.0) 
         if pair is None or repeat >= REPEAT:
             pair = pairs[min(int(np.searchsorted(cumulative, pick, side="right")), len(pairs) - 1)]
         labels, view = pair
-        limit = [1 - level.absent if f in labels else level.unlabelled * prevalence[k] for k, f in enumerate(FINDINGS)]
-        shown = tuple(f for f, flip, bound in zip(FINDINGS, flips, limit, strict=True) if flip < bound)
+        limit = [
+            1 - level.absent if f in labels else level.unlabelled * prevalence[k]
+            for k, f in enumerate(FINDINGS)
+        ]
+        shown = tuple(
+            f for f, flip, bound in zip(FINDINGS, flips, limit, strict=True) if flip < bound
+        )
         years = int(min(age + gap * follow_up, 95))
         described.append(Description(seed, patient, follow_up, sex, years, view, labels, shown))
     return described

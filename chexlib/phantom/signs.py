@@ -1,9 +1,9 @@
-"""Draws the signs of the 14 findings on a synthetic chest film, each in its usual place, and says where.
+"""Draws the signs of the 14 findings on a synthetic chest film, each in its usual place, and says
+where.
 
-A sign takes the film, a generator of its own (for where it lies: the same at every follow-up of a patient)
-and a strength (1 is a textbook sign, 0.2 barely there). It returns its regions, float32 (size, size), from
-which the boxes are measured.
-"""
+A sign takes the film, a generator of its own (for where it lies: the same at every follow-up of a
+patient) and a strength (1 is a textbook sign, 0.2 barely there). It returns its regions, float32
+(size, size), from which the boxes are measured."""
 
 import numpy as np
 
@@ -55,10 +55,14 @@ def atelectasis(f, rng, s):
     region = np.zeros_like(f.v)
     for _ in range(rng.integers(1, 4)):
         x, y = spot(f, side, rng.uniform(0.72, 0.93), rng.uniform(0.3, 0.65))
-        plate = f.disc(x, y, rng.uniform(0.07, 0.12), rng.uniform(0.009, 0.018), tilt=rng.uniform(-0.4, 0.4))
+        plate = f.disc(
+            x, y, rng.uniform(0.07, 0.12), rng.uniform(0.009, 0.018), tilt=rng.uniform(-0.4, 0.4)
+        )
         region = np.maximum(region, soft(1.1 - plate, 0.5))
     floor = f.g.dome[(side + 1) // 2]
-    loss = soft(f.v - floor + 0.1 + 0.5 * (f.a - 0.1), 0.05) * _half(f, side) * rng.uniform(0.2, 0.7)
+    loss = (
+        soft(f.v - floor + 0.1 + 0.5 * (f.a - 0.1), 0.05) * _half(f, side) * rng.uniform(0.2, 0.7)
+    )
     return [f.fill(np.clip(0.75 * s * np.maximum(region, loss), 0, 0.95))]
 
 
@@ -87,7 +91,11 @@ def infiltration(f, rng, s):
 
 def _round(f, x, y, radius, rng, lobes):
     angle = np.arctan2(f.v - np.float32(y), f.u - np.float32(x))
-    wobble = 1 + lobes * np.sin(3 * angle + rng.uniform(0, 6)) + 0.6 * lobes * np.sin(5 * angle + rng.uniform(0, 6))
+    wobble = (
+        1
+        + lobes * np.sin(3 * angle + rng.uniform(0, 6))
+        + 0.6 * lobes * np.sin(5 * angle + rng.uniform(0, 6))
+    )
     return np.sqrt(f.disc(x, y, radius)) / wobble
 
 
@@ -111,7 +119,9 @@ def pneumonia(f, rng, s):
     side = side_of(rng)
     x, y = spot(f, side, rng.uniform(0.5, 0.85), rng.uniform(0.25, 0.55))
     focus = soft(
-        1.2 - f.disc(x, y, rng.uniform(0.09, 0.13), rng.uniform(0.08, 0.12), tilt=0.3) + 0.3 * cloud(rng, f.size, 10),
+        1.2
+        - f.disc(x, y, rng.uniform(0.09, 0.13), rng.uniform(0.08, 0.12), tilt=0.3)
+        + 0.3 * cloud(rng, f.size, 10),
         0.9,
     )
     root = np.array([side * 0.08, 0.43])
@@ -146,7 +156,12 @@ def consolidation(f, rng, s):
         lobe = soft(f.v - fissure, sharp) * soft(fissure + rng.uniform(0.12, 0.18) - f.v, blurred)
     else:  # lower lobe
         lobe = soft(f.v - fissure - 0.14 + 0.2 * f.a, blurred) * soft(f.a - 0.1, 0.05)
-    lobe = lobe * _half(f, side) * soft(f.a - rng.uniform(0.05, 0.12), 0.05) * (0.92 + 0.08 * cloud(rng, f.size, 8))
+    lobe = (
+        lobe
+        * _half(f, side)
+        * soft(f.a - rng.uniform(0.05, 0.12), 0.05)
+        * (0.92 + 0.08 * cloud(rng, f.size, 8))
+    )
     return [f.fill(np.clip((0.2 + 0.75 * s) * lobe, 0, 0.95))]
 
 
@@ -172,7 +187,9 @@ def emphysema(f, rng, s):
 
 def fibrosis(f, rng, s):
     where = soft(f.v - 0.45, 0.2) * (0.35 + 0.65 * soft(f.a - 0.2, 0.08)) * f.lung
-    net = np.exp(-((cloud(rng, f.size, 44) / 0.35) ** 2)) + 0.8 * np.exp(-((cloud(rng, f.size, 26) / 0.25) ** 2))
+    net = np.exp(-((cloud(rng, f.size, 44) / 0.35) ** 2)) + 0.8 * np.exp(
+        -((cloud(rng, f.size, 26) / 0.25) ** 2)
+    )
     f.extra += 0.17 * s * where * (net - 0.3)
     f.fill(np.clip(0.2 * s * where, 0, 0.6))
     return [where]
@@ -182,7 +199,9 @@ def pleural_thickening(f, rng, s):
     side, top = side_of(rng), rng.uniform(0.0, 0.3)
     thick = rng.uniform(0.022, 0.036) * (0.6 + 0.5 * min(s, 1.5))
     thick = thick * (1 + 0.4 * np.sin(f.v * 40 + rng.uniform(0, 6)))
-    span = soft(f.v - f.g.top - top + 0.04, 0.05) * soft(f.g.top + top + rng.uniform(0.2, 0.4) - f.v, 0.06)
+    span = soft(f.v - f.g.top - top + 0.04, 0.05) * soft(
+        f.g.top + top + rng.uniform(0.2, 0.4) - f.v, 0.06
+    )
     depth = np.minimum(f.lateral - f.a, (f.v - f.g.top) * 0.9)
     rind = soft(thick - depth, 0.007) * span * _half(f, side)
     f.extra += 0.11 * s * rind * f.lung
@@ -191,7 +210,8 @@ def pleural_thickening(f, rng, s):
 
 def hernia(f, rng, s):
     radius = rng.uniform(0.1, 0.14) * (0.8 + 0.25 * min(s, 1.5))
-    x, y = rng.uniform(-0.02, 0.06), f.g.dome[1] - 0.8 * radius  # most of the stomach lies in the chest
+    # Most of the stomach lies in the chest.
+    x, y = rng.uniform(-0.02, 0.06), f.g.dome[1] - 0.8 * radius
     q = f.disc(x, y, radius, radius * 0.9)
     sac, strength = soft(1 - q, 0.15), min(0.7 + 0.5 * s, 1.4)
     f.fill(0.8 * sac)

@@ -1,8 +1,9 @@
-"""Synthetic frontal chest radiographs in the layout of the NIH release, so that everything runs with no data.
+"""Synthetic frontal chest radiographs in the layout of the NIH release, so that everything runs
+with no data.
 
-Who is on the films is sampled after the NIH table (`population.py`). Pictures are drawn (`radiograph.py`,
-from `thorax.py` and `signs.py`), not learnt: they show no person, and say nothing about one.
-"""
+Who is on the films is sampled after the NIH table (`population.py`). Pictures are drawn
+(`radiograph.py`, from `thorax.py` and `signs.py`), not learnt: they show no person, and say nothing
+about one."""
 
 import json
 import logging
@@ -27,7 +28,14 @@ from chexlib.errors import ConfigError, DataError
 from chexlib.findings import FINDINGS, NO_FINDING
 from chexlib.machine import cores
 from chexlib.phantom.film import render
-from chexlib.phantom.population import REPEAT, Description, Difficulty, level_of, sample_patient, stream
+from chexlib.phantom.population import (
+    REPEAT,
+    Description,
+    Difficulty,
+    level_of,
+    sample_patient,
+    stream,
+)
 
 log = logging.getLogger(__name__)
 
@@ -45,18 +53,28 @@ def phantom_images(
 ) -> Iterator[tuple[np.ndarray, Description]]:
     """Endless labelled radiographs, without files: yields (uint8 (size, size), Description)."""
     for patient in count(1):
-        for d in sample_patient(seed, patient, difficulty=difficulty, min_prevalence=min_prevalence):
+        for d in sample_patient(
+            seed, patient, difficulty=difficulty, min_prevalence=min_prevalence
+        ):
             yield render(d, size=size, difficulty=difficulty)[0], d
 
 
 def write_phantom(
-    directory, *, n_images=2000, size=128, seed=0, difficulty="standard", min_prevalence=0.0, workers=None
+    directory,
+    *,
+    n_images=2000,
+    size=128,
+    seed=0,
+    difficulty="standard",
+    min_prevalence=0.0,
+    workers=None,
 ) -> Path:
     """Write a synthetic data set in the layout of the NIH release.
 
-    Made in a temporary folder beside `directory` and renamed at the end: an interrupt leaves nothing behind.
-    The same parameters give the same bytes, with any number of workers. A folder that already holds this
-    phantom is left as it is. A script that calls this needs an `if __name__ == "__main__":` guard.
+    Made in a temporary folder beside `directory` and renamed at the end: an interrupt leaves
+    nothing behind. The same parameters give the same bytes, with any number of workers. A folder
+    that already holds this phantom is left as it is. A script that calls this needs an `if __name__
+    == "__main__":` guard.
 
     Parameters
     ----------
@@ -68,15 +86,16 @@ def write_phantom(
         Not negative.
     difficulty : {"easy", "standard", "hard"}
     min_prevalence : float
-        Combinations of findings are re-weighted until each finding is expected in at least this fraction of
-        the films, below 0.5. 0 keeps the prevalence of the NIH table (Hernia 0.2 %).
+        Combinations of findings are re-weighted until each finding is expected in at least this
+        fraction of the films, below 0.5. 0 keeps the prevalence of the NIH table (Hernia 0.2 %).
     workers : int, optional
         Processes that draw; default: the cores this process may use.
 
     Returns
     -------
     Path
-        `directory`, with the table, boxes of the labelled signs, two lists, pictures and `phantom.json`.
+        `directory`, with the table, boxes of the labelled signs, two lists, pictures and
+        `phantom.json`.
 
     Raises
     ------
@@ -93,12 +112,26 @@ def write_phantom(
         ("workers", workers, 1, 1024),
     ):
         if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
-            raise ConfigError(f"{name}={value!r} is not a whole number from {low} to {high}. Choose one of these.")
+            raise ConfigError(
+                f"{name}={value!r} is not a whole number from {low} to {high}. Choose one of these."
+            )
     if not isinstance(min_prevalence, Real) or not 0 <= min_prevalence < 0.5:
-        raise ConfigError(f"min_prevalence={min_prevalence!r} is not a number from 0 to below 0.5. 0 is as in NIH.")
+        raise ConfigError(
+            f"min_prevalence={min_prevalence!r} is not a number from 0 to below 0.5. 0 is as in "
+            "NIH."
+        )
     level = level_of(difficulty)
-    parameters = {"version": VERSION, "n_images": int(n_images), "size": int(size), "seed": int(seed)}
-    parameters |= {"min_prevalence": float(min_prevalence), "difficulty": difficulty, "knobs": asdict(level)}
+    parameters = {
+        "version": VERSION,
+        "n_images": int(n_images),
+        "size": int(size),
+        "seed": int(seed),
+    }
+    parameters |= {
+        "min_prevalence": float(min_prevalence),
+        "difficulty": difficulty,
+        "knobs": asdict(level),
+    }
     if isinstance(difficulty, Difficulty):
         parameters["difficulty"] = "custom"
     directory = Path(directory)
@@ -133,8 +166,14 @@ def _holds(directory, parameters):
         found = None
     if found == parameters:
         return True
-    what = "something other than a phantom" if found is None else f"a phantom made with {found}, not {parameters}"
-    raise DataError(f"{directory} already holds {what}. Name another folder, or remove this one first.")
+    what = (
+        "something other than a phantom"
+        if found is None
+        else f"a phantom made with {found}, not {parameters}"
+    )
+    raise DataError(
+        f"{directory} already holds {what}. Name another folder, or remove this one first."
+    )
 
 
 def _population(n_images, seed, difficulty, min_prevalence):
@@ -162,7 +201,8 @@ def _draw_all(films, pictures, size, difficulty, workers):
     if workers > 1:
         try:
             return _draw_in_processes(parts, pictures, size, difficulty, workers)
-        except BrokenProcessPool:  # a script from standard input, or without the guard, cannot start processes
+        # A script from standard input, or without the guard, cannot start processes.
+        except BrokenProcessPool:
             log.warning("no worker process could be started: drawing in this one")
     boxes = []
     for part in tqdm(parts, **BAR):
@@ -171,7 +211,8 @@ def _draw_all(films, pictures, size, difficulty, workers):
 
 
 def _draw_in_processes(parts, pictures, size, difficulty, workers):
-    context = multiprocessing.get_context("spawn")  # not fork: the caller may have threads of TensorFlow or MPI
+    # Not fork: the caller may have threads of TensorFlow or MPI.
+    context = multiprocessing.get_context("spawn")
     ignore = (signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
     with ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore) as pool:
         try:
@@ -183,13 +224,15 @@ def _draw_in_processes(parts, pictures, size, difficulty, workers):
 
 
 def _write_tables(folder, films, boxes, parameters):
-    size, spacing = parameters["size"], round(350 / parameters["size"], 4)  # mm: a film is about 35 cm wide
+    # Mm: a film is about 35 cm wide.
+    size, spacing = parameters["size"], round(350 / parameters["size"], 4)
     rows = [COLUMNS]
     for d in films:
         labels = "|".join(d.findings) or NO_FINDING
         who = f"{d.follow_up},{d.patient},{d.age},{d.sex},{d.view}"
         rows.append(f"{d.image},{labels},{who},{size},{size},{spacing},{spacing}")
-    # The release's box file says `Infiltrate`, and its header names three columns that hold nothing.
+    # The release's box file says `Infiltrate`, and its header names three columns that hold
+    # nothing.
     spelling = {"Infiltration": "Infiltrate"}
     frames = ["Image Index,Finding Label,Bbox [x,y,w,h],,,"]
     for image, finding, *box in boxes:
@@ -207,7 +250,8 @@ def _write_tables(folder, films, boxes, parameters):
     _write(folder / "Data_Entry_2017_v2020.csv", rows)
     _write(folder / "BBox_List_2017.csv", frames)
     about = {
-        "what": "Synthetic chest radiographs drawn by chexlib: they show no person. Not for clinical use.",
+        "what": "Synthetic chest radiographs drawn by chexlib: they show no person. Not for "
+        "clinical use.",
         "parameters": parameters,
         "repeat": REPEAT,
         "signs_shown": {f: sum(f in d.shown for d in films) for f in FINDINGS},

@@ -1,21 +1,25 @@
 """The clusters of the 2018 study, what it published of its scaling, and our model's word on it.
 
 Processors and fabric
-    MareNostrum 4 (BSC's user guide) and Stampede2's Skylake partition (TACC's user guide): nodes of two Xeon Platinum
-    8160, 48 cores, Omni-Path 100. Zenith (Dell EMC): two Xeon Gold 6148, 40 cores, Omni-Path 100. TDP of both
-    processors: 150 W (ark.intel.com); memory, fans and switches come on top.
+    MareNostrum 4 (BSC's user guide) and Stampede2's Skylake partition (TACC's user guide): nodes of
+    two Xeon Platinum 8160, 48 cores, Omni-Path 100. Zenith (Dell EMC): two Xeon Gold 6148, 40
+    cores, Omni-Path 100. TDP of both processors: 150 W (ark.intel.com); memory, fans and switches
+    come on top.
 Peak
-    Of the 8160, the deck's own: 2682 TF on 448 nodes. Of the 6148: 2 sockets x 20 cores x 64 FLOP a cycle at 2.2 GHz,
-    its turbo with AVX-512 on all cores (Intel's specification update for the family).
+    Of the 8160, the deck's own: 2682 TF on 448 nodes. Of the 6148: 2 sockets x 20 cores x 64 FLOP a
+    cycle at 2.2 GHz, its turbo with AVX-512 on all cores (Intel's specification update for the
+    family).
 Network
-    Omni-Path's data sheet: 100 Gbit/s, 12.5 GB/s each way; MPI latency about 1 us. Inside a node messages go through
-    memory, at 5 GB/s for a pair of ranks and 0.5 us: a round number for this generation, and of no weight here.
+    Omni-Path's data sheet: 100 Gbit/s, 12.5 GB/s each way; MPI latency about 1 us. Inside a node
+    messages go through memory, at 5 GB/s for a pair of ranks and 0.5 us: a round number for this
+    generation, and of no weight here.
 Spread of processors
-    Acun, Miller and Kale (ICS 2016): execution times of one compute kernel differ by up to 16 % among the processors of
-    Edison, Cab and Stampede with Turbo Boost. A range of 16 % over some thousands of normal values is 2 x 3.2
-    deviations: 2.5 %.
+    Acun, Miller and Kale (ICS 2016): execution times of one compute kernel differ by up to 16 %
+    among the processors of Edison, Cab and Stampede with Turbo Boost. A range of 16 % over some
+    thousands of normal values is 2 x 3.2 deviations: 2.5 %.
 Speed of a node
-    ResNet-50 from the deck's run on 448 nodes: 90 epochs of ImageNet in 58 minutes. None of its efficiencies enters.
+    ResNet-50 from the deck's run on 448 nodes: 90 epochs of ImageNet in 58 minutes. None of its
+    efficiencies enters.
 """
 
 from __future__ import annotations
@@ -31,7 +35,8 @@ from chexlib.scaling.network import Fabric, Link
 from chexlib.scaling.workload import Workload
 
 IMAGENET = 1_281_167  # training images
-FLOP_90_EPOCHS = 1.152e18  # the study's, of ResNet-50 for 90 epochs of ImageNet: 10 GFLOP an image, `workload` has 23
+# The study's, of ResNet-50 for 90 epochs of ImageNet: 10 GFLOP an image, `workload` has 23.
+FLOP_90_EPOCHS = 1.152e18
 OMNI_PATH = Link(latency=1e-6, bandwidth=12.5e9)
 _MEMORY = Link(latency=0.5e-6, bandwidth=5e9)
 SPREAD = 0.16 / 6.4
@@ -39,7 +44,9 @@ SPREAD = 0.16 / 6.4
 
 @dataclass(frozen=True)
 class Published:
-    """A run of the study's tables: images of 90 epochs of ImageNet, seconds, and the peak of all its nodes."""
+    """A run of the study's tables: images of 90 epochs of ImageNet, seconds, and the peak of all
+    its nodes.
+    """
 
     system: str
     nodes: int
@@ -65,14 +72,25 @@ def study_clusters(copying: float = 0.0) -> dict[str, Cluster]:
     Parameters
     ----------
     copying : float
-        Seconds a byte for fusion buffer and addition, as measured here: the study says nothing of it.
+        Seconds a byte for fusion buffer and addition, as measured here: the study says nothing of
+        it.
     """
     peak = PEAK_RUNS[0].peak / PEAK_RUNS[0].nodes
-    skylake = {"cores": 48, "peak": peak, "watts": 300.0, "fabric": _fabric(copying), "spread": SPREAD}
+    skylake = {
+        "cores": 48,
+        "peak": peak,
+        "watts": 300.0,
+        "fabric": _fabric(copying),
+        "spread": SPREAD,
+    }
     zenith = {**skylake, "cores": 40, "peak": 2 * 20 * 64 * 2.2e9}
     return {
-        "MareNostrum 4": Cluster("MareNostrum 4", **skylake, source="2 x Xeon Platinum 8160, Omni-Path 100"),
-        "Stampede2": Cluster("Stampede2", **skylake, source="2 x Xeon Platinum 8160, Omni-Path 100"),
+        "MareNostrum 4": Cluster(
+            "MareNostrum 4", **skylake, source="2 x Xeon Platinum 8160, Omni-Path 100"
+        ),
+        "Stampede2": Cluster(
+            "Stampede2", **skylake, source="2 x Xeon Platinum 8160, Omni-Path 100"
+        ),
         "Zenith": Cluster("Zenith", **zenith, source="2 x Xeon Gold 6148, Omni-Path 100"),
     }
 
@@ -94,20 +112,24 @@ def study_workload() -> Workload:
 
 
 def study_job(workload: Workload, *, batch: int = 16) -> Job:
-    """Ranks and batch of the command that the deck prints: 2 ranks a node, 8,192 images on 512 ranks."""
+    """Ranks and batch of the command that the deck prints: 2 ranks a node, 8,192 images on 512
+    ranks.
+    """
     return Job(workload, speed=study_speed(), per_node=2, batch=batch, images=IMAGENET, epochs=90)
 
 
 def study_horovod(request: float) -> dict[str, Horovod]:
     """What brought gradients together on each system.
 
-    Intel Caffe's MLSL reduces each layer's gradients as they come, with nothing to negotiate. Horovod of 2018 (0.13)
-    kept no answers, had cycles of 5 ms, and the deck's fusion buffer of 128 MiB.
+    Intel Caffe's MLSL reduces each layer's gradients as they come, with nothing to negotiate.
+    Horovod of 2018 (0.13) kept no answers, had cycles of 5 ms, and the deck's fusion buffer of 128
+    MiB.
 
     Parameters
     ----------
     request : float
-        Seconds that rank 0 takes for one gradient of one rank, measured here from Horovod's timeline.
+        Seconds that rank 0 takes for one gradient of one rank, measured here from Horovod's
+        timeline.
     """
     return {
         "MareNostrum 4": Horovod(overlap=True, cycle=0.0),
@@ -127,13 +149,20 @@ def published_scaling(alone: float) -> pd.DataFrame:
         ("MareNostrum 4", 256, 15_170, 0.90, "printed, over one node"),
         ("MareNostrum 4", 512, None, 0.90 * 0.85, "at least: printed over 85 % from 256"),
         ("Stampede2", 256, 16_400, 16_400 / 256 / alone, "printed speed over our one node"),
-        ("Stampede2", 512, 26_700, 26_700 / 512 / alone, "printed speed over our one node; 81 % from 256"),
+        (
+            "Stampede2",
+            512,
+            26_700,
+            26_700 / 512 / alone,
+            "printed speed over our one node; 81 % from 256",
+        ),
     ]
     return pd.DataFrame(rows, columns=["system", "nodes", "images_per_second", "efficiency", "how"])
 
 
 def study_claims(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """The two efficiencies that the model must answer to, in percent, from `project` on each system.
+    """The two efficiencies that the model must answer to, in percent, from `project` on each
+    system.
 
     Returns
     -------
@@ -143,7 +172,10 @@ def study_claims(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     ours, theirs = tables["MareNostrum 4"]["efficiency"], tables["Stampede2"]["images_per_second"]
     rows = {
         "MareNostrum 4, 1 to 256 nodes": (90.0, 100 * ours[256]),
-        "Stampede2, 256 to 512 nodes": (100 * 26_700 / 2 / 16_400, 100 * theirs[512] / 2 / theirs[256]),
+        "Stampede2, 256 to 512 nodes": (
+            100 * 26_700 / 2 / 16_400,
+            100 * theirs[512] / 2 / theirs[256],
+        ),
     }
     table = pd.DataFrame(rows, index=["published", "model"]).T
     return table.assign(miss=table["model"] - table["published"])
@@ -152,15 +184,16 @@ def study_claims(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def study_sensitivity(workload: Workload, *, copying: float, request: float) -> pd.DataFrame:
     """The projection again, with what is not known of the study's clusters at other values.
 
-    The spread of processors is halved: its source gives the largest that was seen. A request is halved and doubled.
-    The images a rank are not printed for Stampede2. MareNostrum's 8,192 images are, and its Caffe had no requests.
+    The spread of processors is halved: its source gives the largest that was seen. A request is
+    halved and doubled. The images a rank are not printed for Stampede2. MareNostrum's 8,192 images
+    are, and its Caffe had no requests.
 
     Returns
     -------
     DataFrame
-        A row a combination, the first of a system the one that is projected: system, images_a_rank, request (seconds),
-        spread; images_per_second, efficiency and solution_hours on 256 and 512 nodes, such as efficiency_256; and
-        further, the speed on 512 nodes over twice that on 256.
+        A row a combination, the first of a system the one that is projected: system, images_a_rank,
+        request (seconds), spread; images_per_second, efficiency and solution_hours on 256 and 512
+        nodes, such as efficiency_256; and further, the speed on 512 nodes over twice that on 256.
     """
     rows = []
     for name, usual in study_horovod(request).items():
@@ -168,16 +201,29 @@ def study_sensitivity(workload: Workload, *, copying: float, request: float) -> 
         for batch, factor, share in itertools.product(batches, factors, (1, 0.5)):
             there = replace(study_clusters(copying)[name], spread=share * SPREAD)
             horovod = replace(usual, request=factor * usual.request)
-            found = project(study_job(workload, batch=batch), there, horovod=horovod, nodes=(256, 512))
-            row = {"system": name, "images_a_rank": batch, "request": horovod.request, "spread": there.spread}
-            for value, nodes in itertools.product(("images_per_second", "efficiency", "solution_hours"), (256, 512)):
+            found = project(
+                study_job(workload, batch=batch), there, horovod=horovod, nodes=(256, 512)
+            )
+            row = {
+                "system": name,
+                "images_a_rank": batch,
+                "request": horovod.request,
+                "spread": there.spread,
+            }
+            for value, nodes in itertools.product(
+                ("images_per_second", "efficiency", "solution_hours"), (256, 512)
+            ):
                 row[f"{value}_{nodes}"] = found.loc[nodes, value]
-            rows.append({**row, "further": row["images_per_second_512"] / row["images_per_second_256"] / 2})
+            rows.append(
+                {**row, "further": row["images_per_second_512"] / row["images_per_second_256"] / 2}
+            )
     return pd.DataFrame(rows)
 
 
 def peak_shares() -> pd.DataFrame:
-    """Share of the peak in percent by run: printed, by the formula, and low and high for minutes rounded to whole."""
+    """Share of the peak in percent by run: printed, by the formula, and low and high for minutes
+    rounded to whole.
+    """
 
     def share(run: Published, minutes: float) -> float:
         return 100 * hardware_efficiency(1, FLOP_90_EPOCHS, 60 * minutes, run.peak)

@@ -1,11 +1,11 @@
 """Seconds of a data-parallel training step on 1 to 1,024 nodes, and what follows from them.
 
-A step is the compute of the slowest rank, and what is left of Horovod's allreduces when it ends. Horovod (Sergeev and
-Del Balso 2018) looks every cycle for gradients that all ranks have, packs them into its fusion buffer and reduces one
-buffer after the other, beside the backward pass that makes the next ones. Which gradients all ranks have is negotiated
-at rank 0; since Horovod 0.16 an answer is kept and costs a few small messages, before that rank 0 went through a
-request of every rank for every gradient (Kurth et al. 2018; Romero et al. 2022).
-"""
+A step is the compute of the slowest rank, and what is left of Horovod's allreduces when it ends.
+Horovod (Sergeev and Del Balso 2018) looks every cycle for gradients that all ranks have, packs them
+into its fusion buffer and reduces one buffer after the other, beside the backward pass that makes
+the next ones. Which gradients all ranks have is negotiated at rank 0; since Horovod 0.16 an answer
+is kept and costs a few small messages, before that rank 0 went through a request of every rank for
+every gradient (Kurth et al. 2018; Romero et al. 2022)."""
 
 from __future__ import annotations
 
@@ -27,12 +27,17 @@ NODES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class Horovod:
-    """How gradients are brought together. The defaults are those of Horovod 0.28 under this project's training."""
+    """How gradients are brought together.
+
+    The defaults are those of Horovod 0.28 under this project's training.
+    """
 
     fusion: float = 128 * 2**20  # bytes of the fusion buffer, HOROVOD_FUSION_THRESHOLD
     cycle: float = 1e-3  # seconds, HOROVOD_CYCLE_TIME
-    overlap: bool = False  # beside the backward pass; a grouped allreduce waits for the last gradient
-    request: float = 0.0  # seconds that rank 0 takes for one gradient of one rank; 0: answers are kept
+    # Beside the backward pass; a grouped allreduce waits for the last gradient.
+    overlap: bool = False
+    # Seconds that rank 0 takes for one gradient of one rank; 0: answers are kept.
+    request: float = 0.0
     algorithm: str = "ring"
     hierarchical: bool = False  # first inside each node
 
@@ -71,13 +76,23 @@ def hardware_efficiency(images: float, flop_per_image: float, seconds: float, pe
 
 @functools.cache
 def expected_slowest(n: int) -> float:
-    """Mean of the largest of `n` standard normal numbers: by so many deviations the slowest of `n` is behind."""
+    """Mean of the largest of `n` standard normal numbers: by so many deviations the slowest of `n`
+    is behind.
+    """
     density = stats.norm.pdf
-    return integrate.quad(lambda z: n * z * density(z) * stats.norm.cdf(z) ** (n - 1), -8, 10, limit=200)[0]
+    return integrate.quad(
+        lambda z: n * z * density(z) * stats.norm.cdf(z) ** (n - 1), -8, 10, limit=200
+    )[0]
 
 
 def communication_left(
-    workload: Workload, compute: float, *, nodes: int, per_node: int, fabric: Fabric, horovod: Horovod
+    workload: Workload,
+    compute: float,
+    *,
+    nodes: int,
+    per_node: int,
+    fabric: Fabric,
+    horovod: Horovod,
 ) -> float:
     """Seconds from the end of a step's compute to the end of its last allreduce.
 
@@ -90,15 +105,20 @@ def communication_left(
     if ranks == 1:
         return 0.0
     place = {"nodes": nodes, "per_node": per_node, "fabric": fabric, "algorithm": horovod.algorithm}
-    reduce = functools.partial(hierarchical_seconds if horovod.hierarchical else allreduce_seconds, **place)
+    reduce = functools.partial(
+        hierarchical_seconds if horovod.hierarchical else allreduce_seconds, **place
+    )
     latency = (fabric.between if nodes > 1 else fabric.inside).latency
     asking = ranks * latency if horovod.request else 2 * math.ceil(math.log2(ranks)) * latency
     ready = np.array(workload.ready) * compute if horovod.overlap else np.full(n, compute)
     clock, looked, i = 0.0, -math.inf, 0
     while i < n:
-        # Horovod sleeps for what is left of the cycle since it looked last: half of one in the mean after idling.
+        # Horovod sleeps for what is left of the cycle since it looked last: half of one in the mean
+        # after idling.
         idle = ready[i] > max(clock, looked + horovod.cycle)
-        clock = looked = ready[i] + horovod.cycle / 2 if idle else max(clock, looked + horovod.cycle)
+        clock = looked = (
+            ready[i] + horovod.cycle / 2 if idle else max(clock, looked + horovod.cycle)
+        )
         until = int(np.searchsorted(ready, clock, side="right"))
         clock += asking + horovod.request * ranks * (until - i)
         clock += sum(map(reduce, _buffers(workload.sizes[i:until], horovod)))
@@ -119,29 +139,39 @@ def _buffers(sizes: Sequence[float], horovod: Horovod) -> list[float]:
 
 
 def project(
-    job: Job, cluster: Cluster, *, horovod: Horovod, nodes: Sequence[int] = NODES, global_batch: int = 0
+    job: Job,
+    cluster: Cluster,
+    *,
+    horovod: Horovod,
+    nodes: Sequence[int] = NODES,
+    global_batch: int = 0,
 ) -> pd.DataFrame:
     """What a training would take on each number of nodes.
 
     Parameters
     ----------
     global_batch : int
-        Strong scaling: the batch that all ranks share. 0 is weak scaling, each rank with its own `job.batch`.
+        Strong scaling: the batch that all ranks share. 0 is weak scaling, each rank with its own
+        `job.batch`.
 
     Returns
     -------
     DataFrame
-        A row a number of nodes: ranks, batch (a rank's), global_batch, step_seconds and its parts compute, waiting
-        (for the slowest) and communication; images_per_second, efficiency (over as many times one node), epoch_seconds,
-        solution_hours (of all epochs), hardware_efficiency, core_hours, kwh (of processors).
+        A row a number of nodes: ranks, batch (a rank's), global_batch, step_seconds and its parts
+        compute, waiting (for the slowest) and communication; images_per_second, efficiency (over as
+        many times one node), epoch_seconds, solution_hours (of all epochs), hardware_efficiency,
+        core_hours, kwh (of processors).
 
     Raises
     ------
     ConfigError
-        A number of nodes or of ranks a node below 1; a global batch that leaves a rank without an image.
+        A number of nodes or of ranks a node below 1; a global batch that leaves a rank without an
+        image.
     """
     if min([*nodes, job.per_node]) < 1:
-        raise ConfigError(f"{min(nodes)} nodes of {job.per_node} ranks are not accepted. Use at least 1 of each.")
+        raise ConfigError(
+            f"{min(nodes)} nodes of {job.per_node} ranks are not accepted. Use at least 1 of each."
+        )
     rows = [_row(job, cluster, horovod, n, global_batch) for n in nodes]
     alone = _row(job, cluster, horovod, 1, global_batch)["images_per_second"]
     table = pd.DataFrame(rows)
@@ -154,7 +184,8 @@ def _row(job: Job, cluster: Cluster, horovod: Horovod, nodes: int, global_batch:
     batch = global_batch / ranks if global_batch else job.batch
     if batch < 1:
         raise ConfigError(
-            f"a global batch of {global_batch} is less than an image for each of {ranks} ranks. Use fewer nodes."
+            f"a global batch of {global_batch} is less than an image for each of {ranks} ranks. "
+            "Use fewer nodes."
         )
     compute = job.fixed + batch * job.per_node / job.speed
     waiting = compute * cluster.spread * expected_slowest(nodes * cluster.processors)

@@ -30,13 +30,19 @@ def read_quantities(text: str, *, like: str) -> list[float]:
     found = [_NUMBER.fullmatch(part.strip()) for part in text.split(",")]
     units = [_NUMBER.fullmatch(part.strip())[2] for part in like.split(",")]
     numbers = {match[2]: float(match[1]) for match in found if match}
-    if sorted(match[2] if match else "" for match in found) != sorted(units) or not all(numbers.values()):
-        raise ConfigError(f"{text!r} is not accepted. Write it like {like!r}: these units, each with a number above 0.")
+    if sorted(match[2] if match else "" for match in found) != sorted(units) or not all(
+        numbers.values()
+    ):
+        raise ConfigError(
+            f"{text!r} is not accepted. Write it like {like!r}: these units, each with a number "
+            "above 0."
+        )
     return [numbers[unit] for unit in units]
 
 
 def deal_out(cores: float, ranks: float) -> tuple[int, int]:
-    """Threads of each rank of a node, and cores that it leaves to its communication: two, as the study did, or fewer.
+    """Threads of each rank of a node, and cores that it leaves to its communication: two, as the
+    study did, or fewer.
 
     Raises
     ------
@@ -44,7 +50,9 @@ def deal_out(cores: float, ranks: float) -> tuple[int, int]:
         More ranks than cores, or no whole number of them.
     """
     if ranks % 1 or not 1 <= ranks <= cores:
-        raise ConfigError(f"{ranks:g} ranks on a node of {cores:g} cores are not accepted. Use 1 to {cores:g}.")
+        raise ConfigError(
+            f"{ranks:g} ranks on a node of {cores:g} cores are not accepted. Use 1 to {cores:g}."
+        )
     each = int(cores // ranks)
     spare = min(2, each - 1)
     return each - spare, spare

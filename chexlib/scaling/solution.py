@@ -14,14 +14,14 @@ RATES = {"vgg16": 1e-4}  # Adam's; a VGG does not start at CheXNet's 1e-3
 
 
 def measure_solution(point: Mapping, folder: Path, *, data: Path) -> dict:
-    """Train as one point of a grid says, for `chexlib.studies.grid.run_grid`: `time_to`, and the day of it.
+    """Train as one point of a grid says, for `chexlib.studies.grid.run_grid`: `time_to`, and the
+    day of it.
 
     Parameters
     ----------
-    point : with topology, size, most_epochs, seed and auroc, the mean validation AUROC that counts as the solution
-    folder : of checkpoints: a killed training goes on from them
-    data : folder in the NIH layout
-    """
+    point : with topology, size, most_epochs, seed and auroc, the mean validation AUROC that counts
+    as the solution folder : of checkpoints: a killed training goes on from them data : folder in
+    the NIH layout"""
     config = TrainConfig(
         data_dir=str(data),
         run_dir=str(folder),
@@ -38,7 +38,8 @@ def measure_solution(point: Mapping, folder: Path, *, data: Path) -> dict:
 
 
 def time_to(history: Sequence[dict], *, images: int, auroc: float) -> dict:
-    """Epochs and seconds of training after which validation first reached an AUROC, or None; and images of an epoch.
+    """Epochs and seconds of training after which validation first reached an AUROC, or None; and
+    images of an epoch.
 
     Parameters
     ----------

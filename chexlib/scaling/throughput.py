@@ -1,12 +1,12 @@
 """What a training step costs, counted and measured.
 
-python -m chexlib.scaling.throughput '{"topology": "densenet121", "size": 224, "batch_per_rank": 16}'
+python -m chexlib.scaling.throughput '{"topology": "densenet121", "size": 224, "batch_per_rank":
+16}'
 
-is a rank (under mpiexec: ranks) that reads numbers of steps from its input, 0 being the end, takes them with
-`DataParallelTrainer.fit` on random radiographs or on `paths`, and answers with the seconds of each. Of a number below
-0 the steps are taken by every rank for itself, begun together and with nothing communicated, and the seconds are the
-slowest rank's.
-"""
+is a rank (under mpiexec: ranks) that reads numbers of steps from its input, 0 being the end, takes
+them with `DataParallelTrainer.fit` on random radiographs or on `paths`, and answers with the
+seconds of each. Of a number below 0 the steps are taken by every rank for itself, begun together
+and with nothing communicated, and the seconds are the slowest rank's."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ from chexlib.scaling.timeline import read_timeline
 
 
 def training_gflop(model) -> float:
-    """Floating-point operations of one training step for one image, in 10^9, a multiply-add being two.
+    """Floating-point operations of one training step for one image, in 10^9, a multiply-add being
+    two.
 
-    Those of convolutions and dense layers, forward and backward: the gradient of the inputs and that of the kernel
-    cost as much as the forward pass each, but the first convolution has no gradient of its inputs. What else there is
-    (normalisation, activations, pooling) is under 2 % in these networks.
+    Those of convolutions and dense layers, forward and backward: the gradient of the inputs and
+    that of the kernel cost as much as the forward pass each, but the first convolution has no
+    gradient of its inputs. What else there is (normalisation, activations, pooling) is under 2 % in
+    these networks.
 
     Parameters
     ----------
@@ -75,7 +77,9 @@ def _ordered_layers(model):
 
 
 def layer_flops(layer) -> tuple[float, float]:
-    """Operations of one Keras layer for one image, forward and backward; 0 of what is no convolution and not dense."""
+    """Operations of one Keras layer for one image, forward and backward; 0 of what is no
+    convolution and not dense.
+    """
     import keras
 
     if not isinstance(layer, keras.layers.Conv2D | keras.layers.Dense):
@@ -86,7 +90,8 @@ def layer_flops(layer) -> tuple[float, float]:
 
 
 def command(settings: dict, *, ranks: int, threads: int) -> tuple[list[str], dict[str, str]]:
-    """The command that serves such steps on `ranks` MPI ranks of this host, and its environment's own variables.
+    """The command that serves such steps on `ranks` MPI ranks of this host, and its environment's
+    own variables.
 
     Parameters
     ----------
@@ -100,9 +105,16 @@ def command(settings: dict, *, ranks: int, threads: int) -> tuple[list[str], dic
 
 
 def measure(
-    settings: dict, *, ranks: int, threads: int, steps: int = 6, timeout: float = 900, **environment: str
+    settings: dict,
+    *,
+    ranks: int,
+    threads: int,
+    steps: int = 6,
+    timeout: float = 900,
+    **environment: str,
 ) -> dict:
-    """Images per second of a layout on this host, the median over `steps` after two that do not count.
+    """Images per second of a layout on this host, the median over `steps` after two that do not
+    count.
 
     Further names are environment variables of the ranks.
 
@@ -123,13 +135,17 @@ def measure(
     try:
         said, errors = process.communicate(f"2\n{steps}\n0\n", timeout=timeout)
     except subprocess.TimeoutExpired:
-        raise ClusterError(f"{layout}: no answer within {timeout:g} s. Try smaller images or batches.") from None
+        raise ClusterError(
+            f"{layout}: no answer within {timeout:g} s. Try smaller images or batches."
+        ) from None
     finally:
         process.terminate()
         process.wait()
     answers = [json.loads(line) for line in said.splitlines() if line.startswith(("[", "{"))]
     if process.returncode or len(answers) != 3:
-        raise ClusterError(f"{layout}: the ranks ended with status {process.returncode}. {errors[-1500:]}")
+        raise ClusterError(
+            f"{layout}: the ranks ended with status {process.returncode}. {errors[-1500:]}"
+        )
     facts, _, seconds = answers
     if isinstance(seconds, dict):  # asked for in detail
         facts, seconds = {**facts, **seconds}, seconds["seconds"]
@@ -138,17 +154,25 @@ def measure(
 
 
 def observe(
-    settings: dict, *, ranks: int, threads: int, steps: int = 6, timeout: float = 900, **environment: str
+    settings: dict,
+    *,
+    ranks: int,
+    threads: int,
+    steps: int = 6,
+    timeout: float = 900,
+    **environment: str,
 ) -> dict:
-    """Where the time of a step goes on this host, the median over `steps`; names that follow are the ranks' variables.
+    """Where the time of a step goes on this host, the median over `steps`; names that follow are
+    the ranks' variables.
 
     Returns
     -------
     dict
-        In seconds: step; compute, of the mean rank; skew, from the mean to the slowest rank; input_wait, for the batch
-        on rank 0; allreduce, with copy (to and from the fusion buffer), both from Horovod's timeline; rest. Besides
-        allreduces and allreduce_bytes of a step, request (see `read_timeline`), images_per_second, gflop_per_image.
-        Under mpi4py the copies are part of rest (0 here), and request is NaN: there is no negotiation.
+        In seconds: step; compute, of the mean rank; skew, from the mean to the slowest rank;
+        input_wait, for the batch on rank 0; allreduce, with copy (to and from the fusion buffer),
+        both from Horovod's timeline; rest. Besides allreduces and allreduce_bytes of a step,
+        request (see `read_timeline`), images_per_second, gflop_per_image. Under mpi4py the copies
+        are part of rest (0 here), and request is NaN: there is no negotiation.
 
     Raises
     ------
@@ -158,25 +182,53 @@ def observe(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "timeline.json"
         own = {**environment, **({"HOROVOD_TIMELINE": str(file)} if ranks > 1 else {})}
-        found = measure({**settings, "detail": True}, ranks=ranks, threads=threads, steps=steps, timeout=timeout, **own)
+        found = measure(
+            {**settings, "detail": True},
+            ranks=ranks,
+            threads=threads,
+            steps=steps,
+            timeout=timeout,
+            **own,
+        )
         if ranks > 1 and not found["sums"] and not file.exists():
             raise ClusterError(f"Horovod wrote no timeline to {file}. Is there room in {folder}?")
-        reduced, request = read_timeline(file) if file.exists() else (pd.DataFrame(found["sums"]), math.nan)
+        reduced, request = (
+            read_timeline(file) if file.exists() else (pd.DataFrame(found["sums"]), math.nan)
+        )
     busy = np.array(found["busy"])
-    seen = {"step": statistics.median(found["seconds"]), "input_wait": statistics.median(found["wait"])}
+    seen = {
+        "step": statistics.median(found["seconds"]),
+        "input_wait": statistics.median(found["wait"]),
+    }
     seen |= {"compute": float(np.median(busy.mean(axis=1)))}
-    seen |= {"skew": float(np.median(busy.max(axis=1) - busy.mean(axis=1))), "allreduce": 0.0, "copy": 0.0}
+    seen |= {
+        "skew": float(np.median(busy.max(axis=1) - busy.mean(axis=1))),
+        "allreduce": 0.0,
+        "copy": 0.0,
+    }
     counts = {"allreduces": 0, "allreduce_bytes": 0}
     if ranks > 1:
-        mine = reduced[reduced["bytes"] > found["gradient_bytes"] / 100]  # Keras' and ours, not what is shared besides
+        # Keras' and ours, not what is shared besides.
+        mine = reduced[reduced["bytes"] > found["gradient_bytes"] / 100]
         each = mine.iloc[2 * len(mine) // (steps + 2) :]  # the first two steps do not count
         seen["allreduce"] = float(each["allreduce"].sum()) / steps
         seen["copy"] = float((each["copy_in"] + each["copy_out"]).sum()) / steps
-        counts = {"allreduces": len(each) / steps, "allreduce_bytes": float(each["bytes"].sum()) / steps}
+        counts = {
+            "allreduces": len(each) / steps,
+            "allreduce_bytes": float(each["bytes"].sum()) / steps,
+        }
     seen["rest"] = seen["step"] - sum(value for name, value in seen.items() if name != "step")
     speed = ranks * settings["batch_per_rank"] / seen["step"]
     told = {"images_per_second": speed, "gflop_per_image": found["gflop_per_image"]}
-    return {**settings, "ranks": ranks, "threads": threads, **seen, **counts, "request": request, **told}
+    return {
+        **settings,
+        "ranks": ranks,
+        "threads": threads,
+        **seen,
+        **counts,
+        "request": request,
+        **told,
+    }
 
 
 def horovod_costs(observed: dict) -> tuple[float, float, str]:
@@ -190,7 +242,8 @@ def horovod_costs(observed: dict) -> tuple[float, float, str]:
     Returns
     -------
     request, copying : float
-        Seconds that rank 0 takes for one gradient of one rank, and for a byte to the fusion buffer and back.
+        Seconds that rank 0 takes for one gradient of one rank, and for a byte to the fusion buffer
+        and back.
     source : str
         "measured here", or the file of the reference run where mpi4py carries and has neither.
     """
@@ -201,7 +254,8 @@ def horovod_costs(observed: dict) -> tuple[float, float, str]:
         source = f"from {file.relative_to(ROOT)}, since mpi4py carries here"
         if observed["request"] is None:
             raise ConfigError(
-                f"{file} was made where mpi4py carried, so it does not know Horovod's costs. Put back the project's."
+                f"{file} was made where mpi4py carried, so it does not know Horovod's costs. Put "
+                "back the project's."
             )
     return observed["request"], observed["copy"] / observed["allreduce_bytes"], source
 
@@ -227,7 +281,9 @@ def serve(settings: dict) -> None:
             return super().train_step(data)
 
     world, size, batch = join_world(), settings["size"], settings["batch_per_rank"]
-    model = create_model(settings["topology"], size=size, precision=settings.get("precision", "float32"))
+    model = create_model(
+        settings["topology"], size=size, precision=settings.get("precision", "float32")
+    )
 
     def trainer_in(place):
         trainer = Observed(model, place)
@@ -240,7 +296,12 @@ def serve(settings: dict) -> None:
     if paths := settings.get("paths"):
         labels = rng.random((len(paths), 14)) > 0.9
         store = ImageStore(paths, size=size, gather=world.gather)
-        share = {"global_batch": batch * world.ranks, "seed": 0, "rank": world.rank, "ranks": world.ranks}
+        share = {
+            "global_batch": batch * world.ranks,
+            "seed": 0,
+            "rank": world.rank,
+            "ranks": world.ranks,
+        }
         data = training_batches(store, labels, **share)
     else:
         pixels = tf.constant(rng.uniform(0, 255, (batch, size, size, 1)), tf.float32)
@@ -268,12 +329,22 @@ def serve(settings: dict) -> None:
     while steps := world.share(lambda: int(sys.stdin.readline() or 0)):
         trainer = together if steps > 0 else alone
         began[:], ends[:], busy[:], wait[:] = [], [time.perf_counter()], [], []
-        trainer.fit(data, steps_per_epoch=abs(steps), callbacks=[note(trainer)], verbose=0, shuffle=False)
-        seconds = np.diff(ends)  # from one end of a step to the next the wait for the batch is counted too
+        trainer.fit(
+            data, steps_per_epoch=abs(steps), callbacks=[note(trainer)], verbose=0, shuffle=False
+        )
+        # From one end of a step to the next the wait for the batch is counted too.
+        seconds = np.diff(ends)
         if steps < 0:
-            seconds = np.max(world.gather(np.subtract(ends[1:], [start for start, _ in began])), axis=0)
+            seconds = np.max(
+                world.gather(np.subtract(ends[1:], [start for start, _ in began])), axis=0
+            )
         if world.first:
-            detail = {"seconds": seconds.tolist(), "busy": busy, "wait": wait, "sums": seconds_of_sums()}
+            detail = {
+                "seconds": seconds.tolist(),
+                "busy": busy,
+                "wait": wait,
+                "sums": seconds_of_sums(),
+            }
             print(json.dumps(detail if settings.get("detail") else seconds.tolist()), flush=True)
 
 

@@ -1,4 +1,6 @@
-"""Which ranks x threads, batch and precision train fastest on this machine: measured, kept, and made a profile."""
+"""Which ranks x threads, batch and precision train fastest on this machine: measured, kept, and
+made a profile.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,17 @@ from chexlib.machine import cores, kind
 from chexlib.scaling.throughput import measure
 from chexlib.training.config import TrainConfig
 
-PROFILE = ROOT / "notebooks" / "profiles" / "tuned.yaml"  # what `chexlib run --profile quick,tuned` reads
+# What `chexlib run --profile quick,tuned` reads.
+PROFILE = ROOT / "notebooks" / "profiles" / "tuned.yaml"
 SWEEP = ROOT / "data" / "tuned.json"
 KEYS = ["topology", "size", "precision", "batch_per_rank", "ranks", "threads"]
 log = logging.getLogger(__name__)
 
 
 def layouts(processors: int | None = None) -> list[tuple[int, int]]:
-    """(ranks, threads) worth measuring: powers of two and all processors, no more of both than there are."""
+    """(ranks, threads) worth measuring: powers of two and all processors, no more of both than
+    there are.
+    """
     processors = processors or cores()
     sizes = sorted({2**i for i in range(processors.bit_length())} | {processors})
     return [(r, t) for r in sizes for t in sizes if r * t <= processors]
@@ -40,18 +45,20 @@ def tune(
     sweep: str | Path = "",
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Measure the training step in every layout, batch and precision that `sweep` does not hold yet.
+    """Measure the training step in every layout, batch and precision that `sweep` does not hold
+    yet.
 
-    Each point is written when it is measured, so a sweep that was interrupted goes on where it was, and several at a
-    time lose none of each other's points (their speeds are those of a machine that they share). Points of another
-    processor or number of cores are not taken for this machine's, and those that failed or had fewer steps are measured
-    again.
+    Each point is written when it is measured, so a sweep that was interrupted goes on where it was,
+    and several at a time lose none of each other's points (their speeds are those of a machine that
+    they share). Points of another processor or number of cores are not taken for this machine's,
+    and those that failed or had fewer steps are measured again.
 
     Returns
     -------
     DataFrame
-        A row a point, the fastest first: topology, size, precision, batch_per_rank, ranks, threads, images_per_second
-        (NaN where the ranks failed), and gflops, its floating-point operations per second in 10^9.
+        A row a point, the fastest first: topology, size, precision, batch_per_rank, ranks, threads,
+        images_per_second (NaN where the ranks failed), and gflops, its floating-point operations
+        per second in 10^9.
 
     Raises
     ------
@@ -59,7 +66,14 @@ def tune(
         A setting that no training accepts, before anything is measured.
     """
     for precision, batch in itertools.product(precisions, batches):
-        TrainConfig(data_dir=".", run_dir=".", topology=topology, size=size, batch_size=batch, precision=precision)
+        TrainConfig(
+            data_dir=".",
+            run_dir=".",
+            topology=topology,
+            size=size,
+            batch_size=batch,
+            precision=precision,
+        )
     path = Path(sweep or SWEEP)
     known = _points(path)
     wanted = [
@@ -78,13 +92,17 @@ def tune(
             found = {"images_per_second": None, "gflop_per_image": None, "seconds": []}
         known = _add(path, {**point, **here, "steps": steps, **found})
     rows = [next(row for row in reversed(known) if _same(row, point, here)) for point in wanted]
-    table = pd.DataFrame(rows)[[*KEYS, "images_per_second", "gflop_per_image"]].astype({"images_per_second": float})
+    table = pd.DataFrame(rows)[[*KEYS, "images_per_second", "gflop_per_image"]].astype(
+        {"images_per_second": float}
+    )
     table["gflops"] = table["images_per_second"] * table.pop("gflop_per_image").astype(float)
     return table.sort_values("images_per_second", ascending=False, kind="stable", ignore_index=True)
 
 
 def save_winner(table: pd.DataFrame, path: str | Path = "") -> dict:
-    """Write the fastest row as a profile: engines, threads, and what else differs in the table. Gives what was written.
+    """Write the fastest row as a profile: engines, threads, and what else differs in the table.
+
+    Gives what was written.
 
     Raises
     ------

@@ -1,4 +1,6 @@
-"""What a network asks of a cluster: operations, gradients, and when in the backward pass each of these is ready."""
+"""What a network asks of a cluster: operations, gradients, and when in the backward pass each of
+these is ready.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,17 @@ class Workload:
 def workload_of(model, name: str = "", *, biases: bool = True) -> Workload:
     """Read the workload from the layers of a network.
 
-    The forward pass takes its share of the operations, then layers follow from the last to the first, each taking
-    its own; a layer's gradients are ready at its end. Time is taken to follow the operations of `training_gflop`.
+    The forward pass takes its share of the operations, then layers follow from the last to the
+    first, each taking its own; a layer's gradients are ready at its end. Time is taken to follow
+    the operations of `training_gflop`.
 
     Parameters
     ----------
     model : keras.Model
         Built for images of a fixed size.
     biases : bool
-        Count biases of convolutions too. Keras' ResNet-50 has them, that of He et al. (2016) has not.
+        Count biases of convolutions too. Keras' ResNet-50 has them, that of He et al. (2016) has
+        not.
     """
     import keras
 

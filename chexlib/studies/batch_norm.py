@@ -1,9 +1,8 @@
 """The batch-norm study of notebook 05: its grid, what each training leaves in it, and the verdict.
 
-A large global batch can cost accuracy in three ways that have to do with batch norm or are taken for it: there are
-fewer updates in as many epochs; moving statistics trail weights that still move fast; each rank normalises a small
-local batch.
-"""
+A large global batch can cost accuracy in three ways that have to do with batch norm or are taken
+for it: there are fewer updates in as many epochs; moving statistics trail weights that still move
+fast; each rank normalises a small local batch."""
 
 from __future__ import annotations
 
@@ -17,7 +16,14 @@ from chexlib.data.cache import ImageStore
 from chexlib.data.pipeline import generator_for
 from chexlib.errors import ConfigError, DivergedError
 from chexlib.evaluation.auroc import auroc
-from chexlib.evaluation.verdicts import CHANCE, NOT_MEASURED, has_learnt, nothing_learnt, over_seeds, verdict_on_gain
+from chexlib.evaluation.verdicts import (
+    CHANCE,
+    NOT_MEASURED,
+    has_learnt,
+    nothing_learnt,
+    over_seeds,
+    verdict_on_gain,
+)
 from chexlib.findings import FINDINGS
 from chexlib.models.statistics import kept_statistics, recalibrate
 from chexlib.studies.population import NormReport, bn_report, judge_scores
@@ -26,7 +32,8 @@ from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 from chexlib.training.reuse import Reuse
 
-RATES = {"densenet121": 1e-3, "resnet50": 1e-3, "vgg16": 1e-4}  # Adam's; without batch norm a network bears less
+# Adam's; without batch norm a network bears less.
+RATES = {"densenet121": 1e-3, "resnet50": 1e-3, "vgg16": 1e-4}
 EVALUATED = 64  # images normalised together where a model is judged by batch statistics
 
 
@@ -41,21 +48,22 @@ def norm_grid(
     images: int,
     epochs: int,
 ) -> dict[str, list[dict]]:
-    """The trainings of each part of the study, for `run_grid`; one that serves several parts is the same point in each.
+    """The trainings of each part of the study, for `run_grid`; one that serves several parts is the
+    same point in each.
 
     Parameters
     ----------
-    batches : global batches, the smallest first
-    local_batches : images normalised together; the first in all parts, the others at the largest global batch
-    momenta : of moving statistics; the first in all parts, the others in their own
-    norms : to compare with "batch" at the largest global batch
-    images : of the training part; what is left over after whole global batches is not used in an epoch
+    batches : global batches, the smallest first local_batches : images normalised together; the
+    first in all parts, the others at the largest global batch momenta : of moving statistics; the
+    first in all parts, the others in their own norms : to compare with "batch" at the largest
+    global batch images : of the training part; what is left over after whole global batches is not
+    used in an epoch
 
     Returns
     -------
     dict
-        Of "equal epochs", "equal updates" (as few as the largest batch has), "local batch", "momentum" and "norm", the
-        last three without VGG-16.
+        Of "equal epochs", "equal updates" (as few as the largest batch has), "local batch",
+        "momentum" and "norm", the last three without VGG-16.
 
     Raises
     ------
@@ -64,19 +72,34 @@ def norm_grid(
     """
     if set(topologies) <= {"vgg16"}:
         raise ConfigError(
-            f"topologies={list(topologies)!r} have no batch norm to study. Name densenet121 or resnet50 too."
+            f"topologies={list(topologies)!r} have no batch norm to study. Name densenet121 or "
+            "resnet50 too."
         )
     for batch in batches:
-        if batch > images or any(max(batches) % n or batch % local_batches[0] for n in local_batches):
+        if batch > images or any(
+            max(batches) % n or batch % local_batches[0] for n in local_batches
+        ):
             raise ConfigError(
-                f"a global batch of {batch} is not accepted for {images} images in local batches of {local_batches}. "
-                "Use multiples of the first of these, none above the images, and the largest a multiple of all."
+                f"a global batch of {batch} is not accepted for {images} images in local batches "
+                f"of {local_batches}. "
+                "Use multiples of the first of these, none above the images, and the largest a "
+                "multiple of all."
             )
 
-    def point(topology, seed, batch, *, local=local_batches[0], norm="batch", momentum=momenta[0], updates=0):
+    def point(
+        topology,
+        seed,
+        batch,
+        *,
+        local=local_batches[0],
+        norm="batch",
+        momentum=momenta[0],
+        updates=0,
+    ):
         virtual = 1 if norm in ("sync", "ghost") else batch // local
         most = images // batch
-        steps = max(n for n in range(1, most + 1) if updates % n == 0) if updates else most  # equal to the update
+        # Equal to the update.
+        steps = max(n for n in range(1, most + 1) if updates % n == 0) if updates else most
         return {
             "topology": topology,
             "norm": norm,
@@ -96,18 +119,27 @@ def norm_grid(
         "equal epochs": (topologies, [dict(batch=batch) for batch in batches]),
         "equal updates": (topologies, [dict(batch=batch, updates=fewest) for batch in batches]),
         "local batch": (normed, [dict(batch=largest, local=local) for local in local_batches]),
-        "momentum": (normed, [dict(batch=batch, momentum=momentum) for momentum in momenta for batch in batches]),
+        "momentum": (
+            normed,
+            [dict(batch=batch, momentum=momentum) for momentum in momenta for batch in batches],
+        ),
         "norm": (normed, [dict(batch=largest, norm=norm) for norm in ("batch", *norms)]),
     }
     return {
-        part: [point(topology, seed, **case) for topology in names for case in chosen for seed in seeds]
+        part: [
+            point(topology, seed, **case) for topology in names for case in chosen for seed in seeds
+        ]
         for part, (names, chosen) in cases.items()
     }
 
 
 def training_order(grid: dict[str, list[dict]]) -> list[dict]:
-    """All points of `norm_grid` once; those of one graph follow each other, the first topology's come last."""
-    points = list({tuple(point.values()): point for part in grid.values() for point in part}.values())
+    """All points of `norm_grid` once; those of one graph follow each other, the first topology's
+    come last.
+    """
+    points = list(
+        {tuple(point.values()): point for part in grid.values() for point in part}.values()
+    )
     topologies = list(dict.fromkeys(point["topology"] for point in points))
     first = points[0]["norm_momentum"]
 
@@ -119,7 +151,8 @@ def training_order(grid: dict[str, list[dict]]) -> list[dict]:
 
 
 def measure_norms(config: TrainConfig, *, reuse: Reuse, population: int = 1024) -> dict | None:
-    """Train, and judge the last weights on the test part by moving, by batch and by the population's statistics.
+    """Train, and judge the last weights on the test part by moving, by batch and by the
+    population's statistics.
 
     Parameters
     ----------
@@ -129,8 +162,9 @@ def measure_norms(config: TrainConfig, *, reuse: Reuse, population: int = 1024) 
     Returns
     -------
     dict or None
-        updates; auroc_ and loss_ of moving, batch and recalibrated; auroc_<finding> by moving statistics;
-        ms_per_image, of compute in a training step; diverged. None if the training was stopped.
+        updates; auroc_ and loss_ of moving, batch and recalibrated; auroc_<finding> by moving
+        statistics; ms_per_image, of compute in a training step; diverged. None if the training was
+        stopped.
     """
 
     def look(trainer, parts, world):
@@ -145,7 +179,9 @@ def measure_norms(config: TrainConfig, *, reuse: Reuse, population: int = 1024) 
         recalibrate_on(parts["train"], trainer, world, size=config.size, images=population)
         scores["recalibrated"] = score(trainer.infer)
         judged = {kind: judge_scores(labels, values) for kind, values in scores.items()}
-        found = {f"{name}_{kind}": value for kind, both in judged.items() for name, value in both.items()}
+        found = {
+            f"{name}_{kind}": value for kind, both in judged.items() for name, value in both.items()
+        }
         columns = zip(FINDINGS, labels.T, scores["moving"].T, strict=True)
         return found | {f"auroc_{finding}": auroc(y, p) for finding, y, p in columns}
 
@@ -178,14 +214,25 @@ def _drawn(n: int, images: int) -> np.ndarray:
 
 
 def report_after(config: TrainConfig, *, reuse: Reuse, population: int = 1024) -> NormReport:
-    """Train, and look at the batch norm of the last weights: `bn_report` on the test part, by local batches."""
+    """Train, and look at the batch norm of the last weights: `bn_report` on the test part, by local
+    batches.
+    """
     reports = []
 
     def look(trainer, parts, world):
         paths = parts["train"].table["path"]
-        chosen = {"test": parts["test"].table["path"], "train": paths.iloc[_drawn(len(paths), population)]}
-        stores = {part: ImageStore(paths, size=config.size, gather=world.gather) for part, paths in chosen.items()}
-        pixels = {part: store.take(range(len(store)))[..., None].astype(np.float32) for part, store in stores.items()}
+        chosen = {
+            "test": parts["test"].table["path"],
+            "train": paths.iloc[_drawn(len(paths), population)],
+        }
+        stores = {
+            part: ImageStore(paths, size=config.size, gather=world.gather)
+            for part, paths in chosen.items()
+        }
+        pixels = {
+            part: store.take(range(len(store)))[..., None].astype(np.float32)
+            for part, store in stores.items()
+        }
         given = {"population": pixels["train"], "batch": config.batch_size, "world": world}
         given |= {"infer": trainer.infer, "forward": trainer.infer_by_batch}
         reports.append(bn_report(trainer.model, pixels["test"], parts["test"].labels, **given))
@@ -200,7 +247,8 @@ log = logging.getLogger(__name__)
 
 
 def decompose(rows: pd.DataFrame) -> pd.DataFrame:
-    """Split what the largest global batch costs in AUROC, by topology and seed, into causes that add up to it.
+    """Split what the largest global batch costs in AUROC, by topology and seed, into causes that
+    add up to it.
 
     With A the test AUROC, by moving statistics in `total` and by the population's in all but `lag`:
 
@@ -219,9 +267,9 @@ def decompose(rows: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Columns topology, seed, `TERMS`, and start, A(smallest) at equal epochs. A topology without batch norm has no
-        lag and no local batch. A seed of which a training is missing, since it diverged, is left out, and told in the
-        log.
+        Columns topology, seed, `TERMS`, and start, A(smallest) at equal epochs. A topology without
+        batch norm has no lag and no local batch. A seed of which a training is missing, since it
+        diverged, is left out, and told in the log.
     """
     rows = rows.assign(batch=rows["batch_size"] * rows["accumulation"])
     epochs = rows[rows["part"] == "equal epochs"]
@@ -230,10 +278,19 @@ def decompose(rows: pd.DataFrame) -> pd.DataFrame:
     for (topology, seed), own in rows.groupby(["topology", "seed"], sort=False):
         own = own.set_index(["part", "batch"])
         normed = (rows["part"] == "local batch") & (rows["topology"] == topology)
-        needed = [("equal epochs", smallest), ("equal epochs", largest), ("equal updates", smallest)]
+        needed = [
+            ("equal epochs", smallest),
+            ("equal epochs", largest),
+            ("equal updates", smallest),
+        ]
         needed += [("local batch", largest)] if normed.any() else []
         if missing := [key for key in needed if key not in own.index]:
-            log.warning("%s, seed %d: %s at batch %d diverged, so its loss has no causes", topology, seed, *missing[0])
+            log.warning(
+                "%s, seed %d: %s at batch %d diverged, so its loss has no causes",
+                topology,
+                seed,
+                *missing[0],
+            )
             continue
         first, last, few = (own.loc[[key]].iloc[0] for key in needed[:3])
         whole = own.loc[[needed[3]]].sort_values("batch_size").iloc[-1] if needed[3:] else last
@@ -250,7 +307,8 @@ def decompose(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def remedies(rows: pd.DataFrame) -> pd.DataFrame:
-    """What AUROC by moving statistics gains at the largest global batch by what might mend it, by topology and seed.
+    """What AUROC by moving statistics gains at the largest global batch by what might mend it, by
+    topology and seed.
 
     Parameters
     ----------
@@ -260,20 +318,27 @@ def remedies(rows: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Columns topology, seed, recalibration, and "momentum 0.9" for each other momentum; NaN where one diverged.
+        Columns topology, seed, recalibration, and "momentum 0.9" for each other momentum; NaN where
+        one diverged.
     """
     rows = rows[(batch := rows["batch_size"] * rows["accumulation"]) == batch.max()]
     first, *others = rows["norm_momentum"].unique()
     table = rows.set_index(["topology", "seed"])
-    by_momentum = {momentum: table[table["norm_momentum"] == momentum] for momentum in (first, *others)}
+    by_momentum = {
+        momentum: table[table["norm_momentum"] == momentum] for momentum in (first, *others)
+    }
     usual = by_momentum[first]["auroc_moving"]
     found = {"recalibration": by_momentum[first]["auroc_recalibrated"] - usual}
-    found |= {f"momentum {momentum:g}": by_momentum[momentum]["auroc_moving"] - usual for momentum in others}
+    found |= {
+        f"momentum {momentum:g}": by_momentum[momentum]["auroc_moving"] - usual
+        for momentum in others
+    }
     return pd.DataFrame(found).reset_index()
 
 
 def verdict(terms: pd.DataFrame, mended: pd.DataFrame | None = None) -> str:
-    """What the decomposition says, in sentences that follow the numbers, one paragraph a topology and one of the study.
+    """What the decomposition says, in sentences that follow the numbers, one paragraph a topology
+    and one of the study.
 
     Parameters
     ----------
@@ -283,10 +348,14 @@ def verdict(terms: pd.DataFrame, mended: pd.DataFrame | None = None) -> str:
     said, learnt = [], {}
     for topology, own in terms.groupby("topology", sort=False):
         own = own.assign(**{"updates and rest": own["updates"] + own["rest"]})
-        table = over_seeds(own, ["topology"], [*TERMS, "updates and rest", "start"]).set_index("value")
+        table = over_seeds(own, ["topology"], [*TERMS, "updates and rest", "start"]).set_index(
+            "value"
+        )
         causes, loss, start = table.loc[list(TERMS[1:4])], table.loc["total"], table.loc["start"]
         learnt[topology] = has_learnt(start["mean"]) and not start["low"] <= CHANCE
-        parts = "; ".join(f"{name} {_with_interval(row)}" for name, row in table.loc[list(TERMS[1:])].iterrows())
+        parts = "; ".join(
+            f"{name} {_with_interval(row)}" for name, row in table.loc[list(TERMS[1:])].iterrows()
+        )
         clear = [name for name, row in causes.iterrows() if row["low"] > 0]
         ending = f"Apart from 0 with 95 % confidence: {', '.join(clear) or 'none of the three'}."
         if loss["low"] > 0:
@@ -299,25 +368,36 @@ def verdict(terms: pd.DataFrame, mended: pd.DataFrame | None = None) -> str:
         net = _with_interval(table.loc["updates and rest"])
         said.append(
             f"**{topology}** loses {_with_interval(loss)} AUROC at the largest global batch{so}: "
-            f"{parts}. Updates and rest together, fewer but larger steps through the same images: {net}. {ending}"
+            f"{parts}. Updates and rest together, fewer but larger steps through the same images: "
+            f"{net}. {ending}"
         )
     totals = terms.pivot_table(index="seed", columns="topology", values="total")
     if {"densenet121", "resnet50"} <= set(totals):
-        more = (totals["densenet121"] - totals["resnet50"]).rename("more").to_frame().assign(topology="")
+        more = (
+            (totals["densenet121"] - totals["resnet50"])
+            .rename("more")
+            .to_frame()
+            .assign(topology="")
+        )
         row = over_seeds(more, ["topology"], ["more"]).iloc[0]
         untrained = [name for name in ("densenet121", "resnet50") if not learnt[name]]
         judged = f"is {verdict_on_gain(row['low'], row['high'])}"
         if untrained:
             judged = f"is {NOT_MEASURED}, since {' and '.join(untrained)} learnt nothing at the smallest batch"
         said.append(
-            f"**The study's claim.** The loss of densenet121 less that of resnet50 is {_with_interval(row)}: that "
+            "**The study's claim.** The loss of densenet121 less that of resnet50 is "
+            f"{_with_interval(row)}: that "
             f"ResNet-50 bears large batches better {judged}."
         )
     for topology, own in () if mended is None else mended.groupby("topology", sort=False):
-        table = over_seeds(own, ["topology"], [name for name in own if name not in ("topology", "seed")])
+        table = over_seeds(
+            own, ["topology"], [name for name in own if name not in ("topology", "seed")]
+        )
         gains = "; ".join(f"{row['value']} {_with_interval(row)}" for _, row in table.iterrows())
         one = " One seed: no interval, and no conclusion." if table["seeds"].max() < 2 else ""
-        said.append(f"**Remedies** for {topology} at the largest batch, AUROC that each adds: {gains}.{one}")
+        said.append(
+            f"**Remedies** for {topology} at the largest batch, AUROC that each adds: {gains}.{one}"
+        )
     return "\n\n".join(said)
 
 

@@ -19,7 +19,9 @@ from chexlib.training.input import divide, predictions_of
 from chexlib.training.optimizers import has_table, values_at
 from chexlib.training.state import checkpoint_files, load_checkpoint, newest_checkpoint
 
-RAISED = 2.0  # weight decay of the collapse over that before it: 5e-5 -> 1e-4 in solver_collapse.prototxt of 448 nodes
+# Weight decay of the collapse over that before it: 5e-5 -> 1e-4 in solver_collapse.prototxt of 448
+# nodes.
+RAISED = 2.0
 
 
 def collapse(
@@ -33,10 +35,11 @@ def collapse(
     engines=None,
     **changes,
 ) -> TrainResult:
-    """Train on from a checkpoint for a few epochs, with a rate that falls to 0 and random area and aspect off.
+    """Train on from a checkpoint for a few epochs, with a rate that falls to 0 and random area and
+    aspect off.
 
-    The weights and moving statistics are taken over as they are, the optimizer's slots are not, as in the study
-    (`solver_collapse.prototxt` is started with `--weights`).
+    The weights and moving statistics are taken over as they are, the optimizer's slots are not, as
+    in the study (`solver_collapse.prototxt` is started with `--weights`).
 
     Parameters
     ----------
@@ -71,11 +74,21 @@ def collapse(
     reached, decay = rate_reached(config, arrays, facts)
     rate = reached if rate is None else rate
     if not rate > 0:
-        raise ConfigError(f"the rate of {path} has come to 0, from where nothing can collapse. Name one with rate=...")
+        raise ConfigError(
+            f"the rate of {path} has come to 0, from where nothing can collapse. Name one with "
+            "rate=..."
+        )
     weight_decay = RAISED * decay if weight_decay is None else weight_decay
-    phase = {"kind": "collapse", "length": epochs, "rate": rate, "power": power, "weight_decay": weight_decay}
+    phase = {
+        "kind": "collapse",
+        "length": epochs,
+        "rate": rate,
+        "power": power,
+        "weight_decay": weight_decay,
+    }
     settings = {"run_dir": str(run_dir), "epochs": epochs, "resume": False, "weight_decay": 0.0}
-    settings |= {"fresh_head": False, "recalibrate": 0}  # what the training did to the weights that it began with
+    # What the training did to the weights that it began with.
+    settings |= {"fresh_head": False, "recalibrate": 0}
     schedule, start = {"unit": "epochs", "phases": [phase]}, str(Path(run_dir) / "start.keras")
     config = config.replace(schedule=schedule, weights=start, **{**settings, **changes})
     Path(run_dir).mkdir(parents=True, exist_ok=True)
@@ -85,10 +98,11 @@ def collapse(
 
 
 def score_checkpoints(checkpoints: Sequence[str | Path]) -> list[pd.DataFrame]:
-    """What each of a training's checkpoints says of validation and test, as `predictions.parquet` holds it.
+    """What each of a training's checkpoints says of validation and test, as `predictions.parquet`
+    holds it.
 
-    The settings are those of the first one; moving statistics are averaged over ranks, as at the end of an epoch.
-    """
+    The settings are those of the first one; moving statistics are averaged over ranks, as at the
+    end of an epoch."""
     _, arrays, facts = read_state(Path(checkpoints[0]))
     config = TrainConfig.from_dict(facts["config"])
     parts, model = divide(config)[1], model_of(config, arrays)
@@ -97,12 +111,17 @@ def score_checkpoints(checkpoints: Sequence[str | Path]) -> list[pd.DataFrame]:
     tables = []
     for checkpoint in checkpoints:
         _fill(model, read_state(Path(checkpoint))[1])
-        tables.append(pd.concat([predictions_of(parts[part], score(part), part) for part in ("validation", "test")]))
+        tables.append(
+            pd.concat(
+                [predictions_of(parts[part], score(part), part) for part in ("validation", "test")]
+            )
+        )
     return tables
 
 
 def epoch_ends(folder: Path, *, epochs: int) -> dict[int, Path]:
-    """The checkpoint of each epoch's end, by epoch from 1 on, without those within an epoch, which a stop leaves.
+    """The checkpoint of each epoch's end, by epoch from 1 on, without those within an epoch, which
+    a stop leaves.
 
     Raises
     ------
@@ -113,7 +132,8 @@ def epoch_ends(folder: Path, *, epochs: int) -> dict[int, Path]:
     ends = {place["epoch"]: path for path, place in places.items() if not place["image"]}
     if missing := [str(epoch) for epoch in range(1, epochs + 1) if epoch not in ends]:
         raise WeightsError(
-            f"{folder} has no checkpoint of the end of epoch {', '.join(missing)}, from where to collapse. Remove "
+            f"{folder} has no checkpoint of the end of epoch {', '.join(missing)}, from where to "
+            "collapse. Remove "
             f"{folder.parent}, and train anew."
         )
     return {epoch: ends[epoch] for epoch in range(1, epochs + 1)}
@@ -125,7 +145,9 @@ def read_state(path: Path) -> tuple[Path, dict, dict]:
         return path, *load_checkpoint(path)
     found = newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
     if found is None:
-        raise WeightsError(f"there is no checkpoint in {path}. Train with keep_checkpoints of 1 or more.")
+        raise WeightsError(
+            f"there is no checkpoint in {path}. Train with keep_checkpoints of 1 or more."
+        )
     return found
 
 
@@ -136,7 +158,8 @@ def rate_reached(config: TrainConfig, arrays: dict, facts: dict) -> tuple[float,
         values = values_at(config, at)
         now = min(at.step, len(values) - 1)
         return float(values.rate[now]), float(values.weight_decay[now])
-    return float(arrays["optimizer/1"]), config.weight_decay  # a constant rate, or what a plateau has left of it
+    # A constant rate, or what a plateau has left of it.
+    return float(arrays["optimizer/1"]), config.weight_decay
 
 
 def model_of(config: TrainConfig, arrays: dict):

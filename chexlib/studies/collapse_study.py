@@ -1,4 +1,6 @@
-"""The collapses of notebook 06: from the end of each epoch of a training, an ensemble of them, and what both gain."""
+"""The collapses of notebook 06: from the end of each epoch of a training, an ensemble of them, and
+what both gain.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 
 
-def measure_collapses(config: TrainConfig, *, ensemble: Path, collapse_epochs: int = 1) -> dict | None:
+def measure_collapses(
+    config: TrainConfig, *, ensemble: Path, collapse_epochs: int = 1
+) -> dict | None:
     """Train, collapse from the end of every epoch, and make an ensemble of what comes out.
 
     Parameters
@@ -32,10 +36,11 @@ def measure_collapses(config: TrainConfig, *, ensemble: Path, collapse_epochs: i
     Returns
     -------
     dict or None
-        before_<epoch> and after_<epoch>, mean test AUROC without and with a collapse; validation_<epoch> of the
-        collapsed; chosen, the epochs of the ensemble; best_member, of those the best on validation; ensemble and
-        member, their mean test AUROC; gain, gain_low, gain_high, and the same for each finding; diversity_<i>_<j> of
-        each two epochs' members on validation, and diversity, their mean. None if the training was stopped.
+        before_<epoch> and after_<epoch>, mean test AUROC without and with a collapse;
+        validation_<epoch> of the collapsed; chosen, the epochs of the ensemble; best_member, of
+        those the best on validation; ensemble and member, their mean test AUROC; gain, gain_low,
+        gain_high, and the same for each finding; diversity_<i>_<j> of each two epochs' members on
+        validation, and diversity, their mean. None if the training was stopped.
 
     Raises
     ------
@@ -54,7 +59,10 @@ def measure_collapses(config: TrainConfig, *, ensemble: Path, collapse_epochs: i
     for epoch, point in points.items():
         folder = work / f"collapse-{epoch}"
         done = (folder / "predictions.parquet").exists()  # by an earlier start of this row
-        if not done and collapse(point, run_dir=folder, epochs=collapse_epochs, keep_checkpoints=0).stopped:
+        if (
+            not done
+            and collapse(point, run_dir=folder, epochs=collapse_epochs, keep_checkpoints=0).stopped
+        ):
             return None
         collapsed[epoch] = pd.read_parquet(folder / "predictions.parquet")
     validation, labels, _ = stack(collapsed, part="validation")
@@ -73,9 +81,21 @@ def measure_collapses(config: TrainConfig, *, ensemble: Path, collapse_epochs: i
     found |= {f"validation_{i}": mean_auroc(labels, s) for i, s in enumerate(validation, 1)}
     for name, row in apart.iterrows():
         own = "" if name == "mean" else f"_{name}"
-        found |= {f"gain{own}": row["difference"], f"gain_low{own}": row["low"], f"gain_high{own}": row["high"]}
-    means = {"ensemble": mean_auroc(test_labels, together), "member": mean_auroc(test_labels, test[best])}
-    return {**found, **means, **pairs, "diversity": float(np.mean(list(pairs.values()))) if pairs else 0.0}
+        found |= {
+            f"gain{own}": row["difference"],
+            f"gain_low{own}": row["low"],
+            f"gain_high{own}": row["high"],
+        }
+    means = {
+        "ensemble": mean_auroc(test_labels, together),
+        "member": mean_auroc(test_labels, test[best]),
+    }
+    return {
+        **found,
+        **means,
+        **pairs,
+        "diversity": float(np.mean(list(pairs.values()))) if pairs else 0.0,
+    }
 
 
 def stack_of(tables: list[pd.DataFrame]) -> np.ndarray:
@@ -84,13 +104,15 @@ def stack_of(tables: list[pd.DataFrame]) -> np.ndarray:
 
 
 def collapse_gains(rows: pd.DataFrame) -> pd.DataFrame:
-    """AUROC before and after a collapse from each epoch, and means over seeds of its gain with Student's t intervals.
+    """AUROC before and after a collapse from each epoch, and means over seeds of its gain with
+    Student's t intervals.
 
     Returns
     -------
     DataFrame
-        Index the epoch; columns before, after, gain, low, high, seeds. A collapse is one epoch more, so the same over
-        what the training itself had reached one epoch later: gain_later, low_later, high_later, NaN for the last.
+        Index the epoch; columns before, after, gain, low, high, seeds. A collapse is one epoch
+        more, so the same over what the training itself had reached one epoch later: gain_later,
+        low_later, high_later, NaN for the last.
     """
     epochs = sorted(int(name.split("_")[1]) for name in rows if name.startswith("before_"))
     found = {}
@@ -98,13 +120,23 @@ def collapse_gains(rows: pd.DataFrame) -> pd.DataFrame:
         before, after = rows[f"before_{epoch}"], rows[f"after_{epoch}"]
         own = mean_of_seeds(after - before)
         later = mean_of_seeds(after - rows.get(f"before_{epoch + 1}", np.nan))
-        found[epoch] = {"before": before.mean(), "after": after.mean(), "gain": own.pop("effect"), **own}
-        found[epoch] |= {"gain_later": later["effect"], "low_later": later["low"], "high_later": later["high"]}
+        found[epoch] = {
+            "before": before.mean(),
+            "after": after.mean(),
+            "gain": own.pop("effect"),
+            **own,
+        }
+        found[epoch] |= {
+            "gain_later": later["effect"],
+            "low_later": later["low"],
+            "high_later": later["high"],
+        }
     return pd.DataFrame(found.values(), index=pd.Index(found, name="epoch"))
 
 
 def diversity_matrix(row: Mapping) -> pd.DataFrame:
-    """How unlike the members of each two epochs are, from a row of `measure_collapses`: symmetric, 0 on the diagonal.
+    """How unlike the members of each two epochs are, from a row of `measure_collapses`: symmetric,
+    0 on the diagonal.
 
     Raises
     ------
@@ -113,9 +145,15 @@ def diversity_matrix(row: Mapping) -> pd.DataFrame:
     """
     told = {name: apart for name, apart in dict(row).items() if name.startswith("diversity_")}
     # Rows of fewer epochs have NaN where others of one table have pairs.
-    pairs = {tuple(map(int, name.split("_")[1:])): apart for name, apart in told.items() if not pd.isna(apart)}
+    pairs = {
+        tuple(map(int, name.split("_")[1:])): apart
+        for name, apart in told.items()
+        if not pd.isna(apart)
+    }
     if not pairs:
-        raise ConfigError("the row has no diversity_1_2 and so on: it is of one epoch, or older. Measure it anew.")
+        raise ConfigError(
+            "the row has no diversity_1_2 and so on: it is of one epoch, or older. Measure it anew."
+        )
     epochs = sorted({epoch for pair in pairs for epoch in pair})
     table = pd.DataFrame(0.0, index=pd.Index(epochs, name="epoch"), columns=epochs)
     for (i, j), apart in pairs.items():

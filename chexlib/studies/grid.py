@@ -1,11 +1,13 @@
-"""A grid of trainings as rows of one Parquet table: each is measured once, and a killed grid goes on where it was.
+"""A grid of trainings as rows of one Parquet table: each is measured once, and a killed grid goes
+on where it was.
 
-Any number of processes may work on one grid, on all hosts that see its folder: where a training is too small to keep
-all cores busy, two processes with half of the cores each are done sooner than one.
+Any number of processes may work on one grid, on all hosts that see its folder: where a training is
+too small to keep all cores busy, two processes with half of the cores each are done sooner than
+one.
 
-A row names what made it. The version of the training and the precision are part of its key: a row of another version is
-stale, and its point is trained anew. Commit and machine are told in the row only.
-"""
+A row names what made it. The version of the training and the precision are part of its key: a row
+of another version is stale, and its point is trained anew. Commit and machine are told in the row
+only."""
 
 from __future__ import annotations
 
@@ -39,12 +41,14 @@ def run_grid(
     *,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Measure every point that `table` does not hold yet, and return the rows of all points in their order.
+    """Measure every point that `table` does not hold yet, and return the rows of all points in
+    their order.
 
-    Each row is written when it is measured. The file may hold rows of other grids too: a point is known by `point_key`,
-    so its settings must name all that decides its outcome: data, seed, and what `deciding_settings` has of a config.
-    Rows of another version of the training stay in the file, unused, and are counted in the log.
-    A point that another process is measuring is left to it, waited for, and taken over if that process ends without it.
+    Each row is written when it is measured. The file may hold rows of other grids too: a point is
+    known by `point_key`, so its settings must name all that decides its outcome: data, seed, and
+    what `deciding_settings` has of a config. Rows of another version of the training stay in the
+    file, unused, and are counted in the log. A point that another process is measuring is left to
+    it, waited for, and taken over if that process ends without it.
 
     Parameters
     ----------
@@ -52,16 +56,18 @@ def run_grid(
         Flat settings, of plain values for JSON. A point that is there twice is measured once.
     table : path of the Parquet file; it and its folder are made if missing
     measure : callable
-        `measure(point, folder)` returns a flat dict of results, or None if it was stopped: then the grid ends there.
-        What it keeps in `folder`, such as a training's checkpoints, is there again when a killed grid goes on with this
-        point, and removed when its row is written. With `fit`: `config.replace(run_dir=folder, resume=True)`.
+        `measure(point, folder)` returns a flat dict of results, or None if it was stopped: then the
+        grid ends there. What it keeps in `folder`, such as a training's checkpoints, is there again
+        when a killed grid goes on with this point, and removed when its row is written. With `fit`:
+        `config.replace(run_dir=folder, resume=True)`.
     progress : bool
         A bar over the points that are missing.
 
     Returns
     -------
     DataFrame
-        Columns key, the settings, the results, `MADE_BY`; fewer rows than points if the grid was stopped.
+        Columns key, the settings, the results, `MADE_BY`; fewer rows than points if the grid was
+        stopped.
 
     Raises
     ------
@@ -84,7 +90,13 @@ def run_grid(
     for key in set(wanted) - set(missing):  # killed between writing the row and removing the folder
         shutil.rmtree(work / key, ignore_errors=True)
     began = time.monotonic()
-    bar = tqdm(total=len(missing), desc=table.stem, unit="row", disable=not (progress and missing), leave=False)
+    bar = tqdm(
+        total=len(missing),
+        desc=table.stem,
+        unit="row",
+        disable=not (progress and missing),
+        leave=False,
+    )
     with bar, contextlib.closing(_unmeasured(missing, table, work, bar)) as ours:
         for key in ours:
             point = wanted[key]
@@ -93,7 +105,11 @@ def run_grid(
             with _only_warnings():
                 found = measure(dict(point), work / key)
             if found is None:
-                log.info("%s was stopped with %d rows to go: run it again to go on", table, len(missing) - bar.n)
+                log.info(
+                    "%s was stopped with %d rows to go: run it again to go on",
+                    table,
+                    len(missing) - bar.n,
+                )
                 break
             if clash := sorted({"key", *point, *MADE_BY} & set(found)):
                 raise ConfigError(f"results may not be named as settings are: {', '.join(clash)}.")
@@ -103,14 +119,18 @@ def run_grid(
             done = sum(key in known for key in missing)
             rest = round((time.monotonic() - began) / done * (len(missing) - done) / 60)
             unit = "minute" if rest == 1 else "minutes"
-            log.info("%s: row %d of %d, about %d %s to go", table.stem, done, len(missing), rest, unit)
+            log.info(
+                "%s: row %d of %d, about %d %s to go", table.stem, done, len(missing), rest, unit
+            )
     rows = _known(table)
     shown = [rows[key] for key in wanted if key in rows]
     return pd.DataFrame(shown, columns=list(dict.fromkeys(name for row in shown for name in row)))
 
 
 def _unmeasured(keys: Sequence[str], table: Path, work: Path, bar) -> Iterator[str]:
-    """Each key that has no row and is in no other process' hands, in ours until the next; ends when all have rows."""
+    """Each key that has no row and is in no other process' hands, in ours until the next; ends when
+    all have rows.
+    """
     work.mkdir(exist_ok=True)
     left = list(keys)
     while left:
@@ -127,7 +147,9 @@ def _unmeasured(keys: Sequence[str], table: Path, work: Path, bar) -> Iterator[s
 
 @contextlib.contextmanager
 def _only_warnings() -> Iterator[None]:
-    """Within the block chexlib logs nothing below a warning: a grid tells of rows, not of what each training reads."""
+    """Within the block chexlib logs nothing below a warning: a grid tells of rows, not of what each
+    training reads.
+    """
     own = logging.getLogger("chexlib")
     before = own.level
     own.setLevel(logging.WARNING)
@@ -138,20 +160,25 @@ def _only_warnings() -> Iterator[None]:
 
 
 def deciding_settings(config: TrainConfig) -> dict:
-    """The settings of a config that decide what comes of a training, as flat plain values for the points of a grid.
+    """The settings of a config that decide what comes of a training, as flat plain values for the
+    points of a grid.
 
-    Left out is what `TrainConfig.require_same` lets a resumed training change, but for epochs and batches: folders,
-    checkpoints, how to resume.
-    """
+    Left out is what `TrainConfig.require_same` lets a resumed training change, but for epochs and
+    batches: folders, checkpoints, how to resume."""
     decide = {"epochs", "batch_size", "accumulation"}
-    found = {name: value for name, value in config.to_dict().items() if name in decide or name not in FREE}
+    found = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name in decide or name not in FREE
+    }
     if isinstance(found["schedule"], dict):
         found["schedule"] = json.dumps(found["schedule"], sort_keys=True)
     return found
 
 
 def point_key(point: Mapping) -> str:
-    """16 hexadecimal digits of SHA-256 of what decides a row: settings by name, training version and precision.
+    """16 hexadecimal digits of SHA-256 of what decides a row: settings by name, training version
+    and precision.
 
     The precision is the point's own, or else the one that `TrainConfig` takes on this processor.
 
@@ -172,19 +199,29 @@ def _precision(point: Mapping) -> str:
 def _made_by(point: Mapping) -> dict:
     """`MADE_BY` of a row that is measured now."""
     about = environment()
-    values = (TRAINING_VERSION, _precision(point), about["commit"], f"{about['processor']}, {about['cores']} cores")
+    values = (
+        TRAINING_VERSION,
+        _precision(point),
+        about["commit"],
+        f"{about['processor']}, {about['cores']} cores",
+    )
     return dict(zip(MADE_BY, values, strict=True))
 
 
 def _known(table: Path) -> dict[str, dict]:
-    """The rows of a table by key, in the order in which they were written, each with its own columns."""
+    """The rows of a table by key, in the order in which they were written, each with its own
+    columns.
+    """
     if not table.exists():
         return {}
     try:
-        # In one go: by its name the file is opened several times, and another process may replace it in between.
+        # In one go: by its name the file is opened several times, and another process may replace
+        # it in between.
         rows = pd.read_parquet(io.BytesIO(table.read_bytes()), columns=["key", "row"])
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{table} is no table of a grid ({error}). Name another file, or move it away.") from error
+        raise ConfigError(
+            f"{table} is no table of a grid ({error}). Name another file, or move it away."
+        ) from error
     return {key: json.loads(row) for key, row in zip(rows["key"], rows["row"], strict=True)}
 
 

@@ -1,4 +1,6 @@
-"""What a leak buys: the same test images, scored by a network that has seen their patients and by one that has not."""
+"""What a leak buys: the same test images, scored by a network that has seen their patients and by
+one that has not.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,10 @@ HELD_OUT = 0.4  # of the images: half of them test, the other half leaks
 def leaking_lists(radiographs: Radiographs, *, seed: int = 0) -> dict[str, dict[str, list[str]]]:
     """Two pairs of lists, train_val and test, that differ by the leak alone.
 
-    Patients with two images or more are held out until they have `HELD_OUT` of all images; half of each one's images
-    are the test list of both. "by patient" trains on the other patients. "by image" trains on as many images, among
-    them the other half of the held-out patients', in place of as many drawn at random.
+    Patients with two images or more are held out until they have `HELD_OUT` of all images; half of
+    each one's images are the test list of both. "by patient" trains on the other patients. "by
+    image" trains on as many images, among them the other half of the held-out patients', in place
+    of as many drawn at random.
 
     Returns
     -------
@@ -36,7 +39,8 @@ def leaking_lists(radiographs: Radiographs, *, seed: int = 0) -> dict[str, dict[
     held = order[order.map(len).cumsum() <= HELD_OUT * len(radiographs)]
     if len(held) < 2 or len(held) == len(by_patient):
         raise DataError(
-            f"{radiographs.root} has {len(repeated)} patients with two images or more among {len(by_patient)}: too few "
+            f"{radiographs.root} has {len(repeated)} patients with two images or more among "
+            f"{len(by_patient)}: too few "
             "to measure a leak. Use more images."
         )
     test, leaked = [], []
@@ -48,17 +52,20 @@ def leaking_lists(radiographs: Radiographs, *, seed: int = 0) -> dict[str, dict[
     leaked = leaked[: len(others) // 2]
     kept = rng.permutation(others)[: len(others) - len(leaked)].tolist()
     training = {"by image": kept + leaked, "by patient": others}
-    return {name: dict(zip(LISTS, (images, test), strict=True)) for name, images in training.items()}
+    return {
+        name: dict(zip(LISTS, (images, test), strict=True)) for name, images in training.items()
+    }
 
 
 def leaking_configs(config: TrainConfig, *, seed: int = 0) -> dict[str, TrainConfig]:
-    """Two trainings that differ by a leak alone: "by image" and "by patient" to their configs, for `fit`.
+    """Two trainings that differ by a leak alone: "by image" and "by patient" to their configs, for
+    `fit`.
 
     Parameters
     ----------
     config : TrainConfig
-        Its data_dir has the images. What the two trainings need and leave goes below its run_dir, into `by-image` and
-        `by-patient`. Its split is not used.
+        Its data_dir has the images. What the two trainings need and leave goes below its run_dir,
+        into `by-image` and `by-patient`. Its split is not used.
     seed : int
         Of who is held out.
     """
@@ -73,11 +80,11 @@ def leaking_configs(config: TrainConfig, *, seed: int = 0) -> dict[str, TrainCon
 
 
 def leakage_gain(results: Mapping, *, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """How much better the leaking training looks: `compare` of the test scores that `fit` gave for `leaking_configs`.
+    """How much better the leaking training looks: `compare` of the test scores that `fit` gave for
+    `leaking_configs`.
 
-    The column `auroc` is the leaking training's, `other` the honest one's. The interval covers which patients were
-    tested, not how another start of the trainings would have ended.
-    """
+    The column `auroc` is the leaking training's, `other` the honest one's. The interval covers
+    which patients were tested, not how another start of the trainings would have ended."""
     scored = [pd.read_parquet(results[name].predictions) for name in ("by image", "by patient")]
     return compare(*scored, resamples=resamples, seed=seed)
 
@@ -87,7 +94,10 @@ def _folder(folder: Path, radiographs: Radiographs, lists: dict[str, list[str]])
     folder.mkdir(parents=True, exist_ok=True)
     for name, images in lists.items():
         (folder / name).write_text("\n".join(images) + "\n")
-    for source in [*(radiographs.root / name for name in EDITIONS), *sorted(radiographs.root.glob("images*"))]:
+    for source in [
+        *(radiographs.root / name for name in EDITIONS),
+        *sorted(radiographs.root.glob("images*")),
+    ]:
         link = folder / source.name
         link.unlink(missing_ok=True)
         if source.exists():

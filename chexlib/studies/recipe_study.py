@@ -1,4 +1,6 @@
-"""The study of large-batch recipes of notebook 06: its grid, what each training leaves in it, and the tables of it."""
+"""The study of large-batch recipes of notebook 06: its grid, what each training leaves in it, and
+the tables of it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from chexlib.training.reuse import Reuse
 
 
 def read_peaks(text: str) -> list[dict]:
-    """Highest rates as notebook 06 takes them: "0.03,0.1,lamb 0.0025", SGD's where no optimizer is named.
+    """Highest rates as notebook 06 takes them: "0.03,0.1,lamb 0.0025", SGD's where no optimizer is
+    named.
 
     Returns
     -------
@@ -44,13 +47,18 @@ def read_peaks(text: str) -> list[dict]:
             peak = np.nan
         if optimizer not in OPTIMIZERS or not 0 < peak < np.inf:
             raise ConfigError(
-                f"a highest rate of {entry.strip()!r} is not accepted. Write rates above 0, those of other optimizers "
-                f"than SGD after their name, as in 0.03,lamb 0.0025. Optimizers: {', '.join(OPTIMIZERS)}."
+                f"a highest rate of {entry.strip()!r} is not accepted. Write rates above 0, those "
+                "of other optimizers "
+                "than SGD after their name, as in 0.03,lamb 0.0025. Optimizers: "
+                f"{', '.join(OPTIMIZERS)}."
             )
         if (known := {"optimizer": optimizer, "peak": peak}) not in found:
             found.append(known)
     if found[0]["optimizer"] != "sgd":
-        raise ConfigError(f"the first highest rate, {text.split(',')[0]!r}, is of the ladder. Begin with one of SGD.")
+        raise ConfigError(
+            f"the first highest rate, {text.split(',')[0]!r}, is of the ladder. Begin with one of "
+            "SGD."
+        )
     return found
 
 
@@ -89,7 +97,8 @@ def recipe_grid(
     for batch in batches:
         if batch > local_batch and batch % local_batch:
             raise ConfigError(
-                f"a global batch of {batch} is not accepted with a local batch of {local_batch}. Use multiples "
+                f"a global batch of {batch} is not accepted with a local batch of {local_batch}. "
+                "Use multiples "
                 "of it, or batches below it."
             )
     points = []
@@ -98,7 +107,12 @@ def recipe_grid(
             highest = peak * (batch / min(batches)) ** RULES[rule]
             schedule = json.dumps({"preset": rung, "peak": highest, "epochs": epochs})
             local = min(local_batch, batch)
-            point = {"rung": rung, "batch": batch, "batch_size": local, "accumulation": batch // local}
+            point = {
+                "rung": rung,
+                "batch": batch,
+                "batch_size": local,
+                "accumulation": batch // local,
+            }
             point |= {"schedule": schedule, "epochs": epochs, "augment": augment}
             point |= {} if optimizer == "sgd" else {"optimizer": optimizer}
             points += [{**point, "seed": seed} for seed in seeds]
@@ -108,14 +122,14 @@ def recipe_grid(
 def measure_recipe(config: TrainConfig, *, reuse: Reuse | None = None) -> dict | None:
     """Train, and judge the last weights on the test part.
 
-    Judged by the statistics of the population (`recalibrate`), because after few updates moving statistics trail the
-    weights: that loss is not the recipe's, and notebook 05 measures it.
+    Judged by the statistics of the population (`recalibrate`), because after few updates moving
+    statistics trail the weights: that loss is not the recipe's, and notebook 05 measures it.
 
     Returns
     -------
     dict or None
-        diverged; auroc (mean) and loss; auroc_<finding>; auroc_moving, by moving statistics; validation, mean AUROC
-        there; seconds. None if the training was stopped.
+        diverged; auroc (mean) and loss; auroc_<finding>; auroc_moving, by moving statistics;
+        validation, mean AUROC there; seconds. None if the training was stopped.
     """
 
     def look(trainer, parts, world):
@@ -125,7 +139,9 @@ def measure_recipe(config: TrainConfig, *, reuse: Reuse | None = None) -> dict |
         recalibrate_on(parts["train"], trainer, world, size=config.size)
         known["validation"] = mean_auroc(parts["validation"].labels, score("validation"))
         scores = score("test")
-        each = {f"auroc_{f}": mean_auroc(labels[:, [i]], scores[:, [i]]) for i, f in enumerate(FINDINGS)}
+        each = {
+            f"auroc_{f}": mean_auroc(labels[:, [i]], scores[:, [i]]) for i, f in enumerate(FINDINGS)
+        }
         return {**judge_scores(labels, scores), **each, **known}
 
     try:
@@ -138,7 +154,8 @@ def measure_recipe(config: TrainConfig, *, reuse: Reuse | None = None) -> dict |
 
 
 def ladder_gains(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean test AUROC of each rung, and what it gains over the rung before, paired by seed, with Student's t interval.
+    """Mean test AUROC of each rung, and what it gains over the rung before, paired by seed, with
+    Student's t interval.
 
     Parameters
     ----------
@@ -147,7 +164,8 @@ def ladder_gains(rows: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Index the rungs in their order; columns auroc, gain, low, high, seeds. The interval is over seeds, NaN for one.
+        Index the rungs in their order; columns auroc, gain, low, high, seeds. The interval is over
+        seeds, NaN for one.
     """
     if rows.empty:
         raise ConfigError("there are no rows of this batch. Train the grid first.")
@@ -161,7 +179,8 @@ def ladder_gains(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def batch_losses(rows: pd.DataFrame, *, images: int) -> pd.DataFrame:
-    """What each global batch loses against the smallest, in % of that one's skill above chance, paired by seed.
+    """What each global batch loses against the smallest, in % of that one's skill above chance,
+    paired by seed.
 
     Parameters
     ----------
@@ -171,8 +190,9 @@ def batch_losses(rows: pd.DataFrame, *, images: int) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        A row a rung and batch above the smallest: rung, batch, updates (an epoch); baseline, mean AUROC of the
-        smallest batch, loss, low, high, seeds, as of `percent_lost`: NaN where the baseline has not learnt.
+        A row a rung and batch above the smallest: rung, batch, updates (an epoch); baseline, mean
+        AUROC of the smallest batch, loss, low, high, seeds, as of `percent_lost`: NaN where the
+        baseline has not learnt.
     """
     table = rows.pivot_table(index="seed", columns=["batch", "rung"], values="auroc")
     smallest = table.columns.levels[0].min()
@@ -182,11 +202,14 @@ def batch_losses(rows: pd.DataFrame, *, images: int) -> pd.DataFrame:
             lost = percent_lost(table[smallest, rung], table[batch, rung])
             updates = -(-images // int(batch))
             found.append({"rung": rung, "batch": batch, "updates": updates, **lost})
-    return pd.DataFrame(found, columns=["rung", "batch", "updates", "baseline", "loss", "low", "high", "seeds"])
+    return pd.DataFrame(
+        found, columns=["rung", "batch", "updates", "baseline", "loss", "low", "high", "seeds"]
+    )
 
 
 def peaks_tried(rows: pd.DataFrame) -> pd.DataFrame:
-    """How a recipe does at each highest rate that was tried, by batch; `chosen` is the best on validation.
+    """How a recipe does at each highest rate that was tried, by batch; `chosen` is the best on
+    validation.
 
     Parameters
     ----------
@@ -195,8 +218,8 @@ def peaks_tried(rows: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        A row a batch, optimizer and peak: batch, optimizer, peak, validation and auroc (means over seeds), low, high
-        (Student's interval of auroc over seeds), seeds, chosen.
+        A row a batch, optimizer and peak: batch, optimizer, peak, validation and auroc (means over
+        seeds), low, high (Student's interval of auroc over seeds), seeds, chosen.
     """
     by = ["batch", "optimizer", "peak"]
     rows = _with_peaks(rows)
@@ -210,7 +233,8 @@ def peaks_tried(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_peak_loss(rows: pd.DataFrame, *, optimizer: str = "") -> dict:
-    """Mean test AUROC of the smallest batch less the largest's, each at its `chosen` peak, paired by seed.
+    """Mean test AUROC of the smallest batch less the largest's, each at its `chosen` peak, paired
+    by seed.
 
     Parameters
     ----------
@@ -220,7 +244,8 @@ def best_peak_loss(rows: pd.DataFrame, *, optimizer: str = "") -> dict:
     Returns
     -------
     dict
-        batches, optimizers (of both), difference, low, high (Student's over seeds, NaN for one), seeds.
+        batches, optimizers (of both), difference, low, high (Student's over seeds, NaN for one),
+        seeds.
     """
     rows = _with_peaks(rows)
     rows = rows[rows["optimizer"] == optimizer] if optimizer else rows
@@ -229,10 +254,17 @@ def best_peak_loss(rows: pd.DataFrame, *, optimizer: str = "") -> dict:
     ends = [int(table.columns.min()), int(table.columns.max())]
     apart = mean_of_seeds(table[ends[0]] - table[ends[1]])
     used = chosen.set_index("batch")["optimizer"]
-    return {"batches": ends, "optimizers": [used[end] for end in ends], "difference": apart.pop("effect"), **apart}
+    return {
+        "batches": ends,
+        "optimizers": [used[end] for end in ends],
+        "difference": apart.pop("effect"),
+        **apart,
+    }
 
 
 def _with_peaks(rows: pd.DataFrame) -> pd.DataFrame:
     """With the columns peak, from the schedule, and optimizer."""
     named = rows["optimizer"].fillna("sgd") if "optimizer" in rows else "sgd"
-    return rows.assign(peak=[json.loads(schedule)["peak"] for schedule in rows["schedule"]], optimizer=named)
+    return rows.assign(
+        peak=[json.loads(schedule)["peak"] for schedule in rows["schedule"]], optimizer=named
+    )

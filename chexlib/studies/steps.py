@@ -17,8 +17,9 @@ from chexlib.training.input import divide
 def seven_steps(config: TrainConfig, *, repeats: int = 2) -> dict:
     """Take the first steps of a training by hand on this rank, and keep what each step saw.
 
-    What `fit` does in a compiled loop, here in plain eager calls: broadcast, distribute, shuffle, forward, aggregate,
-    update, repeat. To show that the broadcast matters, each rank starts from a seed of its own.
+    What `fit` does in a compiled loop, here in plain eager calls: broadcast, distribute, shuffle,
+    forward, aggregate, update, repeat. To show that the broadcast matters, each rank starts from a
+    seed of its own.
 
     Returns
     -------
@@ -37,7 +38,11 @@ def seven_steps(config: TrainConfig, *, repeats: int = 2) -> dict:
 
     before = _sample(head.kernel)
     world.broadcast(model.variables)
-    seen["broadcast"] = {"before": before, "after": _sample(head.kernel), "checksum": checksum(model)}
+    seen["broadcast"] = {
+        "before": before,
+        "after": _sample(head.kernel),
+        "checksum": checksum(model),
+    }
 
     train = divide(config)[1]["train"]
     order = {
@@ -48,7 +53,12 @@ def seven_steps(config: TrainConfig, *, repeats: int = 2) -> dict:
     }
     epoch = list(partition(len(train), epoch=0, **order))
     mine = np.concatenate([share.indices[share.weights > 0] for share in epoch])
-    seen["distribute"] = {"images": len(train), "mine": len(mine), "steps": len(epoch), "indices": mine.tolist()}
+    seen["distribute"] = {
+        "images": len(train),
+        "mine": len(mine),
+        "steps": len(epoch),
+        "indices": mine.tolist(),
+    }
     following = next(partition(len(train), epoch=1, **order))
     names = train.table["image"].to_numpy()
     seen["shuffle"] = {
@@ -62,7 +72,9 @@ def seven_steps(config: TrainConfig, *, repeats: int = 2) -> dict:
         pixels = tf.constant(store.take(share.indices)[..., None], tf.float32)
         labels = tf.constant(train.labels[share.indices])
         with tf.GradientTape() as tape:
-            loss = tf.reduce_sum(keras.losses.binary_crossentropy(labels, model(pixels, training=True)))
+            loss = tf.reduce_sum(
+                keras.losses.binary_crossentropy(labels, model(pixels, training=True))
+            )
         gradients = tape.gradient(loss, model.trainable_variables)
         *totals, images, loss_sum = world.sum([*gradients, tf.constant(float(len(pixels))), loss])
         averaged = [total / images for total in totals]

@@ -1,4 +1,6 @@
-"""The study's three rules of fine-tuning, tested for notebook 07: its grid, and what the rows say of each rule."""
+"""The study's three rules of fine-tuning, tested for notebook 07: its grid, and what the rows say
+of each rule.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ RULES = {
 }
 
 
-def transfer_grid(snapshots: int, *, seeds: Sequence[int], batch: int, warmup_epochs: float) -> list[dict]:
+def transfer_grid(
+    snapshots: int, *, seeds: Sequence[int], batch: int, warmup_epochs: float
+) -> list[dict]:
     """Fine-tunings from each snapshot at both rates, with and without a warm-up, for each seed.
 
     Parameters
@@ -53,23 +57,39 @@ def transfer_grid(snapshots: int, *, seeds: Sequence[int], batch: int, warmup_ep
 
 
 def scratch_grid(*, seeds: Sequence[int], batch: int, warmup_epochs: float) -> list[dict]:
-    """Trainings from random weights, snapshot 0, otherwise as `transfer_grid` has them at the default rate."""
+    """Trainings from random weights, snapshot 0, otherwise as `transfer_grid` has them at the
+    default rate.
+    """
     start = {"snapshot": 0, "rate": DEFAULT, "batch": batch}
-    return [{**start, "warmup": warmup_epochs * WARMUP_BATCH / batch, "seed": seed} for seed in seeds]
+    return [
+        {**start, "warmup": warmup_epochs * WARMUP_BATCH / batch, "seed": seed} for seed in seeds
+    ]
 
 
 def batch_grid(batches: Sequence[int], *, like: dict, seeds: Sequence[int]) -> list[dict]:
-    """Fine-tunings like a point of the grid that differ in the global batch alone, and so in updates an epoch."""
-    return [{**like, "rate_batch": like["batch"], "batch": b, "seed": seed} for b in batches for seed in seeds]
+    """Fine-tunings like a point of the grid that differ in the global batch alone, and so in
+    updates an epoch.
+    """
+    return [
+        {**like, "rate_batch": like["batch"], "batch": b, "seed": seed}
+        for b in batches
+        for seed in seeds
+    ]
 
 
 def measure_transfer(
-    config: TrainConfig, point: dict, snapshots: pd.DataFrame, *, default: float, reuse: Reuse | None = None
+    config: TrainConfig,
+    point: dict,
+    snapshots: pd.DataFrame,
+    *,
+    default: float,
+    reuse: Reuse | None = None,
 ) -> dict | None:
     """Fine-tune as a point of the grid says, and judge the last weights on the test part.
 
-    From snapshot 0, random weights, all else is the same: epochs, schedule, images whose statistics batch norm takes.
-    At another batch than the grid's own the rate follows its square root, as suits Adam (Malladi et al. 2022).
+    From snapshot 0, random weights, all else is the same: epochs, schedule, images whose statistics
+    batch norm takes. At another batch than the grid's own the rate follows its square root, as
+    suits Adam (Malladi et al. 2022).
 
     Parameters
     ----------
@@ -81,17 +101,21 @@ def measure_transfer(
     Returns
     -------
     dict or None
-        diverged; auroc (mean) and loss; highest (rate), images (of pre-training), updates (an epoch), seconds. None if
-        the training was stopped.
+        diverged; auroc (mean) and loss; highest (rate), images (of pre-training), updates (an
+        epoch), seconds. None if the training was stopped.
     """
     start = snapshots.iloc[point["snapshot"] - 1] if point["snapshot"] else {"images": 0}
     rate = float(start["learning_rate"]) if point["rate"] == OWN else default
     local = min(point["batch"], config.batch_size)
     if point["batch"] % local:
-        raise ConfigError(f"a global batch of {point['batch']} is no multiple of {local}. Use multiples of it.")
+        raise ConfigError(
+            f"a global batch of {point['batch']} is no multiple of {local}. Use multiples of it."
+        )
     rate *= np.sqrt(point["batch"] / point.get("rate_batch", point["batch"]))
     known = {"highest": float(rate), "images": int(start["images"])}
-    config = config.replace(batch_size=local, accumulation=point["batch"] // local, seed=point["seed"])
+    config = config.replace(
+        batch_size=local, accumulation=point["batch"] // local, seed=point["seed"]
+    )
 
     def look(trainer, parts, world):
         scores = pooled_scorer(trainer.infer, parts, world, size=config.size)("test")
@@ -110,14 +134,22 @@ def measure_transfer(
     if result.stopped:
         return None
     updates = -(-result.split["images"]["train"] // point["batch"])
-    return {"diverged": False, **result.measured, **known, "updates": updates, "seconds": result.seconds}
+    return {
+        "diverged": False,
+        **result.measured,
+        **known,
+        "updates": updates,
+        "seconds": result.seconds,
+    }
 
 
 def earlier_gains(rows: pd.DataFrame) -> pd.DataFrame:
-    """What each earlier snapshot gains over the last one at the default rate, paired by seed and warm-up.
+    """What each earlier snapshot gains over the last one at the default rate, paired by seed and
+    warm-up.
 
-    Complete pairs only: where one of the two trainings diverged, the other is left out too.
-    The intervals hold together: each is at 1 - (1 - 0.95) / (number of earlier snapshots), after Bonferroni.
+    Complete pairs only: where one of the two trainings diverged, the other is left out too. The
+    intervals hold together: each is at 1 - (1 - 0.95) / (number of earlier snapshots), after
+    Bonferroni.
 
     Parameters
     ----------
@@ -126,7 +158,8 @@ def earlier_gains(rows: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Index the snapshot; columns images, effect, low, high, seeds, pairs (complete ones), diverged (trainings).
+        Index the snapshot; columns images, effect, low, high, seeds, pairs (complete ones),
+        diverged (trainings).
     """
     own = rows[rows["rate"] == DEFAULT]
     table = _areas(own, ["warmup", "seed"], "snapshot")
@@ -135,7 +168,8 @@ def earlier_gains(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def pretraining_gains(rows: pd.DataFrame, scratch: pd.DataFrame) -> pd.DataFrame:
-    """What each snapshot gains over random weights, both at the default rate with a warm-up, paired by seed.
+    """What each snapshot gains over random weights, both at the default rate with a warm-up, paired
+    by seed.
 
     The pairs are complete and the intervals hold together, as those of `earlier_gains`.
 
@@ -171,7 +205,8 @@ def _areas(rows: pd.DataFrame, index: Sequence[str], columns: str) -> pd.DataFra
 
 
 def _mean_of_pairs(pairs: pd.DataFrame, level: float = LEVEL) -> dict:
-    """The mean gain of the first column over the second: of the pairs of a seed first, then over seeds.
+    """The mean gain of the first column over the second: of the pairs of a seed first, then over
+    seeds.
 
     Parameters
     ----------
@@ -188,18 +223,20 @@ def _mean_of_pairs(pairs: pd.DataFrame, level: float = LEVEL) -> dict:
 
 
 def rule_effects(rows: pd.DataFrame) -> pd.DataFrame:
-    """The three rules: what following each gains in test AUROC, with an interval over seeds, and a verdict.
+    """The three rules: what following each gains in test AUROC, with an interval over seeds, and a
+    verdict.
 
-    "earlier" is the earlier snapshot that gains most over the last, with the interval that holds for all of them
-    together; "rate" and "warm-up" are means over all snapshots. Complete pairs only, as in `earlier_gains`: a mean of
-    what is left after a cell of the grid diverged would compare other snapshots on either side.
+    "earlier" is the earlier snapshot that gains most over the last, with the interval that holds
+    for all of them together; "rate" and "warm-up" are means over all snapshots. Complete pairs
+    only, as in `earlier_gains`: a mean of what is left after a cell of the grid diverged would
+    compare other snapshots on either side.
 
     Returns
     -------
     DataFrame
-        Index `RULES`; columns rule, effect, low, high, seeds, pairs, diverged, verdict, why. The verdict is one of
-        `chexlib.evaluation.verdicts`: undecided where the interval holds 0 or there is none, and not measured where
-        no fine-tuning has learnt.
+        Index `RULES`; columns rule, effect, low, high, seeds, pairs, diverged, verdict, why. The
+        verdict is one of `chexlib.evaluation.verdicts`: undecided where the interval holds 0 or
+        there is none, and not measured where no fine-tuning has learnt.
     """
     gains = earlier_gains(rows)
     if len(gains):
@@ -215,9 +252,12 @@ def rule_effects(rows: pd.DataFrame) -> pd.DataFrame:
     found["warm-up"] = _mean_of_pairs(by_warmup[["warm-up", "none"]])
     table = pd.DataFrame(found).T
     table.insert(0, "rule", pd.Series(RULES))
-    table["verdict"] = [verdict_on_gain(low, high) for low, high in zip(table["low"], table["high"], strict=True)]
+    table["verdict"] = [
+        verdict_on_gain(low, high) for low, high in zip(table["low"], table["high"], strict=True)
+    ]
     if table.loc["earlier", "verdict"] == CONTRADICTED and not (gains["high"] < 0).all():
-        table.loc["earlier", "verdict"] = UNDECIDED  # contradicted only where the last beats every earlier one
+        # Contradicted only where the last beats every earlier one.
+        table.loc["earlier", "verdict"] = UNDECIDED
     highest = float(along(rows).max(axis=None))
     if not has_learnt(highest):
         table["verdict"] = NOT_MEASURED
@@ -253,19 +293,25 @@ def _rate_gain(rows: pd.DataFrame) -> dict:
 
 
 def along(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean test AUROC over seeds: a row a snapshot, by images seen in pre-training; a column a rate and warm-up."""
+    """Mean test AUROC over seeds: a row a snapshot, by images seen in pre-training; a column a rate
+    and warm-up.
+    """
     start = rows["warmup"].gt(0).map({True: "warm-up", False: "no warm-up"})
-    return rows.assign(arm=rows["rate"] + " rate, " + start).pivot_table(index="images", columns="arm", values="auroc")
+    return rows.assign(arm=rows["rate"] + " rate, " + start).pivot_table(
+        index="images", columns="arm", values="auroc"
+    )
 
 
 def by_updates(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean test AUROC by updates an epoch, and what each batch loses against the smallest, paired by seed.
+    """Mean test AUROC by updates an epoch, and what each batch loses against the smallest, paired
+    by seed.
 
     Returns
     -------
     DataFrame
-        Index the batch; columns updates, auroc, effect (over the smallest batch), low, high, seeds; loss, loss_low,
-        loss_high: `percent_lost` of the smallest batch's skill above chance, NaN where that has not learnt.
+        Index the batch; columns updates, auroc, effect (over the smallest batch), low, high, seeds;
+        loss, loss_low, loss_high: `percent_lost` of the smallest batch's skill above chance, NaN
+        where that has not learnt.
     """
     table = rows.pivot_table(index="seed", columns="batch", values="auroc")
     smallest = table[table.columns.min()]
@@ -275,5 +321,7 @@ def by_updates(rows: pd.DataFrame) -> pd.DataFrame:
         lost = percent_lost(smallest, table[batch])
         row = {"updates": int(updates[batch]), "auroc": table[batch].mean()}
         row |= mean_of_seeds(table[batch] - smallest)
-        found.append(row | {"loss": lost["loss"], "loss_low": lost["low"], "loss_high": lost["high"]})
+        found.append(
+            row | {"loss": lost["loss"], "loss_low": lost["low"], "loss_high": lost["high"]}
+        )
     return pd.DataFrame(found, index=pd.Index(table.columns, name="batch"))

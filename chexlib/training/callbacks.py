@@ -40,12 +40,13 @@ class Position:
 
 
 class PooledValidation(keras.callbacks.Callback):
-    """At each epoch's end: moving statistics averaged over ranks, every rank scores its part, scores are pooled.
+    """At each epoch's end: moving statistics averaged over ranks, every rank scores its part,
+    scores are pooled.
 
-    Adds `val_loss` and `val_auroc` (mean over the findings that have both classes) to the logs of all ranks, and
-    keeps the weights of the epoch with the best `val_auroc`, or the lowest `val_loss` where no AUROC is defined. With
-    `choose` False it keeps those of the last epoch: a control whose training labels are shuffled must not be helped by
-    validation labels that are not.
+    Adds `val_loss` and `val_auroc` (mean over the findings that have both classes) to the logs of
+    all ranks, and keeps the weights of the epoch with the best `val_auroc`, or the lowest
+    `val_loss` where no AUROC is defined. With `choose` False it keeps those of the last epoch: a
+    control whose training labels are shuffled must not be helped by validation labels that are not.
     """
 
     def __init__(self, score: Callable, labels: np.ndarray, *, choose: bool = True):
@@ -59,11 +60,22 @@ class PooledValidation(keras.callbacks.Callback):
         scores = self.score("validation")
         if not np.isfinite(scores).all():
             rate = float(self.model.optimizer.learning_rate)
-            raise DivergedError(f"training diverged in epoch {epoch + 1}: use a learning_rate below {rate:g}.")
+            raise DivergedError(
+                f"training diverged in epoch {epoch + 1}: use a learning_rate below {rate:g}."
+            )
         logs["val_loss"] = float(
-            np.mean([log_loss(y, p, labels=[0, 1]) for y, p in zip(self.labels.T, scores.T, strict=True)])
+            np.mean(
+                [
+                    log_loss(y, p, labels=[0, 1])
+                    for y, p in zip(self.labels.T, scores.T, strict=True)
+                ]
+            )
         )
-        aurocs = [roc_auc_score(y, p) for y, p in zip(self.labels.T, scores.T, strict=True) if 0 < y.sum() < len(y)]
+        aurocs = [
+            roc_auc_score(y, p)
+            for y, p in zip(self.labels.T, scores.T, strict=True)
+            if 0 < y.sum() < len(y)
+        ]
         logs["val_auroc"] = float(np.mean(aurocs)) if aurocs else float("nan")
         quality = logs["val_auroc"] if aurocs else -logs["val_loss"]
         if quality > self.best or not self.choose:
@@ -71,7 +83,8 @@ class PooledValidation(keras.callbacks.Callback):
 
 
 class Plateau(keras.callbacks.ReduceLROnPlateau):
-    """Multiplies the rate by `factor` after `patience` epochs without a lower `val_loss`; 1 leaves it alone.
+    """Multiplies the rate by `factor` after `patience` epochs without a lower `val_loss`; 1 leaves
+    it alone.
 
     Keras' own, but one that can be taken up in the middle of a training.
     """
@@ -109,12 +122,14 @@ class EarlyStop(keras.callbacks.Callback):
 
 
 class Progress(keras.callbacks.Callback):
-    """Keeps a row an epoch and a row a step, and tells `report` where training stands, at most twice a second.
+    """Keeps a row an epoch and a row a step, and tells `report` where training stands, at most
+    twice a second.
 
-    Skew is by how much of the slowest rank's time the fastest rank is ahead, before they wait for each other.
-    """
+    Skew is by how much of the slowest rank's time the fastest rank is ahead, before they wait for
+    each other."""
 
-    STEP_COLUMNS = ("epoch", "step", "loss", "slowest", "fastest")  # loss of that step alone, seconds of compute
+    # Loss of that step alone, seconds of compute.
+    STEP_COLUMNS = ("epoch", "step", "loss", "slowest", "fastest")
 
     def __init__(self, report: Callable[[dict], None] | None, at: Position, *, epochs: int):
         super().__init__()
@@ -130,7 +145,9 @@ class Progress(keras.callbacks.Callback):
         self.at.drawn += self.at.global_batch
         self.at.image = min(self.at.image + self.at.global_batch, self.at.images)
         told = self.model.told()
-        self.step_rows.append([self.epoch, self.at.step, told["step_loss"], max(told["busy"]), min(told["busy"])])
+        self.step_rows.append(
+            [self.epoch, self.at.step, told["step_loss"], max(told["busy"]), min(told["busy"])]
+        )
         if self.report and now - self.last_told > 0.5:
             self.last_told = now
             self._tell(float(logs["loss"]))
@@ -145,14 +162,23 @@ class Progress(keras.callbacks.Callback):
 
     def _tell(self, loss: float):
         steps = steps_per_epoch(self.at.images, global_batch=self.at.global_batch)
-        where = {"epoch": self.epoch + 1, "epochs": self.epochs, "step": steps - self.at.steps_left, "steps": steps}
+        where = {
+            "epoch": self.epoch + 1,
+            "epochs": self.epochs,
+            "step": steps - self.at.steps_left,
+            "steps": steps,
+        }
         speed = (self.at.image - self.first_image) / (time.perf_counter() - self.began)
         numbers = {"loss": loss, "images_per_second": speed, "history": self.rows}
         self.report({**where, **self.model.told(), **numbers})
 
 
-def pooled_scorer(predict: Callable, parts: dict, world: World, *, size: int, batch: int = 64) -> Callable:
-    """Make `score(part) -> (n, 14) float32`: each rank scores every ranks-th image, and all ranks get all scores."""
+def pooled_scorer(
+    predict: Callable, parts: dict, world: World, *, size: int, batch: int = 64
+) -> Callable:
+    """Make `score(part) -> (n, 14) float32`: each rank scores every ranks-th image, and all ranks
+    get all scores.
+    """
     stores = {}
 
     def score(part: str) -> np.ndarray:
@@ -177,9 +203,8 @@ FACTS = ("step", "images", "learning_rate", "global_batch", "epoch", "epochs", "
 class Snapshots(keras.callbacks.Callback):
     """At each epoch's end, after its checkpoint, writes `run_dir/snapshots/step-<step>.keras`.
 
-    Its card's `snapshot` has step, images (seen until then), learning_rate (of the last update), global_batch, epoch,
-    epochs, optimizer, val_loss and val_auroc.
-    """
+    Its card's `snapshot` has step, images (seen until then), learning_rate (of the last update),
+    global_batch, epoch, epochs, optimizer, val_loss and val_auroc."""
 
     def __init__(self, config: TrainConfig, at: Position):
         super().__init__()
@@ -199,16 +224,20 @@ class Snapshots(keras.callbacks.Callback):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"step-{at.step:09d}.keras"
-            save_model(self.model.model, path, card={**card, "config": config.to_dict(), "snapshot": facts})
+            save_model(
+                self.model.model, path, card={**card, "config": config.to_dict(), "snapshot": facts}
+            )
         except OSError as error:
             raise WeightsError(
-                f"the snapshot of step {at.step} could not be written to {folder} ({error.strerror or error}). Make "
+                f"the snapshot of step {at.step} could not be written to {folder} "
+                f"({error.strerror or error}). Make "
                 "room, and run again with resume=true."
             ) from error
 
 
 def snapshots_of(run: str | Path) -> pd.DataFrame:
-    """The snapshots of a run, in the order in which they were taken: path, and what the card of each says.
+    """The snapshots of a run, in the order in which they were taken: path, and what the card of
+    each says.
 
     Raises
     ------
@@ -218,4 +247,6 @@ def snapshots_of(run: str | Path) -> pd.DataFrame:
     files = sorted(Path(run).glob("snapshots/step-*.keras"))
     if not files:
         raise WeightsError(f"{run} has no snapshots. Train with snapshots=true, or use `pretrain`.")
-    return pd.DataFrame([{"path": str(path), **read_card(path).get("snapshot", {})} for path in files])
+    return pd.DataFrame(
+        [{"path": str(path), **read_card(path).get("snapshot", {})} for path in files]
+    )

@@ -1,4 +1,5 @@
-"""`fit(config)`: one training, the same function in a notebook, under `mpiexec -n N` and on MPI engines.
+"""`fit(config)`: one training, the same function in a notebook, under `mpiexec -n N` and on MPI
+engines.
 
 python -m chexlib train --config config.json                 # 1 process
 mpiexec -n 2 python -m chexlib train --config config.json    # 2 ranks
@@ -45,12 +46,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training left: its history, and where model and predictions lie. Equal on every rank."""
+    """What a training left: its history, and where model and predictions lie.
+
+    Equal on every rank.
+    """
 
     config: dict
     ranks: int
     split: dict  # name, digest, images per part
-    history: list[dict]  # a row an epoch: epoch, loss, val_loss, val_auroc, learning_rate, images_per_second, skew
+    # A row an epoch: epoch, loss, val_loss, val_auroc, learning_rate, images_per_second, skew.
+    history: list[dict]
     best_epoch: int  # counted from 0; the saved weights are of this epoch
     seconds: float
     model: str
@@ -74,7 +79,8 @@ def fit(
     reuse: Reuse | None = None,
     measure: Callable[..., dict] | None = None,
 ) -> TrainResult:
-    """Train on the train part, choose by the validation part, score validation and test with the best weights.
+    """Train on the train part, choose by the validation part, score validation and test with the
+    best weights.
 
     Parameters
     ----------
@@ -82,23 +88,26 @@ def fit(
     engines : chexlib.cluster.engines.Engines, optional
         Train on these engines instead of in this process.
     restarts : int
-        How often engines may be started again after a fault; the training goes on from its last checkpoint.
+        How often engines may be started again after a fault; the training goes on from its last
+        checkpoint.
     report : callable, optional
-        Called on the first rank, or here if there are engines, with a dict of live numbers: epoch, epochs, step, steps,
-        loss (of the epoch so far), step_loss, images_per_second, busy (seconds of compute by rank), and history (a dict
-        for each epoch that has ended).
+        Called on the first rank, or here if there are engines, with a dict of live numbers: epoch,
+        epochs, step, steps, loss (of the epoch so far), step_loss, images_per_second, busy (seconds
+        of compute by rank), and history (a dict for each epoch that has ended).
     verbose : 0, 1, 2 or "auto"
         Keras' progress bar, on the first rank.
     reuse : Reuse, optional
         Of one process: takes over what an earlier training built, and keeps it for the next.
     measure : callable, optional
-        Called on every rank as `measure(trainer, parts, world)` with the weights of the last epoch, instead of scoring
-        and writing the best ones: for grids of trainings that leave numbers only. Not with engines.
+        Called on every rank as `measure(trainer, parts, world)` with the weights of the last epoch,
+        instead of scoring and writing the best ones: for grids of trainings that leave numbers
+        only. Not with engines.
 
     Returns
     -------
     TrainResult
-        The first rank has written `model.keras`, `history.parquet` and `predictions.parquet` to `run_dir`.
+        The first rank has written `model.keras`, `history.parquet` and `predictions.parquet` to
+        `run_dir`.
 
     Raises
     ------
@@ -120,13 +129,17 @@ def fit(
         stopping.forget()  # not at the start: a stop may be asked for while everything is got ready
 
 
-def _fit_here(config: TrainConfig, report, verbose: int | str, reuse: Reuse, measure) -> TrainResult:
+def _fit_here(
+    config: TrainConfig, report, verbose: int | str, reuse: Reuse, measure
+) -> TrainResult:
     began = time.perf_counter()
     world = join_world()
     split, parts = divide(config)
     train = parts["train"]
     if (ranks := world.ranks * config.accumulation) > len(train):
-        raise ConfigError(f"{ranks} ranks cannot share {len(train)} images. Use at most {len(train)} engines.")
+        raise ConfigError(
+            f"{ranks} ranks cannot share {len(train)} images. Use at most {len(train)} engines."
+        )
     if world.first:  # above the lines of the epochs, which have an AUROC
         counts = ", ".join(f"{len(part):,} {name}" for name, part in parts.items())
         log.info("%s split %s: %s images", split.name, split.digest, counts)
@@ -144,8 +157,12 @@ def _fit_here(config: TrainConfig, report, verbose: int | str, reuse: Reuse, mea
     images = config.stream_images or len(train)
     at = Position(global_batch, min(images, config.max_steps * global_batch or images))
     score = pooled_scorer(trainer.infer, parts, world, size=config.size)
-    validation = PooledValidation(score, parts["validation"].labels, choose=not config.shuffle_labels)
-    plateau = Plateau(1 if trainer.optimizer.tables else config.plateau_factor, config.plateau_patience)
+    validation = PooledValidation(
+        score, parts["validation"].labels, choose=not config.shuffle_labels
+    )
+    plateau = Plateau(
+        1 if trainer.optimizer.tables else config.plateau_factor, config.plateau_patience
+    )
     progress = Progress(report if world.first else None, at, epochs=config.epochs)
     early = EarlyStop(validation, at, patience=config.early_stop)
     saver = Saver(config, world, at, (validation, plateau, progress), facts={"split": split.digest})
@@ -157,7 +174,8 @@ def _fit_here(config: TrainConfig, report, verbose: int | str, reuse: Reuse, mea
     callbacks = [validation, plateau, progress, saver, early]
     if config.snapshots and world.first:
         callbacks.append(Snapshots(config, at))
-    while at.epoch < config.epochs and not (saver.stopped or early.due):  # once, or twice if resumed within an epoch
+    # Once, or twice if resumed within an epoch.
+    while at.epoch < config.epochs and not (saver.stopped or early.due):
         batches = feed.batches(at, when=values and values.augment[at.step :])
         trainer.fit(
             batches,
@@ -174,7 +192,11 @@ def _fit_here(config: TrainConfig, report, verbose: int | str, reuse: Reuse, mea
     result = TrainResult(
         config=config.to_dict(),
         ranks=world.ranks,
-        split={"name": split.name, "digest": split.digest, "images": {name: len(part) for name, part in parts.items()}},
+        split={
+            "name": split.name,
+            "digest": split.digest,
+            "images": {name: len(part) for name, part in parts.items()},
+        },
         history=progress.rows,
         best_epoch=validation.best_epoch,
         seconds=time.perf_counter() - began,
@@ -185,7 +207,9 @@ def _fit_here(config: TrainConfig, report, verbose: int | str, reuse: Reuse, mea
         measured=measure(trainer, parts, world) if measure and not saver.stopped else None,
     )
     if measure is None:
-        predictions = pd.concat([predictions_of(parts[part], score(part), part) for part in ("validation", "test")])
+        predictions = pd.concat(
+            [predictions_of(parts[part], score(part), part) for part in ("validation", "test")]
+        )
         world.share(lambda: _write(result, model, predictions, progress.step_rows))
     return result
 
@@ -197,7 +221,9 @@ def _fit_on(engines, config: TrainConfig, *, restarts: int, report) -> TrainResu
         except ClusterError as error:
             if not left:
                 raise
-            log.warning("%s\nTrying again from the last checkpoint; %d restarts are left.", error, left - 1)
+            log.warning(
+                "%s\nTrying again from the last checkpoint; %d restarts are left.", error, left - 1
+            )
             engines.restart()
             config = config.replace(resume=True)
 
@@ -213,18 +239,28 @@ def _prepare(config: TrainConfig) -> None:
             for path in checkpoint_files(run_dir / "checkpoints"):
                 path.unlink()
     except OSError as error:
-        raise ConfigError(f"run_dir={config.run_dir!r} cannot be written ({error}). Name another folder.") from error
+        raise ConfigError(
+            f"run_dir={config.run_dir!r} cannot be written ({error}). Name another folder."
+        ) from error
 
 
 def _write(result: TrainResult, model, predictions: pd.DataFrame, steps: list) -> None:
     card = {**TrainConfig.from_dict(result.config).network(), "split": result.split}
     facts = {"ranks": result.ranks, "config": result.config, "best_epoch": result.best_epoch}
-    facts |= {"normalization": NORMALIZATION[card["topology"]], "data": data_name(Path(result.config["data_dir"]))}
+    facts |= {
+        "normalization": NORMALIZATION[card["topology"]],
+        "data": data_name(Path(result.config["data_dir"])),
+    }
     run_dir = Path(result.config["run_dir"])
-    facts |= {"run": "/".join(run_dir.absolute().parts[-2:]), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    facts |= {
+        "run": "/".join(run_dir.absolute().parts[-2:]),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
     tables = {
         "history": pd.DataFrame(result.history),
-        "steps": pd.DataFrame(steps, columns=Progress.STEP_COLUMNS).astype({"epoch": int, "step": int}),
+        "steps": pd.DataFrame(steps, columns=Progress.STEP_COLUMNS).astype(
+            {"epoch": int, "step": int}
+        ),
         "predictions": predictions,
     }
     try:
@@ -234,6 +270,7 @@ def _write(result: TrainResult, model, predictions: pd.DataFrame, steps: list) -
                 table.to_parquet(file, index=False)
     except OSError as error:
         raise WeightsError(
-            f"the results could not be written to {run_dir} ({error.strerror or error}). Make room, and run again "
+            f"the results could not be written to {run_dir} ({error.strerror or error}). Make "
+            "room, and run again "
             "with resume=true: what was trained is in its checkpoints."
         ) from error

@@ -1,4 +1,6 @@
-"""What a training eats: the images of its training part, or the phantom stream; and where its head starts."""
+"""What a training eats: the images of its training part, or the phantom stream; and where its head
+starts.
+"""
 
 from __future__ import annotations
 
@@ -48,12 +50,22 @@ class Feed:
         if config.stream_images:
             place = {"size": config.size, "first_image": at.drawn, "mirror": config.mirror}
             return stream_batches(**place, **common, **self.drawing)
-        place = {"first_epoch": at.epoch, "first_image": at.image, "images": at.images, "when": when}
-        how = {"accumulation": config.accumulation, "mirror": config.mirror, "augment": config.augment}
+        place = {
+            "first_epoch": at.epoch,
+            "first_image": at.image,
+            "images": at.images,
+            "when": when,
+        }
+        how = {
+            "accumulation": config.accumulation,
+            "mirror": config.mirror,
+            "augment": config.augment,
+        }
         return training_batches(self.store, self.labels, **common, **place, **how)
 
     def first(self, images: int) -> Iterator[np.ndarray]:
-        """So many images of the training part, or all there are, as (batch, size, size, 1) float32 of this rank.
+        """So many images of the training part, or all there are, as (batch, size, size, 1) float32
+        of this rank.
 
         Drawn at random, and not those that epoch 0 begins with.
         """
@@ -76,20 +88,24 @@ def drawing_of(folder: Path) -> dict:
         chosen = {name: drawn[name] for name in ("difficulty", "min_prevalence")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{folder} is no phantom, like which a stream could be drawn. Make one: `python -m chexlib phantom DIR`."
+            f"{folder} is no phantom, like which a stream could be drawn. Make one: `python -m "
+            "chexlib phantom DIR`."
         ) from error
     return chosen
 
 
 def start_head_at_prevalence(model, labels: np.ndarray) -> None:
-    """Bias of 14 fresh sigmoids at the log-odds of each finding (Lin et al. 2017, section 4.1), one pseudo-count each.
+    """Bias of 14 fresh sigmoids at the log-odds of each finding (Lin et al. 2017, section 4.1), one
+    pseudo-count each.
 
     A head whose biases are all 0 is fresh; one that was loaded stays as it is.
     """
     positives = labels.sum(0) + 1
     kernel, bias = model.get_layer(HEAD).get_weights()
     if not bias.any():
-        model.get_layer(HEAD).set_weights([kernel, np.log(positives / (len(labels) + 2 - positives))])
+        model.get_layer(HEAD).set_weights(
+            [kernel, np.log(positives / (len(labels) + 2 - positives))]
+        )
 
 
 def divide(config: TrainConfig) -> tuple[Split, dict[str, Radiographs]]:
@@ -105,7 +121,9 @@ def divide(config: TrainConfig) -> tuple[Split, dict[str, Radiographs]]:
 
 
 def predictions_of(radiographs: Radiographs, scores: np.ndarray, part: str) -> pd.DataFrame:
-    """One row an image: image, patient, part, the 14 labels as `label_*` and the 14 probabilities as `score_*`."""
+    """One row an image: image, patient, part, the 14 labels as `label_*` and the 14 probabilities
+    as `score_*`.
+    """
     table = radiographs.table
     frame = table[["image", "patient"]].assign(part=part)
     frame[[f"label_{f}" for f in FINDINGS]] = table[list(FINDINGS)].to_numpy()

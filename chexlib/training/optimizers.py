@@ -1,7 +1,8 @@
-"""What lets any Keras optimizer follow a schedule: rate, momentum and weight decay read in the graph from a table.
+"""What lets any Keras optimizer follow a schedule: rate, momentum and weight decay read in the
+graph from a table.
 
-The table is read by the count of updates; that count is all that a checkpoint has to hold besides the slots.
-"""
+The table is read by the count of updates; that count is all that a checkpoint has to hold besides
+the slots."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from chexlib.training.schedules import Schedule, Values
 class TableSchedule(keras.optimizers.schedules.LearningRateSchedule):
     """A value for each update, for any Keras optimizer; after the last one the last value stays.
 
-    The table is a variable, so that another one needs no new graph; it is no part of the optimizer's state.
+    The table is a variable, so that another one needs no new graph; it is no part of the
+    optimizer's state.
 
     >>> keras.optimizers.SGD(TableSchedule(preset("goyal-2017").compile(steps_per_epoch=157).rate))
     """
@@ -32,21 +34,28 @@ class TableSchedule(keras.optimizers.schedules.LearningRateSchedule):
     def __call__(self, step):
         import tensorflow as tf
 
-        return tf.gather(self.table, tf.minimum(tf.cast(step, tf.int32), tf.shape(self.table)[0] - 1))
+        return tf.gather(
+            self.table, tf.minimum(tf.cast(step, tf.int32), tf.shape(self.table)[0] - 1)
+        )
 
     def get_config(self):
         return {"table": self.table.numpy().tolist()}
 
 
 def is_weight(variable) -> bool:
-    """Whether a variable is decayed: kernels are; biases, and batch norm's gamma and beta, which have one axis, not."""
+    """Whether a variable is decayed: kernels are; biases, and batch norm's gamma and beta, which
+    have one axis, not.
+    """
     return len(variable.shape) > 1
 
 
 class Scheduled:
-    """What a Keras optimizer needs to follow `Values`, and to leave biases and batch norm undecayed."""
+    """What a Keras optimizer needs to follow `Values`, and to leave biases and batch norm
+    undecayed.
+    """
 
-    tables: tuple[TableSchedule, ...] = ()  # of rate, momentum, weight decay, and the update that began the stage
+    # Of rate, momentum, weight decay, and the update that began the stage.
+    tables: tuple[TableSchedule, ...] = ()
 
     def follow(self, values: Values):
         """Take rate, momentum and weight decay of each update from `values`, from now on."""
@@ -70,7 +79,9 @@ class Scheduled:
 
     @property
     def iterations(self):
-        """Updates since the stage began, all without a schedule: Adam and Lamb correct their young moments by them."""
+        """Updates since the stage began, all without a schedule: Adam and Lamb correct their young
+        moments by them.
+        """
         if not self.tables:
             return super().iterations
         import tensorflow as tf
@@ -86,14 +97,17 @@ class Scheduled:
                 if slot is not self._iterations:
                     slot.assign(tf.zeros(slot.shape))
 
-        # A fresh stage takes over weights only, as a solver of its own that is started with them (`--weights`).
+        # A fresh stage takes over weights only, as a solver of its own that is started with them
+        # (`--weights`).
         if self.tables:
             tf.cond(tf.equal(self.iterations, 0), forget, lambda: None)
         super()._backend_update_step(gradients, variables, learning_rate)
 
 
 class Decoupled(Scheduled):
-    """Weight decay apart from the gradient, times the rate (Loshchilov and Hutter 2019), as Keras does it."""
+    """Weight decay apart from the gradient, times the rate (Loshchilov and Hutter 2019), as Keras
+    does it.
+    """
 
     def __init__(self, learning_rate=1e-3, *, decay=0.0, **settings):
         super().__init__(learning_rate, **settings)
@@ -147,15 +161,19 @@ class FusedAdam(Scheduled, keras.optimizers.Adam):
 
 
 class AdamW(Decoupled, FusedAdam):
-    """Adam with decoupled weight decay on weights only. Momentum is its beta_1; a schedule's is not read."""
+    """Adam with decoupled weight decay on weights only.
+
+    Momentum is its beta_1; a schedule's is not read.
+    """
 
 
 class Lamb(Decoupled, keras.optimizers.Lamb):
-    """LAMB (You et al. 2020, algorithm 2), its weight decay within the trust ratio, on weights only.
+    """LAMB (You et al. 2020, algorithm 2), its weight decay within the trust ratio, on weights
+    only.
 
-    With r = m / (sqrt(v) + epsilon) of the corrected moments, w <- w - rate * |w| / |u| * u for u = r + decay * w;
-    the ratio is 1 where a norm is 0. Keras' class has the decay apart, as AdamW. Without decay this is Keras'.
-    """
+    With r = m / (sqrt(v) + epsilon) of the corrected moments, w <- w - rate * |w| / |u| * u for u =
+    r + decay * w; the ratio is 1 where a norm is 0. Keras' class has the decay apart, as AdamW.
+    Without decay this is Keras'."""
 
     def update_step(self, gradient, variable, learning_rate):
         import tensorflow as tf
@@ -179,10 +197,11 @@ class Lamb(Decoupled, keras.optimizers.Lamb):
 
 
 class Momentum(Scheduled, keras.optimizers.SGD):
-    """SGD with momentum, the rate inside the velocity, and L2: the decay is added to the gradient, as in Caffe.
+    """SGD with momentum, the rate inside the velocity, and L2: the decay is added to the gradient,
+    as in Caffe.
 
-    v <- momentum * v - rate * (gradient + decay * weight);  weight <- weight + v, or Nesterov's look ahead.
-    """
+    v <- momentum * v - rate * (gradient + decay * weight);  weight <- weight + v, or Nesterov's
+    look ahead."""
 
     def __init__(self, learning_rate=0.01, *, momentum=0.9, nesterov=False, decay=0.0, **settings):
         super().__init__(learning_rate, momentum=momentum, nesterov=nesterov, **settings)
@@ -209,9 +228,8 @@ class Momentum(Scheduled, keras.optimizers.SGD):
 class LARS(Momentum):
     """Layer-wise adaptive rate scaling (You, Gitman and Ginsburg 2017, algorithm 1).
 
-    A kernel's rate is multiplied by ratio * |w| / (|gradient| + decay * |w|), 1 where a norm is 0. Biases and batch
-    norm take the rate as it is.
-    """
+    A kernel's rate is multiplied by ratio * |w| / (|gradient| + decay * |w|), 1 where a norm is 0.
+    Biases and batch norm take the rate as it is."""
 
     def __init__(self, learning_rate=0.01, *, ratio=LARS_RATIO, **settings):
         super().__init__(learning_rate, **settings)
@@ -256,17 +274,22 @@ def create(name: str, rate: float = 0.0, *, decay: float = 0.0, values: Values |
 def make_optimizer(config: TrainConfig):
     """The optimizer that a config asks for; `guide` gives it its schedule."""
     if has_table(config):
-        return create(config.optimizer, values=Schedule(phases=[{"kind": "constant", "length": 1}]).compile())
+        return create(
+            config.optimizer, values=Schedule(phases=[{"kind": "constant", "length": 1}]).compile()
+        )
     return create(config.optimizer, config.learning_rate, decay=config.weight_decay)
 
 
 def has_table(config: TrainConfig) -> bool:
-    """Whether rates are read from a table: under any schedule but one that leaves them to the validation loss."""
+    """Whether rates are read from a table: under any schedule but one that leaves them to the
+    validation loss.
+    """
     return bool(config.schedule) and not _schedule_of(config, Position(1, 1)).plateau
 
 
 def guide(optimizer, config: TrainConfig, at: Position, *, anew: bool) -> Values | None:
-    """Let the optimizer follow the config's schedule from where the training stands; None where there is none.
+    """Let the optimizer follow the config's schedule from where the training stands; None where
+    there is none.
 
     Raises
     ------
@@ -284,11 +307,15 @@ def guide(optimizer, config: TrainConfig, at: Position, *, anew: bool) -> Values
 
 
 def values_at(config: TrainConfig, at: Position) -> Values:
-    """The values of a config's schedule for the global batch of `at`, laid so that `at.step` has its place's values."""
+    """The values of a config's schedule for the global batch of `at`, laid so that `at.step` has
+    its place's values.
+    """
     steps = steps_per_epoch(at.images, global_batch=at.global_batch)
     place = at.epoch * steps + steps_per_epoch(at.image, global_batch=at.global_batch)
     return _schedule_of(config, at).compile(steps_per_epoch=steps).begin(place, at=at.step)
 
 
 def _schedule_of(config: TrainConfig, at: Position) -> Schedule:
-    return resolve(config.schedule, images=at.images, global_batch=at.global_batch, epochs=config.epochs)
+    return resolve(
+        config.schedule, images=at.images, global_batch=at.global_batch, epochs=config.epochs
+    )

@@ -1,4 +1,6 @@
-"""What is slow to make before a training, kept for the next one: model, optimizer and their compiled graphs."""
+"""What is slow to make before a training, kept for the next one: model, optimizer and their
+compiled graphs.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,15 @@ from chexlib.training.optimizers import has_table, make_optimizer
 from chexlib.training.trainer import DataParallelTrainer
 
 # Settings that no graph depends on; any other, also one that is new, means another trainer.
-_SAME_GRAPH = {*FREE, "max_steps", "max_images", "learning_rate", "plateau_factor", "plateau_patience", "mirror"}
+_SAME_GRAPH = {
+    *FREE,
+    "max_steps",
+    "max_images",
+    "learning_rate",
+    "plateau_factor",
+    "plateau_patience",
+    "mirror",
+}
 _SAME_GRAPH |= {
     "split",
     "shuffle_labels",
@@ -29,15 +39,18 @@ _SAME_GRAPH |= {"stream_images", "snapshots", "weights"}
 
 
 class Reuse:
-    """Keeps the trainer of the training before, and makes it as good as new for one that needs the same graph.
+    """Keeps the trainer of the training before, and makes it as good as new for one that needs the
+    same graph.
 
-    Building DenseNet-121 and tracing its step takes some 20 s, as long as a short training itself: a grid of many is
-    best taken in an order in which those of one topology and `norm` follow each other. Only the last trainer is kept.
+    Building DenseNet-121 and tracing its step takes some 20 s, as long as a short training itself:
+    a grid of many is best taken in an order in which those of one topology and `norm` follow each
+    other. Only the last trainer is kept.
 
     Parameters
     ----------
     virtual : bool
-        One graph for any number of virtual ranks, also for none, where each number would else be told apart from none.
+        One graph for any number of virtual ranks, also for none, where each number would else be
+        told apart from none.
 
     Examples
     --------
@@ -50,13 +63,22 @@ class Reuse:
         self._key, self._trainer, self._start = None, None, ()
 
     def trainer(self, config: TrainConfig, world: World) -> DataParallelTrainer:
-        """What `make_trainer` gives, or the last one that it gave, in the state in which it would give it now."""
+        """What `make_trainer` gives, or the last one that it gave, in the state in which it would
+        give it now.
+        """
         settings = config.to_dict()
         key = {name: value for name, value in settings.items() if name not in _SAME_GRAPH}
         virtual = self.virtual or config.accumulation > 1
-        imagenet = config.seed if config.weights == "imagenet" else None  # which only a new model can be filled with
-        key |= {"table": has_table(config), "virtual": virtual, "imagenet": imagenet, "world": world}
-        key |= {"filled": bool(config.weights)}  # what a file leaves in batch norm is not drawn anew
+        # Which only a new model can be filled with.
+        imagenet = config.seed if config.weights == "imagenet" else None
+        key |= {
+            "table": has_table(config),
+            "virtual": virtual,
+            "imagenet": imagenet,
+            "world": world,
+        }
+        # What a file leaves in batch norm is not drawn anew.
+        key |= {"filled": bool(config.weights)}
         if key != self._key:
             self._trainer = self._start = None  # room for the new one
             self._trainer = make_trainer(config, world, virtual=virtual)
@@ -93,7 +115,9 @@ def make_trainer(config: TrainConfig, world: World, *, virtual: bool) -> DataPar
         fresh_head=config.fresh_head,
     )
     shares = [config.stage_rate**above for above in stages_above(model)]
-    trainer = DataParallelTrainer(model, world, accumulation=config.accumulation, virtual=virtual, shares=shares)
+    trainer = DataParallelTrainer(
+        model, world, accumulation=config.accumulation, virtual=virtual, shares=shares
+    )
     trainer.compile(optimizer=make_optimizer(config), jit_compile=False)
     trainer.optimizer.build(model.trainable_variables)
     return trainer

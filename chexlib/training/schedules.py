@@ -1,4 +1,6 @@
-"""Checks of a description's fields when it is made: a refusal is a ConfigError that names whose field and its value."""
+"""Checks of a description's fields when it is made: a refusal is a ConfigError that names whose
+field and its value.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +33,21 @@ def require_amounts(thing, *names: str) -> None:
     for name in names:
         if not is_amount(value := getattr(thing, name)):
             whose = type(thing).__name__.lower()
-            raise ConfigError(f"a {whose}'s {name}={value!r} is not accepted. Use a number of 0 or more.")
+            raise ConfigError(
+                f"a {whose}'s {name}={value!r} is not accepted. Use a number of 0 or more."
+            )
 
 
 def rising(name: str, places) -> tuple[float, ...]:
-    """The places as a tuple; a search among them is silently wrong where one does not lie above the one before."""
+    """The places as a tuple; a search among them is silently wrong where one does not lie above the
+    one before.
+    """
     found = tuple(places) if isinstance(places, Iterable) else (None,)
     if not all(map(is_amount, found)) or list(found) != sorted(set(found)):
-        raise ConfigError(f"{name}={places!r} is not accepted. Use numbers of 0 or more, each above the one before.")
+        raise ConfigError(
+            f"{name}={places!r} is not accepted. Use numbers of 0 or more, each above the one "
+            "before."
+        )
     return found
 
 
@@ -54,45 +63,64 @@ class Phase:
 
     kind: str
     length: float
-    rate: float | None = None  # at its first step; of a warm-up or a cycle, the peak. None: where the one before ended
-    start: float | None = None  # of a warm-up or a cycle: the rate it rises from. None: where the one before ended
+    # At its first step; of a warm-up or a cycle, the peak. None: where the one before ended.
+    rate: float | None = None
+    # Of a warm-up or a cycle: the rate it rises from. None: where the one before ended.
+    start: float | None = None
     warmup: float = 0.0  # of a cycle: how much of its length is re-warm-up
     power: float | None = None  # of the polynomial; None: 1, or 2 in a collapse
     zero: float | None = None  # where the polynomial would reach 0; None: at the phase's end
-    count: str = "phase"  # from where that is counted: "phase", or "stage", the solver's own start, warm-up included
+    # From where that is counted: "phase", or "stage", the solver's own start, warm-up included.
+    count: str = "phase"
     end: float = 0.0  # of a cosine: the rate that it falls to
-    at: tuple[float, ...] = ()  # of a step: where the rate is multiplied by `factor`, from the stage's start
+    # Of a step: where the rate is multiplied by `factor`, from the stage's start.
+    at: tuple[float, ...] = ()
     factor: float = 0.1
     weight_decay: float | None = None  # None: what `Schedule.decay` says
     augment: bool | None = None  # random area and aspect; None: on, but in a collapse off
-    fresh: bool = False  # begins a stage: only weights are taken over, all history of the optimizer is forgotten
+    # Begins a stage: only weights are taken over, all history of the optimizer is forgotten.
+    fresh: bool = False
     name: str = ""
 
     def __post_init__(self):
-        require_known(self, kind=KINDS, count=COUNTS, augment=(None, True, False), fresh=(True, False))
+        require_known(
+            self, kind=KINDS, count=COUNTS, augment=(None, True, False), fresh=(True, False)
+        )
         object.__setattr__(self, "at", rising("a phase's at", self.at))
-        named = [n for n in ("rate", "start", "power", "zero", "weight_decay") if getattr(self, n) is not None]
+        named = [
+            n
+            for n in ("rate", "start", "power", "zero", "weight_decay")
+            if getattr(self, n) is not None
+        ]
         require_amounts(self, "length", "warmup", "end", "factor", *named)
         for name in ("length", "power", "zero"):
             if getattr(self, name) == 0:
                 raise ConfigError(f"a phase's {name}=0 is not accepted. Use a number above 0.")
         if self.kind == "cycle" and not self.warmup < self.length:
-            raise ConfigError(f"a cycle's warmup={self.warmup:g} fills its length={self.length:g}. Make it shorter.")
+            raise ConfigError(
+                f"a cycle's warmup={self.warmup:g} fills its length={self.length:g}. Make it "
+                "shorter."
+            )
         collapse = self.kind == "collapse"
-        for name, value in (("power", 1 + collapse), ("augment", not collapse), ("name", self.kind)):
+        for name, value in (
+            ("power", 1 + collapse),
+            ("augment", not collapse),
+            ("name", self.kind),
+        ):
             if getattr(self, name) in (None, ""):
                 object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)
 class Values:
-    """A schedule step by step, all of shape (steps,): float64 rate, momentum, weight_decay; bool augment, fresh.
+    """A schedule step by step, all of shape (steps,): float64 rate, momentum, weight_decay; bool
+    augment, fresh.
 
-    `phase` (steps,) int numbers the phases, named in `names`. Momentum is that of Keras' and Caffe's form, in which
-    the velocity holds the rate; in a warm-up, and in the step after it that has the full rate, it is multiplied by
-    rate(i) / rate(i - 1) (Goyal et al. 2017, remark 2). A phase with count="stage" is one of the authors' solver as
-    coded, which stops a step earlier: there the step after the warm-up is not corrected.
-    """
+    `phase` (steps,) int numbers the phases, named in `names`. Momentum is that of Keras' and
+    Caffe's form, in which the velocity holds the rate; in a warm-up, and in the step after it that
+    has the full rate, it is multiplied by rate(i) / rate(i - 1) (Goyal et al. 2017, remark 2). A
+    phase with count="stage" is one of the authors' solver as coded, which stops a step earlier:
+    there the step after the warm-up is not corrected."""
 
     rate: np.ndarray
     momentum: np.ndarray
@@ -106,21 +134,32 @@ class Values:
         return len(self.rate)
 
     def begin(self, index: int, *, at: int) -> Values:
-        """The same values laid so that `index` comes at step `at`: for an optimizer that has counted otherwise."""
+        """The same values laid so that `index` comes at step `at`: for an optimizer that has
+        counted otherwise.
+        """
         places = np.maximum(np.arange(at - index + len(self)) - (at - index), 0)
-        arrays = {f.name: getattr(self, f.name)[places] for f in dataclasses.fields(self) if f.name != "names"}
+        arrays = {
+            f.name: getattr(self, f.name)[places]
+            for f in dataclasses.fields(self)
+            if f.name != "names"
+        }
         return Values(**arrays, names=self.names)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Phases one after another. Compile it to values, or scale it first to another data set, batch and budget."""
+    """Phases one after another.
+
+    Compile it to values, or scale it first to another data set, batch and budget.
+    """
 
     phases: tuple[Phase, ...]
     unit: str = "steps"
     momentum: float = 0.9
-    decay: tuple[tuple[float, float], ...] = ((0, 0.0),)  # weight decay from a place on, independent of the phases
-    images: int = 0  # what it was made for: images an epoch, and the global batch; 0: whatever it is used with
+    # Weight decay from a place on, independent of the phases.
+    decay: tuple[tuple[float, float], ...] = ((0, 0.0),)
+    # What it was made for: images an epoch, and the global batch; 0: whatever it is used with.
+    images: int = 0
     global_batch: int = 0
     plateau: bool = False  # the rate is also divided when validation stops improving
     name: str = ""
@@ -130,7 +169,9 @@ class Schedule:
         require_known(self, unit=UNITS, plateau=(True, False))
         require_amounts(self, "momentum", "images", "global_batch")
         if self.momentum >= 1:
-            raise ConfigError(f"a schedule's momentum={self.momentum:g} is not accepted. Use a number below 1.")
+            raise ConfigError(
+                f"a schedule's momentum={self.momentum:g} is not accepted. Use a number below 1."
+            )
         try:
             phases = tuple(p if isinstance(p, Phase) else Phase(**p) for p in self.phases)
             decay = tuple((place, value) for place, value in self.decay)
@@ -138,12 +179,16 @@ class Schedule:
             if isinstance(error, ConfigError):
                 raise
             known = ", ".join(f.name for f in dataclasses.fields(Phase))
-            raise ConfigError(f"the schedule cannot be read ({error}). A phase has {known}.") from error
+            raise ConfigError(
+                f"the schedule cannot be read ({error}). A phase has {known}."
+            ) from error
         if not phases or not decay or decay[0][0] != 0:
             raise ConfigError("a schedule needs one phase or more, and a weight decay from 0 on.")
         rising("the places of a schedule's decay", [place for place, _ in decay])
         if wrong := [value for _, value in decay if not is_amount(value)]:
-            raise ConfigError(f"a schedule's decay of {wrong[0]!r} is not accepted. Use numbers of 0 or more.")
+            raise ConfigError(
+                f"a schedule's decay of {wrong[0]!r} is not accepted. Use numbers of 0 or more."
+            )
         object.__setattr__(self, "phases", phases)
         object.__setattr__(self, "decay", decay)
 
@@ -161,7 +206,10 @@ class Schedule:
         """Make a schedule from plain values; a name that it does not have is an error."""
         known = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(values, dict) or "phases" not in values or set(values) - known:
-            raise ConfigError(f"{values!r} is no schedule. Use an object with phases; it may have {', '.join(known)}.")
+            raise ConfigError(
+                f"{values!r} is no schedule. Use an object with phases; it may have "
+                f"{', '.join(known)}."
+            )
         return cls(**values)
 
     def multiply(self, factor: float) -> Schedule:
@@ -171,7 +219,9 @@ class Schedule:
             return rate if rate is None else rate * factor
 
         rates = ("rate", "start", "end")
-        phases = [dataclasses.replace(p, **{n: times(getattr(p, n)) for n in rates}) for p in self.phases]
+        phases = [
+            dataclasses.replace(p, **{n: times(getattr(p, n)) for n in rates}) for p in self.phases
+        ]
         return dataclasses.replace(self, phases=tuple(phases))
 
     def compile(self, *, steps_per_epoch: float = 1.0, steps: int = 0) -> Values:
@@ -194,10 +244,13 @@ class Schedule:
         ends = np.round(np.cumsum([p.length for p in parts]) * scale).astype(int)
         if ends[-1] < len(parts):
             raise ConfigError(
-                f"{ends[-1]} steps are too few for {len(parts)} phases. Train longer, or in smaller batches."
+                f"{ends[-1]} steps are too few for {len(parts)} phases. Train longer, or in "
+                "smaller batches."
             )
         for i in range(len(ends)):  # every phase has a step, and leaves one to each that follows
-            ends[i] = min(max(ends[i], (ends[i - 1] if i else 0) + 1), ends[-1] - (len(ends) - 1 - i))
+            ends[i] = min(
+                max(ends[i], (ends[i - 1] if i else 0) + 1), ends[-1] - (len(ends) - 1 - i)
+            )
         starts = np.concatenate([[0], ends[:-1]])
         rates, momenta, last, stage = [], [], 0.0, 0
         risen = 0.0  # rate of the last step of a warm-up that has just ended
@@ -206,7 +259,9 @@ class Schedule:
             rate = _rate(part, after - first, first - stage, scale, last)
             momentum = np.full(len(rate), self.momentum)
             if part.kind == "warmup":
-                momentum[1:] *= np.divide(rate[1:], rate[:-1], out=np.ones(len(rate) - 1), where=rate[:-1] > 0)
+                momentum[1:] *= np.divide(
+                    rate[1:], rate[:-1], out=np.ones(len(rate) - 1), where=rate[:-1] > 0
+                )
             if risen and not part.fresh and part.count != "stage":
                 momentum[0] *= rate[0] / risen
             risen = rate[-1] if part.kind == "warmup" else 0.0
@@ -216,7 +271,9 @@ class Schedule:
             momenta.append(momentum)
         phase = np.repeat(np.arange(len(parts)), ends - starts)
         places = np.round([place * scale for place, _ in self.decay])
-        common = np.array([v for _, v in self.decay])[np.searchsorted(places, np.arange(ends[-1]), side="right") - 1]
+        common = np.array([v for _, v in self.decay])[
+            np.searchsorted(places, np.arange(ends[-1]), side="right") - 1
+        ]
         own = np.array([np.nan if p.weight_decay is None else p.weight_decay for p in parts])[phase]
         fresh = np.zeros(ends[-1], bool)
         fresh[[first for part, first in zip(parts, starts, strict=True) if part.fresh]] = True
@@ -243,14 +300,21 @@ def _parts(phase: Phase) -> tuple[Phase, ...]:
 
 
 def _rate(phase: Phase, n: int, before: int, scale: float, last: float) -> np.ndarray:
-    """Rates of the n steps of a phase that has `before` steps of its stage before it; `last` is the rate until then."""
+    """Rates of the n steps of a phase that has `before` steps of its stage before it; `last` is the
+    rate until then.
+    """
     j = np.arange(n, dtype=np.float64)
     base = last if phase.rate is None else phase.rate
     if phase.kind == "warmup":  # Caffe's GetWarmUpLR
         return (j * base + (n - j) * (last if phase.start is None else phase.start)) / n
-    counted, zero = j + before * (phase.count == "stage"), n if phase.zero is None else phase.zero * scale
+    counted, zero = (
+        j + before * (phase.count == "stage"),
+        n if phase.zero is None else phase.zero * scale,
+    )
     if phase.kind == "step":
-        return base * phase.factor ** np.searchsorted(np.round(np.array(phase.at) * scale), j + before, side="right")
+        return base * phase.factor ** np.searchsorted(
+            np.round(np.array(phase.at) * scale), j + before, side="right"
+        )
     if phase.kind == "cosine":
         return phase.end + (base - phase.end) * (1 + np.cos(np.pi * j / n)) / 2
     if phase.kind == "constant":
@@ -260,6 +324,12 @@ def _rate(phase: Phase, n: int, before: int, scale: float, last: float) -> np.nd
 
 def _changed(thing) -> dict:
     """The fields of a dataclass that are not at their default, as JSON gives them back."""
-    named = {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing) if f.name not in ("phases", "notes")}
+    named = {
+        f.name: getattr(thing, f.name)
+        for f in dataclasses.fields(thing)
+        if f.name not in ("phases", "notes")
+    }
     default = {f.name: f.default for f in dataclasses.fields(thing)}
-    return json.loads(json.dumps({name: value for name, value in named.items() if value != default[name]}))
+    return json.loads(
+        json.dumps({name: value for name, value in named.items() if value != default[name]})
+    )

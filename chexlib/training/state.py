@@ -1,4 +1,6 @@
-"""The full state of a training in one file: written atomically, checked when read, the newest few kept."""
+"""The full state of a training in one file: written atomically, checked when read, the newest few
+kept.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,15 @@ log = logging.getLogger(__name__)
 def checkpoint_files(folder: str | Path) -> list[Path]:
     """The checkpoints in `folder`, the newest first."""
     folder = Path(folder)
-    names = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    names = (
+        [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    )
     return sorted(names, reverse=True)
 
 
-def save_checkpoint(folder: str | Path, step: int, arrays: dict[str, np.ndarray], facts: dict, *, keep: int) -> Path:
+def save_checkpoint(
+    folder: str | Path, step: int, arrays: dict[str, np.ndarray], facts: dict, *, keep: int
+) -> Path:
     """Write `step-<step>.npz`, and remove all but the newest `keep` checkpoints.
 
     Parameters
@@ -47,7 +53,10 @@ def save_checkpoint(folder: str | Path, step: int, arrays: dict[str, np.ndarray]
     """
     folder = Path(folder)
     path = folder / f"step-{step:09d}.npz"
-    content = {**arrays, "facts": np.frombuffer(json.dumps({"version": VERSION, **facts}).encode(), np.uint8)}
+    content = {
+        **arrays,
+        "facts": np.frombuffer(json.dumps({"version": VERSION, **facts}).encode(), np.uint8),
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
@@ -55,7 +64,8 @@ def save_checkpoint(folder: str | Path, step: int, arrays: dict[str, np.ndarray]
     except OSError as error:
         size = sum(array.nbytes for array in content.values()) / 1e6
         raise WeightsError(
-            f"the checkpoint {path} of {size:.1f} MB could not be written ({error.strerror or error}). The ones before "
+            f"the checkpoint {path} of {size:.1f} MB could not be written "
+            f"({error.strerror or error}). The ones before "
             "it are untouched: make room, or set another run_dir, and go on with resume=true."
         ) from error
     for old in checkpoint_files(folder)[keep:]:
@@ -81,13 +91,16 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
     if facts is None:
         raise WeightsError(f"{path} is damaged (its checksum is another).")
     if facts["version"] != VERSION:
-        raise WeightsError(f"{path} is of version {facts['version']}, this chexlib reads {VERSION}.")
+        raise WeightsError(
+            f"{path} is of version {facts['version']}, this chexlib reads {VERSION}."
+        )
     del content["facts"]
     return content, facts
 
 
 def newest_checkpoint(folder: str | Path) -> tuple[Path, dict[str, np.ndarray], dict] | None:
-    """The newest sound checkpoint in `folder`, its arrays and facts; None where there is no checkpoint.
+    """The newest sound checkpoint in `folder`, its arrays and facts; None where there is no
+    checkpoint.
 
     Damaged ones are named in the log, and passed over.
 
@@ -103,7 +116,9 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path, dict[str, np.ndarray], 
         except WeightsError as error:
             log.warning("%s The one before is used.", error)
     if files:
-        raise WeightsError(f"all {len(files)} checkpoints in {folder} are damaged. Start anew with resume=false.")
+        raise WeightsError(
+            f"all {len(files)} checkpoints in {folder} are damaged. Start anew with resume=false."
+        )
     return None
 
 
@@ -120,9 +135,9 @@ def _digest(arrays: dict[str, np.ndarray]) -> bytes:
 class Saver(keras.callbacks.Callback):
     """Saves the full state, and ends the training after a step when asked to.
 
-    The state is saved at the end of an epoch, after the ranks were found to agree; every `config.checkpoint_steps`
-    steps; and when a stop was asked for. Moving statistics are kept for each rank, as each has its own within an epoch.
-    """
+    The state is saved at the end of an epoch, after the ranks were found to agree; every
+    `config.checkpoint_steps` steps; and when a stop was asked for. Moving statistics are kept for
+    each rank, as each has its own within an epoch."""
 
     def __init__(
         self,
@@ -141,7 +156,9 @@ class Saver(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._tracker is not None:  # Keras has just reset it; half of this epoch was done before
-            for variable, value in zip(self.model.loss_tracker.variables, self._tracker, strict=True):
+            for variable, value in zip(
+                self.model.loss_tracker.variables, self._tracker, strict=True
+            ):
                 variable.assign(value)
             self._tracker = None
 
@@ -168,7 +185,9 @@ class Saver(keras.callbacks.Callback):
         return {v.path: v for v in (*self.model.model.variables, *self.model.optimizer.variables)}
 
     def save(self) -> None:
-        """Write a checkpoint, on rank 0; all ranks wait until it is safe, and all learn if it is not."""
+        """Write a checkpoint, on rank 0; all ranks wait until it is safe, and all learn if it is
+        not.
+        """
         if not self.config.keep_checkpoints:
             return
         model, optimizer = self.model.model, self.model.optimizer
@@ -177,10 +196,15 @@ class Saver(keras.callbacks.Callback):
         def write():
             arrays = {f"weights/{i}": v.numpy() for i, v in enumerate(model.trainable_variables)}
             arrays |= {f"optimizer/{i}": v.numpy() for i, v in enumerate(optimizer.variables)}
-            arrays |= {f"statistics/{i}": np.stack(ranks) for i, ranks in enumerate(zip(*statistics, strict=True))}
+            arrays |= {
+                f"statistics/{i}": np.stack(ranks)
+                for i, ranks in enumerate(zip(*statistics, strict=True))
+            }
             arrays |= {f"best/{i}": w for i, w in enumerate(self.validation.best_weights or [])}
             arrays["tracker"] = np.array([v.numpy() for v in self.model.loss_tracker.variables])
-            arrays["steps"] = np.array(self.progress.step_rows, float).reshape(-1, len(self.progress.STEP_COLUMNS))
+            arrays["steps"] = np.array(self.progress.step_rows, float).reshape(
+                -1, len(self.progress.STEP_COLUMNS)
+            )
             facts = {
                 **self.facts,
                 "config": self.config.to_dict(),
@@ -190,12 +214,16 @@ class Saver(keras.callbacks.Callback):
                 "best": [self.validation.best, self.validation.best_epoch],
                 "plateau": [self.plateau.best, self.plateau.wait],
             }
-            save_checkpoint(self.folder, self.at.step, arrays, facts, keep=self.config.keep_checkpoints)
+            save_checkpoint(
+                self.folder, self.at.step, arrays, facts, keep=self.config.keep_checkpoints
+            )
 
         self.world.share(write)
 
     def restore(self, trainer) -> str | None:
-        """Take up the newest sound checkpoint, if there is one. Returns its name, equal on all ranks.
+        """Take up the newest sound checkpoint, if there is one.
+
+        Returns its name, equal on all ranks.
 
         Raises
         ------
@@ -212,13 +240,17 @@ class Saver(keras.callbacks.Callback):
         self.config.require_same(facts["config"], where=str(path))
         for name, value in self.facts.items():
             if facts[name] != value:
-                raise ConfigError(f"{path} is of another training: {name} {facts[name]} there and {value} now.")
+                raise ConfigError(
+                    f"{path} is of another training: {name} {facts[name]} there and {value} now."
+                )
         model, ranks = trainer.model, facts["ranks"]
         for i, variable in enumerate(model.trainable_variables):
             variable.assign(arrays[f"weights/{i}"])
         for i, variable in enumerate(model.non_trainable_variables):
             each = arrays[f"statistics/{i}"]
-            variable.assign(each[self.world.rank] if ranks == self.world.ranks else each.mean(axis=0))
+            variable.assign(
+                each[self.world.rank] if ranks == self.world.ranks else each.mean(axis=0)
+            )
         for i, variable in enumerate(trainer.optimizer.variables):
             variable.assign(arrays[f"optimizer/{i}"])
         best = [arrays[f"best/{i}"] for i in range(len(model.weights)) if f"best/{i}" in arrays]
@@ -237,13 +269,16 @@ class Saver(keras.callbacks.Callback):
         if self.config.resume_keeps == "global_batch":
             if then < (parts := self.world.ranks * self.config.accumulation):
                 raise ConfigError(
-                    f"the global batch of {then} leaves some of {parts} ranks without an image. Use at most "
+                    f"the global batch of {then} leaves some of {parts} ranks without an image. "
+                    "Use at most "
                     f'{then} ranks, or resume_keeps="rank_batch".'
                 )
             self.at.global_batch = then
         elif now != then and not trainer.optimizer.tables:
             rate = float(trainer.optimizer.learning_rate)
-            log.info("global batch %d -> %d: learning rate %g -> %g", then, now, rate, rate * now / then)
+            log.info(
+                "global batch %d -> %d: learning rate %g -> %g", then, now, rate, rate * now / then
+            )
             trainer.optimizer.learning_rate = rate * now / then
         for name in ("images", "epoch", "image", "step"):
             setattr(self.at, name, position[name])

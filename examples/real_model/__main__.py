@@ -14,17 +14,33 @@ from chexlib.machine import import_tensorflow
 
 
 @click.command(cls=Command)
-@click.option("--data", "folders", multiple=True, required=True, metavar="DIR[:DIR]",
-              help="Folder in the NIH layout; of several, the first counts where an image is in two.")  # fmt: skip
+@click.option(
+    "--data",
+    "folders",
+    multiple=True,
+    required=True,
+    metavar="DIR[:DIR]",
+    help="Folder in the NIH layout; of several, the first counts where an image is in two.",
+)
 @click.option("--out", default="", help="Where all goes, and goes on.  [default: runs/real-model]")
-@click.option("--quick", is_flag=True, help="A minute's rehearsal: a tiny network, and a model worth nothing.")
-@click.option("-s", "settings", nargs=2, multiple=True, metavar="NAME VALUE", help="Change a setting of RealModel.")
+@click.option(
+    "--quick", is_flag=True, help="A minute's rehearsal: a tiny network, and a model worth nothing."
+)
+@click.option(
+    "-s",
+    "settings",
+    nargs=2,
+    multiple=True,
+    metavar="NAME VALUE",
+    help="Change a setting of RealModel.",
+)
 def main(folders, out, quick, settings):
-    """Train the best model that real radiographs in DIR allow, and say in its card how good that is.
+    """Train the best model that real radiographs in DIR allow, and say in its card how good that
+    is.
 
-    Pre-trains on phantoms, cross-validates over patients against random weights, and writes an ensemble. About an
-    hour on 2 cores for 1,400 images; stopped, the same command goes on. Not for clinical use.
-    """
+    Pre-trains on phantoms, cross-validates over patients against random weights, and writes an
+    ensemble. About an hour on 2 cores for 1,400 images; stopped, the same command goes on. Not for
+    clinical use."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import_tensorflow()
     from chexlib.app.runs import show_log
@@ -35,9 +51,14 @@ def main(folders, out, quick, settings):
     base = QUICK if quick else RealModel()
     known = {field.name: type(getattr(base, field.name)) for field in dataclasses.fields(base)}
     try:
-        changes = {name: value == "true" if known[name] is bool else known[name](value) for name, value in settings}
+        changes = {
+            name: value == "true" if known[name] is bool else known[name](value)
+            for name, value in settings
+        }
     except (KeyError, ValueError) as error:
-        raise ConfigError(f"-s {error} is no setting, or not a value of it. Settings: {', '.join(known)}.") from error
+        raise ConfigError(
+            f"-s {error} is no setting, or not a value of it. Settings: {', '.join(known)}."
+        ) from error
     show_log()
     paths = [path for item in folders for path in item.split(os.pathsep) if path]
     chosen = dataclasses.replace(base, **changes)

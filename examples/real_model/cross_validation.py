@@ -1,7 +1,8 @@
-"""Two ways to start a training, compared by cross-validation over patients: what is gained, and how sure that is.
+"""Two ways to start a training, compared by cross-validation over patients: what is gained, and how
+sure that is.
 
-Each image is scored once a seed, by a network that has seen none of its patient. Scores of all folds are pooled.
-"""
+Each image is scored once a seed, by a network that has seen none of its patient. Scores of all
+folds are pooled."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def cross_validate(
     seeds: Sequence[int],
     keep: Callable[[Mapping, object], None] = lambda point, model: None,
 ) -> pd.DataFrame:
-    """Train every arm on every fold with every seed; killed, it goes on with the training that was under way.
+    """Train every arm on every fold with every seed; killed, it goes on with the training that was
+    under way.
 
     The last weights of each training are judged: nothing is chosen by what is tested.
 
@@ -46,7 +48,8 @@ def cross_validate(
     ----------
     arms : name -> `train(config, measure=...)`, such as `fit`
     config : TrainConfig
-        What the arms have in common; seed, split and run_dir are set here. A seed has its own folds too.
+        What the arms have in common; seed, split and run_dir are set here. A seed has its own folds
+        too.
     folder : path
         For the table `trainings.parquet`, and `scores/<key>.parquet` of each training.
     told : dict of plain values
@@ -57,7 +60,8 @@ def cross_validate(
     Returns
     -------
     DataFrame
-        A row a training: key, arm, fold, seed, auroc (mean on its fold), seconds; fewer rows if it was stopped.
+        A row a training: key, arm, fold, seed, auroc (mean on its fold), seconds; fewer rows if it
+        was stopped.
     """
     folder = Path(folder)
     (folder / "scores").mkdir(parents=True, exist_ok=True)
@@ -70,7 +74,11 @@ def cross_validate(
             keep(point, trainer.model)
             return {"auroc": mean_auroc(parts["test"].labels, scores)}
 
-        settings = {"seed": point["seed"], "split": fold_kind(point["fold"], folds), "run_dir": str(work)}
+        settings = {
+            "seed": point["seed"],
+            "split": fold_kind(point["fold"], folds),
+            "run_dir": str(work),
+        }
         result = arms[point["arm"]](config.replace(**settings), measure=look)
         return None if result.stopped else {**result.measured, "seconds": result.seconds}
 
@@ -84,7 +92,8 @@ def cross_validate(
 
 
 def pooled(rows: pd.DataFrame, folder: str | Path, arm: str) -> list[pd.DataFrame]:
-    """Scores of all images by one arm, a table a seed, in the form of `predictions.parquet`, part "test".
+    """Scores of all images by one arm, a table a seed, in the form of `predictions.parquet`, part
+    "test".
 
     Raises
     ------
@@ -94,10 +103,17 @@ def pooled(rows: pd.DataFrame, folder: str | Path, arm: str) -> list[pd.DataFram
     tables = []
     for seed, own in rows[rows["arm"] == arm].groupby("seed"):
         if set(own["fold"]) != set(range(1, own["folds"].iloc[0] + 1)):
-            raise DataError(f"{arm}, seed {seed}: only folds {sorted(own['fold'])} are there. Run it again to go on.")
-        table = pd.concat([pd.read_parquet(Path(folder) / "scores" / f"{key}.parquet") for key in own["key"]])
+            raise DataError(
+                f"{arm}, seed {seed}: only folds {sorted(own['fold'])} are there. Run it again to "
+                "go on."
+            )
+        table = pd.concat(
+            [pd.read_parquet(Path(folder) / "scores" / f"{key}.parquet") for key in own["key"]]
+        )
         if table["image"].duplicated().any():
-            raise DataError(f"{arm}, seed {seed}: images were scored by several folds. Remove {folder}.")
+            raise DataError(
+                f"{arm}, seed {seed}: images were scored by several folds. Remove {folder}."
+            )
         tables.append(table.sort_values("image", ignore_index=True))
     return tables
 
@@ -111,10 +127,11 @@ def arm_gains(
     level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """AUROC of two arms, each the mean over its seeds, and their difference in the same resamples of patients.
+    """AUROC of two arms, each the mean over its seeds, and their difference in the same resamples
+    of patients.
 
-    The interval is that of `paired_difference`: it says how other patients would have been scored. That of seeds is
-    not in it, but for what averaging them leaves.
+    The interval is that of `paired_difference`: it says how other patients would have been scored.
+    That of seeds is not in it, but for what averaging them leaves.
 
     Parameters
     ----------
@@ -136,12 +153,27 @@ def arm_gains(
 
     def judged(several):
         found = [resample(labels, one, drawn, codes) for one in several]
-        points, samples = np.mean([p[0] for p, _ in found], axis=0), np.mean([s[0] for _, s in found], axis=0)
-        return np.append(points, mean_of(points[None])), np.vstack([samples, mean_of(samples[None])])
+        points, samples = (
+            np.mean([p[0] for p, _ in found], axis=0),
+            np.mean([s[0] for _, s in found], axis=0),
+        )
+        return np.append(points, mean_of(points[None])), np.vstack(
+            [samples, mean_of(samples[None])]
+        )
 
     (points, samples), (other_points, other_samples) = judged(scores), judged(others)
     difference = points - other_points
-    low, high = interval_of(difference, samples - other_samples, patients_behind(labels, codes), level)
-    columns = {"auroc": points, "other": other_points, "difference": difference, "low": low, "high": high}
+    low, high = interval_of(
+        difference, samples - other_samples, patients_behind(labels, codes), level
+    )
+    columns = {
+        "auroc": points,
+        "other": other_points,
+        "difference": difference,
+        "low": low,
+        "high": high,
+    }
     positives = np.append(counts, counts[counts >= fewest].sum()).astype(int)
-    return pd.DataFrame(columns | {"positives": positives}, index=pd.Index([*FINDINGS, "mean"], name="finding"))
+    return pd.DataFrame(
+        columns | {"positives": positives}, index=pd.Index([*FINDINGS, "mean"], name="finding")
+    )

@@ -1,9 +1,9 @@
-"""The best model that a few real radiographs allow: phantom pre-training, cross-validation by patient, an ensemble.
+"""The best model that a few real radiographs allow: phantom pre-training, cross-validation by
+patient, an ensemble.
 
-`python -m examples.real_model --data DIR` runs it, and goes on where it was stopped. The ensemble is of the networks of
-the cross-validation's first seed: each has seen four fifths of the images, together they have seen all, and what their
-out-of-fold scores say is not too good for it.
-"""
+`python -m examples.real_model --data DIR` runs it, and goes on where it was stopped. The ensemble
+is of the networks of the cross-validation's first seed: each has seen four fifths of the images,
+together they have seen all, and what their out-of-fold scores say is not too good for it."""
 
 from __future__ import annotations
 
@@ -65,27 +65,43 @@ class RealModel:
 
 
 QUICK = RealModel(
-    topology="vgg16", size=32, pretrain_images=128, snapshots=2, snapshot=2, phantom_images=60, folds=2, seeds=1,
-    epochs=1, batch_size=16, pretrain_rate=1e-4, rate=1e-4, scratch_rate=1e-4,
-)  # fmt: skip
+    topology="vgg16",
+    size=32,
+    pretrain_images=128,
+    snapshots=2,
+    snapshot=2,
+    phantom_images=60,
+    folds=2,
+    seeds=1,
+    epochs=1,
+    batch_size=16,
+    pretrain_rate=1e-4,
+    rate=1e-4,
+    scratch_rate=1e-4,
+)
 
 
-def train_real_model(folders: Sequence[str | Path], out: str | Path, *, settings: RealModel = RealModel()) -> dict:
-    """Pre-train, cross-validate from the phantom and from random weights, and write the ensemble with its card.
+def train_real_model(
+    folders: Sequence[str | Path], out: str | Path, *, settings: RealModel = RealModel()
+) -> dict:
+    """Pre-train, cross-validate from the phantom and from random weights, and write the ensemble
+    with its card.
 
-    Two processes on one `out` share the cross-validation; the second waits while the first pre-trains.
+    Two processes on one `out` share the cross-validation; the second waits while the first
+    pre-trains.
 
     Parameters
     ----------
     folders : folders in the NIH layout, of one release
     out : path
-        Of all that is made: model.keras, MODEL_CARD.md, metrics.json, predictions.parquet (out of fold), and what it
-        needs to go on. Use another one for other data or settings.
+        Of all that is made: model.keras, MODEL_CARD.md, metrics.json, predictions.parquet (out of
+        fold), and what it needs to go on. Use another one for other data or settings.
 
     Returns
     -------
     dict
-        What metrics.json holds: settings, data, split, gains (of `arm_gains`), by_seed, model, minutes.
+        What metrics.json holds: settings, data, split, gains (of `arm_gains`), by_seed, model,
+        minutes.
     """
     out, s = Path(out).absolute(), settings
     began = time.monotonic()
@@ -97,9 +113,16 @@ def train_real_model(folders: Sequence[str | Path], out: str | Path, *, settings
         return {"stopped": True}
     radiographs = load_radiographs(data)
     config = TrainConfig(
-        data_dir=str(data), run_dir=str(out), topology=s.topology, size=s.size, batch_size=s.batch_size,
-        epochs=s.epochs, augment=s.augment, keep_checkpoints=0, resume=True,
-    )  # fmt: skip
+        data_dir=str(data),
+        run_dir=str(out),
+        topology=s.topology,
+        size=s.size,
+        batch_size=s.batch_size,
+        epochs=s.epochs,
+        augment=s.augment,
+        keep_checkpoints=0,
+        resume=True,
+    )
     reuse = {SCRATCH: Reuse(), PHANTOM: Reuse()}
     warmup = s.warmup * s.batch_size / 256
     alone = fine_schedule(s.scratch_rate, epochs=s.epochs, warmup=warmup)
@@ -108,7 +131,9 @@ def train_real_model(folders: Sequence[str | Path], out: str | Path, *, settings
         return fit(config.replace(schedule=alone), measure=measure, reuse=reuse[SCRATCH])
 
     def from_phantom(config, *, measure):
-        config = config.replace(stage_rate=s.stage_rate, fresh_head=s.fresh_head, recalibrate=s.recalibrate)
+        config = config.replace(
+            stage_rate=s.stage_rate, fresh_head=s.fresh_head, recalibrate=s.recalibrate
+        )
         settings = {"rate": s.rate, "warmup": s.warmup, "measure": measure, "reuse": reuse[PHANTOM]}
         return finetune(start, config, **settings)
 
@@ -116,11 +141,20 @@ def train_real_model(folders: Sequence[str | Path], out: str | Path, *, settings
     told = {"data": digest, **asdict(s)}
     keep = functools.partial(_keep_member, out / "members", config, digest)
     arms, work = {SCRATCH: from_scratch, PHANTOM: from_phantom}, out / "cross-validation"
-    rows = cross_validate(arms, config, work, told=told, folds=s.folds, seeds=range(s.seeds), keep=keep)
+    rows = cross_validate(
+        arms, config, work, told=told, folds=s.folds, seeds=range(s.seeds), keep=keep
+    )
     if len(rows) < len(arms) * s.folds * s.seeds:
         return {"stopped": True}
-    found = _judge(rows, work) | {"settings": asdict(s), "data": {"digest": digest, **describe(radiographs)}}
-    split = {"name": f"{s.folds}-fold by patient", "digest": digest, "images": {"all": len(radiographs)}}
+    found = _judge(rows, work) | {
+        "settings": asdict(s),
+        "data": {"digest": digest, **describe(radiographs)},
+    }
+    split = {
+        "name": f"{s.folds}-fold by patient",
+        "digest": digest,
+        "images": {"all": len(radiographs)},
+    }
     found |= {"split": split}
     members = [out / "members" / f"fold-{fold}.keras" for fold in range(1, s.folds + 1)]
     _write(out, members, found, pooled(rows, work, PHANTOM)[0], config)
@@ -130,17 +164,37 @@ def train_real_model(folders: Sequence[str | Path], out: str | Path, *, settings
 
 
 def _pretrained(out: Path, s: RealModel) -> str:
-    """The snapshot that is fine-tuned, pre-trained if it is not there yet; empty if that was stopped."""
+    """The snapshot that is fine-tuned, pre-trained if it is not there yet; empty if that was
+    stopped.
+    """
     if not _finished(out / "pretraining", s.snapshots):
         log.info("pre-training on %d phantoms ...", s.pretrain_images)
-        phantom = write_phantom(out / "phantom", n_images=s.phantom_images, size=s.size, min_prevalence=0.06, seed=1)
-        rise = {"kind": "warmup", "length": 0.25, "start": s.pretrain_rate / 10, "rate": s.pretrain_rate}
-        fall = {"kind": "cosine", "length": s.snapshots - 0.25, "rate": s.pretrain_rate, "end": s.pretrain_rate / 100}
+        phantom = write_phantom(
+            out / "phantom", n_images=s.phantom_images, size=s.size, min_prevalence=0.06, seed=1
+        )
+        rise = {
+            "kind": "warmup",
+            "length": 0.25,
+            "start": s.pretrain_rate / 10,
+            "rate": s.pretrain_rate,
+        }
+        fall = {
+            "kind": "cosine",
+            "length": s.snapshots - 0.25,
+            "rate": s.pretrain_rate,
+            "end": s.pretrain_rate / 100,
+        }
         first = TrainConfig(
-            data_dir=str(phantom), run_dir=str(out / "pretraining"), topology=s.topology, size=s.size,
-            batch_size=s.pretrain_batch, keep_checkpoints=1, schedule={"unit": "epochs", "phases": [rise, fall]},
-            split="patient", resume=True,
-        )  # fmt: skip
+            data_dir=str(phantom),
+            run_dir=str(out / "pretraining"),
+            topology=s.topology,
+            size=s.size,
+            batch_size=s.pretrain_batch,
+            keep_checkpoints=1,
+            schedule={"unit": "epochs", "phases": [rise, fall]},
+            split="patient",
+            resume=True,
+        )
         if pretrain(first, images=s.pretrain_images, snapshots=s.snapshots).stopped:
             return ""
     return snapshots_of(out / "pretraining")["path"].iloc[s.snapshot - 1]
@@ -151,19 +205,33 @@ def describe(radiographs: Radiographs) -> dict:
     labels = radiographs.labels.sum(axis=0).astype(int).tolist()
     names = radiographs.table.columns[-len(labels) :]
     counts = dict(zip(names, labels, strict=True))
-    return {"images": len(radiographs), "patients": int(radiographs.table["patient"].nunique()), "positives": counts}
+    return {
+        "images": len(radiographs),
+        "patients": int(radiographs.table["patient"].nunique()),
+        "positives": counts,
+    }
 
 
 def _finished(run: Path, snapshots: int) -> bool:
-    return len(list(run.glob("snapshots/step-*.keras"))) == snapshots and (run / "model.keras").is_file()
+    return (
+        len(list(run.glob("snapshots/step-*.keras"))) == snapshots
+        and (run / "model.keras").is_file()
+    )
 
 
 def _keep_member(folder: Path, config: TrainConfig, digest: str, point, model) -> None:
     """Keep the network of a fold of the first seed for the ensemble."""
     if point["arm"] == PHANTOM and point["seed"] == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        card = {"topology": config.topology, "size": config.size, "normalization": NORMALIZATION[config.topology]}
-        card |= {"config": {"precision": config.precision, "seed": 0}, "split": {"name": f"fold {point['fold']}"}}
+        card = {
+            "topology": config.topology,
+            "size": config.size,
+            "normalization": NORMALIZATION[config.topology],
+        }
+        card |= {
+            "config": {"precision": config.precision, "seed": 0},
+            "split": {"name": f"fold {point['fold']}"},
+        }
         save_model(model, folder / f"fold-{point['fold']}.keras", card=card | {"data": digest})
 
 
@@ -171,29 +239,52 @@ def _judge(rows: pd.DataFrame, work: Path) -> dict:
     arms = {arm: pooled(rows, work, arm) for arm in (SCRATCH, PHANTOM)}
     seeds = sorted(rows["seed"].unique())
     by_seed = {
-        int(seed): arm_gains([ours], [theirs], resamples=200).loc["mean", ["auroc", "other", "difference"]].to_dict()
+        int(seed): arm_gains([ours], [theirs], resamples=200)
+        .loc["mean", ["auroc", "other", "difference"]]
+        .to_dict()
         for seed, ours, theirs in zip(seeds, arms[PHANTOM], arms[SCRATCH], strict=True)
     }
     return {"gains": arm_gains(arms[PHANTOM], arms[SCRATCH]), "by_seed": by_seed}
 
 
-def _write(out: Path, members: list[Path], found: dict, predictions: pd.DataFrame, config: TrainConfig) -> None:
+def _write(
+    out: Path, members: list[Path], found: dict, predictions: pd.DataFrame, config: TrainConfig
+) -> None:
     """model.keras, predictions.parquet and MODEL_CARD.md."""
-    path, mean, data = save_ensemble(members, out / "model.keras"), found["gains"].loc["mean"], found["data"]
+    path, mean, data = (
+        save_ensemble(members, out / "model.keras"),
+        found["gains"].loc["mean"],
+        found["data"],
+    )
     rare = [name for name, count in data["positives"].items() if count < FEWEST]
-    s, gain = found["settings"], with_interval(mean["difference"], mean["low"], mean["high"], "+.3f")
+    s, gain = (
+        found["settings"],
+        with_interval(mean["difference"], mean["low"], mean["high"], "+.3f"),
+    )
     about = [
-        f"It was trained on {data['images']:,} radiographs of {data['patients']:,} patients, which is very little: the "
-        "NIH release has 112,120. Positives: " + ", ".join(f"{n} {c}" for n, c in data["positives"].items()) + ".",
-        f"It is the mean of {len(members)} networks, one a fold of a cross-validation by patient. The AUROCs below are "
-        f"out of fold ({split_of(found)}): each image was scored by the one network that had seen none of its patient.",
-        f"Each began with {s['pretrain_images']:,} synthetic radiographs. Against random weights that changed the mean "
+        f"It was trained on {data['images']:,} radiographs of {data['patients']:,} patients, which "
+        "is very little: the "
+        "NIH release has 112,120. Positives: "
+        + ", ".join(f"{n} {c}" for n, c in data["positives"].items())
+        + ".",
+        f"It is the mean of {len(members)} networks, one a fold of a cross-validation by patient. "
+        "The AUROCs below are "
+        f"out of fold ({split_of(found)}): each image was scored by the one network that had seen "
+        "none of its patient.",
+        f"Each began with {s['pretrain_images']:,} synthetic radiographs. Against random weights "
+        "that changed the mean "
         f"AUROC over findings with {FEWEST} or more positives by {gain}, over resampled patients, "
-        f"from {mean['other']:.3f} to {mean['auroc']:.3f}; means of {s['seeds']} seeds, {split_of(found)}."
-        + (f" Too rare for that mean: {', '.join(rare)}." if rare else ""),
+        f"from {mean['other']:.3f} to {mean['auroc']:.3f}; means of {s['seeds']} seeds, "
+        f"{split_of(found)}." + (f" Too rare for that mean: {', '.join(rare)}." if rare else ""),
     ]
     own = {**config.to_dict(), "weights": "phantom pre-training", "learning_rate": s["rate"]}
-    facts = {"split": found["split"], "config": own, "ranks": 1, "best_epoch": s["epochs"] - 1, "about": about}
+    facts = {
+        "split": found["split"],
+        "config": own,
+        "ranks": 1,
+        "best_epoch": s["epochs"] - 1,
+        "about": about,
+    }
     extend_card(path, **facts, data=f"{data['images']:,} real radiographs of the NIH release")
     with replacing(out / "predictions.parquet") as file:
         predictions.to_parquet(file, index=False)
