@@ -29,9 +29,10 @@ env: $(STAMP)  ## make the environment in .venv
 run: $(STAMP)  ## execute every notebook headless and write the report
 	@exec $(BIN)/python -m chexlib run --profile $(PROFILE) $(if $(DATA),--data '$(DATA)') $(if $(ENGINES),--engines $(ENGINES)) $(if $(RESUME),--resume)
 
-# Two test processes of a thread each; then, two files at a time, the tests that start ranks, engines or notebooks.
-TWO := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-TOGETHER := OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 $(TWO) -m 'not cores'
+# Two test processes of a thread each: first on files that start nothing, then on those that start ranks, engines or
+# notebooks, the longest first.
+TWO := OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+TOGETHER := $(TWO) -m 'not cores'
 COUNTED := --durations=20 --cov=chexlib
 
 test: $(STAMP)  ## run the tests, with coverage of chexlib: ten minutes on 2 cores

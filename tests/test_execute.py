@@ -38,7 +38,7 @@ name: str = "x"  # a name
 CAPTION = 'Loss "falls" <script>alert(1)</script> – 95 %'
 GOOD = [
     f"caption, given = {CAPTION!r}, dict(seed=seed, rate=rate, mirror=mirror, name=name)",
-    "from chexlib import runs\nrun = runs.start('00_good', run_dir=run_dir, parameters=given)",
+    "from chexlib.app import runs\nrun = runs.start('00_good', run_dir=run_dir, parameters=given)",
     "from matplotlib.figure import Figure\nfigure = Figure()\n_ = figure.subplots().plot([1, 2])\n"
     "run.save_figure(figure, 'curve', caption=caption)\nrun.finish(answer=42)\nprint('the last "
     "cell')",

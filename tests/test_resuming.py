@@ -104,7 +104,7 @@ def test_a_run_that_is_killed_goes_on_in_its_folder_with_what_is_not_finished(tm
 def test_an_interrupt_ends_both_of_two_notebooks_that_run_at_the_same_time(tmp_path):
     asleep = "import os, time\n(log.parent / f'kernel-{os.getpid()}').touch()\ntime.sleep(600)"
     project(tmp_path, {"05_one": asleep, "06_two": asleep, "07_three": asleep})
-    script = f"import chexlib.app.execute\nchexlib.execute.end_when_told()\n{EXECUTE}"
+    script = f"import chexlib.app.execute\nchexlib.app.execute.end_when_told()\n{EXECUTE}"
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path)], stderr=subprocess.DEVNULL
     )

@@ -124,7 +124,6 @@ def arm_gains(
     *,
     fewest: int = FEWEST,
     resamples: int = 1000,
-    level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
     """AUROC of two arms, each the mean over its seeds, and their difference in the same resamples
@@ -163,9 +162,7 @@ def arm_gains(
 
     (points, samples), (other_points, other_samples) = judged(scores), judged(others)
     difference = points - other_points
-    low, high = interval_of(
-        difference, samples - other_samples, patients_behind(labels, codes), level
-    )
+    low, high = interval_of(difference, samples - other_samples, patients_behind(labels, codes))
     columns = {
         "auroc": points,
         "other": other_points,
