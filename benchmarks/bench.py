@@ -3,7 +3,8 @@ same minutes.
 
 A worker is a process, or an MPI job, that has everything ready. It reads a number of steps, takes
 them and answers with the seconds of each, and may tell facts of itself before; while others work it
-is frozen (SIGSTOP), so that nothing spins beside them."""
+is frozen (SIGSTOP), so that nothing spins beside them.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ python benchmarks/bootstrap.py
 25,596 images of 2,797 patients, 14 findings at the release's frequencies, 1,000 resamples. The loop
 calls `roc_auc_score` with weights for one resample and finding after another; it is timed on a few
 and multiplied. Ours does the average precision as well, which the loop leaves out. One JSON line a
-measurement."""
+measurement.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ python benchmarks/calibration.py --data data/nih --size 224 --epochs 4
 Each seed draws weights, order and mirroring anew; data and split are the same. One JSON line a
 seed: the mean over findings of the error as trained, after each method, and what perfect
 probabilities would have in such a sample; and the method that cross-fitting on validation chooses.
-The last line counts the seeds in which each lowered the error."""
+The last line counts the seeds in which each lowered the error.
+"""
 
 from __future__ import annotations
 

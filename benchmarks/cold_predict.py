@@ -7,7 +7,8 @@ python benchmarks/cold_predict.py --data DIR                       # an untraine
 DIR holds images at any depth. The interpreter's start, the import of TensorFlow and the building of
 the network are in the seconds; files are in the page cache after the first round. One JSON line:
 the median over rounds, all of them, and the largest memory that a process of it took (making
-untrained weights is one too)."""
+untrained weights is one too).
+"""
 
 from __future__ import annotations
 

@@ -30,7 +30,8 @@ that hold the truth, and *told*, "below 93 %" or "above 98 %".
 
 *chance*: two models of equal worth; share of trials in which any of 14 findings or their mean is
 called different, with Holm's correction and without. *compare*: the same of `chexlib compare`
-between two runs with patients of their own."""
+between two runs with patients of their own.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ python benchmarks/localization.py --weights runs/latest/03_train_baseline/model.
 data/phantom/NAME python benchmarks/localization.py --weights FILE --data data/nih --all
 
 Of images with boxes, those of the release's test list unless `--all`. One JSON line a finding, then
-all, then the focal ones: findings whose boxes cover less than a tenth of the image on average."""
+all, then the focal ones: findings whose boxes cover less than a tenth of the image on average.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ python benchmarks/run_times.py runs/ID --cells 5
 
 Prints a JSON line for each notebook: seconds in all, of its start (until its first cell began, from
 the end of the one before), of the cell that imports, and of its longest other cells, each with its
-first line."""
+first line.
+"""
 
 from __future__ import annotations
 

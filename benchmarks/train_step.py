@@ -16,7 +16,8 @@ one rank a core, and what is left of it where these ranks step at the same time 
 nothing: that loss is the machine's. --other PYTHON measures this very code in a second environment,
 such as one with an older TensorFlow, and --mpi4py the same layouts where mpi4py and not Horovod
 carries the ranks' sums. DenseNet-121 takes 3.4 GB per rank at 224 px, and all that is compared is
-in memory at once."""
+in memory at once.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@ is only one rank.
 
 Horovod carries them where it is built, else mpi4py does. `CHEXLIB_COLLECTIVES=horovod` or `mpi4py`
 forces one. Horovod's own Keras classes average nothing under Keras 3 (see the README's FAQ), so the
-few collectives that training needs are called here directly. Only this file imports Horovod."""
+few collectives that training needs are called here directly. Only this file imports Horovod.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ class World:
         size.
 
         There are as many batches on every rank, so that what ranks do together in one finds all of
-        them; and none of a few images, whose statistics mean nothing."""
+        them; and none of a few images, whose statistics mean nothing.
+        """
         most = -(-n // self.ranks)
         return np.array_split(np.arange(self.rank, n, self.ranks), max(1, -(-most // batch)))
 
@@ -144,7 +146,8 @@ class _Mpi4py:
     MPI takes collectives in the order in which they are called, and does not see a rank that never
     comes. So all collectives of one graph are put into the order in which they were traced, the
     same on every rank; and each begins with a wait for all ranks that names those that stay away,
-    with Horovod's settings and in Horovod's words."""
+    with Horovod's settings and in Horovod's words.
+    """
 
     WATCHERS = 2  # the first ranks know who has come; two, since one of them may be who is missing
 

@@ -1,5 +1,6 @@
-"""One family of errors. A message says what is wrong, the value, what is accepted and the next
-step.
+"""One family of errors.
+
+A message says what is wrong, the value, what is accepted and the next step.
 """
 
 

@@ -60,7 +60,8 @@ def import_tensorflow() -> None:
     """Import TensorFlow without what 2.21 says at its start, before it reads TF_CPP_MIN_LOG_LEVEL.
 
     What is written to standard error meanwhile is shown only if the import fails. The garbage
-    collector rests: it would find nothing among what an import makes, and take 0.6 of 3.5 s."""
+    collector rests: it would find nothing among what an import makes, and take 0.6 of 3.5 s.
+    """
     sys.stderr.flush()
     collecting = gc.isenabled()
     gc.disable()
@@ -120,7 +121,8 @@ def native_precision() -> str:
     Rapids and later without AMX, as some clouds offer them) a matrix product was measured at half
     of the speed of float32 (benchmarks/README.md). Without any of them bfloat16 is emulated, and
     far slower. Processors of ARM have bfloat16 too, under other names; nothing was measured there,
-    so they get float32."""
+    so they get float32.
+    """
     flags = processor_flags()
     fast = "amx_bf16" in flags or ("avx512_bf16" in flags and "avx512_fp16" not in flags)
     return "mixed_bfloat16" if fast else "float32"

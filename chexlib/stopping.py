@@ -2,7 +2,8 @@
 system.
 
 Slurm sends it ahead of the time limit with `sbatch --signal=USR1@120`; Open MPI's `mpiexec` passes
-it on to the ranks."""
+it on to the ranks.
+"""
 
 from __future__ import annotations
 

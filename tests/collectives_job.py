@@ -3,7 +3,8 @@
 
 The argument says what: "agree", "away" (rank 1 never comes to a sum), "alone" (rank 1 ends with an
 error while the others wait for it) or "later" (rank 0 goes on by itself when the others have
-ended)."""
+ended).
+"""
 
 import json
 import sys

@@ -1,7 +1,8 @@
 """What plays the notebook in a fault trial, and the runner's hold on it.
 
 It trains on two MPI engines, and writes what happens, with the time, to a log that the runner
-reads."""
+reads.
+"""
 
 import json
 import logging

@@ -6,7 +6,8 @@ python tests/faults.py --only 7                        # the seventh of them aga
 
 A trial is passed if it ends in an error that says what happened, or in a resumed training whose
 weights are those of the undisturbed one to the bit, and if 15 s later no process of it and no half
-file is left."""
+file is left.
+"""
 
 import argparse
 import contextlib

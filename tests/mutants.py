@@ -6,7 +6,8 @@ python tests/mutants.py --count 30 --seed 0 python tests/mutants.py --count 30 -
 A mutant is one function with one change: a comparison turned, an operator or a constant replaced, a
 condition negated, a statement left out. For each, the test files that name its module are run until
 one fails; with --all, what survives meets all others. Works in copies, and prints a JSON line per
-mutant. A tree's own .venv runs its tests."""
+mutant. A tree's own .venv runs its tests.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 a file.
 
 The argument is JSON: out, data_dir, and trainings, a list of settings that are taken one after the
-other."""
+other.
+"""
 
 import json
 import sys

@@ -172,7 +172,8 @@ def test_virtual_ranks_are_real_ones_in_other_networks_and_numbers(
 ):
     """Two addends have one sum; four are added in another order by MPI than here, which these
     networks, at their random start and with 4 images to normalise by, make a thousand times larger
-    at every step."""
+    at every step.
+    """
     settings = {**REAL, "topology": topology, "steps": steps}
     real = run_ranks(tmp_path, phantom, [settings], ranks=ranks)["ranks"][0]
     virtual = run_ranks(tmp_path, phantom, [{**settings, "accumulation": ranks}], ranks=1)["ranks"][
@@ -197,7 +198,8 @@ def test_ten_steps_of_sync_and_ghost_are_those_of_what_they_stand_for(tmp_path, 
 
     At ten times the rate DenseNet-121's statistics are 6e-5 apart with sync after ten steps, and
     9e-3 without it. All batches are whole: a last one of 8 images is one virtual batch to ghost,
-    and 4 images each to two ranks."""
+    and 4 images each to two ranks.
+    """
     phantom = write_phantom(tmp_path / "phantom", n_images=160, size=64, workers=1)
     file = tmp_path / "start.weights.h5"
     start = {

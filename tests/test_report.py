@@ -2,7 +2,8 @@
 reader, by keyboard.
 
 Run by hand with `python tests/test_report.py RUN FOLDER`, it leaves screenshots of a run's pages in
-FOLDER."""
+FOLDER.
+"""
 
 import base64
 import itertools

@@ -472,7 +472,8 @@ def test_two_honest_runs_are_rarely_called_different_over_all_figures(tmp_path, 
     """500 pairs, 32 figures each. With 5 % expected at most, 38 or more have a chance of 1 %.
 
     `training` is the error of another seed, in standard errors over patients. Where it is larger
-    than is known of our trainings, the reference's other seeds have to say so."""
+    than is known of our trainings, the reference's other seeds have to say so.
+    """
     (tmp_path / "reference").mkdir()
     (tmp_path / "run" / "03_train_baseline").mkdir(parents=True)
     write_json(tmp_path / "run" / "03_train_baseline" / "params.json", BASELINE["params"])

@@ -3,7 +3,8 @@ check`.
 
 A changed test file is its own; a changed module of chexlib has the test files that name it, or
 whose helpers beside them do. Modules that more than `MOST` test files name, such as chexlib.errors,
-are left to `make test`."""
+are left to `make test`.
+"""
 
 import re
 import subprocess

@@ -2,7 +2,8 @@
 named.
 
 Serves bench.py as chexlib.scaling.throughput does: answers with the seconds of each 2 n^3
-operations, n = 2048."""
+operations, n = 2048.
+"""
 
 import json
 import sys

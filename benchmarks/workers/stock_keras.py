@@ -1,7 +1,8 @@
 """The training of stock Keras: keras.applications, `compile`, `fit`, one process.
 
 Serves bench.py as chexlib.scaling.throughput does. Files are read by a loader in Python that
-decodes and resizes each image in every epoch, as the 2018 code did."""
+decodes and resizes each image in every epoch, as the 2018 code did.
+"""
 
 import json
 import sys

@@ -1,7 +1,8 @@
 """A rank of PyTorch's training step: DistributedDataParallel over Gloo, channels last.
 
 Serves bench.py as chexlib.scaling.throughput does. Needs torch, so it runs in an environment of its
-own (`make peer`); torchvision is not needed."""
+own (`make peer`); torchvision is not needed.
+"""
 
 import json
 import os

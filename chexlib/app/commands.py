@@ -36,7 +36,8 @@ def predict(images, weights, form, heatmaps):
     clinical use.
 
     IMAGES are PNG, JPEG or DICOM files, folders of them, or quoted patterns such as
-    'films/**/*.dcm'. Exits with 1 if some could not be read, 2 if none could."""
+    'films/**/*.dcm'. Exits with 1 if some could not be read, 2 if none could.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import pandas as pd
 

@@ -144,7 +144,8 @@ def _side_by_side(take: Callable, paths: list[Path], *, log_file: Path) -> Itera
     """What `take` gives for each path, as they end: two at a time, each with half of the cores.
 
     One by itself runs in this thread, which an interrupt reaches; kernels of other threads are
-    ended here."""
+    ended here.
+    """
     if min(len(paths), cores()) < 2:
         with _headless(log_file):
             for path in paths:
@@ -250,7 +251,8 @@ def _headless(log_file: Path, *, threads: int = 0) -> Iterator[None]:
     is put back.
 
     What kernels write past the notebook (TensorFlow's greetings, a crash) goes to `log_file`;
-    Python's own standard error stays where it was."""
+    Python's own standard error stays where it was.
+    """
     before, stderr, terminal = dict(os.environ), sys.stderr, os.dup(2)
     try:
         # Without room for the file, what kernels say goes where it went before.
@@ -279,7 +281,8 @@ def end_when_told(patience: float = 20.0) -> None:
 
     papermill waits for its kernel to shut down, and has been seen to wait for ever. After
     `patience` seconds the children (kernels, whose watchdogs end their engines) are killed, and the
-    process ends with status 130, telling on standard error where it was."""
+    process ends with status 130, telling on standard error where it was.
+    """
 
     def give_up() -> None:
         faulthandler.dump_traceback()

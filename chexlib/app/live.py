@@ -116,7 +116,8 @@ async def watched(function: Callable, *args: Any, engines=None, **kwargs: Any) -
     watched(fit, config)`.
 
     It runs in a thread, so that the kernel goes on serving the Stop button. Headless it logs a line
-    an epoch instead. Interrupting the cell asks for a stop too."""
+    an epoch instead. Interrupting the cell asks for a stop too.
+    """
     from chexlib import stopping
 
     stop = stopping.ask if engines is None else engines.stop

@@ -78,7 +78,8 @@ def keep_reference(folder: Path, profile: str, *, root: Path = ROOT) -> None:
     its main figure.
 
     A run that differs from the one kept by its seed alone does not replace it: its figures are
-    added to `seeds`, from which `compare_run` takes how far two seeds are apart."""
+    added to `seeds`, from which `compare_run` takes how far two seeds are apart.
+    """
     found = {
         name: json.loads((folder / f"{name}.json").read_text())
         for name in ("metrics", "params", "environment")
@@ -235,7 +236,8 @@ def estimates(metrics, path: str = "") -> Iterator[tuple[str, Estimate]]:
 
     An interval is two keys that are alike but for `low` and `high`. Its figure has their name
     without this word, such as `ap` of `ap_low`; or else it is the last number before them that lies
-    between them."""
+    between them.
+    """
     if isinstance(metrics, list):
         metrics = dict(zip(_labels(metrics), metrics, strict=True))
     if not isinstance(metrics, Mapping):

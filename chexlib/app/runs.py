@@ -1,7 +1,8 @@
 """Runs: one folder for what a notebook found, with everything needed to know how it came about.
 
 `runs/<id>/<notebook>/` holds params.json, environment.json, metrics.json, figures/*.png and what
-training wrote; `runs/latest` points to the newest run."""
+training wrote; `runs/latest` points to the newest run.
+"""
 
 from __future__ import annotations
 
@@ -136,7 +137,8 @@ def data_folder(data_dir: str = "", *, images: int, difficulty: str, seed: int) 
 
     The phantom has `images` synthetic radiographs of `PHANTOM_SIZE` px, and every finding in at
     least `PHANTOM_PREVALENCE` of them: with the release's own prevalence, 12,000 images have seven
-    hernias to test on."""
+    hernias to test on.
+    """
     if data_dir:
         return Path(data_dir).absolute()
     from chexlib.phantom.write import VERSION, write_phantom

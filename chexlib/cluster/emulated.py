@@ -129,7 +129,8 @@ class EmulatedHosts:
 
     With `pinned` each host has one processor of this machine, in turn, instead of all of them:
     where there are more ranks than processors the system deals them out well or badly for seconds
-    at a time, and steps differ by half."""
+    at a time, and steps differ by half.
+    """
 
     network = NETWORK
 

@@ -36,7 +36,8 @@ class Engines:
     """MPI engines that are one MPI world: engine id = MPI rank, checked at every start.
 
     Made by `mpi_engines`. After a fault that leaves ranks stuck they are taken down; the next `run`
-    starts them again."""
+    starts them again.
+    """
 
     log = logging.getLogger(__name__)
 

@@ -3,7 +3,8 @@ orphaned.
 
 An engine that sits in a collective never looks at its heartbeat again, so a thread of its own
 watches: when the launcher that started it is gone, or nobody answers at the controller's port, the
-process ends, on whatever host it is."""
+process ends, on whatever host it is.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,8 @@ class Site:
     """The place of a cluster of engines.
 
     `address` is where the controller listens, `network` what ranks speak over (CIDR, empty on one
-    host)."""
+    host).
+    """
 
     hosts: tuple[tuple[str, int], ...] = ()  # name and slots
     address: str = "127.0.0.1"

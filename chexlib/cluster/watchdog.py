@@ -3,7 +3,8 @@ by `mpi_engines`.
 
 It reads standard input, a pipe that only the notebook's process holds. The word `done` there means
 a normal end. End of file without it means that the process died, however it died; then every
-process of the cluster is ended, and its profile folder is removed."""
+process of the cluster is ended, and its profile folder is removed.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def members(marker: str) -> list[psutil.Process]:
     """This user's processes of the clusters whose profile folder has `marker` in its path.
 
     ipyparallel gives every process that it starts the folder's path in the variable
-    IPP_PROFILE_DIR."""
+    IPP_PROFILE_DIR.
+    """
     found = []
     for process in psutil.process_iter(["environ"]):  # None for the processes of others
         if marker in (process.info["environ"] or {}).get("IPP_PROFILE_DIR", ""):

@@ -6,7 +6,8 @@ and `<name>.parquet`, a row an image: a key made of its file's name and what the
 (bytes, times, inode), a digest of the file's content, and where the pixels are, with their CRC-32.
 A file that is as it was is found by its key; one that was copied or touched is read and found by
 its content; one that was changed has another content, so that stale pixels are never read. Every
-pair is written atomically: a build that was killed goes on with the next image."""
+pair is written atomically: a build that was killed goes on with the next image.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 never lost.
 
 pooch's own downloaders begin again after an interruption; the one here keeps the bytes beside the
-file and asks for the rest (HTTP Range)."""
+file and asks for the rest (HTTP Range).
+"""
 
 from __future__ import annotations
 

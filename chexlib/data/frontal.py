@@ -4,7 +4,8 @@ learning from people.
 The image, averaged to 16 x 16 px, is correlated with the mean of a few phantoms: dark lungs on both
 sides of a bright mediastinum above a bright abdomen. Upright films correlate with it, turned and
 inverted ones less or negatively, and noise not at all. It is a warning for whoever mixed up a
-folder, no guarantee: a lateral film, a film of a child or a good drawing may pass."""
+folder, no guarantee: a lateral film, a film of a child or a good drawing may pass.
+"""
 
 from __future__ import annotations
 

@@ -169,7 +169,8 @@ def read_image(path: str | Path, content: bytes | None = None) -> np.ndarray:
     With `content`, the file's bytes, `path` is for messages. Alpha is ignored: the release's RGBA
     files are opaque. Files of 16 bits often hold 10 to 14: white is the greatest value of as many
     bits, 8 or more, as the file's greatest value needs. DataError if missing, empty, truncated, no
-    image, or over 67 MP."""
+    image, or over 67 MP.
+    """
     try:
         with Image.open(
             path if content is None else io.BytesIO(content), formats=("PNG", "JPEG")

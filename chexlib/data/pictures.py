@@ -26,7 +26,8 @@ def find_pictures(wanted: Iterable[str | Path]) -> list[str]:
     In folders, files count that end as `ENDINGS`, or have no ending and are DICOM; each folder is
     entered once, wherever links lead. What is found twice, however its folder was spelt, comes
     once, as it was spelt first. A name that stands for nothing, and a folder that cannot be listed,
-    is returned as it is, and told when it is read."""
+    is returned as it is, and told when it is read.
+    """
     found: list[str] = []
     for name in map(str, wanted):
         fits = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))

@@ -2,7 +2,8 @@
 
 The order of images is a pure function of (seed, epoch): every rank computes the same permutation
 and takes its own part of each global batch, so each image is seen once an epoch whatever the number
-of ranks."""
+of ranks.
+"""
 
 from __future__ import annotations
 
@@ -236,7 +237,8 @@ def _let_go_of_the_last_error() -> None:
 
     The end of an iterator over a generator waits for a thread of TensorFlow that takes Python's
     lock. Once Python has begun to end itself no thread gets that lock, and the process would wait
-    for ever (seen with Python 3.13)."""
+    for ever (seen with Python 3.13).
+    """
     for name in ("last_exc", "last_value", "last_traceback"):
         if hasattr(sys, name):
             delattr(sys, name)
@@ -248,7 +250,8 @@ def _crop(pixels, boxes):
     corners.
 
     Not by `tf.image.crop_and_resize`: for each of its graphs TensorFlow writes a screen of "Error
-    in PredictCost()"."""
+    in PredictCost()".
+    """
     import keras
     import tensorflow as tf
 

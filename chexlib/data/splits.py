@@ -2,7 +2,8 @@
 
 A patient's radiographs (up to 184) resemble each other, so a network recognises in the test part
 whom it saw in training. The official split and ours keep a patient in one part; `audit` checks any
-split."""
+split.
+"""
 
 from __future__ import annotations
 
@@ -158,7 +159,8 @@ def patient_split(
     """Split by patient, each part with its fraction of the images and of every finding's positives.
 
     `fractions` of train, validation, test: positive, summing to 1. DataError with fewer than 3
-    patients."""
+    patients.
+    """
     _check(radiographs, fractions, radiographs.table["patient"].nunique(), "patients")
     part, names = stratify_patients(radiographs.table, fractions, seed), radiographs.table["image"]
     return Split("patient", seed, {name: tuple(names[part == i]) for i, name in enumerate(PARTS)})
@@ -183,7 +185,8 @@ def make_split(radiographs: Radiographs, *, kind: str = "auto", seed: int = 0) -
 
     "auto" is official if no part is then empty and at least 2 findings of the test part have both
     positives and negatives; else patient. Where there are lists that are not used, that is told as
-    a warning; lists of which no name is in the label file are an error."""
+    a warning; lists of which no name is in the label file are an error.
+    """
     makers = {"official": official_split, "patient": patient_split, "image": image_split}
     if kind in makers:
         return makers[kind](radiographs, seed=seed)
@@ -326,7 +329,8 @@ def stratify_patients(table: pd.DataFrame, fractions: Sequence[float], seed: int
 
     A patient counts with the images per finding and in all. The finding with the fewest images left
     goes first; each of its patients, in random order, goes to the part that lacks most of it, then
-    most images."""
+    most images.
+    """
     row, ids = pd.factorize(table["patient"])  # in the table's order, that of the image names
     counts = np.zeros((len(ids), len(FINDINGS) + 1))
     np.add.at(counts, row, np.column_stack([table[list(FINDINGS)], np.ones(len(table))]))

@@ -7,7 +7,8 @@ patient `PATIENTS` images apart. Image number i is a pure function of (seed, i):
 number of workers and ranks, and from any place on.
 
 Patients are other ones than those of `write_phantom` with the same seed, so that what was
-pre-trained here can be judged there."""
+pre-trained here can be judged there.
+"""
 
 from __future__ import annotations
 

@@ -83,7 +83,8 @@ class Ranking:
 
         AUROC in the Mann-Whitney form, ties counted half (Hanley and McNeil 1982). Average
         precision is the precision at each positive's score, averaged over positives, without
-        interpolation."""
+        interpolation.
+        """
         up = weights[self.up]
         down = np.cumsum(self.between @ weights, axis=0)
         hits, false = np.cumsum(up, axis=0), down[self.through]
@@ -138,7 +139,8 @@ def resample(labels, scores, drawn: np.ndarray, codes: np.ndarray) -> tuple[np.n
     findings, resamples).
 
     `drawn` and `codes` are those of `draw_patients`; two sets of scores with the same ones can be
-    subtracted."""
+    subtracted.
+    """
     everybody = np.ones((len(drawn), 1))
     chunks = [everybody, *(drawn[:, i : i + CHUNK] for i in range(0, drawn.shape[1], CHUNK))]
 

@@ -2,7 +2,8 @@
 better.
 
 A calibration is fitted on the validation part alone; the test part says what it was worth. Like
-operating points it goes with the weights, as a plain dict."""
+operating points it goes with the weights, as a plain dict.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 that predicts.
 
 Members may be any trainings: seeds, the ends of a schedule's cycles, checkpoints, or collapses from
-these, as in the study's collapsed ensembles (77.5 % after 76.8 % of the best member)."""
+these, as in the study's collapsed ensembles (77.5 % after 76.8 % of the best member).
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@ radiologists drew.
 
 A map answers "which places raised this finding's score", not "where is the disease". The pointing
 game (Zhang et al. 2016) asks whether its hottest place lies in the finding's box; beside it stands
-the share of the image that the box covers, which a blind guess would hit."""
+the share of the image that the box covers, which a blind guess would hit.
+"""
 
 from __future__ import annotations
 

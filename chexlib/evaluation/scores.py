@@ -132,7 +132,8 @@ def _labels_among(scores: np.ndarray, labels: np.ndarray) -> list[int]:
 
     None if they are too few to be sure: fewer than `FEWEST_ALIKE` positives or negatives, and no
     more than half of the findings. A model that decides, with few images, may be right on all of a
-    finding."""
+    finding.
+    """
     copied, enough, told = [], False, 0
     for k, has in enumerate(labels.T == 1):
         if has.all() or not has.any():
@@ -152,7 +153,8 @@ def where_from(predictions: pd.DataFrame, radiographs: Radiographs) -> dict:
     patients.
 
     The name says whether the images are those of the official test list, and how many of them are
-    in the official training list, which most models have seen."""
+    in the official training list, which most models have seen.
+    """
     images, files = tuple(predictions["image"]), [radiographs.root / name for name in LISTS]
     name = "images of the file"
     if all(file.is_file() for file in files):
@@ -200,7 +202,8 @@ def judged_in(run: str | Path | None, data: str) -> dict[str, dict]:
     config, predictions.
 
     `data` is the name that `data_name` gives. Of those with different splits the first and its like
-    are taken."""
+    are taken.
+    """
     found = {}
     for folder in sorted(Path(run).iterdir()) if run else ():
         files = [folder / name for name in ("metrics.json", "config.json", "predictions.parquet")]

@@ -1,6 +1,8 @@
-"""Figures of the notebooks. Each function draws what it is given and returns a closed matplotlib
-Figure, so that a cell that ends with it shows it once. Findings are sorted horizontal bars; no
-reading depends on colour alone."""
+"""Figures of the notebooks.
+
+Each function draws what it is given and returns a closed matplotlib Figure, so that a cell that
+ends with it shows it once. Findings are sorted horizontal bars; no reading depends on colour alone.
+"""
 
 from __future__ import annotations
 

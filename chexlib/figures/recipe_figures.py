@@ -110,7 +110,8 @@ def workbench(presets: Mapping, resolve, *, images: int, batch: int, epochs: int
     Returns
     -------
     ipywidgets.Widget, or what says that there is none, as in a notebook that runs headless nobody
-    moves sliders"""
+    moves sliders
+    """
     import ipywidgets as widgets
     from IPython.display import Markdown, display
 

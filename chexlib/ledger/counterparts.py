@@ -125,7 +125,8 @@ def _collapse(claim: Claim, found: Found) -> Measured | str:
 
     A collapse is one epoch more, so it is judged over what the training itself had reached by then
     (`gain_later`), and the study's over what it had reached at its next point. Neither is known of
-    the end of a training."""
+    the end of a training.
+    """
     point, when = int(claim.key.split("/")[2]), claim.key.split("/")[3]
     epochs = sorted(found.metrics["collapse"], key=int)
     row = found.metrics["collapse"][epochs[math.ceil(point / len(COLLAPSES) * len(epochs)) - 1]]

@@ -4,7 +4,8 @@ An AUROC has its split, always.
 
 Wang 2017, Yao 2017 and CheXNet as printed in table 2 of Rajpurkar et al. 2017 (arXiv:1711.05225);
 jrzech from reproduce-chexnet's `aucs.csv`; Dell from the README of ai-radiologist-GPU (DenseNet).
-All else is of the 2018 deck."""
+All else is of the 2018 deck.
+"""
 
 from __future__ import annotations
 

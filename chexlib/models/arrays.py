@@ -78,9 +78,11 @@ def fill_model(
 
     Parameters
     ----------
-    places : the model's `layout` arrays : as `read_arrays` gives them unused : patterns of arrays,
-    by their names in the file or the layers they are for, that may be left out missing : patterns
-    of layers that keep the weights they have
+    places : the model's `layout`
+    arrays : as `read_arrays` gives them
+    unused : patterns of arrays, by their names in the file or the layers they are for, that may be
+        left out
+    missing : patterns of layers that keep the weights they have
 
     Returns
     -------
@@ -142,7 +144,8 @@ def layout(model) -> dict[str, tuple[str, str, object]]:
     """Where Keras writes each weight of a model: name in the file -> (layer, weight, variable).
 
     Keras names arrays by their place in the network. It is asked: a model each of whose weights
-    holds its own number is saved, and read back."""
+    holds its own number is saved, and read back.
+    """
     owners = {v.path: (layer.name, v.name) for layer in leaves(model) for v in layer.weights}
     before = model.get_weights()
     try:

@@ -20,7 +20,8 @@ class Combine(keras.layers.Layer):
 
     A rank is the share of reference images, such as those of validation, with a lower score of this
     member: it has no scale of its own, so a member that is surer than the others weighs no more
-    than they."""
+    than they.
+    """
 
     def __init__(self, how: str = "probability", **settings):
         super().__init__(**settings)

@@ -9,7 +9,8 @@ which can run code when it is read: it is turned into safetensors once, where Py
 
 torchvision's ResNet-50 and VGG-16 are refused: its ResNet-50 strides in the 3 x 3 convolution of a
 block, Keras' in the 1 x 1 before it, and its VGG-16 has hidden dense layers and another
-normalisation. They would load and mean nothing."""
+normalisation. They would load and mean nothing.
+"""
 
 from __future__ import annotations
 

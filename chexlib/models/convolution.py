@@ -4,7 +4,8 @@ slowly.
 Without AVX-512, oneDNN's kernels for that gradient reach a third to a seventh of what its forward
 convolution and its matrix product do (`benchmarks/train_step.py`): of VGG-16's step they are more
 than half. With AVX-512 that holds for kernels of 1 x 1 in float32 (64 to 150 GFLOP/s a core where a
-product has 180 to 220), and for small images in bfloat16."""
+product has 180 to 220), and for small images in bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ class Conv2D(keras.layers.Conv2D):
     """Drop-in for `keras.layers.Conv2D`: the same outputs, and the same gradients to rounding.
 
     Only convolutions with stride 1, channels last, that keep the size of their images differ, where
-    a product is faster."""
+    a product is faster.
+    """
 
     def convolution_op(self, inputs, kernel):
         side, other, channels, _ = kernel.shape

@@ -6,7 +6,8 @@ configuration and results, so weights move freely between the two.
 
 Keras' own `BatchNormalization(synchronized=True)` asks TensorFlow's replica context for the other
 replicas. MPI ranks are no replicas of that context, so between ranks it silently normalises each
-rank by itself."""
+rank by itself.
+"""
 
 from __future__ import annotations
 

@@ -105,8 +105,9 @@ def predict_all(
     Parameters
     ----------
     images : paths of PNG, JPEG or DICOM files, of folders of them, or patterns such as
-    `films/*.dcm` weights : path of a `model.keras` that chexlib wrote, or of its run's folder batch
-    : int, optional
+        `films/*.dcm`
+    weights : path of a `model.keras` that chexlib wrote, or of its run's folder
+    batch : int, optional
         Images at once; `batch_of` the network's size if not given.
     each : callable, optional
         Called after every batch with the model, paths, pixels (k, size, size, 1) and probabilities

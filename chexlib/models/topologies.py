@@ -1,7 +1,8 @@
 """The study's three topologies with a head of 14 sigmoids: grey radiographs in, probabilities out.
 
 A model takes grey pixels of 0 to 255, shape (batch, size, size, 1), and holds its own ImageNet
-normalisation, so that training, prediction and other people's code cannot disagree about it."""
+normalisation, so that training, prediction and other people's code cannot disagree about it.
+"""
 
 from __future__ import annotations
 
@@ -225,7 +226,8 @@ def stages_above(model) -> list[int]:
     5 for the stem.
 
     A stage is what works at one resolution, as Keras numbers its layers: conv1_conv,
-    conv2_block3_1_conv, pool2_conv."""
+    conv2_block3_1_conv, pool2_conv.
+    """
     places = [re.match(r"(?:conv|block|pool)(\d)", v.path) for v in model.trainable_variables]
     heads = [v.path.startswith("findings/") for v in model.trainable_variables]
     return [

@@ -3,7 +3,8 @@ running code.
 
 The network is built by `build_model` from the card; of the rest of the file only the arrays are
 read. Keras' own `config.json` in it, which can name functions and classes, is for other people's
-programs and is never looked at here."""
+programs and is never looked at here.
+"""
 
 from __future__ import annotations
 
@@ -98,8 +99,10 @@ def load_weights(
 
     Parameters
     ----------
-    model : keras.Model weights : a `.keras` file of ours, a `.weights.h5` of Keras, a
-    `.safetensors` of PyTorch, or a run's folder fresh_head : bool
+    model : keras.Model
+    weights : a `.keras` file of ours, a `.weights.h5` of Keras, a `.safetensors` of PyTorch, or a
+        run's folder
+    fresh_head : bool
         Leave the head as it is, although the file has one for our findings.
     unused : patterns of arrays in the file that may be left out
     missing : patterns of layers that may keep the weights they have, such as `conv1_*`

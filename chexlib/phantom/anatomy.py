@@ -4,7 +4,8 @@ Coordinates are the patient's: u runs across the film from the midline (positive
 picture, the patient's left), v runs down it, both in units of the picture's side. Lung is air: a
 finding that fills it (`Film.fill`) takes away air, and with it vessels and borders, as on a real
 film (the silhouette sign). Dimensions and contrasts are set by eye; no radiograph is part of a
-picture."""
+picture.
+"""
 
 from functools import cache
 from types import SimpleNamespace

@@ -3,7 +3,8 @@ NIH films.
 
 Each combination of findings is as frequent as there, given the view position, so prevalence and
 co-occurrence are those of the table (`nih_label_combinations.csv`: films per combination, in all
-and by view)."""
+and by view).
+"""
 
 import csv
 from dataclasses import dataclass
@@ -148,7 +149,8 @@ def sample_patient(
 
     View and findings are drawn together from the NIH table; with probability 0.16 a follow-up
     copies those of the film before and is not drawn anew, which leaves the overall frequencies as
-    they are. Patients have at most 20 films."""
+    they are. Patients have at most 20 films.
+    """
     level = level_of(difficulty)
     pairs, cumulative, prevalence = _table(float(min_prevalence))
     rng = stream(seed, patient, 5)

@@ -3,7 +3,8 @@ where.
 
 A sign takes the film, a generator of its own (for where it lies: the same at every follow-up of a
 patient) and a strength (1 is a textbook sign, 0.2 barely there). It returns its regions, float32
-(size, size), from which the boxes are measured."""
+(size, size), from which the boxes are measured.
+"""
 
 import numpy as np
 

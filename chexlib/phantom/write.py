@@ -3,7 +3,8 @@ with no data.
 
 Who is on the films is sampled after the NIH table (`population.py`). Pictures are drawn
 (`radiograph.py`, from `thorax.py` and `signs.py`), not learnt: they show no person, and say nothing
-about one."""
+about one.
+"""
 
 import json
 import logging

@@ -5,7 +5,8 @@ Horovod (Sergeev and Del Balso 2018) looks every cycle for gradients that all ra
 into its fusion buffer and reduces one buffer after the other, beside the backward pass that makes
 the next ones. Which gradients all ranks have is negotiated at rank 0; since Horovod 0.16 an answer
 is kept and costs a few small messages, before that rank 0 went through a request of every rank for
-every gradient (Kurth et al. 2018; Romero et al. 2022)."""
+every gradient (Kurth et al. 2018; Romero et al. 2022).
+"""
 
 from __future__ import annotations
 

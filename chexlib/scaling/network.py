@@ -3,7 +3,8 @@
 A message of m bytes takes alpha + m/bandwidth (Hockney 1994; for collectives Thakur, Rabenseifner
 and Gropp 2005). A fabric has two levels: ranks of one node speak through its memory, and all ranks
 of a node share its network card. In each round of an algorithm all ranks wait for the slowest
-message."""
+message.
+"""
 
 from __future__ import annotations
 
@@ -142,7 +143,8 @@ def hierarchical_seconds(
 
     Open MPI's module han works so (Horovod's HOROVOD_HIERARCHICAL_ALLREDUCE is for GPUs): between
     the nodes each rank carries its own part of the gradients, and all share the card, so that the
-    card carries them once."""
+    card carries them once.
+    """
     if nodes == 1:
         return allreduce_seconds(
             size, nodes=1, per_node=per_node, fabric=fabric, algorithm=algorithm

@@ -20,8 +20,10 @@ def measure_solution(point: Mapping, folder: Path, *, data: Path) -> dict:
     Parameters
     ----------
     point : with topology, size, most_epochs, seed and auroc, the mean validation AUROC that counts
-    as the solution folder : of checkpoints: a killed training goes on from them data : folder in
-    the NIH layout"""
+        as the solution
+    folder : of checkpoints: a killed training goes on from them
+    data : folder in the NIH layout
+    """
     config = TrainConfig(
         data_dir=str(data),
         run_dir=str(folder),

@@ -6,7 +6,8 @@ python -m chexlib.scaling.throughput '{"topology": "densenet121", "size": 224, "
 is a rank (under mpiexec: ranks) that reads numbers of steps from its input, 0 being the end, takes
 them with `DataParallelTrainer.fit` on random radiographs or on `paths`, and answers with the
 seconds of each. Of a number below 0 the steps are taken by every rank for itself, begun together
-and with nothing communicated, and the seconds are the slowest rank's."""
+and with nothing communicated, and the seconds are the slowest rank's.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@ between them.
 
 A launch is one topology on some hosts; its ranks stay while the cables' rate is changed under them.
 Half of the settings give the model its few unknowns, by least squares; the other half are
-predicted."""
+predicted.
+"""
 
 from __future__ import annotations
 
@@ -72,9 +73,11 @@ def measure_wires(
 
     Parameters
     ----------
-    points : from `launches` rates : bits a second table : Parquet file of finished launches turns :
-    in each, first every rank steps for itself and then all together: one to five steps, as many as
-    fit into 5
+    points : from `launches`
+    rates : bits a second
+    table : Parquet file of finished launches
+    turns : in each, first every rank steps for itself and then all together: one to five steps, as
+        many as fit into 5
         seconds of all turns, the median counting, after one that does not count. The mean over
         turns is told.
 

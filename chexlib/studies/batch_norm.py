@@ -2,7 +2,8 @@
 
 A large global batch can cost accuracy in three ways that have to do with batch norm or are taken
 for it: there are fewer updates in as many epochs; moving statistics trail weights that still move
-fast; each rank normalises a small local batch."""
+fast; each rank normalises a small local batch.
+"""
 
 from __future__ import annotations
 
@@ -53,11 +54,13 @@ def norm_grid(
 
     Parameters
     ----------
-    batches : global batches, the smallest first local_batches : images normalised together; the
-    first in all parts, the others at the largest global batch momenta : of moving statistics; the
-    first in all parts, the others in their own norms : to compare with "batch" at the largest
-    global batch images : of the training part; what is left over after whole global batches is not
-    used in an epoch
+    batches : global batches, the smallest first
+    local_batches : images normalised together; the first in all parts, the others at the largest
+        global batch
+    momenta : of moving statistics; the first in all parts, the others in their own
+    norms : to compare with "batch" at the largest global batch
+    images : of the training part; what is left over after whole global batches is not used in an
+        epoch
 
     Returns
     -------

@@ -102,7 +102,8 @@ def score_checkpoints(checkpoints: Sequence[str | Path]) -> list[pd.DataFrame]:
     holds it.
 
     The settings are those of the first one; moving statistics are averaged over ranks, as at the
-    end of an epoch."""
+    end of an epoch.
+    """
     _, arrays, facts = read_state(Path(checkpoints[0]))
     config = TrainConfig.from_dict(facts["config"])
     parts, model = divide(config)[1], model_of(config, arrays)

@@ -7,7 +7,8 @@ one.
 
 A row names what made it. The version of the training and the precision are part of its key: a row
 of another version is stale, and its point is trained anew. Commit and machine are told in the row
-only."""
+only.
+"""
 
 from __future__ import annotations
 
@@ -164,7 +165,8 @@ def deciding_settings(config: TrainConfig) -> dict:
     points of a grid.
 
     Left out is what `TrainConfig.require_same` lets a resumed training change, but for epochs and
-    batches: folders, checkpoints, how to resume."""
+    batches: folders, checkpoints, how to resume.
+    """
     decide = {"epochs", "batch_size", "accumulation"}
     found = {
         name: value

@@ -84,7 +84,8 @@ def leakage_gain(results: Mapping, *, resamples: int = 1000, seed: int = 0) -> p
     `leaking_configs`.
 
     The column `auroc` is the leaking training's, `other` the honest one's. The interval covers
-    which patients were tested, not how another start of the trainings would have ended."""
+    which patients were tested, not how another start of the trainings would have ended.
+    """
     scored = [pd.read_parquet(results[name].predictions) for name in ("by image", "by patient")]
     return compare(*scored, resamples=resamples, seed=seed)
 

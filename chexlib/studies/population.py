@@ -27,7 +27,8 @@ class NormReport:
 
     `scores` has the rows moving, batch and recalibrated, and the columns auroc (mean over findings
     that have both classes) and loss (binary cross-entropy). `layers` has a row a batch-norm layer,
-    from input to output."""
+    from input to output.
+    """
 
     count: int
     scores: pd.DataFrame

@@ -126,7 +126,8 @@ class Progress(keras.callbacks.Callback):
     twice a second.
 
     Skew is by how much of the slowest rank's time the fastest rank is ahead, before they wait for
-    each other."""
+    each other.
+    """
 
     # Loss of that step alone, seconds of compute.
     STEP_COLUMNS = ("epoch", "step", "loss", "slowest", "fastest")
@@ -204,7 +205,8 @@ class Snapshots(keras.callbacks.Callback):
     """At each epoch's end, after its checkpoint, writes `run_dir/snapshots/step-<step>.keras`.
 
     Its card's `snapshot` has step, images (seen until then), learning_rate (of the last update),
-    global_batch, epoch, epochs, optimizer, val_loss and val_auroc."""
+    global_batch, epoch, epochs, optimizer, val_loss and val_auroc.
+    """
 
     def __init__(self, config: TrainConfig, at: Position):
         super().__init__()

@@ -2,7 +2,8 @@
 graph from a table.
 
 The table is read by the count of updates; that count is all that a checkpoint has to hold besides
-the slots."""
+the slots.
+"""
 
 from __future__ import annotations
 
@@ -173,7 +174,8 @@ class Lamb(Decoupled, keras.optimizers.Lamb):
 
     With r = m / (sqrt(v) + epsilon) of the corrected moments, w <- w - rate * |w| / |u| * u for u =
     r + decay * w; the ratio is 1 where a norm is 0. Keras' class has the decay apart, as AdamW.
-    Without decay this is Keras'."""
+    Without decay this is Keras'.
+    """
 
     def update_step(self, gradient, variable, learning_rate):
         import tensorflow as tf
@@ -201,7 +203,8 @@ class Momentum(Scheduled, keras.optimizers.SGD):
     as in Caffe.
 
     v <- momentum * v - rate * (gradient + decay * weight);  weight <- weight + v, or Nesterov's
-    look ahead."""
+    look ahead.
+    """
 
     def __init__(self, learning_rate=0.01, *, momentum=0.9, nesterov=False, decay=0.0, **settings):
         super().__init__(learning_rate, momentum=momentum, nesterov=nesterov, **settings)
@@ -229,7 +232,8 @@ class LARS(Momentum):
     """Layer-wise adaptive rate scaling (You, Gitman and Ginsburg 2017, algorithm 1).
 
     A kernel's rate is multiplied by ratio * |w| / (|gradient| + decay * |w|), 1 where a norm is 0.
-    Biases and batch norm take the rate as it is."""
+    Biases and batch norm take the rate as it is.
+    """
 
     def __init__(self, learning_rate=0.01, *, ratio=LARS_RATIO, **settings):
         super().__init__(learning_rate, **settings)

@@ -7,7 +7,8 @@ src/caffe/solvers/sgd_solver.cpp there. "coded" is what those compute: the polyn
 solver's iterations with the warm-up's, so the rate drops where the warm-up ends, 4.8 to 4.534 and
 1.6 to 1.467. "meant" counts from the end of the warm-up. That this was meant is seen in the rate
 that each next file starts from: 4.8 x 402 / 7594 = 0.254, 1.6 x 10920 / 17160 = 1.02, 0.764 / 4 =
-0.19, 0.572 / 4 = 0.143."""
+0.19, 0.572 / 4 = 0.143.
+"""
 
 from __future__ import annotations
 

@@ -120,7 +120,8 @@ class Values:
     Caffe's form, in which the velocity holds the rate; in a warm-up, and in the step after it that
     has the full rate, it is multiplied by rate(i) / rate(i - 1) (Goyal et al. 2017, remark 2). A
     phase with count="stage" is one of the authors' solver as coded, which stops a step earlier:
-    there the step after the warm-up is not corrected."""
+    there the step after the warm-up is not corrected.
+    """
 
     rate: np.ndarray
     momentum: np.ndarray

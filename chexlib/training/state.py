@@ -137,7 +137,8 @@ class Saver(keras.callbacks.Callback):
 
     The state is saved at the end of an epoch, after the ranks were found to agree; every
     `config.checkpoint_steps` steps; and when a stop was asked for. Moving statistics are kept for
-    each rank, as each has its own within an epoch."""
+    each rank, as each has its own within an epoch.
+    """
 
     def __init__(
         self,

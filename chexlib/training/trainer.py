@@ -27,7 +27,8 @@ class DataParallelTrainer(keras.Model):
 
     Every step's allreduce also carries a few numbers, so that all ranks know them at the same step:
     `step_loss`, the loss of that step alone; `asked`, above 0 if a rank has set `asking`; and
-    `busy`, the seconds that each rank computed before it was ready for the others."""
+    `busy`, the seconds that each rank computed before it was ready for the others.
+    """
 
     def __init__(
         self,

@@ -40,7 +40,8 @@ def main(folders, out, quick, settings):
 
     Pre-trains on phantoms, cross-validates over patients against random weights, and writes an
     ensemble. About an hour on 2 cores for 1,400 images; stopped, the same command goes on. Not for
-    clinical use."""
+    clinical use.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import_tensorflow()
     from chexlib.app.runs import show_log

@@ -2,7 +2,8 @@
 sure that is.
 
 Each image is scored once a seed, by a network that has seen none of its patient. Scores of all
-folds are pooled."""
+folds are pooled.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@ patient, an ensemble.
 
 `python -m examples.real_model --data DIR` runs it, and goes on where it was stopped. The ensemble
 is of the networks of the cross-validation's first seed: each has seen four fifths of the images,
-together they have seen all, and what their out-of-fold scores say is not too good for it."""
+together they have seen all, and what their out-of-fold scores say is not too good for it.
+"""
 
 from __future__ import annotations
 
