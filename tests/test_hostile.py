@@ -309,10 +309,9 @@ def test_hostile_weights_are_refused_and_nothing_in_them_runs(kind, tmp_path, vg
     assert not (tmp_path / "executed").exists()
 
 
-ENSEMBLE = {"topology": "ensemble", "how": "probability", "members": [MEMBER]}
+ENSEMBLE = {"topology": "ensemble", "members": [MEMBER]}
 CARDS = {
     "no members": {"topology": "ensemble"},
-    "no way to combine": {**ENSEMBLE, "how": None},
     "empty": {**ENSEMBLE, "members": []},
     "members by name": {**ENSEMBLE, "members": {"a": MEMBER}},
     "members of text": {**ENSEMBLE, "members": ["vgg16"]},

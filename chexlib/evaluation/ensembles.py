@@ -52,9 +52,7 @@ def mean_auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     return float(np.nanmean(areas))
 
 
-def choose(
-    scores: np.ndarray, labels: np.ndarray, *, how: str = "probability", most: int = 0
-) -> list[int]:
+def choose(scores: np.ndarray, labels: np.ndarray) -> list[int]:
     """Members that gain together, chosen greedily: the best one, then whichever adds most, while
     one does.
 
@@ -65,15 +63,11 @@ def choose(
     ----------
     scores : (members, n, 14) of validation
     labels : (n, 14)
-    most : int
-        Members at most; 0 for as many as gain.
     """
-    from chexlib.models.combine import combine
-
     chosen, best = [], -np.inf
-    while len(chosen) < (most or len(scores)):
+    while len(chosen) < len(scores):
         left = [i for i in range(len(scores)) if i not in chosen]
-        tried = [mean_auroc(labels, combine(scores[[*chosen, i]], how=how)) for i in left]
+        tried = [mean_auroc(labels, scores[[*chosen, i]].mean(axis=0)) for i in left]
         if max(tried) < best + LEAST_GAIN:
             break
         best = max(tried)
@@ -101,13 +95,7 @@ def diversity(scores: np.ndarray, names: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(np.nanmean(apart, axis=0).round(12), index=list(names), columns=list(names))
 
 
-def save_ensemble(
-    members: Sequence[str | Path],
-    path: str | Path,
-    *,
-    how: str = "probability",
-    reference: np.ndarray | None = None,
-) -> Path:
+def save_ensemble(members: Sequence[str | Path], path: str | Path) -> Path:
     """Write the models of `members` as one `.keras` file, which `chexlib predict` takes as any
     other.
 
@@ -115,22 +103,10 @@ def save_ensemble(
     ----------
     members : paths of `model.keras` files
     path : where the ensemble goes
-    how : {"probability", "logit", "rank"}
-    reference : (members, m, 14), optional
-        Validation scores, among which ranks are counted.
     """
     from chexlib.models.combine import combine_models
     from chexlib.models.weights import ENSEMBLE, load_model, save_model
 
     models, cards = zip(*(load_model(member) for member in members), strict=True)
-    card = {
-        "topology": ENSEMBLE,
-        "size": cards[0]["size"],
-        "split": cards[0].get("split"),
-        "how": how,
-    }
-    return save_model(
-        combine_models(list(models), how=how, reference=reference),
-        path,
-        card={**card, "members": cards},
-    )
+    card = {"topology": ENSEMBLE, "size": cards[0]["size"], "split": cards[0].get("split")}
+    return save_model(combine_models(list(models)), path, card={**card, "members": cards})

@@ -43,8 +43,7 @@ def heat_maps(
     part of the channels' sum of A times the mean of G (Selvaraju et al. 2017), "layer_cam" of A
     times the positive part of G, place by place (Jiang et al. 2021), which earlier, finer layers
     need. "cam" is the positive part of the last features times the weights of the finding's output
-    (Zhou et al. 2016). Of an ensemble, whatever it combines its members' scores by, it is the mean
-    of the members' maps.
+    (Zhou et al. 2016). Of an ensemble it is the mean of the members' maps.
 
     Parameters
     ----------

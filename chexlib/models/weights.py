@@ -184,24 +184,21 @@ def _build(path: Path, card: dict):
     """The network that a card describes, with the weights that it is drawn with."""
     if card.get("topology") != ENSEMBLE:
         return _build_one(path, card)
-    from chexlib.models.combine import WAYS, combine_models
+    from chexlib.models.combine import combine_models
 
-    members, how, size = card.get("members"), card.get("how"), card["size"]
+    members, size = card.get("members"), card["size"]
     listed = isinstance(members, list) and all(isinstance(member, dict) for member in members)
     # Each is built before its weights are looked for.
     room = (
         path.stat().st_size >= sum(_least_bytes(member) for member in members) if listed else False
     )
-    if not room or not members or how not in WAYS:
+    if not room or not members:
         raise WeightsError(
-            f"{path} is an ensemble of {members!r:.80}, combined by {how!r:.80}. Accepted: a list "
-            "of cards, of no more "
-            f"networks than a file of this length holds, combined by {', '.join(WAYS)}. Write it "
-            "again with "
-            "`save_ensemble`."
+            f"{path} is an ensemble of {members!r:.80}. Accepted: a list of cards, of no more "
+            "networks than a file of this length holds. Write it again with `save_ensemble`."
         )
     models = [_build_one(path, {**member, "size": size}) for member in members]
-    return combine_models(models, how=how, reference=np.zeros((len(models), 1, len(FINDINGS))))
+    return combine_models(models)
 
 
 def _least_bytes(card: dict) -> float:

@@ -15,7 +15,6 @@ from chexlib.errors import ConfigError
 from chexlib.evaluation.ensembles import choose, diversity, mean_auroc, save_ensemble, stack
 from chexlib.evaluation.paired import paired_difference
 from chexlib.evaluation.verdicts import mean_of_seeds
-from chexlib.models.combine import combine
 from chexlib.studies.collapse import collapse, epoch_ends, score_checkpoints
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
@@ -68,7 +67,7 @@ def measure_collapses(
     validation, labels, _ = stack(collapsed, part="validation")
     test, test_labels, patients = stack(collapsed, part="test")
     chosen = choose(validation, labels)
-    together, best = combine(test[chosen]), chosen[0]
+    together, best = test[chosen].mean(axis=0), chosen[0]
     apart = paired_difference(test_labels, together, test[best], patients)
     members = [work / f"collapse-{i + 1}" / "model.keras" for i in chosen]
     ensemble.parent.mkdir(parents=True, exist_ok=True)
