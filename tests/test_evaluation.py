@@ -11,7 +11,7 @@ from scipy.stats import t as student
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from chexlib.errors import DataError
-from chexlib.evaluation.auroc import auroc, average_precision, bootstrap_auroc, in_words, judge
+from chexlib.evaluation.auroc import Ranking, auroc, bootstrap_auroc, in_words, judge
 from chexlib.evaluation.resampling import with_interval
 from chexlib.files import ROOT
 from chexlib.findings import FINDINGS
@@ -53,13 +53,11 @@ def test_auroc_and_average_precision_are_scikit_learns_with_ties_weights_and_mis
         if seed % 4 == 0
         else (labels[known], scores[known], weights[:, known])
     )
-    for ours, theirs in ((auroc, roc_auc_score), (average_precision, average_precision_score)):
-        assert ours(given, scores) == pytest.approx(theirs(y, s), abs=1e-12)
+    assert auroc(given, scores) == pytest.approx(roc_auc_score(y, s), abs=1e-12)
+    found = Ranking(given, scores).measure(weights.T)
+    for ours, theirs in zip(found, (roc_auc_score, average_precision_score), strict=True):
         expected = [theirs(y, s, sample_weight=one) for one in w]
-        np.testing.assert_allclose(
-            ours(given, scores, weights=weights), expected, rtol=0, atol=1e-12
-        )
-        assert ours(given, scores, weights=weights[1]) == pytest.approx(expected[1], abs=1e-12)
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12)
 
 
 def test_auroc_of_a_hand_worked_case():
@@ -80,15 +78,8 @@ def test_scores_may_be_whole_numbers_or_calls(kind):
         scores[:100] = rng.integers(0, 100, 100)
     order = np.unique(scores, return_inverse=True)[1].astype(float)
     assert auroc(labels, scores) == pytest.approx(roc_auc_score(labels, order), abs=1e-12)
-    assert average_precision(labels, scores) == pytest.approx(
-        average_precision_score(labels, order), abs=1e-12
-    )
-
-
-def test_weights_of_many_resamples_give_one_value_each_also_when_there_is_only_one():
-    labels, scores = [0, 1, 1], [0.2, 0.1, 0.3]
-    assert np.shape(auroc(labels, scores, weights=np.ones((2, 3)))) == (2,)
-    assert np.shape(auroc(labels, scores, weights=np.ones((1, 3)))) == (1,)
+    _, precision = Ranking(labels, scores).measure(np.ones((len(labels), 1)))
+    assert precision == pytest.approx(average_precision_score(labels, order), abs=1e-12)
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 0], [1, 1, 1]])
@@ -98,7 +89,7 @@ def test_one_class_only_is_undefined(labels):
 
 def test_a_class_without_weight_is_undefined_in_that_resample_alone():
     weights = np.array([[1, 1, 1], [0, 1, 1], [1, 0, 0]])
-    values = auroc([1, 0, 0], [0.5, 0.2, 0.3], weights=weights)
+    values, _ = Ranking([1, 0, 0], [0.5, 0.2, 0.3]).measure(weights.T)
     np.testing.assert_array_equal(values, [1, np.nan, np.nan])
 
 

@@ -106,17 +106,9 @@ def recursive_doubling(world):
         world.exchange([(2 * i + 1, 2 * i, all_, False) for i in range(extra)])
 
 
-def tree(world):
-    distances = [2**i for i in range(math.ceil(math.log2(world.n)))]
-    for d in distances:
-        world.exchange([(r + d, r, slice(None), True) for r in range(0, world.n - d, 2 * d)])
-    for d in reversed(distances):
-        world.exchange([(r, r + d, slice(None), False) for r in range(0, world.n - d, 2 * d)])
-
-
 @pytest.mark.parametrize(
     ("algorithm", "simulate"),
-    [("ring", ring), ("recursive doubling", recursive_doubling), ("tree", tree)],
+    [("ring", ring), ("recursive doubling", recursive_doubling)],
 )
 @pytest.mark.parametrize(
     ("nodes", "per_node"),
@@ -237,15 +229,6 @@ def test_what_follows_from_a_step_is_worked_out():
     assert row["core_hours"] == pytest.approx(585 / 3600 * 96)
     assert row["kwh"] == pytest.approx(585 / 3600 * 1.0)
     assert row["hardware_efficiency"] == pytest.approx(90_000 * 1e9 / (585 * 2e12))
-
-
-def test_strong_scaling_shares_one_batch():
-    table = project(JOB, SMALL, horovod=Horovod(cycle=0.0), nodes=[1, 4], global_batch=100)
-    assert table["batch"].tolist() == [100, 25] and table["compute"].tolist() == pytest.approx(
-        [1.0, 0.25]
-    )
-    with pytest.raises(ConfigError, match="less than an image"):
-        project(JOB, SMALL, horovod=Horovod(), nodes=[256], global_batch=100)
 
 
 def test_gradients_come_from_the_layers_of_the_network_last_first():

@@ -178,7 +178,7 @@ def test_an_image_split_leaks_and_the_audit_says_so():
 
 def test_the_official_test_list_is_the_test_part(tiny_nih):
     radiographs = load_radiographs(tiny_nih())
-    split = official_split(radiographs, validation_fraction=0.3)
+    split = official_split(radiographs)
     assert split.images("test") == read_list(radiographs.root / "test_list.txt")
     assert len(split.images("train")) + len(split.images("validation")) == 15
     assert not audit(split, radiographs).leaks
@@ -282,12 +282,6 @@ def test_official_lists_that_are_not_used_are_told_aloud(tiny_nih, caplog):
     caplog.clear()
     assert make_split(load_radiographs(root)).name == "patient"
     assert "not officially" not in caplog.text  # told only where one asks for it
-
-
-@pytest.mark.parametrize("fraction", [0, 1, -0.5])
-def test_a_bad_validation_fraction_is_named(tiny_nih, fraction):
-    with pytest.raises(ConfigError, match=f"validation_fraction={fraction}"):
-        official_split(load_radiographs(tiny_nih()), validation_fraction=fraction)
 
 
 def test_auto_takes_the_official_split_only_if_its_test_part_can_be_scored(tiny_nih):

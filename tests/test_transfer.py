@@ -183,14 +183,6 @@ def test_each_stage_moves_by_its_share(vgg_file, phantom, tmp_path):
     np.testing.assert_allclose(head["findings/kernel"], whole["findings/kernel"], atol=1e-6)
 
 
-def test_frozen_epochs_train_the_head_alone_and_then_everything(vgg_file, phantom, tmp_path):
-    config = config_for(phantom, tmp_path, epochs=1, max_steps=2, fresh_head=True)
-    finetune(vgg_file, config, rate=1e-4, frozen_epochs=1)
-    start, head = weights_of(vgg_file), weights_of(tmp_path / "head" / "model.keras")
-    assert differ(start, head) == ["findings/kernel", "findings/bias"]
-    assert len(differ(head, weights_of(tmp_path / "model.keras"))) == 28
-
-
 def test_recalibration_gives_the_statistics_of_the_new_images_before_the_first_step(
     phantom, tmp_path, monkeypatch
 ):

@@ -120,18 +120,15 @@ class Audit:
         return verdict + sizes + self.prevalence.to_html(border=0, float_format="{:.2%}".format)
 
 
-def official_split(
-    radiographs: Radiographs, *, validation_fraction: float = 0.125, seed: int = 0
-) -> Split:
+OFFICIAL_VALIDATION = 0.125  # share of the official training list, of patients
+
+
+def official_split(radiographs: Radiographs, *, seed: int = 0) -> Split:
     """The release's split: test_list.txt tests; train_val_list.txt is cut by patient, stratified.
 
     Only present images are kept. DataError for a missing list, one of which no name is in the label
     file, an image in both, or an empty part.
     """
-    if not 0 < validation_fraction < 1:
-        raise ConfigError(
-            f"validation_fraction={validation_fraction} is not between 0 and 1, as 0.125 is."
-        )
     training, testing = (read_list(radiographs.root / name, radiographs) for name in LISTS)
     if both := sorted(set(training) & set(testing)):
         raise DataError(
@@ -141,7 +138,7 @@ def official_split(
     test, rest = rows_of(testing, table)["image"], rows_of(training, table)
     if unlisted := len(table) - len(test) - len(rest):
         _log.warning("%d present images are in neither official list: left out", unlisted)
-    part = stratify_patients(rest, (1 - validation_fraction, validation_fraction), seed)
+    part = stratify_patients(rest, (1 - OFFICIAL_VALIDATION, OFFICIAL_VALIDATION), seed)
     parts = dict(
         zip(PARTS, (*(tuple(rest["image"][part == i]) for i in range(2)), tuple(test)), strict=True)
     )

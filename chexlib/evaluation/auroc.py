@@ -102,36 +102,13 @@ class Ranking:
         return np.where(defined, area, np.nan), np.where(defined, average, np.nan)
 
 
-def auroc(
-    labels: np.ndarray, scores: np.ndarray, *, weights: np.ndarray | None = None
-) -> np.ndarray:
-    """Area under the ROC curve of one finding, for one or many sets of image weights.
+def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Area under the ROC curve of one finding; `labels` and `scores` (n,) as for `Ranking`.
 
-    Parameters
-    ----------
-    labels, scores : (n,), as for `Ranking`
-    weights : (n,) or (resamples, n) float, optional
-        How often each image counts; 1 if not given.
-
-    Returns
-    -------
-    float or (resamples,) float64
-        NaN where one class has no weight: AUROC is not defined there.
+    NaN where there is one class only: AUROC is not defined there.
     """
-    return _measure(labels, scores, weights)[0]
-
-
-def average_precision(
-    labels: np.ndarray, scores: np.ndarray, *, weights: np.ndarray | None = None
-) -> np.ndarray:
-    """Average precision of one finding; as `auroc`. Chance is the share of positives, not 0.5."""
-    return _measure(labels, scores, weights)[1]
-
-
-def _measure(labels, scores, weights) -> list:
-    weights = np.ones(len(labels)) if weights is None else np.asarray(weights, np.float64)
-    found = Ranking(labels, scores).measure(np.atleast_2d(weights).T)
-    return [float(values[0]) if weights.ndim == 1 else values for values in found]
+    area, _ = Ranking(labels, scores).measure(np.ones((len(labels), 1)))
+    return float(area[0])
 
 
 def resample(labels, scores, drawn: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

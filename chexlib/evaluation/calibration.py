@@ -264,18 +264,13 @@ def fit_calibration(
     return Calibration(method, curves)
 
 
-def compare_calibrations(
-    labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, *, folds: int = 5
-) -> pd.Series:
+def compare_calibrations(labels: np.ndarray, scores: np.ndarray, patients: np.ndarray) -> pd.Series:
     """Which calibration to carry, by the validation part alone: each is judged on patients it was
     not fitted to.
 
     Parameters
     ----------
     labels, scores, patients : as of `fit_calibration`
-    folds : int
-        The patients are dealt into so many; each fold is calibrated by what was fitted to the
-        others.
 
     Returns
     -------
@@ -291,7 +286,7 @@ def compare_calibrations(
         np.asarray(patients),
     )
     judged = {"as trained": scores} | {method: np.full_like(scores, np.nan) for method in METHODS}
-    folds = min(folds, len(np.unique(patients)))
+    folds = min(5, len(np.unique(patients)))
     for kept, held in GroupKFold(folds).split(scores, groups=patients) if folds > 1 else ():
         for method in METHODS:
             fitted = fit_calibration(labels[kept], scores[kept], patients[kept], method=method)

@@ -21,7 +21,6 @@ def heat_figure(
     titles: Sequence[str],
     *,
     boxes=None,
-    columns: int = 4,
 ) -> Figure:
     """Radiographs in grey, with lines around what is hotter than 60 and 180 of 255, and a light
     tint inside.
@@ -34,7 +33,7 @@ def heat_figure(
     boxes : sequence of DataFrame, optional
         For each image, rows of finding, x, y (upper left), width, height in fractions of the side.
     """
-    columns = max(1, min(columns, len(images)))
+    columns = max(1, min(4, len(images)))
     rows, side = -(-len(images) // columns), 10 / max(columns, 2.5)
     fig, axs = plt.subplots(
         rows,

@@ -40,9 +40,7 @@ def set_theme() -> None:
     )
 
 
-def finding_counts(
-    labels_by_source: Mapping[str, pd.DataFrame | np.ndarray], *, title: str = ""
-) -> Figure:
+def finding_counts(labels_by_source: Mapping[str, pd.DataFrame | np.ndarray]) -> Figure:
     """Percentage of images with each finding, a bar per source with its count beside it.
 
     Parameters
@@ -59,7 +57,7 @@ def finding_counts(
     }
     fig, ax = plt.subplots(figsize=(8, 3 + 1.6 * len(sources)))
     _bars(ax, counts, np.array(NAMES)[order], totals=[len(labels) for labels in sources.values()])
-    ax.set(xlabel="images with the finding (%), and their number", title=title)
+    ax.set(xlabel="images with the finding (%), and their number")
     return _done(fig)
 
 

@@ -145,15 +145,9 @@ def project(
     *,
     horovod: Horovod,
     nodes: Sequence[int] = NODES,
-    global_batch: int = 0,
 ) -> pd.DataFrame:
-    """What a training would take on each number of nodes.
-
-    Parameters
-    ----------
-    global_batch : int
-        Strong scaling: the batch that all ranks share. 0 is weak scaling, each rank with its own
-        `job.batch`.
+    """What a training would take on each number of nodes, each rank having its own batch (weak
+    scaling).
 
     Returns
     -------
@@ -166,28 +160,22 @@ def project(
     Raises
     ------
     ConfigError
-        A number of nodes or of ranks a node below 1; a global batch that leaves a rank without an
-        image.
+        A number of nodes or of ranks a node below 1.
     """
     if min([*nodes, job.per_node]) < 1:
         raise ConfigError(
             f"{min(nodes)} nodes of {job.per_node} ranks are not accepted. Use at least 1 of each."
         )
-    rows = [_row(job, cluster, horovod, n, global_batch) for n in nodes]
-    alone = _row(job, cluster, horovod, 1, global_batch)["images_per_second"]
+    rows = [_row(job, cluster, horovod, n) for n in nodes]
+    alone = _row(job, cluster, horovod, 1)["images_per_second"]
     table = pd.DataFrame(rows)
     table.insert(9, "efficiency", table["images_per_second"] / table["nodes"] / alone)
     return table.set_index("nodes")
 
 
-def _row(job: Job, cluster: Cluster, horovod: Horovod, nodes: int, global_batch: int) -> dict:
+def _row(job: Job, cluster: Cluster, horovod: Horovod, nodes: int) -> dict:
     ranks = nodes * job.per_node
-    batch = global_batch / ranks if global_batch else job.batch
-    if batch < 1:
-        raise ConfigError(
-            f"a global batch of {global_batch} is less than an image for each of {ranks} ranks. "
-            "Use fewer nodes."
-        )
+    batch = job.batch
     compute = job.fixed + batch * job.per_node / job.speed
     waiting = compute * cluster.spread * expected_slowest(nodes * cluster.processors)
     place = {"nodes": nodes, "per_node": job.per_node, "fabric": cluster.fabric, "horovod": horovod}

@@ -75,15 +75,6 @@ def recursive_doubling(size: float, nodes: int, per_node: int) -> Iterator[Round
         )
 
 
-def tree(size: float, nodes: int, per_node: int) -> Iterator[Round]:
-    """A binomial tree adds up towards one rank, and another hands out from it."""
-    ranks = nodes * per_node
-    for i in range(math.ceil(math.log2(ranks))):
-        pairs = [(rank, rank + 2**i) for rank in range(0, ranks - 2**i, 2 ** (i + 1))]
-        yield _round(size, per_node, [(b, a) for a, b in pairs])
-        yield _round(size, per_node, pairs)
-
-
 def _round(size: float, per_node: int, pairs: Sequence[tuple[int, int]], times: int = 1) -> Round:
     """Of messages from one rank to another, ranks being numbered node by node."""
     nodes = [(a // per_node, b // per_node) for a, b in pairs]
@@ -91,7 +82,7 @@ def _round(size: float, per_node: int, pairs: Sequence[tuple[int, int]], times: 
     return Round(size, any(a == b for a, b in nodes), max(leaving.values(), default=0), times)
 
 
-ALGORITHMS = {"ring": ring, "recursive doubling": recursive_doubling, "tree": tree}
+ALGORITHMS = {"ring": ring, "recursive doubling": recursive_doubling}
 
 
 def allreduce_seconds(
@@ -105,7 +96,7 @@ def allreduce_seconds(
         Bytes that each rank holds.
     nodes, per_node : int
         Nodes, and ranks on each; ranks are numbered node by node.
-    algorithm : "ring", "recursive doubling" or "tree"
+    algorithm : "ring" or "recursive doubling"
 
     Examples
     --------

@@ -35,6 +35,7 @@ from chexlib.training.reuse import Reuse
 
 # Adam's; without batch norm a network bears less.
 RATES = {"densenet121": 1e-3, "resnet50": 1e-3, "vgg16": 1e-4}
+POPULATION = 1024  # training images, at most, for the statistics of the population
 EVALUATED = 64  # images normalised together where a model is judged by batch statistics
 
 
@@ -153,14 +154,9 @@ def training_order(grid: dict[str, list[dict]]) -> list[dict]:
     return sorted(points, key=graph)
 
 
-def measure_norms(config: TrainConfig, *, reuse: Reuse, population: int = 1024) -> dict | None:
+def measure_norms(config: TrainConfig, *, reuse: Reuse) -> dict | None:
     """Train, and judge the last weights on the test part by moving, by batch and by the
     population's statistics.
-
-    Parameters
-    ----------
-    population : int
-        Training images, at most, for the population's statistics.
 
     Returns
     -------
@@ -179,7 +175,7 @@ def measure_norms(config: TrainConfig, *, reuse: Reuse, population: int = 1024) 
         scores = {"moving": score(trainer.infer)}
         with kept_statistics(model):
             scores["batch"] = score(trainer.infer_by_batch)
-        recalibrate_on(parts["train"], trainer, world, size=config.size, images=population)
+        recalibrate_on(parts["train"], trainer, world, size=config.size, images=POPULATION)
         scores["recalibrated"] = score(trainer.infer)
         judged = {kind: judge_scores(labels, values) for kind, values in scores.items()}
         found = {
@@ -216,7 +212,7 @@ def _drawn(n: int, images: int) -> np.ndarray:
     return generator_for("recalibration", seed=0).permutation(n)[:images]
 
 
-def report_after(config: TrainConfig, *, reuse: Reuse, population: int = 1024) -> NormReport:
+def report_after(config: TrainConfig, *, reuse: Reuse) -> NormReport:
     """Train, and look at the batch norm of the last weights: `bn_report` on the test part, by local
     batches.
     """
@@ -226,7 +222,7 @@ def report_after(config: TrainConfig, *, reuse: Reuse, population: int = 1024) -
         paths = parts["train"].table["path"]
         chosen = {
             "test": parts["test"].table["path"],
-            "train": paths.iloc[_drawn(len(paths), population)],
+            "train": paths.iloc[_drawn(len(paths), POPULATION)],
         }
         stores = {
             part: ImageStore(paths, size=config.size, gather=world.gather)

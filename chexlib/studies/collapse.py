@@ -29,17 +29,15 @@ def collapse(
     *,
     run_dir: str | Path,
     epochs: int = 1,
-    rate: float | None = None,
-    power: float = 2.0,
-    weight_decay: float | None = None,
-    engines=None,
     **changes,
 ) -> TrainResult:
     """Train on from a checkpoint for a few epochs, with a rate that falls to 0 and random area and
     aspect off.
 
-    The weights and moving statistics are taken over as they are, the optimizer's slots are not, as
-    in the study (`solver_collapse.prototxt` is started with `--weights`).
+    The rate falls from the one that the training has come to, as a polynomial of power 2; the
+    weight decay is `RAISED` times what the training has come to. The weights and moving statistics
+    are taken over as they are, the optimizer's slots are not, as in the study
+    (`solver_collapse.prototxt` is started with `--weights`).
 
     Parameters
     ----------
@@ -48,13 +46,6 @@ def collapse(
     run_dir : path
         For what the collapse leaves; `start.keras` there is the model it began with.
     epochs : int
-    rate : float, optional
-        To begin with. None: the rate that the training has come to.
-    power : float
-        Of the polynomial.
-    weight_decay : float, optional
-        None: `RAISED` times what the training has come to.
-    engines : chexlib.cluster.engines.Engines, optional
     changes
         Other settings of `TrainConfig` than those of the training.
 
@@ -63,7 +54,7 @@ def collapse(
     WeightsError
         There is no sound checkpoint.
     ConfigError
-        The training's rate has come to 0, and none is named; or a setting is not accepted.
+        The training's rate has come to 0; or a setting is not accepted.
 
     Examples
     --------
@@ -71,20 +62,18 @@ def collapse(
     """
     path, arrays, facts = read_state(Path(checkpoint))
     config = TrainConfig.from_dict(facts["config"])
-    reached, decay = rate_reached(config, arrays, facts)
-    rate = reached if rate is None else rate
+    rate, decay = rate_reached(config, arrays, facts)
     if not rate > 0:
         raise ConfigError(
-            f"the rate of {path} has come to 0, from where nothing can collapse. Name one with "
-            "rate=..."
+            f"the rate of {path} has come to 0, from where nothing can collapse. Take an earlier "
+            "checkpoint."
         )
-    weight_decay = RAISED * decay if weight_decay is None else weight_decay
     phase = {
         "kind": "collapse",
         "length": epochs,
         "rate": rate,
-        "power": power,
-        "weight_decay": weight_decay,
+        "power": 2.0,
+        "weight_decay": RAISED * decay,
     }
     settings = {"run_dir": str(run_dir), "epochs": epochs, "resume": False, "weight_decay": 0.0}
     # What the training did to the weights that it began with.
@@ -94,7 +83,7 @@ def collapse(
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     card = {**config.network(), "checkpoint": path.name, "position": facts["position"]}
     save_model(model_of(config, arrays), config.weights, card=card)
-    return fit(config, engines=engines)
+    return fit(config)
 
 
 def score_checkpoints(checkpoints: Sequence[str | Path]) -> list[pd.DataFrame]:

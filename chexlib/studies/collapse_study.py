@@ -20,9 +20,7 @@ from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 
 
-def measure_collapses(
-    config: TrainConfig, *, ensemble: Path, collapse_epochs: int = 1
-) -> dict | None:
+def measure_collapses(config: TrainConfig, *, ensemble: Path) -> dict | None:
     """Train, collapse from the end of every epoch, and make an ensemble of what comes out.
 
     Parameters
@@ -58,10 +56,7 @@ def measure_collapses(
     for epoch, point in points.items():
         folder = work / f"collapse-{epoch}"
         done = (folder / "predictions.parquet").exists()  # by an earlier start of this row
-        if (
-            not done
-            and collapse(point, run_dir=folder, epochs=collapse_epochs, keep_checkpoints=0).stopped
-        ):
+        if not done and collapse(point, run_dir=folder, epochs=1, keep_checkpoints=0).stopped:
             return None
         collapsed[epoch] = pd.read_parquet(folder / "predictions.parquet")
     validation, labels, _ = stack(collapsed, part="validation")

@@ -67,7 +67,6 @@ def finetune(
     *,
     rate: float | None = None,
     warmup: float = WARMUP,
-    frozen_epochs: int = 0,
     **settings,
 ) -> TrainResult:
     """Train on from pre-trained weights on other data: a warm-up, then a cosine from `rate` to a
@@ -88,8 +87,6 @@ def finetune(
     warmup : float
         Epochs of warm-up for each 256 images of the global batch, at most half of all epochs; 0:
         none.
-    frozen_epochs : int
-        Epochs before, in which the head alone is trained, at the config's learning_rate.
     settings
         Of `fit`: engines, report, measure, reuse.
 
@@ -120,17 +117,6 @@ def finetune(
     engines = settings.get("engines")
     ranks = len(engines) if engines is not None else join_world().ranks
     global_batch = ranks * config.batch_size * config.accumulation
-    if frozen_epochs:
-        head = config.replace(
-            run_dir=str(Path(config.run_dir) / "head"), epochs=frozen_epochs, stage_rate=0.0
-        )
-        done = Path(head.run_dir) / "model.keras"
-        if not (config.resume and done.is_file()):
-            own = {name: value for name, value in settings.items() if name in ("engines", "report")}
-            result = fit(head.replace(weights=weights), **own)
-            if result.stopped:
-                return result
-        weights, config = str(done), config.replace(fresh_head=False, recalibrate=0)
     schedule = fine_schedule(
         rate, epochs=config.epochs, warmup=warmup * global_batch / WARMUP_BATCH
     )

@@ -225,22 +225,20 @@ class Schedule:
         ]
         return dataclasses.replace(self, phases=tuple(phases))
 
-    def compile(self, *, steps_per_epoch: float = 1.0, steps: int = 0) -> Values:
+    def compile(self, *, steps_per_epoch: float = 1.0) -> Values:
         """Values for every step.
 
         Parameters
         ----------
         steps_per_epoch : float
             What an epoch is, for a schedule in epochs.
-        steps : int
-            Stretch the whole to so many steps; 0 leaves it as it is.
 
         Raises
         ------
         ConfigError
             There are fewer steps than phases.
         """
-        scale = steps / self.length if steps else steps_per_epoch if self.unit == "epochs" else 1.0
+        scale = steps_per_epoch if self.unit == "epochs" else 1.0
         parts = [part for phase in self.phases for part in _parts(phase)]
         ends = np.round(np.cumsum([p.length for p in parts]) * scale).astype(int)
         if ends[-1] < len(parts):
