@@ -158,9 +158,8 @@ class _Mpi4py:
         if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
             raise ClusterError(
                 "this MPI lets only the main thread send, and TensorFlow computes in others. Use "
-                "an MPI built with "
-                "thread support (MPI_THREAD_SERIALIZED or MULTIPLE), as Open MPI 5 and its wheel "
-                "are."
+                "an MPI built with thread support (MPI_THREAD_SERIALIZED or MULTIPLE), as Open MPI "
+                "5 and its wheel are."
             )
         self._mpi, self.why = MPI, why
         self._comm, self._arrivals, self._ends = (MPI.COMM_WORLD.Dup() for _ in range(3))
@@ -271,9 +270,8 @@ class _Mpi4py:
                 self._given_up = (sent, came, barrier)  # MPI may still write to what they hold
                 raise ClusterError(
                     f"rank {', '.join(map(str, missing)) or 'unknown'} kept the others waiting for "
-                    "more than "
-                    f"{self._give_up_after:g} s. Look at what it was doing, and go on from the "
-                    "last checkpoint."
+                    f"more than {self._give_up_after:g} s. Look at what it was doing, and go on "
+                    "from the last checkpoint."
                 )
         self._mpi.Request.Waitall([*sent, *came.values()])
 
@@ -343,9 +341,8 @@ def _make_carrier() -> _Horovod | _Mpi4py:
         if wanted:
             raise ClusterError(
                 f"CHEXLIB_COLLECTIVES=horovod, but Horovod is not built here ({reason}). Install a "
-                "C++ compiler, "
-                "remove .venv/.made and run `make env`, or unset CHEXLIB_COLLECTIVES: mpi4py needs "
-                "no compiler."
+                "C++ compiler, remove .venv/.made and run `make env`, or unset "
+                "CHEXLIB_COLLECTIVES: mpi4py needs no compiler."
             ) from error
         return _Mpi4py(f"Horovod is not built here ({reason})")
     return _Horovod()
@@ -380,11 +377,9 @@ def require_agreement(world: World, variables: dict, *, when: str) -> None:
     others = f", and {len(differing) - 1} more variables differ" if len(differing) > 1 else ""
     raise ClusterError(
         f"{when} the ranks no longer agree: {differing[0]} is not the same on rank "
-        f"{', '.join(map(str, odd))}"
-        f"{'' if times == 1 else ' as on the others'}{others}. Training was stopped: go on from "
-        "the last checkpoint "
-        "with resume=true; if it happens again, look for a faulty host or a function that is not "
-        "the same on all ranks."
+        f"{', '.join(map(str, odd))}{'' if times == 1 else ' as on the others'}{others}. Training "
+        "was stopped: go on from the last checkpoint with resume=true; if it happens again, look "
+        "for a faulty host or a function that is not the same on all ranks."
     )
 
 
@@ -434,11 +429,9 @@ def join_world() -> World:
     if ours.ranks not in launched - {1}:
         raise ClusterError(
             f"{max(launched)} processes were started, but MPI joined {ours.ranks} of them. Start "
-            "them with the "
-            f"MPI that {ours.name} was built with; under srun set SLURM_MPI_TYPE to what `srun "
-            "--mpi=list` offers "
-            "(pmix for Open MPI; pmi2 for Intel MPI, with I_MPI_PMI_LIBRARY naming Slurm's "
-            "libpmi2.so)."
+            f"them with the MPI that {ours.name} was built with; under srun set SLURM_MPI_TYPE to "
+            "what `srun --mpi=list` offers (pmix for Open MPI; pmi2 for Intel MPI, with "
+            "I_MPI_PMI_LIBRARY naming Slurm's libpmi2.so)."
         )
     return World(rank=ours.rank, ranks=ours.ranks)
 

@@ -94,8 +94,7 @@ def test_another_seed_gives_other_pictures(small, tmp_path):
 def test_layout_is_that_of_the_nih_release(small):
     assert (small / "Data_Entry_2017_v2020.csv").read_text().splitlines()[0] == (
         "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View "
-        "Position,"
-        "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+        "Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
     )
     assert (small / "BBox_List_2017.csv").read_text().splitlines()[0] == (
         "Image Index,Finding Label,Bbox [x,y,w,h],,,"

@@ -207,8 +207,7 @@ def audit(data_dir, parts):
     for row in found.shared[found.shared["patients"] > 0].itertuples():
         click.echo(
             f"LEAK: {row.patients} patients are in both {row.part_a} and {row.part_b}; they have "
-            f"{row.images_a} images "
-            f"in {row.part_a} and {row.images_b} in {row.part_b}"
+            f"{row.images_a} images in {row.part_a} and {row.images_b} in {row.part_b}"
         )
     if found.duplicates:
         click.echo(

@@ -60,8 +60,8 @@ class Host:
         self.name, self.ip, self.tmp = name, ip, tmp
         self._pin = [] if processor is None else ["taskset", "--cpu-list", str(processor)]
         script = (
-            f"hostname {name} && mount --bind {hosts_file} /etc/hosts && "
-            f"mount -t tmpfs none {tmp} && echo up; read"
+            f"hostname {name} && mount --bind {hosts_file} /etc/hosts && mount -t tmpfs none {tmp} "
+            "&& echo up; read"
         )
         command = [
             "unshare",

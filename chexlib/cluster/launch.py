@@ -71,10 +71,8 @@ def one_world(client: ipp.Client, controller, n: int) -> list[dict]:
         if engine != who["rank"] or who["ranks"] != n:
             raise ClusterError(
                 f"engine {engine} is rank {who['rank']} of {who['ranks']}, expected {engine} of "
-                f"{n}: the engines are "
-                f"not one MPI world. Is the mpiexec found the one of {who['carrier']}? (Slurm may "
-                "need "
-                "SLURM_MPI_TYPE=pmix.)"
+                f"{n}: the engines are not one MPI world. Is the mpiexec found the one of "
+                f"{who['carrier']}? (Slurm may need SLURM_MPI_TYPE=pmix.)"
             )
     return list(identities)
 

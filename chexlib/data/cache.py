@@ -138,8 +138,7 @@ class ImageStore:
         except OSError as error:
             raise DataError(
                 f"the cache in {self.folder} cannot be written ({error.strerror or error}). Make "
-                "room, or name another "
-                f"folder in the environment variable {FOLDER}."
+                f"room, or name another folder in the environment variable {FOLDER}."
             ) from error
         names = ("pixels", "row", "crc", "index")
         self._file_of, self._rows, self._crcs, self._indexes = (
@@ -231,9 +230,8 @@ class ImageStore:
             named = first_few([self.paths[index] for index in np.flatnonzero(dark)])
             log.warning(
                 f"{dark.sum():,} of {len(dark):,} images are very dark, 95 % of each below {DARK} "
-                "of "
-                f"255 grey levels: {named}. Were films of fewer bits converted as if of 16? Export "
-                "them again, or training suffers."
+                f"of 255 grey levels: {named}. Were films of fewer bits converted as if of 16? "
+                "Export them again, or training suffers."
             )
 
     def _builders(self, gather: Callable) -> tuple[int, int | None]:

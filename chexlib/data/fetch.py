@@ -75,14 +75,13 @@ def retrieve(remote: Remote, folder: Path, *, timeout: float = 60.0, pause: floa
         partial.unlink(missing_ok=True)
         raise DataError(
             f"{remote.name} from {remote.url} is not what was expected ({remote.checksum}): "
-            "damaged on the way, or "
-            "changed there. It was removed. Try again; then look at the page of the release."
+            "damaged on the way, or changed there. It was removed. Try again; then look at the "
+            "page of the release."
         ) from error
     except OSError as error:
         raise DataError(
             f"{remote.name} cannot be written in {folder}: {error.strerror or error}. What came is "
-            "kept: make room and "
-            "run it again."
+            "kept: make room and run it again."
         ) from error
     partial.unlink(missing_ok=True)
     return folder / remote.name
@@ -111,9 +110,8 @@ def _complete(remote: Remote, partial: Path, timeout: float, pause: float) -> No
             elif (idle := idle + 1) == ATTEMPTS:
                 raise DataError(
                     f"{remote.url} brought nothing in {ATTEMPTS} attempts, last: {fault}. {have:,} "
-                    "of "
-                    f"{remote.size:,} bytes of {remote.name} are kept; run it again to go on from "
-                    "there."
+                    f"of {remote.size:,} bytes of {remote.name} are kept; run it again to go on "
+                    "from there."
                 ) from fault
             if have < remote.size:
                 _log.warning("%s: interrupted at %d bytes (%s), going on", remote.name, have, fault)
@@ -299,8 +297,7 @@ def _unpacked(directory: Path, archive: Remote) -> bool:
         return True
     raise DataError(
         f"{folder} is there, and fetch has not made it: it may be whole or not. Move it away, or "
-        "leave its part out "
-        "with --parts."
+        "leave its part out with --parts."
     )
 
 
@@ -328,9 +325,8 @@ def _check_room(directory: Path, work: Path, tables, archives) -> None:
     if need > free:
         raise DataError(
             f"{directory} needs {need / 1e9:.1f} GB for {len(archives)} archives, and "
-            f"{free / 1e9:.1f} GB are free "
-            "there. Fetch fewer with --parts, free some room, or name another folder. Nothing was "
-            "written."
+            f"{free / 1e9:.1f} GB are free there. Fetch fewer with --parts, free some room, or "
+            "name another folder. Nothing was written."
         )
 
 

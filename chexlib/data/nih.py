@@ -296,10 +296,8 @@ def _patients(column: pd.Series, path: Path) -> pd.Series:
     if (bad := rounded | (patients == "")).any():
         raise DataError(
             f"{path}, patient: {bad.sum()} rows have no patient, or a number that a spreadsheet "
-            "has "
-            f"rounded: {first_few(patients[bad].unique())}. Accepted: any text. Use the file as it "
-            "was "
-            "released."
+            f"has rounded: {first_few(patients[bad].unique())}. Accepted: any text. Use the file "
+            "as it was released."
         )
     short = patients.drop_duplicates().str.lstrip("0")
     if (alike := short.duplicated(keep=False)).any():

@@ -97,8 +97,7 @@ class Audit:
     def __str__(self) -> str:
         found = [
             f"{a} and {b} share {n:,} patient{'s'[: n != 1]} ({n_a:,} of {self.images[a]:,} images "
-            f"in {a}, "
-            f"{n_b:,} of {self.images[b]:,} in {b})"
+            f"in {a}, {n_b:,} of {self.images[b]:,} in {b})"
             for a, b, n, n_a, n_b in self.shared[self.shared["patients"] > 0].itertuples(
                 index=False
             )
@@ -313,10 +312,9 @@ def _refuse_strangers(
     if not (place >= 0).any():
         raise DataError(
             f"{where}: none of its {len(names):,} images is in the label file of "
-            f"{radiographs.root}: "
-            f"{first_few(names)}. Names such as {radiographs.listed['image'].iloc[0]!r} are "
-            "expected. "
-            "Put them right, or remove the list."
+            f"{radiographs.root}: {first_few(names)}. Names such as "
+            f"{radiographs.listed['image'].iloc[0]!r} are expected. Put them right, or remove the "
+            "list."
         )
 
 

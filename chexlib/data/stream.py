@@ -40,8 +40,7 @@ VIEWS = 8  # of a patient; fewer are more patients for the same images, and slow
 TASK = PATIENTS * VIEWS  # images that a worker draws at a time
 NO_PROCESS = (
     "a process that draws the phantom stream could not be started, or was killed. A script needs "
-    "an "
-    "`if __name__ == '__main__':` guard; use fewer workers if memory is short."
+    "an `if __name__ == '__main__':` guard; use fewer workers if memory is short."
 )
 
 

@@ -116,8 +116,8 @@ def compare(
     if len(only := mine.symmetric_difference(theirs)):
         raise DataError(
             f"{len(only)} images of part {part!r} are in one of the two tables only, for instance "
-            f"{only[0]!r}. A "
-            "paired comparison needs scores of the same images: score those that are missing."
+            f"{only[0]!r}. A paired comparison needs scores of the same images: score those that "
+            "are missing."
         )
     place = theirs.get_indexer(mine)
     if not np.array_equal(labels, other_labels[place], equal_nan=True):

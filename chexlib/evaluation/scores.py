@@ -106,8 +106,7 @@ def _matched(path: Path, radiographs: Radiographs, part: str) -> tuple[pd.DataFr
         raise DataError(
             f"{path}: the columns {first_few([columns[k] for k in copied], 3)} are the labels, not "
             f"scores.{also} Name the columns of scores as the findings, with a prefix or without, "
-            "and "
-            "leave the labels out."
+            "and leave the labels out."
         )
     if also:
         _log.warning("%s:%s", path, also)
@@ -273,8 +272,7 @@ def _columns_of_findings(path: Path, columns: list[str]) -> tuple[list[str], lis
     if not found:
         raise DataError(
             f"{path} has no column of a finding (columns: {first_few(columns)}). Needed, with or "
-            "without a common "
-            f"prefix: {', '.join(FINDINGS)}."
+            f"without a common prefix: {', '.join(FINDINGS)}."
         )
     whole = [prefix for prefix, by_finding in found.items() if len(by_finding) == len(FINDINGS)]
     if len(whole) > 1:

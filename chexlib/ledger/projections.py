@@ -71,8 +71,7 @@ def _time(claim: Claim, found: Found) -> Measured:
     if needed > study_speed():
         differs = (
             f"90 epochs in that time are {needed:.0f} images/s a node, where the deck's own node "
-            "has "
-            f"{study_speed():.0f}: it is another number of epochs"
+            f"has {study_speed():.0f}: it is another number of epochs"
         )
     span = _span(claim, found, f"solution_hours_{_nodes(claim)}", 60 / minutes)
     return Measured(

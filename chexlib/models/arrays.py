@@ -131,8 +131,7 @@ def fill_model(
     if wrong:
         raise WeightsError(
             f"{wrong[0]}{f', and {len(wrong) - 1} more' if len(wrong) > 1 else ''}; the file has "
-            f"{len(arrays)} arrays "
-            f"and the model {len(places)} weights"
+            f"{len(arrays)} arrays and the model {len(places)} weights"
         )
     for variable, value in values:
         variable.assign(value.astype(np.float32))

@@ -59,8 +59,7 @@ def read_card(path, *, any_findings: bool = False) -> dict:
     ) as error:
         raise WeightsError(
             f"{path} is not a model written by chexlib ({first_line(error)}). Name the model.keras "
-            "of a run, "
-            "for instance runs/latest/03_train_baseline/model.keras."
+            "of a run, for instance runs/latest/03_train_baseline/model.keras."
         ) from error
     if findings != list(FINDINGS) and not any_findings:
         raise WeightsError(
@@ -103,8 +102,7 @@ def find_weights(weights: str | Path) -> Path:
     if not path.is_dir():
         raise WeightsError(
             f"there is no weights file {path}. Accepted: a .keras, .weights.h5 or .safetensors "
-            "file, a run's folder, "
-            "'imagenet', or none at all."
+            "file, a run's folder, 'imagenet', or none at all."
         )
     found = [f for f in (path / "model.keras", *sorted(path.glob("*/model.keras"))) if f.is_file()]
     if len(found) == 1 or (found and found[0].parent == path):

@@ -123,8 +123,8 @@ def load_torch_weights(
         layer = next(layer for (layer, _), tensor in wanted.items() if tensor == lacking[0])
         raise WeightsError(
             f"{path} lacks {len(lacking)} tensors of a DenseNet-121, first {lacking[0]!r}, which "
-            f"fills {layer!r}. "
-            f"Name a whole state dict, or leave such layers as they are: missing=[{layer!r}, ...]."
+            f"fills {layer!r}. Name a whole state dict, or leave such layers as they are: "
+            f"missing=[{layer!r}, ...]."
         )
     outputs = (
         []
@@ -137,17 +137,15 @@ def load_torch_weights(
     if refused := [name for name in left if not named(name, (*unused, COUNTER))]:
         raise WeightsError(
             f"{path} has {len(refused)} tensors or outputs that this model does not, first "
-            f"{refused[0]!r}. If they may "
-            f"be left out, name them: unused=[{refused[0]!r}, ...]."
+            f"{refused[0]!r}. If they may be left out, name them: unused=[{refused[0]!r}, ...]."
         )
     values = {key: _convert(key, tensor, tensors, model, outputs) for key, tensor in wanted.items()}
     for key, value in values.items():
         if value.shape != tuple(weights[key].shape) or not np.isfinite(value).all():
             raise WeightsError(
                 f"{path}: {wanted[key]!r} of shape {tensors[wanted[key]].shape} does not fit "
-                f"{'/'.join(key)} of shape "
-                f"{tuple(weights[key].shape)}, or is not finite. Name a state dict of "
-                "torchvision's DenseNet-121."
+                f"{'/'.join(key)} of shape {tuple(weights[key].shape)}, or is not finite. Name a "
+                "state dict of torchvision's DenseNet-121."
             )
     for key, value in values.items():
         weights[key].assign(value.astype(np.float32))
@@ -199,16 +197,14 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
         raise WeightsError(
             f"{path} is not a readable safetensors file ({error}). A PyTorch file becomes one, "
-            "where PyTorch is, by "
-            f"{TO_SAFETENSORS}."
+            f"where PyTorch is, by {TO_SAFETENSORS}."
         ) from error
     stem = next((name for name in found if name.endswith("features.conv0.weight")), None)
     if stem is None:
         raise WeightsError(
             f"{path} is not of a torchvision DenseNet-121: none of its {len(found)} tensors is "
-            "named "
-            f"features.conv0.weight (first {next(iter(found), 'none')!r}). Other topologies are "
-            "not converted."
+            f"named features.conv0.weight (first {next(iter(found), 'none')!r}). Other topologies "
+            "are not converted."
         )
     prefix, tensors = stem.removesuffix("features.conv0.weight"), {}
     for name, tensor in found.items():
@@ -233,15 +229,13 @@ def _outputs(kernel, findings, metadata, path) -> list[str]:
     if len(names) != len(kernel):
         raise WeightsError(
             f"{path} has {len(kernel)} outputs, and {len(names)} names were given for them. Say "
-            "what they are, in the "
-            "file's order, with findings=[...], or keep a fresh head: missing=['findings'], "
-            "unused=['classifier.*']."
+            "what they are, in the file's order, with findings=[...], or keep a fresh head: "
+            "missing=['findings'], unused=['classifier.*']."
         )
     if wrong := [name for name in FINDINGS if names.count(name) != 1]:
         raise WeightsError(
             f"{path}: {wrong[0]!r} is {names.count(wrong[0])} times among its outputs {names}; "
-            "each of the 14 findings "
-            "is needed once. Correct findings=[...]."
+            "each of the 14 findings is needed once. Correct findings=[...]."
         )
     return names
 

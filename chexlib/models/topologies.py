@@ -116,8 +116,7 @@ def build_model(
     if norm not in NORMS or (norm == "ghost") != (ghost_size > 0):
         raise ConfigError(
             f"norm={norm!r} with ghost_size={ghost_size} is not accepted. Use one of "
-            f"{', '.join(NORMS)}, and a "
-            "ghost_size of 1 or more with ghost alone."
+            f"{', '.join(NORMS)}, and a ghost_size of 1 or more with ghost alone."
         )
     if imagenet and (width, stem, blocks) != (1, "full", 0):
         raise WeightsError(
@@ -128,8 +127,8 @@ def build_model(
     if imagenet and norm not in STATISTICS and topology != "vgg16":
         raise WeightsError(
             f"the ImageNet weights of {topology} were trained with batch norm, and mean nothing "
-            f"with norm={norm!r}. "
-            f"Use norm={STATISTICS[0]!r}, {', '.join(map(repr, STATISTICS[1:]))}, or weights=None."
+            f"with norm={norm!r}. Use norm={STATISTICS[0]!r}, "
+            f"{', '.join(map(repr, STATISTICS[1:]))}, or weights=None."
         )
 
     stock = _published(topology, size, "imagenet") if imagenet else _outline(topology, size)

@@ -69,10 +69,9 @@ def create_model(
         except Exception as error:  # Keras raises a bare Exception when its download fails
             raise WeightsError(
                 f"the ImageNet weights of {topology} could not be downloaded "
-                f"({first_line(error)}). Connect to the "
-                "internet once, or copy that file from a machine that has it (Keras keeps it in "
-                "~/.keras/models, and "
-                "checks its checksum), use weights=None, or name a file."
+                f"({first_line(error)}). Connect to the internet once, or copy that file from a "
+                "machine that has it (Keras keeps it in ~/.keras/models, and checks its checksum), "
+                "use weights=None, or name a file."
             ) from error
     path = find_weights(weights)
     if path.suffix == ".keras":  # before the slow building

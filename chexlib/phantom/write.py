@@ -44,8 +44,8 @@ VERSION = 3  # of the generator: raised whenever the same parameters give other 
 BAR = {"desc": "phantom", "unit_scale": 32, "unit": "image", "leave": False, "mininterval": 1}
 TEST_SHARE = 0.228  # images in the official test list: 25,596 of 112,120
 COLUMNS = (
-    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
-    "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View "
+    "Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
 )
 
 

@@ -85,9 +85,8 @@ def norm_grid(
         ):
             raise ConfigError(
                 f"a global batch of {batch} is not accepted for {images} images in local batches "
-                f"of {local_batches}. "
-                "Use multiples of the first of these, none above the images, and the largest a "
-                "multiple of all."
+                f"of {local_batches}. Use multiples of the first of these, none above the images, "
+                "and the largest a multiple of all."
             )
 
     def point(
@@ -385,8 +384,7 @@ def verdict(terms: pd.DataFrame, mended: pd.DataFrame | None = None) -> str:
             judged = f"is {NOT_MEASURED}, since {' and '.join(untrained)} learnt nothing at the smallest batch"
         said.append(
             "**The study's claim.** The loss of densenet121 less that of resnet50 is "
-            f"{_with_interval(row)}: that "
-            f"ResNet-50 bears large batches better {judged}."
+            f"{_with_interval(row)}: that ResNet-50 bears large batches better {judged}."
         )
     for topology, own in () if mended is None else mended.groupby("topology", sort=False):
         table = over_seeds(

@@ -123,8 +123,7 @@ def epoch_ends(folder: Path, *, epochs: int) -> dict[int, Path]:
     if missing := [str(epoch) for epoch in range(1, epochs + 1) if epoch not in ends]:
         raise WeightsError(
             f"{folder} has no checkpoint of the end of epoch {', '.join(missing)}, from where to "
-            "collapse. Remove "
-            f"{folder.parent}, and train anew."
+            f"collapse. Remove {folder.parent}, and train anew."
         )
     return {epoch: ends[epoch] for epoch in range(1, epochs + 1)}
 

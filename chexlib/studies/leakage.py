@@ -40,8 +40,7 @@ def leaking_lists(radiographs: Radiographs, *, seed: int = 0) -> dict[str, dict[
     if len(held) < 2 or len(held) == len(by_patient):
         raise DataError(
             f"{radiographs.root} has {len(repeated)} patients with two images or more among "
-            f"{len(by_patient)}: too few "
-            "to measure a leak. Use more images."
+            f"{len(by_patient)}: too few to measure a leak. Use more images."
         )
     test, leaked = [], []
     for images in held:

@@ -48,9 +48,8 @@ def read_peaks(text: str) -> list[dict]:
         if optimizer not in OPTIMIZERS or not 0 < peak < np.inf:
             raise ConfigError(
                 f"a highest rate of {entry.strip()!r} is not accepted. Write rates above 0, those "
-                "of other optimizers "
-                "than SGD after their name, as in 0.03,lamb 0.0025. Optimizers: "
-                f"{', '.join(OPTIMIZERS)}."
+                "of other optimizers than SGD after their name, as in 0.03,lamb 0.0025. "
+                f"Optimizers: {', '.join(OPTIMIZERS)}."
             )
         if (known := {"optimizer": optimizer, "peak": peak}) not in found:
             found.append(known)
@@ -98,8 +97,7 @@ def recipe_grid(
         if batch > local_batch and batch % local_batch:
             raise ConfigError(
                 f"a global batch of {batch} is not accepted with a local batch of {local_batch}. "
-                "Use multiples "
-                "of it, or batches below it."
+                "Use multiples of it, or batches below it."
             )
     points = []
     for batch in (b for b in sorted(batches, reverse=True) if epochs * -(-images // b) >= 4):

@@ -111,8 +111,8 @@ def finetune(
         if not rate or known["optimizer"] != config.optimizer:
             raise ConfigError(
                 f"the rate of {checkpoint} is {rate} with "
-                f"{known.get('optimizer', 'an unknown optimizer')}, from where "
-                f"{config.optimizer} cannot go on. Name one with rate=..."
+                f"{known.get('optimizer', 'an unknown optimizer')}, from where {config.optimizer} "
+                "cannot go on. Name one with rate=..."
             )
     engines = settings.get("engines")
     ranks = len(engines) if engines is not None else join_world().ranks

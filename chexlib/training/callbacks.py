@@ -232,8 +232,7 @@ class Snapshots(keras.callbacks.Callback):
         except OSError as error:
             raise WeightsError(
                 f"the snapshot of step {at.step} could not be written to {folder} "
-                f"({error.strerror or error}). Make "
-                "room, and run again with resume=true."
+                f"({error.strerror or error}). Make room, and run again with resume=true."
             ) from error
 
 

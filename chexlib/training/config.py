@@ -191,9 +191,8 @@ class TrainConfig:
         ):
             raise ConfigError(
                 f"stream_images={self.stream_images} goes with augment='none', accumulation=1 and "
-                "labels as they are: "
-                "the stream draws every image anew. Change these, or train on data_dir's own "
-                "images."
+                "labels as they are: the stream draws every image anew. Change these, or train on "
+                "data_dir's own images."
             )
         self._check_schedule()
         if not 0 <= self.norm_momentum < 1:

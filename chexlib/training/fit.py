@@ -271,6 +271,5 @@ def _write(result: TrainResult, model, predictions: pd.DataFrame, steps: list) -
     except OSError as error:
         raise WeightsError(
             f"the results could not be written to {run_dir} ({error.strerror or error}). Make "
-            "room, and run again "
-            "with resume=true: what was trained is in its checkpoints."
+            "room, and run again with resume=true: what was trained is in its checkpoints."
         ) from error

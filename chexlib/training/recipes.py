@@ -242,8 +242,7 @@ def scale(
     notes.append(f"rates: x {factor:.4g} ({why}), peak {highest:.4g} -> {highest * factor:.4g}")
     notes.append(
         "weight decay and momentum: as they were; in a warm-up momentum is multiplied by the "
-        "growth of the rate "
-        "(Goyal et al. 2017, remark 2)"
+        "growth of the rate (Goyal et al. 2017, remark 2)"
     )
     scaled = scaled.multiply(factor)
     return dataclasses.replace(scaled, images=images, global_batch=global_batch, notes=tuple(notes))

@@ -65,8 +65,8 @@ def save_checkpoint(
         size = sum(array.nbytes for array in content.values()) / 1e6
         raise WeightsError(
             f"the checkpoint {path} of {size:.1f} MB could not be written "
-            f"({error.strerror or error}). The ones before "
-            "it are untouched: make room, or set another run_dir, and go on with resume=true."
+            f"({error.strerror or error}). The ones before it are untouched: make room, or set "
+            "another run_dir, and go on with resume=true."
         ) from error
     for old in checkpoint_files(folder)[keep:]:
         old.unlink(missing_ok=True)

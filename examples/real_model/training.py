@@ -264,18 +264,16 @@ def _write(
     )
     about = [
         f"It was trained on {data['images']:,} radiographs of {data['patients']:,} patients, which "
-        "is very little: the "
-        "NIH release has 112,120. Positives: "
+        "is very little: the NIH release has 112,120. Positives: "
         + ", ".join(f"{n} {c}" for n, c in data["positives"].items())
         + ".",
         f"It is the mean of {len(members)} networks, one a fold of a cross-validation by patient. "
-        "The AUROCs below are "
-        f"out of fold ({split_of(found)}): each image was scored by the one network that had seen "
-        "none of its patient.",
+        f"The AUROCs below are out of fold ({split_of(found)}): each image was scored by the one "
+        "network that had seen none of its patient.",
         f"Each began with {s['pretrain_images']:,} synthetic radiographs. Against random weights "
-        "that changed the mean "
-        f"AUROC over findings with {FEWEST} or more positives by {gain}, over resampled patients, "
-        f"from {mean['other']:.3f} to {mean['auroc']:.3f}; means of {s['seeds']} seeds, "
+        f"that changed the mean AUROC over findings with {FEWEST} or more positives by {gain}, "
+        f"over resampled patients, from {mean['other']:.3f} to {mean['auroc']:.3f}; means of "
+        f"{s['seeds']} seeds, "
         f"{split_of(found)}." + (f" Too rare for that mean: {', '.join(rare)}." if rare else ""),
     ]
     own = {**config.to_dict(), "weights": "phantom pre-training", "learning_rate": s["rate"]}
