@@ -88,7 +88,7 @@ def test_one_class_only_is_undefined(labels):
 
 
 def test_a_class_without_weight_is_undefined_in_that_resample_alone():
-    weights = np.array([[1, 1, 1], [0, 1, 1], [1, 0, 0]])
+    weights = np.array([[1, 1, 1], [0, 1, 1], [1, 0, 0]], float)
     values, _ = Ranking([1, 0, 0], [0.5, 0.2, 0.3]).measure(weights.T)
     np.testing.assert_array_equal(values, [1, np.nan, np.nan])
 

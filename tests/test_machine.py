@@ -158,6 +158,20 @@ def test_tensorflow_starts_without_a_word():
     assert (done.stdout, done.stderr) == ("", "end\n")
 
 
+def test_what_keras_need_not_find_is_there_afterwards():
+    code = """
+import gc, sys
+from chexlib.machine import import_tensorflow
+import_tensorflow()
+assert not {"sklearn", "matplotlib"} & set(sys.modules) and gc.isenabled()
+import keras, matplotlib.pyplot, sklearn.metrics
+import_tensorflow()
+assert sys.modules["sklearn"] is sklearn and sys.modules["matplotlib"] is matplotlib
+assert keras.ops.convert_to_numpy(keras.ops.ones(2)).sum() == 2
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_what_is_said_at_a_start_that_fails_is_shown(tmp_path):
     (tmp_path / "tensorflow.py").write_text(
         "import os; os.write(2, b'a library is missing\\n'); raise ImportError('no')"
