@@ -35,7 +35,7 @@ TWO := OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 $(BIN)/python -m pytest -n 2 -
 TOGETHER := $(TWO) -m 'not cores'
 COUNTED := --durations=20 --cov=chexlib
 
-test: $(STAMP)  ## run the tests, with coverage of chexlib: ten minutes on 2 cores
+test: $(STAMP)  ## run the tests, with coverage of chexlib: 15 to 20 minutes on 2 cores
 	@failed=0; \
 	$(TOGETHER) $(COUNTED) --cov-report= || failed=1; \
 	$(TWO) -m cores $(COUNTED) --cov-append --cov-report=term --cov-fail-under=90 || failed=1; \
