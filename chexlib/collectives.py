@@ -44,11 +44,11 @@ class World:
         """True on the one rank that speaks and writes."""
         return self.rank == 0
 
-    def sum(self, tensors: list) -> list:
+    def allreduce(self, tensors: list) -> list:
         """Element-wise sum over ranks of a list of tensors of one type, in one fused allreduce."""
         return list(tensors) if self.ranks == 1 else carrier().allreduce(list(tensors))
 
-    def stack(self, tensor):
+    def allgather(self, tensor):
         """The rows of every rank's tensor, one after the other in the order of ranks.
 
         Gradients do not flow through.
@@ -74,11 +74,11 @@ class World:
         """Give every rank the mean over ranks, in place, such as of batch norm's moving statistics."""
         if self.ranks > 1 and variables:
             for variable, total in zip(
-                variables, self.sum([v.value for v in variables]), strict=True
+                variables, self.allreduce([v.value for v in variables]), strict=True
             ):
                 variable.assign(total / self.ranks)
 
-    def share(self, make: Callable[[], Any]) -> Any:
+    def broadcast_object(self, make: Callable[[], Any]) -> Any:
         """What `make()` returns on rank 0, on every rank; an error of ours there is raised on every
         rank.
         """
@@ -95,11 +95,11 @@ class World:
             raise answer
         return answer
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Return when every rank has called this."""
-        self.gather(None)
+        self.allgather_object(None)
 
-    def gather(self, value: Any) -> list:
+    def allgather_object(self, value: Any) -> list:
         """The picklable `value` of every rank, in the order of ranks, on every rank."""
         return [value] if self.ranks == 1 else carrier().allgather_object(value)
 
@@ -363,7 +363,7 @@ def require_agreement(world: World, variables: dict, *, when: str) -> None:
     ClusterError
         On every rank, if one differs; the message names the first such variable and the ranks.
     """
-    sums = world.gather([zlib.crc32(v.numpy().tobytes()) for v in variables.values()])
+    sums = world.allgather_object([zlib.crc32(v.numpy().tobytes()) for v in variables.values()])
     differing = [
         name
         for name, found in zip(variables, zip(*sums, strict=True), strict=True)

@@ -31,22 +31,24 @@ def refused():
 def agree(world):
     """Each collective, eager and in a graph, on every rank."""
     mine = shares(world.rank)
-    found = {"eager": [t.numpy().tolist() for t in world.sum([tf.constant(a) for a in mine])]}
+    found = {"eager": [t.numpy().tolist() for t in world.allreduce([tf.constant(a) for a in mine])]}
     signatures = [[tf.TensorSpec([None, *a.shape[1:]] if a.ndim else [], a.dtype) for a in mine]]
-    graph = tf.function(lambda tensors: world.sum(tensors), input_signature=signatures)
+    graph = tf.function(lambda tensors: world.allreduce(tensors), input_signature=signatures)
     found["graph"] = [t.numpy().tolist() for t in graph([tf.constant(a) for a in mine])]
 
     @tf.function
     def independent(x):  # nothing but the order of the calls says which of these comes first
-        sums = [world.sum([x * float(i)])[0] for i in range(20)]
-        return tf.stack([tf.reduce_sum(total) for total in sums]), world.stack(x[: world.rank + 1])
+        sums = [world.allreduce([x * float(i)])[0] for i in range(20)]
+        return tf.stack([tf.reduce_sum(total) for total in sums]), world.allgather(
+            x[: world.rank + 1]
+        )
 
     sums, rows = independent(tf.ones([4]) * (world.rank + 1.0))
     found["order"], found["rows"] = sums.numpy().tolist(), rows.numpy().tolist()
     looped = tf.function(
         lambda x: tf.while_loop(
             lambda i, _: i < 3,
-            lambda i, v: (i + 1, world.sum([v])[0]),
+            lambda i, v: (i + 1, world.allreduce([v])[0]),
             (0, x),
             parallel_iterations=1,
         )
@@ -60,10 +62,10 @@ def agree(world):
     variables[0].assign(np.full((2, 2), world.rank + 5.0))
     world.broadcast(variables)
     found["broadcast"] = [v.numpy().tolist() for v in variables]
-    found["shared"] = world.share(lambda: {"of": world.rank})
-    found["gathered"] = world.gather("x" * world.rank)
+    found["shared"] = world.broadcast_object(lambda: {"of": world.rank})
+    found["gathered"] = world.allgather_object("x" * world.rank)
     try:
-        world.share(refused)
+        world.broadcast_object(refused)
     except ConfigError as error:
         found["refused"] = str(error)
     return found
@@ -72,11 +74,11 @@ def agree(world):
 if __name__ == "__main__":
     ranks = join_world()
     if sys.argv[1] == "agree":
-        every = ranks.gather(agree(ranks))
+        every = ranks.allgather_object(agree(ranks))
         if ranks.first:
             print(json.dumps({"ranks": every, "identity": identify(), "carrier": carrier().name}))
     elif sys.argv[1] == "later":
-        ranks.meet()
+        ranks.barrier()
         if ranks.first:
             time.sleep(8)
             print("rank 0 is done")
@@ -85,4 +87,4 @@ if __name__ == "__main__":
     elif ranks.rank == 1:
         raise SystemExit(3)
     else:
-        ranks.sum([tf.ones([2])])
+        ranks.allreduce([tf.ones([2])])

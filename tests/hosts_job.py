@@ -170,7 +170,7 @@ def hang(report):
     world = join_world()
     report({"waiting": True})
     if world.rank == 1:
-        world.gather(None)
+        world.allgather_object(None)
     time.sleep(600)
 
 

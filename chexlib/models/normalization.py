@@ -135,7 +135,7 @@ def normalise_by_parts(x, gamma, beta, parts, epsilon, *, ranks: bool = False):
     world = joined_world() if ranks else World()
 
     def total(values):
-        return world.sum([values])[0]
+        return world.allreduce([values])[0]
 
     def of_parts(values):  # sum over the pixels and images of each part
         return tf.math.segment_sum(tf.reduce_sum(values, [1, 2]), parts)
@@ -151,7 +151,7 @@ def normalise_by_parts(x, gamma, beta, parts, epsilon, *, ranks: bool = False):
         own_mean = of_parts(images) / own
         own_squares = of_parts(tf.math.squared_difference(images, to_images(own_mean)))
         channels = x.shape[-1]
-        each = world.stack(tf.concat([own, own_mean, own_squares], axis=1)[None])
+        each = world.allgather(tf.concat([own, own_mean, own_squares], axis=1)[None])
         pixels_of, mean_of, squares_of = tf.split(each, [1, channels, channels], axis=2)
         count = tf.reduce_sum(pixels_of, 0)
         mean = tf.reduce_sum(pixels_of * mean_of, 0) / count

@@ -114,7 +114,7 @@ def population_statistics(
     if world:
         # Of one type, as Horovod needs.
         everything = [*map(tf.constant, sums), tf.constant(images, tf.float64)]
-        *sums, images = (total.numpy() for total in world.sum(everything))
+        *sums, images = (total.numpy() for total in world.allreduce(everything))
     if not images:
         raise ConfigError("there are no images to take statistics of. Give at least one batch.")
     found = []

@@ -313,7 +313,7 @@ def serve(settings: dict) -> None:
     def note(trainer):
         def begin(step, logs=None):
             if trainer is alone:
-                world.meet()  # ranks that share processors share them in a step
+                world.barrier()  # ranks that share processors share them in a step
             began.append((time.perf_counter(), time.time()))
 
         def end(step, logs=None):
@@ -327,7 +327,7 @@ def serve(settings: dict) -> None:
         gradients = 4 * sum(v.value.shape.num_elements() for v in model.trainable_variables)
         facts = {"gflop_per_image": training_gflop(model), "gradient_bytes": gradients}
         print(json.dumps(facts), flush=True)
-    while steps := world.share(lambda: int(sys.stdin.readline() or 0)):
+    while steps := world.broadcast_object(lambda: int(sys.stdin.readline() or 0)):
         trainer = together if steps > 0 else alone
         began[:], ends[:], busy[:], wait[:] = [], [time.perf_counter()], [], []
         trainer.fit(
@@ -337,7 +337,7 @@ def serve(settings: dict) -> None:
         seconds = np.diff(ends)
         if steps < 0:
             seconds = np.max(
-                world.gather(np.subtract(ends[1:], [start for start, _ in began])), axis=0
+                world.allgather_object(np.subtract(ends[1:], [start for start, _ in began])), axis=0
             )
         if world.first:
             detail = {

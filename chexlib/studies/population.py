@@ -104,7 +104,7 @@ def bn_report(
     with kept_statistics(model):
         found["batch"] = _score(forward, images, batch)
     moving = [np.stack([n.moving_mean.numpy(), n.moving_variance.numpy()]) for n in layers]
-    everywhere = world.gather(moving) if world else [moving]
+    everywhere = world.allgather_object(moving) if world else [moving]
     truth = population_statistics(model, _cut(population, batch), world, forward=forward)
     rows = []
     for i, (layer, true) in enumerate(zip(layers, truth, strict=True)):

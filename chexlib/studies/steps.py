@@ -76,7 +76,9 @@ def seven_steps(config: TrainConfig) -> dict:
                 keras.losses.binary_crossentropy(labels, model(pixels, training=True))
             )
         gradients = tape.gradient(loss, model.trainable_variables)
-        *totals, images, loss_sum = world.sum([*gradients, tf.constant(float(len(pixels))), loss])
+        *totals, images, loss_sum = world.allreduce(
+            [*gradients, tf.constant(float(len(pixels))), loss]
+        )
         averaged = [total / images for total in totals]
         if step == 0:
             seen["forward"] = {"images": len(pixels), "loss": float(loss) / len(pixels)}

@@ -191,7 +191,7 @@ def pooled_scorer(
             if len(mine):
                 pieces.append(predict(store.take(mine)[..., None].astype(np.float32)).numpy())
         scores = np.empty((len(store), len(FINDINGS)), np.float32)
-        for rank, piece in enumerate(world.gather(np.concatenate(pieces))):
+        for rank, piece in enumerate(world.allgather_object(np.concatenate(pieces))):
             scores[rank :: world.ranks] = piece
         return scores
 

@@ -143,7 +143,7 @@ def _fit_here(
     if world.first:  # above the lines of the epochs, which have an AUROC
         counts = ", ".join(f"{len(part):,} {name}" for name, part in parts.items())
         log.info("%s split %s: %s images", split.name, split.digest, counts)
-    world.share(lambda: _prepare(config))
+    world.broadcast_object(lambda: _prepare(config))
 
     trainer = reuse.trainer(config, world)
     model = trainer.model
@@ -210,7 +210,7 @@ def _fit_here(
         predictions = pd.concat(
             [predictions_of(parts[part], score(part), part) for part in ("validation", "test")]
         )
-        world.share(lambda: _write(result, model, predictions, progress.step_rows))
+        world.broadcast_object(lambda: _write(result, model, predictions, progress.step_rows))
     return result
 
 

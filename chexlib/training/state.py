@@ -192,7 +192,7 @@ class Saver(keras.callbacks.Callback):
         if not self.config.keep_checkpoints:
             return
         model, optimizer = self.model.model, self.model.optimizer
-        statistics = self.world.gather([v.numpy() for v in model.non_trainable_variables])
+        statistics = self.world.allgather_object([v.numpy() for v in model.non_trainable_variables])
 
         def write():
             arrays = {f"weights/{i}": v.numpy() for i, v in enumerate(model.trainable_variables)}
@@ -219,7 +219,7 @@ class Saver(keras.callbacks.Callback):
                 self.folder, self.at.step, arrays, facts, keep=self.config.keep_checkpoints
             )
 
-        self.world.share(write)
+        self.world.broadcast_object(write)
 
     def restore(self, trainer) -> str | None:
         """Take up the newest sound checkpoint, if there is one.
@@ -233,7 +233,7 @@ class Saver(keras.callbacks.Callback):
         WeightsError
             There are checkpoints, and none is sound.
         """
-        found = self.world.share(lambda: newest_checkpoint(self.folder))
+        found = self.world.broadcast_object(lambda: newest_checkpoint(self.folder))
         if found is None:
             log.info("no checkpoint in %s: the training starts from the beginning", self.folder)
             return None

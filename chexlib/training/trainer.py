@@ -91,7 +91,7 @@ class DataParallelTrainer(keras.Model):
             ],
             axis=0,
         )
-        *gradients, numbers = self.world.sum([*gradients, numbers])
+        *gradients, numbers = self.world.allreduce([*gradients, numbers])
         loss, images = numbers[0], numbers[1]
         slow = [
             (v, tf.identity(v.value), share)
