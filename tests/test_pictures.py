@@ -23,10 +23,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from chexlib.data.dicom import read_dicom
-from chexlib.data.frontal import frontal_doubt
 from chexlib.data.nih import read_image
-from chexlib.data.pictures import find_pictures, read_picture
+from chexlib.data.pictures import find_pictures, frontal_doubt, read_dicom, read_picture
 from chexlib.errors import DataError
 from chexlib.models.predict import predict_all
 from chexlib.phantom.write import phantom_images

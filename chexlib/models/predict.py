@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 
 from chexlib.data.cache import resize_area
-from chexlib.data.frontal import frontal_doubt
-from chexlib.data.pictures import find_pictures, read_picture
+from chexlib.data.pictures import find_pictures, frontal_doubt, read_picture
 from chexlib.errors import DataError, WeightsError
 from chexlib.findings import FINDINGS
 from chexlib.machine import cores
