@@ -30,7 +30,7 @@ from chexlib.evaluation.calibration import (
 from chexlib.evaluation.ensembles import mean_auroc
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
-from chexlib.training.reuse import Reuse
+from chexlib.training.trainer import Reuse
 
 
 def main() -> None:

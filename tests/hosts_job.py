@@ -141,7 +141,7 @@ def twenty_steps(data_dir):
     trainer.optimizer.build(model.trainable_variables)
     world.broadcast([*model.variables, *trainer.optimizer.variables])
     batches = training_batches(
-        ImageStore(radiographs.table["path"], size=32, gather=world.gather),
+        ImageStore(radiographs.table["path"], size=32, gather=world.allgather_object),
         radiographs.labels,
         global_batch=2 * world.ranks,
         seed=0,

@@ -67,7 +67,7 @@ def train(
     before = [v.numpy() for v in model.trainable_variables]
     order = dict(global_batch=batch * world.ranks * accumulation, accumulation=accumulation)
     order |= dict(seed=0, rank=world.rank, ranks=world.ranks, mirror=False)
-    store = ImageStore(radiographs.table["path"], size=size, gather=world.gather)
+    store = ImageStore(radiographs.table["path"], size=size, gather=world.allgather_object)
     batches = training_batches(store, radiographs.labels, **order)
     fed = np.concatenate([pixels.numpy() for pixels, _, _ in batches.take(min(steps, 3))])
     losses = trainer.fit(

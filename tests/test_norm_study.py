@@ -24,7 +24,7 @@ from chexlib.studies.batch_norm import (
     verdict,
 )
 from chexlib.training.fit import fit
-from chexlib.training.reuse import Reuse
+from chexlib.training.trainer import Reuse
 
 ASKED = dict(
     topologies=["densenet121", "vgg16"],

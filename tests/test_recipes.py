@@ -22,7 +22,7 @@ from chexlib.studies.collapse import collapse
 from chexlib.training.callbacks import Position
 from chexlib.training.fit import fit
 from chexlib.training.optimizers import values_at
-from chexlib.training.reuse import Reuse
+from chexlib.training.trainer import Reuse
 from chexlib.training.state import checkpoint_files, load_checkpoint
 
 # As coded: the polynomial counts from the start of the stage.

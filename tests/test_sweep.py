@@ -174,11 +174,9 @@ def test_every_setting_that_decides_a_training_is_in_its_key_and_no_folder_is(tm
     for name, value in free.items():
         assert point_key(deciding_settings(base.replace(**{name: value}))) == key, name
     schedule = {"preset": "step decay", "peak": 0.1, "epochs": 10}
-    numbers = dict.fromkeys(
-        ("size", "batch_size", "accumulation", "epochs", "max_steps", "plateau_patience"), 48
-    )
+    numbers = dict.fromkeys(("size", "batch_size", "accumulation", "epochs", "max_steps"), 48)
     numbers |= dict.fromkeys(
-        ("recalibrate", "early_stop", "max_images", "stream_images", "seed", "split_seed"), 48
+        ("recalibrate", "max_images", "stream_images", "seed", "split_seed"), 48
     )
     numbers |= dict.fromkeys(
         ("learning_rate", "plateau_factor", "weight_decay", "norm_momentum", "stage_rate"), 0.5
@@ -291,7 +289,7 @@ import json, sys
 from pathlib import Path
 from small_training import config_for
 from chexlib.training.fit import fit
-from chexlib.training.reuse import Reuse
+from chexlib.training.trainer import Reuse
 from chexlib.studies.grid import run_grid
 
 data, table = sys.argv[1:]

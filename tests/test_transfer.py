@@ -17,7 +17,7 @@ from chexlib.training.callbacks import Position, snapshots_of
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 from chexlib.training.input import Feed, divide, drawing_of
-from chexlib.training.reuse import Reuse
+from chexlib.training.trainer import Reuse
 from chexlib.training.schedules import Schedule
 
 FALL = {"unit": "epochs", "phases": [{"kind": "polynomial", "length": 3, "rate": 1e-4}]}
@@ -136,7 +136,7 @@ def test_a_rate_that_means_something_else_is_not_taken_over(
 
 
 def test_warmup_is_in_proportion_to_the_global_batch(vgg_file, phantom, tmp_path):
-    lengths, reuse = {}, Reuse(virtual=True)
+    lengths, reuse = {}, Reuse(accumulates=True)
     for batch, accumulation in ((8, 1), (8, 2)):
         config = config_for(
             phantom, tmp_path, epochs=2, max_steps=1, batch_size=batch, accumulation=accumulation
@@ -219,11 +219,3 @@ def test_recalibration_does_not_look_at_the_images_that_the_training_begins_with
     seen = np.concatenate([batch.ravel() for batch in feed.first(100)]).astype(int)
     epoch = np.random.default_rng([3, 0]).permutation(1000)
     assert len(set(seen)) == 100 and len(set(seen) & set(epoch[:100])) < 30  # 10 by chance
-
-
-def test_training_ends_early_when_validation_stays_as_it_is(phantom, tmp_path):
-    config = config_for(phantom, tmp_path, epochs=6, max_steps=1, learning_rate=1e-12, early_stop=2)
-    result = fit(config)
-    assert len(result.history) == 3 and result.best_epoch == 0 and not result.stopped
-    again = fit(config.replace(resume=True))
-    assert again.resumed_from and len(again.history) == 3

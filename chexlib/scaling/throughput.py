@@ -296,7 +296,7 @@ def serve(settings: dict) -> None:
     rng = np.random.default_rng(world.rank)
     if paths := settings.get("paths"):
         labels = rng.random((len(paths), 14)) > 0.9
-        store = ImageStore(paths, size=size, gather=world.gather)
+        store = ImageStore(paths, size=size, gather=world.allgather_object)
         share = {
             "global_batch": batch * world.ranks,
             "seed": 0,

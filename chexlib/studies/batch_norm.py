@@ -31,7 +31,7 @@ from chexlib.studies.population import NormReport, bn_report, judge_scores
 from chexlib.training.callbacks import pooled_scorer
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
-from chexlib.training.reuse import Reuse
+from chexlib.training.trainer import Reuse
 
 # Adam's; without batch norm a network bears less.
 RATES = {"densenet121": 1e-3, "resnet50": 1e-3, "vgg16": 1e-4}
@@ -199,7 +199,7 @@ def recalibrate_on(part, trainer, world, *, size: int, images: int = 1024) -> No
 
     They are drawn at random, the same ones for every training on this part.
     """
-    store = ImageStore(part.table["path"], size=size, gather=world.gather)
+    store = ImageStore(part.table["path"], size=size, gather=world.allgather_object)
     chosen = _drawn(len(store), images)
     cuts = world.batches(len(chosen), batch=EVALUATED)
     batches = (store.take(chosen[cut])[..., None].astype(np.float32) for cut in cuts)
@@ -224,7 +224,7 @@ def report_after(config: TrainConfig, *, reuse: Reuse) -> NormReport:
             "train": paths.iloc[_drawn(len(paths), POPULATION)],
         }
         stores = {
-            part: ImageStore(paths, size=config.size, gather=world.gather)
+            part: ImageStore(paths, size=config.size, gather=world.allgather_object)
             for part, paths in chosen.items()
         }
         pixels = {

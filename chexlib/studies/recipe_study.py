@@ -20,7 +20,7 @@ from chexlib.training.callbacks import pooled_scorer
 from chexlib.training.config import OPTIMIZERS, TrainConfig
 from chexlib.training.fit import fit
 from chexlib.training.recipes import LADDER, RULES
-from chexlib.training.reuse import Reuse
+from chexlib.training.trainer import Reuse
 
 
 def read_peaks(text: str) -> list[dict]:

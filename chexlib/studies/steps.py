@@ -66,7 +66,7 @@ def seven_steps(config: TrainConfig) -> dict:
         "next_epoch": names[following.indices].tolist(),
     }
 
-    store = ImageStore(train.table["path"], size=config.size, gather=world.gather)
+    store = ImageStore(train.table["path"], size=config.size, gather=world.allgather_object)
     seen["repeat"] = {"loss": [], "checksum": []}
     for step, share in enumerate(epoch[:3]):
         pixels = tf.constant(store.take(share.indices)[..., None], tf.float32)

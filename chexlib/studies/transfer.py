@@ -73,7 +73,7 @@ def finetune(
     hundredth of it.
 
     How the new domain is met is the config's: `recalibrate` and `norm_momentum` for batch norm,
-    `stage_rate` for rates that fall towards the input, `fresh_head`, `early_stop`.
+    `stage_rate` for rates that fall towards the input, `fresh_head`.
 
     Parameters
     ----------

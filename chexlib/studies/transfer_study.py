@@ -26,7 +26,7 @@ from chexlib.studies.transfer import WARMUP_BATCH, fine_schedule, finetune
 from chexlib.training.callbacks import pooled_scorer
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
-from chexlib.training.reuse import Reuse
+from chexlib.training.trainer import Reuse
 
 OWN, DEFAULT = "the checkpoint's", "the default"
 RULES = {

@@ -1,4 +1,4 @@
-"""What is watched while training runs: validation over all ranks, and where training stands."""
+"""Keras callbacks of a training: validation over all ranks, learning-rate plateau, progress."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from chexlib.training.config import TrainConfig
 
 @dataclass
 class Position:
-    """Where a training stands."""
+    """Training progress: epoch, image and step counters."""
 
     global_batch: int
     images: int  # of an epoch
@@ -83,16 +83,15 @@ class PooledValidation(keras.callbacks.Callback):
 
 
 class Plateau(keras.callbacks.ReduceLROnPlateau):
-    """Multiplies the rate by `factor` after `patience` epochs without a lower `val_loss`; 1 leaves
-    it alone.
+    """Multiplies the learning rate by `factor` after an epoch without a lower `val_loss`.
 
-    Keras' own, but one that can be taken up in the middle of a training.
+    Keras' own, but one that can be resumed in the middle of a training; 1 leaves the rate alone.
     """
 
-    def __init__(self, factor: float, patience: int):
+    def __init__(self, factor: float):
         self.idle = factor == 1
         accepted = 0.5 if self.idle else factor  # Keras refuses 1
-        super().__init__("val_loss", accepted, patience, min_delta=0)
+        super().__init__("val_loss", accepted, patience=1, min_delta=0)
         self.best = None
 
     def on_train_begin(self, logs=None):
@@ -103,22 +102,6 @@ class Plateau(keras.callbacks.ReduceLROnPlateau):
             logs["learning_rate"] = float(self.model.optimizer.learning_rate)
         else:
             super().on_epoch_end(epoch, logs)
-
-
-class EarlyStop(keras.callbacks.Callback):
-    """Ends a training after `patience` epochs without a better validation; 0: never."""
-
-    def __init__(self, validation: PooledValidation, at: Position, *, patience: int):
-        super().__init__()
-        self.validation, self.at, self.patience = validation, at, patience
-
-    @property
-    def due(self) -> bool:
-        """Known from where the training stands, so that one taken up after its end does not go on."""
-        return 0 < self.patience < self.at.epoch - self.validation.best_epoch
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.model.stop_training |= self.due
 
 
 class Progress(keras.callbacks.Callback):
@@ -184,7 +167,9 @@ def pooled_scorer(
 
     def score(part: str) -> np.ndarray:
         if part not in stores:
-            stores[part] = ImageStore(parts[part].table["path"], size=size, gather=world.gather)
+            stores[part] = ImageStore(
+                parts[part].table["path"], size=size, gather=world.allgather_object
+            )
         store = stores[part]
         pieces = [np.zeros((0, len(FINDINGS)), np.float32)]
         for mine in world.batches(len(store), batch=batch):

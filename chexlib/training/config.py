@@ -6,7 +6,8 @@ import dataclasses
 import json
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from chexlib.data.pipeline import AUGMENTATIONS
@@ -36,156 +37,179 @@ FREE = (
 )
 
 
+def _choice(among: tuple, default: str) -> str:
+    """A field that holds one of a few names."""
+    return field(
+        default=default,
+        metadata={"check": lambda value: value in among, "use": "one of " + ", ".join(among)},
+    )
+
+
+def _whole(least: int, default: int | None) -> int:
+    """A field that holds a whole number, or None where that is its default."""
+
+    def check(value) -> bool:
+        if value is None:
+            return default is None
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    use = f"a whole number of {least} or more"
+    return field(default=default, metadata={"check": check, "use": use})
+
+
+def _number(within: str, check: Callable[[float], bool], default: float) -> float:
+    """A field that holds a finite number."""
+
+    def is_accepted(value) -> bool:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and math.isfinite(value) and check(value)
+
+    return field(default=default, metadata={"check": is_accepted, "use": f"a number {within}"})
+
+
+def _flag(default: bool) -> bool:
+    """A field that holds true or false."""
+    check = {"check": lambda value: isinstance(value, bool), "use": "true or false"}
+    return field(default=default, metadata=check)
+
+
+def _path(**settings) -> str:
+    """A field that holds a path."""
+    check = {"check": lambda value: isinstance(value, str | os.PathLike), "use": "a path"}
+    return field(metadata=check, **settings)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings of `fit`. The defaults are CheXNet's recipe (Rajpurkar et al. 2017, section 3.1)."""
+    """Settings of `fit`. The defaults are CheXNet's recipe (Rajpurkar et al. 2017, section 3.1).
 
-    data_dir: str  # folder in the NIH layout
-    run_dir: str  # where model, history and predictions go
-    topology: str = "densenet121"
-    size: int = 224  # side of the input in pixels
-    width: float = 1.0  # share of the published channels, see models/topologies.py
-    stem: str = "full"  # the published one, or "small", for images of 32 pixels
-    weights: str | None = None  # None, "imagenet", or a file
-    # Images normalised together; the global batch is ranks x accumulation x batch_size.
-    batch_size: int = 16
-    accumulation: int = 1  # virtual ranks that a rank stands for, one after the other
-    epochs: int = 10
-    max_steps: int = 0  # steps an epoch at most; 0 means every image once
-    optimizer: str = "adam"
-    learning_rate: float = 1e-3
-    plateau_factor: float = 0.1  # the rate is multiplied by this when validation stops improving
-    plateau_patience: int = 1  # epochs without improvement before that
-    weight_decay: float = (
-        # Of kernels only: L2 in sgd, nesterov and lars, apart from the gradient in adamw and lamb.
-        0.0
+    Every field declares what it accepts; a value that is not accepted is a ConfigError that names
+    the field, the value and what to use instead.
+    """
+
+    # --- data ---
+    # Folder in the NIH layout.
+    data_dir: str = _path()
+    # "auto", "official", "patient", "image", or a fold of a cross-validation: "fold-1-of-5".
+    split: str = field(
+        default="auto",
+        metadata={
+            "check": lambda value: value in SPLITS or bool(fold_of(str(value))),
+            "use": f"one of {', '.join(SPLITS)}, or a fold: fold-1-of-5",
+        },
     )
-    # A preset's name, or a spec (chexlib.training.recipes.resolve): rate, momentum and decay.
-    schedule: str | dict = ""
+    # Seed of the split and of the choice of max_images. None: `seed`. Set it to compare trainings
+    # of several seeds on the same data.
+    split_seed: int | None = _whole(0, None)
+    # Use about this many images, always whole patients. 0: all.
+    max_images: int = _whole(0, 0)
+    # Side of the input in pixels.
+    size: int = _whole(32, 224)
     # Random area and aspect: "none", "study" (0.08 to 1, 3/4), "radiograph" (0.7 to 1, 9/10).
-    augment: str = "none"
-    mirror: bool = True  # random horizontal flip
-    precision: str = "auto"  # "float32", "mixed_bfloat16", or what this processor is made for
-    norm: str = "batch"  # whose statistics normalise in training, see models/topologies.py
-    ghost_size: int = 0  # images of a virtual batch, for norm="ghost"
-    # Of batch norm's moving statistics; PyTorch, and so CheXNet, calls this 0.1.
-    norm_momentum: float = 0.9
-    # Each stage's rate over that of the stage after it, the head being last; 0: the head alone.
-    stage_rate: float = 1.0
-    fresh_head: bool = False  # draw the head anew, whatever the weights hold
-    # Training images whose statistics take the place of the weights' own before the first step.
-    recalibrate: int = 0
-    early_stop: int = 0  # end after so many epochs without a better validation; 0: never
-    # An epoch is so many new images like data_dir's phantom, instead of its training part.
-    stream_images: int = 0
-    snapshots: bool = False  # keep the model of each epoch's end in run_dir/snapshots
-    split: str = "auto"  # or "fold-1-of-5" and so on: a cross-validation's
-    allow_leak: bool = False  # go on although patients are shared between parts
-    # Control: training labels dealt anew, so that there is nothing to learn.
-    shuffle_labels: bool = False
-    max_images: int = 0  # use about so many images, whole patients; 0 means all
-    skip_broken: bool = False  # leave out images that cannot be decoded
-    # Of weights, order, mirroring and crops; and of the data, unless split_seed says another.
-    seed: int = 0
-    # Of the split and of the choice of max_images: the same data for several seeds.
-    split_seed: int | None = None
-    checkpoint_steps: int = 0  # write a checkpoint every so many steps, besides one an epoch
-    keep_checkpoints: int = 2  # the newest so many stay in run_dir/checkpoints; 0 writes none
-    resume: bool = False  # go on from the newest checkpoint in run_dir, if there is one
-    # At another number of ranks: "global_batch", or "rank_batch" and scale the rate.
-    resume_keeps: str = "global_batch"
+    augment: str = _choice(tuple(AUGMENTATIONS), "none")
+    # Random horizontal flip.
+    mirror: bool = _flag(True)
+    # Images of an epoch that are drawn anew like the phantom in data_dir. 0: its training part.
+    stream_images: int = _whole(0, 0)
+    # Leave out images that cannot be decoded, instead of stopping at the first.
+    skip_broken: bool = _flag(False)
+    # Go on although patients are shared between the parts of the split.
+    allow_leak: bool = _flag(False)
+    # Control: the training labels are permuted, so that there is nothing to learn.
+    shuffle_labels: bool = _flag(False)
+
+    # --- model ---
+    topology: str = _choice(TOPOLOGIES, "densenet121")
+    # Share of the published channels, see models/topologies.py.
+    width: float = _number(
+        f"among {', '.join(map(str, WIDTHS))}", lambda value: value in WIDTHS, 1.0
+    )
+    # "full": the published first convolution; "small": one of stride 1, for images of 32 pixels.
+    stem: str = _choice(STEMS, "full")
+    # Starting weights: None, "imagenet", or a file.
+    weights: str | None = field(
+        default=None,
+        metadata={
+            "check": lambda value: value is None or isinstance(value, str | os.PathLike),
+            "use": "a path, 'imagenet' or null",
+        },
+    )
+    # Draw the last layer anew, whatever the weights hold.
+    fresh_head: bool = _flag(False)
+    # Which images give the statistics that normalise in training, see models/topologies.py.
+    norm: str = _choice(NORMS, "batch")
+    # Images of a virtual batch, for norm="ghost".
+    ghost_size: int = _whole(0, 0)
+    # Momentum of batch norm's moving statistics; PyTorch, and so CheXNet, calls this 0.1.
+    norm_momentum: float = _number("from 0 to below 1", lambda value: 0 <= value < 1, 0.9)
+    # Training images that give batch norm its moving statistics before the first step. 0: none.
+    recalibrate: int = _whole(0, 0)
+    # Type of the backbone's computations; "auto" is what this processor is made for.
+    precision: str = _choice((*PRECISIONS, "auto"), "auto")
+
+    # --- optimizer ---
+    optimizer: str = _choice(OPTIMIZERS, "adam")
+    learning_rate: float = _number("above 0", lambda value: value > 0, 1e-3)
+    # L2 of kernels in sgd, nesterov and lars; apart from the gradient in adamw and lamb.
+    weight_decay: float = _number("of 0 or more", lambda value: value >= 0, 0.0)
+    # Layer-wise learning-rate decay: the rate of each stage over that of the stage after it, the
+    # head being last. 0: only the head is trained.
+    stage_rate: float = _number("from 0 to 1", lambda value: 0 <= value <= 1, 1.0)
+    # Images per micro-batch, which are normalised together.
+    batch_size: int = _whole(1, 16)
+    # Micro-batches per rank and step. The global batch is ranks x accumulation x batch_size.
+    accumulation: int = _whole(1, 1)
+
+    # --- schedule ---
+    epochs: int = _whole(1, 10)
+    # Steps per epoch at most. 0: every image once.
+    max_steps: int = _whole(0, 0)
+    # A preset's name, or a description (chexlib.training.recipes.resolve), of rate, momentum and
+    # weight decay. "": a constant rate, multiplied by plateau_factor after an epoch in which the
+    # validation loss did not fall.
+    schedule: str | dict = ""
+    plateau_factor: float = _number("above 0 and up to 1", lambda value: 0 < value <= 1, 0.1)
+
+    # --- run ---
+    # Folder for model, history, predictions and checkpoints.
+    run_dir: str = _path()
+    # Seed of weights, order, mirroring and crops; and of the split, where split_seed is None.
+    seed: int = _whole(0, 0)
+    # Write a checkpoint every so many steps, besides the one per epoch. 0: none besides.
+    checkpoint_steps: int = _whole(0, 0)
+    # The newest so many checkpoints stay in run_dir/checkpoints. 0 writes none.
+    keep_checkpoints: int = _whole(0, 2)
+    # Keep the model of each epoch's end in run_dir/snapshots.
+    snapshots: bool = _flag(False)
+    # Go on from the newest checkpoint in run_dir, if there is one.
+    resume: bool = _flag(False)
+    # Resumed with another number of ranks: keep the "global_batch", or the "rank_batch" and scale
+    # the learning rate.
+    resume_keeps: str = _choice(KEEPS, "global_batch")
 
     def __post_init__(self):
+        for setting in dataclasses.fields(self):
+            value = getattr(self, setting.name)
+            accepts = setting.metadata.get("check")
+            if accepts and not accepts(value):
+                use = setting.metadata["use"]
+                raise ConfigError(f"{setting.name}={value!r} is not accepted. Use {use}.")
+        self._check_schedule()
+        self._check_together()
+        # Plain values, and absolute paths: engines may start in another folder than the notebook.
+        self._set("width", float(self.width))
+        self._set("data_dir", str(Path(self.data_dir).absolute()))
+        self._set("run_dir", str(Path(self.run_dir).absolute()))
+        if self.weights != "imagenet":
+            self._set("weights", str(Path(self.weights).absolute()) if self.weights else None)
         if self.precision == "auto":
-            object.__setattr__(self, "precision", native_precision())
-        for name, accepted in (
-            ("topology", TOPOLOGIES),
-            ("width", WIDTHS),
-            ("stem", STEMS),
-            ("optimizer", OPTIMIZERS),
-            ("precision", PRECISIONS),
-            ("augment", AUGMENTATIONS),
-            ("norm", NORMS),
-            ("resume_keeps", KEEPS),
-        ):
-            if (value := getattr(self, name)) not in accepted:
-                raise ConfigError(
-                    f"{name}={value!r} is not known. Use one of {', '.join(map(str, accepted))}."
-                )
-        if self.split not in SPLITS and not fold_of(str(self.split)):
-            raise ConfigError(
-                f"split={self.split!r} is not known. Use one of {', '.join(SPLITS)}, or a fold: "
-                "fold-1-of-5."
-            )
-        for name, least in (
-            ("size", 32),
-            ("batch_size", 1),
-            ("accumulation", 1),
-            ("ghost_size", 0),
-            ("epochs", 1),
-            ("max_steps", 0),
-            ("max_images", 0),
-            ("plateau_patience", 0),
-            ("seed", 0),
-            ("split_seed", 0),
-            ("recalibrate", 0),
-            ("early_stop", 0),
-            ("stream_images", 0),
-            ("checkpoint_steps", 0),
-            ("keep_checkpoints", 0),
-        ):
-            value = getattr(self, name)
-            if name == "split_seed" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(
-                    f"{name}={value!r} is not accepted. Use a whole number of {least} or more."
-                )
-        for name in (
-            "mirror",
-            "allow_leak",
-            "shuffle_labels",
-            "skip_broken",
-            "resume",
-            "fresh_head",
-            "snapshots",
-        ):
-            if not isinstance(value := getattr(self, name), bool):
-                raise ConfigError(f"{name}={value!r} is not accepted. Use true or false.")
-        for name in (
-            "learning_rate",
-            "norm_momentum",
-            "plateau_factor",
-            "weight_decay",
-            "stage_rate",
-            "width",
-        ):
-            value = getattr(self, name)
-            if (
-                not isinstance(value, int | float)
-                or isinstance(value, bool)
-                or not math.isfinite(value)
-            ):
-                raise ConfigError(f"{name}={value!r} is not accepted. Use a number.")
-        object.__setattr__(self, "width", float(self.width))
-        for name in ("data_dir", "run_dir", "weights"):
-            value = getattr(self, name)
-            if not isinstance(value, str | os.PathLike) and (
-                name != "weights" or value is not None
-            ):
-                raise ConfigError(f"{name}={value!r} is not accepted. Use a path.")
-        if not self.learning_rate > 0:
-            raise ConfigError(
-                f"learning_rate={self.learning_rate!r} is not accepted. Use a number above 0."
-            )
-        if not self.weight_decay >= 0:
-            raise ConfigError(
-                f"weight_decay={self.weight_decay!r} is not accepted. Use a number of 0 or more."
-            )
-        if not 0 <= self.stage_rate <= 1:
-            raise ConfigError(
-                f"stage_rate={self.stage_rate!r} is not accepted. Use 0 <= rate <= 1."
-            )
+            self._set("precision", native_precision())
+
+    def _set(self, name: str, value) -> None:
+        object.__setattr__(self, name, value)  # the class is frozen for everybody else
+
+    def _check_together(self) -> None:
+        """Refuse settings that are accepted one by one, and do not go together."""
         if self.stream_images and (
             self.augment != "none" or self.shuffle_labels or self.accumulation > 1
         ):
@@ -194,34 +218,17 @@ class TrainConfig:
                 "labels as they are: the stream draws every image anew. Change these, or train on "
                 "data_dir's own images."
             )
-        self._check_schedule()
-        if not 0 <= self.norm_momentum < 1:
-            raise ConfigError(
-                f"norm_momentum={self.norm_momentum!r} is not accepted. Use 0 <= momentum < 1."
-            )
         if (self.norm == "ghost") != (self.ghost_size > 0):
             raise ConfigError(
                 f"ghost_size={self.ghost_size!r} is not accepted with norm={self.norm!r}. Use 1 or "
-                "more for ghost."
+                "more for ghost, and 0 for every other norm."
             )
         if self.norm == "sync" and self.accumulation > 1:
             raise ConfigError(
-                f'accumulation={self.accumulation!r} is not accepted with norm="sync": virtual '
-                "ranks are taken one "
-                "after the other, and cannot share their statistics. Use more ranks, or a larger "
-                "batch_size."
+                f'accumulation={self.accumulation!r} is not accepted with norm="sync": a rank takes '
+                "its micro-batches one after the other, and they cannot share their statistics. Use "
+                "more ranks, or a larger batch_size."
             )
-        if not 0 < self.plateau_factor <= 1:
-            raise ConfigError(
-                f"plateau_factor={self.plateau_factor!r} is not accepted. Use 0 < factor <= 1."
-            )
-        # Engines may start in another folder than the notebook.
-        for name in ("data_dir", "run_dir"):
-            object.__setattr__(self, name, str(Path(getattr(self, name)).absolute()))
-        if self.weights not in (None, "", "imagenet"):
-            object.__setattr__(self, "weights", str(Path(self.weights).absolute()))
-        elif not self.weights:
-            object.__setattr__(self, "weights", None)
 
     def _check_schedule(self) -> None:
         asked = self.schedule
@@ -234,8 +241,7 @@ class TrainConfig:
                 resolve(asked, images=10**6, global_batch=1, epochs=self.epochs)
         except ValueError as error:  # a ConfigError is one, as is what JSON says
             raise ConfigError(f"schedule={self.schedule!r} is not accepted. {error}") from error
-        # As a checkpoint gives it back.
-        object.__setattr__(self, "schedule", json.loads(json.dumps(asked)))
+        self._set("schedule", json.loads(json.dumps(asked)))  # as a checkpoint gives it back
         if asked and self.weight_decay:
             raise ConfigError(
                 f"weight_decay={self.weight_decay!r} beside a schedule, which has its own. Use 0."

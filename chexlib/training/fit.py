@@ -27,7 +27,6 @@ from chexlib.models.statistics import recalibrate
 from chexlib.models.topologies import NORMALIZATION
 from chexlib.models.weights import save_model
 from chexlib.training.callbacks import (
-    EarlyStop,
     Plateau,
     PooledValidation,
     Position,
@@ -38,8 +37,8 @@ from chexlib.training.callbacks import (
 from chexlib.training.config import TrainConfig
 from chexlib.training.input import Feed, divide, predictions_of, start_head_at_prevalence
 from chexlib.training.optimizers import guide
-from chexlib.training.reuse import Reuse
 from chexlib.training.state import Saver, checkpoint_files
+from chexlib.training.trainer import Reuse
 
 log = logging.getLogger(__name__)
 
@@ -160,22 +159,19 @@ def _fit_here(
     validation = PooledValidation(
         score, parts["validation"].labels, choose=not config.shuffle_labels
     )
-    plateau = Plateau(
-        1 if trainer.optimizer.tables else config.plateau_factor, config.plateau_patience
-    )
+    plateau = Plateau(1 if trainer.optimizer.tables else config.plateau_factor)
     progress = Progress(report if world.first else None, at, epochs=config.epochs)
-    early = EarlyStop(validation, at, patience=config.early_stop)
     saver = Saver(config, world, at, (validation, plateau, progress), facts={"split": split.digest})
     resumed = saver.restore(trainer) if config.resume else None
     values = guide(trainer.optimizer, config, at, anew=resumed is None)
     feed = Feed(config, world, train, labels)
     if config.recalibrate and resumed is None:
         recalibrate(model, feed.first(config.recalibrate), world, forward=trainer.infer_by_batch)
-    callbacks = [validation, plateau, progress, saver, early]
+    callbacks = [validation, plateau, progress, saver]
     if config.snapshots and world.first:
         callbacks.append(Snapshots(config, at))
     # Once, or twice if resumed within an epoch.
-    while at.epoch < config.epochs and not (saver.stopped or early.due):
+    while at.epoch < config.epochs and not saver.stopped:
         batches = feed.batches(at, when=values and values.augment[at.step :])
         trainer.fit(
             batches,

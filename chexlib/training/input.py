@@ -40,7 +40,9 @@ class Feed:
         self.drawing = drawing_of(train.root) if config.stream_images else {}
         self.store = None
         if not config.stream_images or config.recalibrate:
-            self.store = ImageStore(train.table["path"], size=config.size, gather=world.gather)
+            self.store = ImageStore(
+                train.table["path"], size=config.size, gather=world.allgather_object
+            )
 
     def batches(self, at: Position, *, when: np.ndarray | None):
         """Endless tf.data from a position on; `when` as for `training_batches`."""

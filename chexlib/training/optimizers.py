@@ -7,6 +7,8 @@ the slots.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import keras
 import numpy as np
 
@@ -57,18 +59,27 @@ class Scheduled:
 
     # Of rate, momentum, weight decay, and the update that began the stage.
     tables: tuple[TableSchedule, ...] = ()
+    # Of the learning rate, by trainable variable in the order of `build`: layer-wise learning-rate
+    # decay. None: 1 for all.
+    multipliers: Sequence[float] | None = None
 
     def follow(self, values: Values):
         """Take rate, momentum and weight decay of each update from `values`, from now on."""
         began = np.maximum.accumulate(np.where(values.fresh, np.arange(len(values)), 0))
         columns = (values.rate, values.momentum, values.weight_decay, began)
         if self.tables:
-            for known, column in zip(self.tables, columns, strict=True):
-                known.table.assign(column.astype(np.float32))
+            for schedule, column in zip(self.tables, columns, strict=True):
+                schedule.table.assign(column.astype(np.float32))
         else:
             self.tables = tuple(TableSchedule(column) for column in columns)
             self.learning_rate = self.tables[0]
         return self
+
+    def rate_of(self, variable, rate):
+        """The learning rate of one variable: `rate` times its multiplier."""
+        if self.multipliers is None:
+            return rate
+        return rate * self.multipliers[self._get_variable_index(variable)]
 
     def momentum_now(self):
         """Of the update that is being made."""
@@ -116,10 +127,10 @@ class Decoupled(Scheduled):
 
     def _apply_weight_decay(self, variables):
         if self.decay or self.tables:
-            share = 1 - self.learning_rate * self.decay_now()
             for variable in variables:
                 if is_weight(variable):
-                    variable.assign(variable * share)
+                    rate = self.rate_of(variable, self.learning_rate)
+                    variable.assign(variable * (1 - rate * self.decay_now()))
 
     def get_config(self):
         return {**super().get_config(), "decay": self.decay}
@@ -148,7 +159,7 @@ class FusedAdam(Scheduled, keras.optimizers.Adam):
             v=self._velocities[index].value.handle,
             beta1_power=tf.pow(self.beta_1, step),
             beta2_power=tf.pow(self.beta_2, step),
-            lr=tf.cast(learning_rate, tf.float32),
+            lr=tf.cast(self.rate_of(variable, learning_rate), tf.float32),
             beta1=self.beta_1,
             beta2=self.beta_2,
             epsilon=self.epsilon,
@@ -180,8 +191,8 @@ class Lamb(Decoupled, keras.optimizers.Lamb):
     def update_step(self, gradient, variable, learning_rate):
         import tensorflow as tf
 
-        place = self._get_variable_index(variable)
-        first, second = self._momentums[place], self._velocities[place]
+        index = self._get_variable_index(variable)
+        first, second = self._momentums[index], self._velocities[index]
         first.assign_add((gradient - first) * (1 - self.beta_1))
         second.assign_add((tf.square(gradient) - second) * (1 - self.beta_2))
         step = tf.cast(self.iterations + 1, tf.float32)
@@ -192,7 +203,8 @@ class Lamb(Decoupled, keras.optimizers.Lamb):
             update = update + self.decay_now() * variable
         weight, length = tf.norm(variable), tf.norm(update)
         trust = tf.where((weight > 0) & (length > 0), tf.math.divide_no_nan(weight, length), 1.0)
-        variable.assign_sub(tf.cast(learning_rate, tf.float32) * trust * update)
+        rate = tf.cast(self.rate_of(variable, learning_rate), tf.float32)
+        variable.assign_sub(rate * trust * update)
 
     def _apply_weight_decay(self, variables):
         pass  # it is in the update
@@ -218,7 +230,7 @@ class Momentum(Scheduled, keras.optimizers.SGD):
         tf.raw_ops.ResourceApplyKerasMomentum(
             var=variable.handle,
             accum=self.momentums[self._get_variable_index(variable)].value.handle,
-            lr=tf.cast(learning_rate, tf.float32),
+            lr=tf.cast(self.rate_of(variable, learning_rate), tf.float32),
             grad=gradient,
             momentum=tf.cast(self.momentum_now(), tf.float32),
             use_nesterov=self.nesterov,

@@ -1,29 +1,32 @@
-"""Keras' own training loop around a model whose gradients are averaged over ranks."""
+"""The data-parallel training step, and the trainers that a grid of trainings keeps and uses again."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from chexlib.collectives import World
+from chexlib.models.arrays import HEAD
+from chexlib.models.topologies import redraw, stages_above
+from chexlib.models.weights import create_model, load_weights
+from chexlib.training.config import FREE, TrainConfig
+from chexlib.training.optimizers import has_table, make_optimizer
 
 
 class DataParallelTrainer(keras.Model):
-    """A model, its loss and its ranks, for `keras.Model.fit`.
+    """Data-parallel training of a model, for `keras.Model.fit`: gradients are summed over ranks.
 
-    With `accumulation` above 1 a rank stands for as many *virtual ranks*: it takes their parts of
-    the global batch one after the other, in one graph, each normalised by itself, adds up
-    gradients, and averages moving statistics. `virtual` asks for that graph also with 1, where it
-    may become another number.
-
-    Of each update of trainable variable i only the share `shares[i]` is made, all of it without
-    `shares`: as if its rate were so much lower, whatever the optimizer. With a share of 0 no
-    gradient is taken.
+    With `accumulation` above 1 a rank takes its part of the global batch in as many *micro-batches*,
+    one after the other in one graph. Each is normalised by itself, as on a rank of its own;
+    gradients are added up, and moving statistics averaged. `accumulates` asks for that graph also
+    with 1, where it may become another number.
 
     The loss is binary cross-entropy, averaged over findings and over all images of the global
-    batch; a rank with fewer images, or with a stand-in of weight 0, counts for what it holds.
+    batch. A rank with fewer images, or with padding of weight 0, counts for the images it holds.
+    No gradient is taken of variables whose learning-rate multiplier is 0 (`trained` is False).
 
     Every step's allreduce also carries a few numbers, so that all ranks know them at the same step:
     `step_loss`, the loss of that step alone; `asked`, above 0 if a rank has set `asking`; and
@@ -36,18 +39,18 @@ class DataParallelTrainer(keras.Model):
         world: World,
         *,
         accumulation: int = 1,
-        virtual: bool = False,
-        shares: Sequence[float] = (),
+        accumulates: bool = False,
+        trained: Sequence[bool] = (),
     ):
         super().__init__()
         # Grappler's rewriting takes seconds of every start and makes no step of these graphs faster
         # (measured).
         tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
         self.model, self.world = model, world
-        self.shares = tuple(shares) or (1.0,) * len(model.trainable_variables)
+        self.trained = tuple(trained) or (True,) * len(model.trainable_variables)
         # Another number needs no new graph.
         self.accumulation = tf.Variable(accumulation, trainable=False)
-        self.virtual = virtual or accumulation > 1
+        self.accumulates = accumulates or accumulation > 1
         self.loss_tracker = keras.metrics.Mean("loss")
         spec = [tf.TensorSpec(model.input_shape, tf.float32)]
         self.infer = tf.function(lambda pixels: model(pixels, training=False), input_signature=spec)
@@ -75,55 +78,42 @@ class DataParallelTrainer(keras.Model):
 
     def train_step(self, data):
         pixels, labels, weights = data
-        variables = self.model.trainable_variables
         with tf.control_dependencies([pixels]):
             began = tf.timestamp()
-        if self.virtual:
-            loss, gradients = self._virtual_ranks(pixels, labels, weights)
+        if self.accumulates:
+            loss, gradients = self._accumulate(pixels, labels, weights)
         else:
             loss, gradients = self._loss_and_gradients(pixels, labels, weights)
         with tf.control_dependencies(gradients):
             busy = tf.cast(tf.timestamp() - began, tf.float32)
-        numbers = tf.concat(
-            [
-                tf.stack([loss, tf.reduce_sum(weights), self.asking]),
-                busy * tf.one_hot(self.world.rank, self.world.ranks),
-            ],
-            axis=0,
-        )
+        busy_by_rank = busy * tf.one_hot(self.world.rank, self.world.ranks)
+        sums = tf.stack([loss, tf.reduce_sum(weights), self.asking])
+        numbers = tf.concat([sums, busy_by_rank], axis=0)
         *gradients, numbers = self.world.allreduce([*gradients, numbers])
         loss, images = numbers[0], numbers[1]
-        slow = [
-            (v, tf.identity(v.value), share)
-            for v, share in zip(variables, self.shares, strict=True)
-            if share != 1
-        ]
-        self.optimizer.apply([g / images for g in gradients], variables)
-        for variable, before, share in slow:
-            variable.assign(before + share * (variable - before))
+        self.optimizer.apply([g / images for g in gradients], self.model.trainable_variables)
         self.loss_tracker.update_state(loss / images, sample_weight=images)
         self._told.assign(numbers)
         return {"loss": self.loss_tracker.result()}
 
     def _loss_and_gradients(self, pixels, labels, weights):
+        """Sums over the images of a batch: the loss, and a gradient per trainable variable."""
+        variables = self.model.trainable_variables
         with tf.GradientTape() as tape:
             scores = self.model(pixels, training=True)
-            loss = tf.reduce_sum(weights * keras.losses.binary_crossentropy(labels, scores))
-        variables = self.model.trainable_variables
-        found = iter(
-            tape.gradient(
-                loss, [v for v, share in zip(variables, self.shares, strict=True) if share]
-            )
-        )
+            losses = keras.losses.binary_crossentropy(labels, scores)
+            loss = tf.reduce_sum(weights * losses)
+        sources = [v for v, trained in zip(variables, self.trained, strict=True) if trained]
+        gradients = iter(tape.gradient(loss, sources))
         return loss, [
-            next(found) if share else tf.zeros(v.shape)
-            for v, share in zip(variables, self.shares, strict=True)
+            next(gradients) if trained else tf.zeros(v.shape)
+            for v, trained in zip(variables, self.trained, strict=True)
         ]
 
-    def _virtual_ranks(self, pixels, labels, weights):
-        """Sums over this rank's parts of a batch.
+    def _accumulate(self, pixels, labels, weights):
+        """Loss and gradients summed over this rank's micro-batches.
 
-        Each begins with the same moving statistics; their mean is left.
+        Each begins with the same moving statistics; the mean of what they become is left.
         """
         model, parts = self.model, self.accumulation
         images = tf.shape(pixels)[0]
@@ -131,26 +121,24 @@ class DataParallelTrainer(keras.Model):
         before = [tf.identity(v.value) for v in statistics]
 
         def take(part, start, loss, gradients, totals):
-            # As `partition` has cut.
             stop = start + images // parts + tf.cast(part < images % parts, tf.int32)
             for variable, value in zip(statistics, before, strict=True):
                 variable.assign(value)
-            more, own = self._loss_and_gradients(
-                pixels[start:stop], labels[start:stop], weights[start:stop]
-            )
+            micro_batch = pixels[start:stop], labels[start:stop], weights[start:stop]
+            more, of_part = self._loss_and_gradients(*micro_batch)
             gradients = [
-                total + tf.convert_to_tensor(g) for total, g in zip(gradients, own, strict=True)
+                total + tf.convert_to_tensor(g) for total, g in zip(gradients, of_part, strict=True)
             ]
             totals = [total + v.value for total, v in zip(totals, statistics, strict=True)]
             return part + 1, stop, loss + more, gradients, totals
 
-        nothing = (
-            [tf.zeros(v.shape) for v in model.trainable_variables],
-            [tf.zeros(v.shape) for v in statistics],
-        )
-        start = (0, 0, tf.constant(0.0), *nothing)
+        no_gradients = [tf.zeros(v.shape) for v in model.trainable_variables]
+        no_statistics = [tf.zeros(v.shape) for v in statistics]
         *_, loss, gradients, totals = tf.while_loop(
-            lambda part, *_: part < parts, take, start, parallel_iterations=1
+            lambda part, *_: part < parts,
+            take,
+            (0, 0, tf.constant(0.0), no_gradients, no_statistics),
+            parallel_iterations=1,
         )
         for variable, total in zip(statistics, totals, strict=True):
             variable.assign(total / tf.cast(parts, tf.float32))
@@ -164,3 +152,100 @@ class DataParallelTrainer(keras.Model):
             "asked": asked > 0,
             "busy": busy,
         }
+
+
+# Settings that no graph depends on; any other, also one that is new, means another trainer.
+_SAME_GRAPH = {
+    *FREE,
+    *("augment", "fresh_head", "learning_rate", "max_images", "max_steps", "mirror"),
+    *("plateau_factor", "recalibrate", "schedule", "seed", "shuffle_labels", "snapshots", "split"),
+    *("split_seed", "stream_images", "weights"),
+}
+
+
+class Reuse:
+    """Keeps the trainer of the training before, and makes it as good as new for one that needs the
+    same graph.
+
+    Building DenseNet-121 and tracing its step takes some 20 s, as long as a short training itself:
+    a grid of many is best taken in an order in which those of one topology and `norm` follow each
+    other. Only the last trainer is kept.
+
+    Parameters
+    ----------
+    accumulates : bool
+        One graph for any number of micro-batches, also for one, which would else have its own.
+
+    Examples
+    --------
+    >>> reuse = Reuse()
+    >>> results = [fit(config.replace(seed=seed), reuse=reuse) for seed in range(3)]
+    """
+
+    def __init__(self, *, accumulates: bool = False):
+        self.accumulates = accumulates
+        self._key, self._trainer, self._start = None, None, ()
+
+    def trainer(self, config: TrainConfig, world: World) -> DataParallelTrainer:
+        """What `make_trainer` gives, or the last one that it gave, in the state in which it would
+        give it now.
+        """
+        accumulates = self.accumulates or config.accumulation > 1
+        # Keras can give ImageNet's weights to a new model only.
+        imagenet_seed = config.seed if config.weights == "imagenet" else None
+        settings = config.to_dict().items()
+        key = {name: value for name, value in settings if name not in _SAME_GRAPH} | {
+            "has_table": has_table(config),
+            "accumulates": accumulates,
+            "imagenet_seed": imagenet_seed,
+            "filled": bool(config.weights),  # what a file leaves in batch norm is not drawn anew
+            "world": world,
+        }
+        if key != self._key:
+            self._trainer = self._start = None  # room for the new one
+            self._trainer = make_trainer(config, world, accumulates=accumulates)
+            self._key, self._start = key, [v.numpy() for v in self._variables()]
+            return self._trainer
+        for variable, value in zip(self._variables(), self._start, strict=True):
+            variable.assign(value)
+        if imagenet_seed is None:
+            redraw(self._trainer.model, config.seed)
+            if config.weights:
+                head = self._trainer.model.get_layer(HEAD)
+                head.bias.assign(np.zeros(head.bias.shape, np.float32))
+                load_weights(self._trainer.model, config.weights, fresh_head=config.fresh_head)
+        if not has_table(config):
+            self._trainer.optimizer.learning_rate = config.learning_rate
+        self._trainer.accumulation.assign(config.accumulation)
+        self._trainer.asking.assign(0.0)
+        return self._trainer
+
+    def _variables(self) -> list:
+        return [*self._trainer.model.variables, *self._trainer.optimizer.variables]
+
+
+def make_trainer(config: TrainConfig, world: World, *, accumulates: bool) -> DataParallelTrainer:
+    """The compiled trainer of a config, with the starting weights that this process has drawn."""
+    model = create_model(
+        **config.network(),
+        weights=config.weights,
+        precision=config.precision,
+        norm=config.norm,
+        ghost_size=config.ghost_size,
+        momentum=config.norm_momentum,
+        seed=config.seed,
+        fresh_head=config.fresh_head,
+    )
+    multipliers = [config.stage_rate**above for above in stages_above(model)]
+    trainer = DataParallelTrainer(
+        model,
+        world,
+        accumulation=config.accumulation,
+        accumulates=accumulates,
+        trained=[multiplier > 0 for multiplier in multipliers],
+    )
+    optimizer = make_optimizer(config)
+    optimizer.build(model.trainable_variables)
+    optimizer.multipliers = tuple(multipliers)
+    trainer.compile(optimizer=optimizer, jit_compile=False)
+    return trainer

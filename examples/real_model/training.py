@@ -32,7 +32,7 @@ from chexlib.studies.transfer import fine_schedule, finetune, pretrain
 from chexlib.training.callbacks import snapshots_of
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
-from chexlib.training.reuse import Reuse
+from chexlib.training.trainer import Reuse
 from examples.real_model.collection import collect
 from examples.real_model.cross_validation import FEWEST, arm_gains, cross_validate, pooled
 
