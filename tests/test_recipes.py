@@ -22,8 +22,8 @@ from chexlib.studies.collapse import collapse
 from chexlib.training.callbacks import Position
 from chexlib.training.fit import fit
 from chexlib.training.optimizers import values_at
-from chexlib.training.trainer import Reuse
 from chexlib.training.state import checkpoint_files, load_checkpoint
+from chexlib.training.trainer import Reuse
 
 # As coded: the polynomial counts from the start of the stage.
 PHASES = [

@@ -17,8 +17,8 @@ from chexlib.training.callbacks import Position, snapshots_of
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 from chexlib.training.input import Feed, divide, drawing_of
-from chexlib.training.trainer import Reuse
 from chexlib.training.schedules import Schedule
+from chexlib.training.trainer import Reuse
 
 FALL = {"unit": "epochs", "phases": [{"kind": "polynomial", "length": 3, "rate": 1e-4}]}
 
