@@ -1,8 +1,8 @@
-"""Which radiograph trains, validates or tests: splits by patient, and the audit that finds a leak.
+"""Train, validation and test splits by patient, and an audit for patients in two parts.
 
 A patient's radiographs (up to 184) resemble each other, so a network recognises in the test part
-whom it saw in training. The official split and ours keep a patient in one part; `audit` checks any
-split.
+whom it saw in training. The official split and `patient_split` keep a patient in one part; `audit`
+checks any split.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +29,15 @@ PARTS = ("train", "validation", "test")
 # Of images, as for CheXNet (Rajpurkar et al. 2017) and Wang et al. 2017.
 FRACTIONS = (0.7, 0.1, 0.2)
 LISTS = ("train_val_list.txt", "test_list.txt")  # the release has no validation part
+OFFICIAL_VALIDATION = 0.125  # share of the official training list, of patients
+# Of what a fold leaves: enough to see a training go wrong, too little to choose by.
+VALIDATION = 1 / 16
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Split:
-    """`parts` has the image names of "train", "validation", "test"; `name` and `seed` tell how
-    chosen.
-    """
+    """Image names of "train", "validation" and "test", and how they were chosen."""
 
     name: str
     seed: int | None
@@ -58,12 +60,13 @@ class Split:
         counts = pd.DataFrame({"images": {part: len(names) for part, names in self.parts.items()}})
         counts["share"] = counts["images"] / counts["images"].sum()
         rows = counts.to_html(border=0, float_format="{:.1%}".format)
-        return f"<p><b>{html.escape(self.name)} split</b>, seed {self.seed}, digest {self.digest}</p>{rows}"
+        name = html.escape(self.name)
+        return f"<p><b>{name} split</b>, seed {self.seed}, digest {self.digest}</p>{rows}"
 
 
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """What `audit` found.
+    """Counts of images and patients per part, and what two parts share.
 
     Attributes
     ----------
@@ -95,31 +98,103 @@ class Audit:
         return bool(self.shared["patients"].any() or self.duplicates)
 
     def __str__(self) -> str:
-        found = [
-            f"{a} and {b} share {n:,} patient{'s'[: n != 1]} ({n_a:,} of {self.images[a]:,} images "
-            f"in {a}, {n_b:,} of {self.images[b]:,} in {b})"
-            for a, b, n, n_a, n_b in self.shared[self.shared["patients"] > 0].itertuples(
-                index=False
-            )
-        ]
+        statements = []
+        for pair in self.shared[self.shared["patients"] > 0].itertuples():
+            a, b = pair.part_a, pair.part_b
+            patients = "1 patient" if pair.patients == 1 else f"{pair.patients:,} patients"
+            in_a = f"{pair.images_a:,} of {self.images[a]:,} images in {a}"
+            in_b = f"{pair.images_b:,} of {self.images[b]:,} in {b}"
+            statements.append(f"{a} and {b} share {patients} ({in_a}, {in_b})")
         if self.duplicates:
-            found.append(
-                f"{len(self.duplicates):,} images are listed repeatedly: "
-                f"{first_few(self.duplicates)}"
+            named = first_few(self.duplicates)
+            statements.append(f"{len(self.duplicates):,} images are listed repeatedly: {named}")
+        if not statements:
+            statements.append("no patient is in two parts, no image is listed twice")
+        if any(self.unknown.values()):
+            unknown = [f"{n:,} in {part}" for part, n in self.unknown.items() if n]
+            statements.append(
+                f"not checked, as the label file does not have them: {', '.join(unknown)}"
             )
-        found = found or ["no patient is in two parts, no image is listed twice"]
-        unknown = [f"{n:,} in {part}" for part, n in self.unknown.items() if n]
-        if unknown:
-            found.append(f"not checked, as the label file does not have them: {', '.join(unknown)}")
-        return "; ".join(found)
+        return "; ".join(statements)
 
     def _repr_html_(self) -> str:
-        verdict = f"<p><b>{'LEAK' if self.leaks else 'No leak'}</b>: {html.escape(str(self))}</p>"
+        verdict = "LEAK" if self.leaks else "No leak"
         sizes = pd.DataFrame({"images": self.images, "patients": self.patients}).to_html(border=0)
-        return verdict + sizes + self.prevalence.to_html(border=0, float_format="{:.2%}".format)
+        prevalence = self.prevalence.to_html(border=0, float_format="{:.2%}".format)
+        return f"<p><b>{verdict}</b>: {html.escape(str(self))}</p>{sizes}{prevalence}"
 
 
-OFFICIAL_VALIDATION = 0.125  # share of the official training list, of patients
+def audit(
+    parts: Split | Mapping[str, Iterable[str]], radiographs: Radiographs, *, allow_leak=False
+) -> Audit:
+    """Count the patients that are in two parts, by the label file; images need not be present.
+
+    Names that the label file does not have are counted: the lists of the release are longer than a
+    subset's labels.
+
+    Raises
+    ------
+    DataError
+        A leak, with its numbers (`allow_leak` logs it instead); a part that is empty, or of which
+        no name is in the label file.
+    """
+    if isinstance(parts, Split):
+        parts = parts.parts
+    parts = {name: tuple(images) for name, images in parts.items()}
+    if not parts or not all(parts.values()):
+        sizes = {name: len(images) for name, images in parts.items()}
+        raise DataError(f"No part may be empty: {sizes}. Add image names.")
+    listed = radiographs.listed.set_index("image")
+    patients, labels, unknown = {}, {}, {}
+    for name, images in parts.items():
+        position = _positions(images, radiographs, where=name)
+        rows = listed.iloc[position[position >= 0]]
+        patients[name], labels[name] = rows["patient"], rows[list(FINDINGS)]
+        unknown[name] = int((position < 0).sum())
+    result = Audit(
+        images={name: len(ids) for name, ids in patients.items()},
+        patients={name: ids.nunique() for name, ids in patients.items()},
+        unknown=unknown,
+        shared=_shared_patients(patients),
+        duplicates=_duplicates(itertools.chain(*parts.values())),
+        prevalence=pd.DataFrame({name: part.mean() for name, part in labels.items()}),
+        positives=pd.DataFrame({name: part.sum() for name, part in labels.items()}),
+        digest=digest_of(parts),
+    )
+    if any(unknown.values()):
+        counts = [f"{n:,} of {len(parts[name]):,} in {name}" for name, n in unknown.items() if n]
+        _log.warning(
+            "not checked, as the label file of %s does not have them: %s",
+            radiographs.root,
+            ", ".join(counts),
+        )
+    if result.leaks and not allow_leak:
+        raise DataError(
+            f"The split leaks: {result}. Scores on it would be too good. Split by patient "
+            "(`patient_split(radiographs)`), or go on all the same with `allow_leak=True`."
+        )
+    if result.leaks:
+        _log.warning("going on with a split that leaks: %s", result)
+    return result
+
+
+def _shared_patients(patients: Mapping[str, pd.Series]) -> pd.DataFrame:
+    """`Audit.shared`, from the patient of each image of each part."""
+    pairs = []
+    for a, b in itertools.combinations(patients, 2):
+        shared = set(patients[a]) & set(patients[b])
+        images_a = int(patients[a].isin(shared).sum())
+        images_b = int(patients[b].isin(shared).sum())
+        pairs.append((a, b, len(shared), images_a, images_b))
+    return pd.DataFrame(pairs, columns=["part_a", "part_b", "patients", "images_a", "images_b"])
+
+
+def _duplicates(images: Iterable[str]) -> tuple[str, ...]:
+    counts = Counter(images)
+    return tuple(sorted(image for image, n in counts.items() if n > 1))
+
+
+# ---- splits
 
 
 def official_split(radiographs: Radiographs, *, seed: int = 0) -> Split:
@@ -134,55 +209,102 @@ def official_split(radiographs: Radiographs, *, seed: int = 0) -> Split:
             f"{' and '.join(LISTS)} share images: {first_few(both)}. Use the release's lists."
         )
     table = radiographs.table
-    test, rest = rows_of(testing, table)["image"], rows_of(training, table)
+    test, rest = rows_of(testing, table), rows_of(training, table)
     if unlisted := len(table) - len(test) - len(rest):
         _log.warning("%d present images are in neither official list: left out", unlisted)
     part = stratify_patients(rest, (1 - OFFICIAL_VALIDATION, OFFICIAL_VALIDATION), seed)
-    parts = dict(
-        zip(PARTS, (*(tuple(rest["image"][part == i]) for i in range(2)), tuple(test)), strict=True)
-    )
+    images = rest["image"][part == 0], rest["image"][part == 1], test["image"]
+    parts = {name: tuple(names) for name, names in zip(PARTS, images, strict=True)}
     if empty := [name for name in PARTS if not parts[name]]:
-        none = f"the {len(table):,} images present in {radiographs.root}, none is in {' and '.join(empty)}"
         raise DataError(
-            f"Official split: of {none}. Use `patient_split(radiographs)`, or download more."
+            f"Official split: of the {len(table):,} images present in {radiographs.root}, none is "
+            f"in {' and '.join(empty)}. Use `patient_split(radiographs)`, or download more."
         )
     return Split("official", seed, parts)
 
 
-def patient_split(
-    radiographs: Radiographs, *, fractions: Sequence = FRACTIONS, seed: int = 0
-) -> Split:
+def patient_split(radiographs: Radiographs, *, seed: int = 0) -> Split:
     """Split by patient, each part with its fraction of the images and of every finding's positives.
 
-    `fractions` of train, validation, test: positive, summing to 1. DataError with fewer than 3
-    patients.
+    DataError with fewer than 3 patients.
     """
-    _check(radiographs, fractions, radiographs.table["patient"].nunique(), "patients")
-    part, names = stratify_patients(radiographs.table, fractions, seed), radiographs.table["image"]
-    return Split("patient", seed, {name: tuple(names[part == i]) for i, name in enumerate(PARTS)})
+    table = radiographs.table
+    _require_three(table["patient"].nunique(), "patients", radiographs)
+    return _assemble("patient", seed, table["image"], stratify_patients(table, FRACTIONS, seed))
 
 
-def image_split(
-    radiographs: Radiographs, *, fractions: Sequence = FRACTIONS, seed: int = 0
-) -> Split:
+def image_split(radiographs: Radiographs, *, seed: int = 0) -> Split:
     """Split by image, which leaks patients: to show what `audit` catches, not to train on."""
-    n, names = len(radiographs), radiographs.table["image"]
-    _check(radiographs, fractions, n, "images")
-    first, second = np.clip(
-        np.rint(np.cumsum(fractions[:2]) * n).astype(int), (1, 2), (n - 2, n - 1)
-    )
-    cut = np.split(np.random.default_rng(seed).permutation(n), [first, max(first + 1, second)])
-    parts = {name: tuple(names.iloc[np.sort(rows)]) for name, rows in zip(PARTS, cut, strict=True)}
-    return Split("image", seed, parts)
+    n = len(radiographs)
+    _require_three(n, "images", radiographs)
+    cuts = np.rint(np.cumsum(FRACTIONS[:2]) * n).astype(int)
+    first, second = np.clip(cuts, (1, 2), (n - 2, n - 1))
+    order = np.random.default_rng(seed).permutation(n)
+    part = np.zeros(n, int)
+    part[order[first:]] = PARTS.index("validation")
+    part[order[max(first + 1, second) :]] = PARTS.index("test")
+    return _assemble("image", seed, radiographs.table["image"], part)
+
+
+def fold_split(radiographs: Radiographs, *, kind: str, seed: int = 0) -> Split:
+    """The split of one fold of a cross-validation by patient, stratified by finding.
+
+    Parameters
+    ----------
+    kind : str
+        Such as "fold-2-of-5": its test part is the second of five that together are all images,
+        each once.
+    seed : int
+        Of the folds, which are the same for all `kind`s of it.
+
+    Raises
+    ------
+    ConfigError
+        No such fold.
+    DataError
+        Fewer patients than parts.
+    """
+    fold, folds = fold_of(kind)
+    table = radiographs.table
+    if table["patient"].nunique() < folds + 1:
+        raise DataError(
+            f"{folds} folds need {folds + 1} patients or more; {radiographs.root} has fewer. Use "
+            "fewer."
+        )
+    tested = stratify_patients(table, np.full(folds, 1 / folds), seed) == fold - 1
+    part = np.full(len(table), PARTS.index("test"))
+    part[~tested] = stratify_patients(table[~tested], (1 - VALIDATION, VALIDATION), seed)
+    return _assemble(kind, seed, table["image"], part)
+
+
+def fold_of(kind: str) -> tuple[int, int] | None:
+    """(2, 5) for "fold-2-of-5"; None for what is no fold.
+
+    Raises
+    ------
+    ConfigError
+        A fold that there is not.
+    """
+    if not kind.startswith("fold"):
+        return None
+    numbers = re.fullmatch(r"fold-(\d{1,3})-of-(\d{1,3})", kind)
+    fold, folds = map(int, numbers.groups()) if numbers else (0, 0)
+    if folds < 2 or not 1 <= fold <= folds:
+        raise ConfigError(
+            f"split={kind!r} is no fold. Write for instance fold-1-of-5, which are counted from 1."
+        )
+    return fold, folds
 
 
 def make_split(radiographs: Radiographs, *, kind: str = "auto", seed: int = 0) -> Split:
-    """A split by its kind: "official", "patient", "image" or "auto".
+    """A split by its kind: "official", "patient", "image", a fold such as "fold-2-of-5", or "auto".
 
     "auto" is official if no part is then empty and at least 2 findings of the test part have both
-    positives and negatives; else patient. Where there are lists that are not used, that is told as
-    a warning; lists of which no name is in the label file are an error.
+    positives and negatives; else patient. Where there are lists that are not used, a warning says
+    so; lists of which no name is in the label file are an error.
     """
+    if fold_of(kind):
+        return fold_split(radiographs, kind=kind, seed=seed)
     makers = {"official": official_split, "patient": patient_split, "image": image_split}
     if kind in makers:
         return makers[kind](radiographs, seed=seed)
@@ -205,63 +327,52 @@ def make_split(radiographs: Radiographs, *, kind: str = "auto", seed: int = 0) -
     return patient_split(radiographs, seed=seed)
 
 
-def audit(
-    parts: Split | Mapping[str, Iterable[str]], radiographs: Radiographs, *, allow_leak=False
-) -> Audit:
-    """Count the patients that are in two parts, by the label file; images need not be present.
+def _assemble(name: str, seed: int, images: pd.Series, part: np.ndarray) -> Split:
+    """A split from the index into `PARTS`, (images,) int, of every image."""
+    return Split(name, seed, {key: tuple(images[part == i]) for i, key in enumerate(PARTS)})
 
-    Names that the label file does not have are counted: the lists of the release are longer than a
-    subset's labels.
 
-    Raises
-    ------
-    DataError
-        A leak, with its numbers (`allow_leak` logs it instead); a part that is empty, or of which
-        no name is known.
+def _require_three(n: int, unit: str, radiographs: Radiographs) -> None:
+    if n < len(PARTS):
+        raise DataError(f"A split needs at least 3 {unit}; {radiographs.root} has {n}. {NEXT_STEP}")
+
+
+def stratify_patients(table: pd.DataFrame, fractions: Sequence[float], seed: int) -> np.ndarray:
+    """Part, (rows,) int, of every row, by iterative stratification (Sechidis et al. 2011, algorithm
+    1) of patients.
+
+    A patient counts with the images per finding and in all. The finding with the fewest images left
+    goes first; each of its patients, in random order, goes to the part that lacks most of it, then
+    most images.
     """
-    given = parts.parts if isinstance(parts, Split) else parts
-    parts = {name: tuple(images) for name, images in given.items()}
-    if not parts or not all(parts.values()):
-        raise DataError(
-            f"No part may be empty: { {p: len(i) for p, i in parts.items()} }. Add image names."
-        )
-    by_name = radiographs.listed.set_index("image")
-    every = pd.Series([image for images in parts.values() for image in images], dtype=object)
-    rows, unknown, pairs = {}, {}, []
-    for name, images in parts.items():
-        place = by_name.index.get_indexer(pd.Index(images, dtype=object))
-        _refuse_strangers(images, place, name, radiographs)
-        rows[name], unknown[name] = by_name.iloc[place[place >= 0]], int((place < 0).sum())
-    if any(unknown.values()):
-        counted = ", ".join(
-            f"{n:,} of {len(parts[name]):,} in {name}" for name, n in unknown.items() if n
-        )
-        _log.warning(
-            "not checked, as the label file of %s does not have them: %s", radiographs.root, counted
-        )
-    patients = {name: part["patient"] for name, part in rows.items()}
-    for a, b in itertools.combinations(parts, 2):
-        both = set(patients[a]) & set(patients[b])
-        touched = (int(patients[part].isin(both).sum()) for part in (a, b))
-        pairs.append((a, b, len(both), *touched))
-    result = Audit(
-        images={name: len(part) for name, part in rows.items()},
-        patients={name: ids.nunique() for name, ids in patients.items()},
-        unknown=unknown,
-        shared=pd.DataFrame(
-            pairs, columns=["part_a", "part_b", "patients", "images_a", "images_b"]
-        ),
-        duplicates=tuple(sorted(every[every.duplicated()].unique())),
-        prevalence=pd.DataFrame({name: part[list(FINDINGS)].mean() for name, part in rows.items()}),
-        positives=pd.DataFrame({name: part[list(FINDINGS)].sum() for name, part in rows.items()}),
-        digest=digest_of(parts),
-    )
-    if result.leaks and not allow_leak:
-        step = "Split by patient (`patient_split(radiographs)`), or go on all the same with `allow_leak=True`"
-        raise DataError(f"The split leaks: {result}. Scores on it would be too good. {step}.")
-    if result.leaks:
-        _log.warning("going on with a split that leaks: %s", result)
-    return result
+    row, ids = pd.factorize(table["patient"])  # in the table's order, that of the image names
+    counts = np.zeros((len(ids), len(FINDINGS) + 1))
+    np.add.at(counts, row, np.column_stack([table[list(FINDINGS)], np.ones(len(table))]))
+    lack = np.outer(fractions, counts.sum(axis=0))
+    part = np.full(len(ids), -1)
+    free = np.random.default_rng(seed).permutation(len(ids))
+    while len(free):
+        left = counts[free, :-1].sum(axis=0)
+        rarest = np.argmin(np.where(left > 0, left, np.inf)) if left.any() else -1
+        for patient in free[counts[free, rarest] > 0]:
+            part[patient] = np.lexsort((lack[:, -1], lack[:, rarest]))[-1]
+            lack[part[patient]] -= counts[patient]
+        free = free[part[free] < 0]
+    if len(ids) >= len(fractions):
+        for empty in sorted(set(range(len(fractions))) - set(part)):
+            crowded = np.flatnonzero(part == np.bincount(part).argmax())
+            smallest = crowded[counts[crowded, -1].argmin()]
+            part[smallest] = empty
+    return part[row]
+
+
+def digest_of(parts: Mapping[str, Iterable[str]]) -> str:
+    """12 hexadecimal digits of which images are in which part; order does not matter."""
+    text = json.dumps({name: sorted(images) for name, images in parts.items()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+# ---- lists
 
 
 def read_list(path: str | Path, radiographs: Radiographs | None = None) -> tuple[str, ...]:
@@ -283,14 +394,10 @@ def read_list(path: str | Path, radiographs: Radiographs | None = None) -> tuple
             "a line."
         ) from error
     lines = [line.strip() for line in lines if line.strip()]
-    if radiographs is None:
-        return tuple(_name_in(line) for line in lines)
-    known = pd.Index(radiographs.listed["image"])
-    names = tuple(line if line in known else _name_in(line) for line in lines)
-    if names:
-        _refuse_strangers(
-            names, known.get_indexer(pd.Index(names, dtype=object)), path, radiographs
-        )
+    listed = set() if radiographs is None else set(radiographs.listed["image"])
+    names = tuple(line if line in listed else _name_in(line) for line in lines)
+    if names and radiographs is not None:
+        _positions(names, radiographs, where=path)
     return names
 
 
@@ -305,118 +412,17 @@ def _name_in(line: str) -> str:
     return base_name(re.sub(r"(\s+[-+]?\d+(\.\d*)?)+\s*$", "", first).strip("\"'"))
 
 
-def _refuse_strangers(
-    names: Sequence[str], place: np.ndarray, where, radiographs: Radiographs
-) -> None:
-    """DataError if none of the names has a place in the label file."""
-    if not (place >= 0).any():
+def _positions(names: Sequence[str], radiographs: Radiographs, *, where) -> np.ndarray:
+    """Rows of `radiographs.listed` that have these names, -1 for a name it does not have.
+
+    DataError, which names `where` they come from, if it has none of them.
+    """
+    listed = pd.Index(radiographs.listed["image"])
+    position = listed.get_indexer(pd.Index(names, dtype=object))
+    if not (position >= 0).any():
         raise DataError(
             f"{where}: none of its {len(names):,} images is in the label file of "
-            f"{radiographs.root}: {first_few(names)}. Names such as "
-            f"{radiographs.listed['image'].iloc[0]!r} are expected. Put them right, or remove the "
-            "list."
+            f"{radiographs.root}: {first_few(names)}. Names such as {listed[0]!r} are expected. "
+            "Put them right, or remove the list."
         )
-
-
-def stratify_patients(table: pd.DataFrame, fractions: Sequence[float], seed: int) -> np.ndarray:
-    """Part, (rows,) int, of every row, by iterative stratification (Sechidis et al. 2011, algorithm
-    1) of patients.
-
-    A patient counts with the images per finding and in all. The finding with the fewest images left
-    goes first; each of its patients, in random order, goes to the part that lacks most of it, then
-    most images.
-    """
-    row, ids = pd.factorize(table["patient"])  # in the table's order, that of the image names
-    counts = np.zeros((len(ids), len(FINDINGS) + 1))
-    np.add.at(counts, row, np.column_stack([table[list(FINDINGS)], np.ones(len(table))]))
-    lack = np.outer(fractions, counts.sum(axis=0))
-    part, free = np.full(len(ids), -1), np.random.default_rng(seed).permutation(len(ids))
-    while len(free):
-        left = counts[free, :-1].sum(axis=0)
-        label = np.argmin(np.where(left > 0, left, np.inf)) if left.any() else -1
-        for patient in free[counts[free, label] > 0]:
-            part[patient] = np.lexsort((lack[:, -1], lack[:, label]))[-1]
-            lack[part[patient]] -= counts[patient]
-        free = free[part[free] < 0]
-    for empty in (
-        sorted(set(range(len(fractions))) - set(part)) if len(ids) >= len(fractions) else ()
-    ):
-        crowded = np.flatnonzero(part == np.bincount(part).argmax())
-        part[crowded[counts[crowded, -1].argmin()]] = empty
-    return part[row]
-
-
-def _check(radiographs: Radiographs, fractions: Sequence[float], n: int, unit: str) -> None:
-    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise ConfigError(
-            f"fractions={fractions} are not three positive numbers with sum 1, like {FRACTIONS}."
-        )
-    if n < 3:
-        raise DataError(f"A split needs at least 3 {unit}; {radiographs.root} has {n}. {NEXT_STEP}")
-
-
-def digest_of(parts: Mapping[str, Iterable[str]]) -> str:
-    text = json.dumps({name: sorted(images) for name, images in parts.items()}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-# Of what a fold leaves: enough to see a training go wrong, too little to choose by.
-VALIDATION = 1 / 16
-
-
-def fold_of(kind: str) -> tuple[int, int] | None:
-    """(2, 5) for "fold-2-of-5"; None for what is no fold.
-
-    Raises
-    ------
-    ConfigError
-        A fold that there is not.
-    """
-    if not kind.startswith("fold"):
-        return None
-    found = re.fullmatch(r"fold-(\d{1,3})-of-(\d{1,3})", kind)
-    fold, folds = map(int, found.groups()) if found else (0, 0)
-    if not (folds >= 2 and 1 <= fold <= folds):
-        raise ConfigError(
-            f"split={kind!r} is no fold. Write for instance fold-1-of-5, which are counted from 1."
-        )
-    return fold, folds
-
-
-def fold_kind(fold: int, folds: int) -> str:
-    """ "fold-2-of-5": what `fold_of` reads."""
-    return f"fold-{fold}-of-{folds}"
-
-
-def fold_split(radiographs: Radiographs, *, kind: str, seed: int = 0) -> Split:
-    """The split of one fold of a cross-validation by patient, stratified by finding.
-
-    Parameters
-    ----------
-    kind : str
-        Such as "fold-2-of-5": its test part is the second of five that together are all images,
-        each once.
-    seed : int
-        Of the folds, which are the same for all `kind`s of it.
-
-    Raises
-    ------
-    ConfigError
-        No such fold.
-    DataError
-        Fewer patients than parts.
-    """
-    fold, folds = fold_of(kind) or (0, 0)
-    table = radiographs.table
-    if table["patient"].nunique() < folds + 1:
-        raise DataError(
-            f"{folds} folds need {folds + 1} patients or more; {radiographs.root} has fewer. Use "
-            "fewer."
-        )
-    tested = stratify_patients(table, np.full(folds, 1 / folds), seed) == fold - 1
-    rest = table[~tested]
-    checked = stratify_patients(rest, (1 - VALIDATION, VALIDATION), seed) == 1
-    images = rest["image"][~checked], rest["image"][checked], table["image"][tested]
-    return Split(
-        kind, seed, {part: tuple(names) for part, names in zip(PARTS, images, strict=True)}
-    )
+    return position

@@ -15,7 +15,7 @@ from chexlib.collectives import World
 from chexlib.data.cache import ImageStore
 from chexlib.data.nih import Radiographs, check_images, load_radiographs
 from chexlib.data.pipeline import generator_for, training_batches
-from chexlib.data.splits import Split, audit, fold_of, fold_split, make_split
+from chexlib.data.splits import Split, audit, make_split
 from chexlib.data.stream import stream_batches
 from chexlib.errors import DataError
 from chexlib.findings import FINDINGS
@@ -116,8 +116,7 @@ def divide(config: TrainConfig) -> tuple[Split, dict[str, Radiographs]]:
     radiographs = load_radiographs(config.data_dir, max_images=config.max_images, seed=seed)
     if config.skip_broken:
         radiographs = check_images(radiographs, skip_broken=True)
-    make = fold_split if fold_of(config.split) else make_split
-    split = make(radiographs, kind=config.split, seed=seed)
+    split = make_split(radiographs, kind=config.split, seed=seed)
     audit(split, radiographs, allow_leak=config.allow_leak)
     return split, {part: radiographs.select(split.images(part)) for part in split.parts}
 

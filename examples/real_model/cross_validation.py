@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 
 from chexlib.collectives import World
-from chexlib.data.splits import fold_kind
 from chexlib.errors import DataError
 from chexlib.evaluation.auroc import resample
 from chexlib.evaluation.ensembles import mean_auroc, stack
@@ -77,7 +76,7 @@ def cross_validate(
 
         settings = {
             "seed": point["seed"],
-            "split": fold_kind(point["fold"], folds),
+            "split": f"fold-{point['fold']}-of-{folds}",
             "run_dir": str(work),
         }
         result = arms[point["arm"]](config.replace(**settings), measure=look)
