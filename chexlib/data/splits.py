@@ -203,7 +203,12 @@ def official_split(radiographs: Radiographs, *, seed: int = 0) -> Split:
     Only present images are kept. DataError for a missing list, one of which no name is in the label
     file, an image in both, or an empty part.
     """
-    training, testing = (read_list(radiographs.root / name, radiographs) for name in LISTS)
+    lists = [read_list(radiographs.root / name, radiographs) for name in LISTS]
+    return _official_split(radiographs, lists, seed)
+
+
+def _official_split(radiographs: Radiographs, lists: Sequence, seed: int) -> Split:
+    training, testing = lists
     if both := sorted(set(training) & set(testing)):
         raise DataError(
             f"{' and '.join(LISTS)} share images: {first_few(both)}. Use the release's lists."
@@ -312,17 +317,21 @@ def make_split(radiographs: Radiographs, *, kind: str = "auto", seed: int = 0) -
         raise ConfigError(
             f"There is no split of kind {kind!r}. Use one of auto, {', '.join(makers)}."
         )
-    files = [radiographs.root / name for name in LISTS if (radiographs.root / name).is_file()]
-    listed = [read_list(file, radiographs) for file in files]
+    missing = [name for name in LISTS if not (radiographs.root / name).is_file()]
+    lists = [
+        read_list(radiographs.root / name, radiographs) for name in LISTS if name not in missing
+    ]
     try:
-        split = official_split(radiographs, seed=seed)
+        if missing:
+            raise DataError(f"{radiographs.root} has no {' and no '.join(missing)}")
+        split = _official_split(radiographs, lists, seed)
         share = radiographs.select(split.images("test")).labels.mean(axis=0)
         if ((share > 0) & (share < 1)).sum() >= 2:
             return split
         reason = "fewer than 2 findings have both positives and negatives in its test part"
     except DataError as error:
         reason = str(error)
-    level = logging.WARNING if any(listed) else logging.INFO
+    level = logging.WARNING if any(lists) else logging.INFO
     _log.log(level, "splitting by patient, not officially: %s", reason)
     return patient_split(radiographs, seed=seed)
 
@@ -394,7 +403,7 @@ def read_list(path: str | Path, radiographs: Radiographs | None = None) -> tuple
             "a line."
         ) from error
     lines = [line.strip() for line in lines if line.strip()]
-    listed = set() if radiographs is None else set(radiographs.listed["image"])
+    listed = set() if radiographs is None else set(radiographs.listed["image"].tolist())
     names = tuple(line if line in listed else _name_in(line) for line in lines)
     if names and radiographs is not None:
         _positions(names, radiographs, where=path)
