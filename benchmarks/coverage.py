@@ -46,6 +46,7 @@ import pandas as pd
 from scipy.special import expit, logit
 from scipy.stats import norm
 
+from benchmarks.lab.wires import LAUNCH, fit_wires, launches, wire_seconds
 from chexlib.app.reference import difference_p, estimates
 from chexlib.evaluation import calibration
 from chexlib.evaluation.auroc import bootstrap_auroc
@@ -56,7 +57,6 @@ from chexlib.evaluation.resampling import effective_number, patients_behind
 from chexlib.evaluation.verdicts import mean_of_seeds
 from chexlib.findings import FINDINGS
 from chexlib.phantom.population import FILMS
-from chexlib.scaling.wires import LAUNCH, fit_wires, launches, wire_seconds
 from chexlib.scaling.workload import Workload
 from examples.real_model.cross_validation import arm_gains
 

@@ -18,7 +18,7 @@ from test_distributed import nothing_left
 from test_engines_unit import HYDRA, INTEL, OPEN_MPI_4, OPEN_MPI_5
 from two_hosts import Recording, TwoHosts
 
-from chexlib.cluster.emulated import INTERFACE, why_not
+from benchmarks.lab.emulated import INTERFACE, why_not
 from chexlib.cluster.engines import mpi_engines
 from chexlib.cluster.sites import Site, find_site
 from chexlib.collectives import identify

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from small_training import config_for
 
-from chexlib.cluster.emulated import EmulatedHosts, why_not
+from benchmarks.lab.emulated import EmulatedHosts, why_not
 from chexlib.cluster.scripts import launch_script
 from chexlib.errors import ConfigError
 from chexlib.files import ROOT

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import chexlib
+from benchmarks.lab import emulated
 from chexlib import mpi as profiles
-from chexlib.cluster import emulated
 from chexlib.cluster.leftovers import OWNER, PREFIX, sign, sweep
 from chexlib.data.cache import ImageStore
 from chexlib.data.nih import check_images, load_radiographs
@@ -21,9 +21,9 @@ from chexlib.phantom.write import write_phantom
 
 # Where each may be asked for: these places say what is done without it.
 LINUX_ONLY = {
-    "sched_getaffinity": {"machine.py", "cluster/emulated.py"},
+    "sched_getaffinity": {"machine.py"},
     "O_TMPFILE": {"files.py"},
-    "/proc/": {"machine.py", "files.py", "cluster/emulated.py", "cluster/leftovers.py"},
+    "/proc/": {"machine.py", "files.py", "cluster/leftovers.py"},
     "/sys/": {"machine.py"},
 }
 

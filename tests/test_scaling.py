@@ -12,7 +12,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from chexlib.cluster.emulated import EmulatedHosts, why_not
+from benchmarks.lab.emulated import EmulatedHosts, why_not
+from benchmarks.lab.wires import (
+    fit_wires,
+    held_back,
+    hold_whole,
+    launches,
+    measure_wires,
+    wire_seconds,
+)
 from chexlib.errors import ConfigError
 from chexlib.files import ROOT
 from chexlib.models.topologies import build_model
@@ -36,14 +44,6 @@ from chexlib.scaling.model import (
 )
 from chexlib.scaling.network import Fabric, Link, allreduce_seconds, hierarchical_seconds
 from chexlib.scaling.timeline import read_timeline
-from chexlib.scaling.wires import (
-    fit_wires,
-    held_back,
-    hold_whole,
-    launches,
-    measure_wires,
-    wire_seconds,
-)
 from chexlib.scaling.workload import Workload, workload_of
 
 FABRIC = Fabric(Link(2e-6, 4e9), Link(30e-6, 1e9))

@@ -15,7 +15,7 @@ def test_a_changed_test_file_is_its_own_and_no_other():
 
 
 def test_a_changed_module_has_the_tests_that_import_it_or_whose_helpers_do():
-    found, left = names("chexlib/cluster/emulated.py")
+    found, left = names("benchmarks/lab/emulated.py")
     assert "test_hosts.py" in found and "test_phantom.py" not in found and not left
     assert names("chexlib/models/convert.py")[0] >= {"test_convert.py"}
 

@@ -1,9 +1,9 @@
 """Prints the test files of what has changed since main: `python tests/touched.py`, for `make
 check`.
 
-A changed test file is its own; a changed module of chexlib has the test files that name it, or
-whose helpers beside them do. Modules that more than `MOST` test files name, such as chexlib.errors,
-are left to `make test`.
+A changed test file is its own; a changed module of chexlib, benchmarks or examples has the test
+files that name it, or whose helpers beside them do. Modules that more than `MOST` test files name,
+such as chexlib.errors, are left to `make test`.
 """
 
 import re
@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST = 12
+PACKAGES = ("chexlib", "benchmarks", "examples")
 
 
 def changed(base: str = "main") -> list[Path]:
@@ -32,12 +33,12 @@ def changed(base: str = "main") -> list[Path]:
 
 
 def imports_of(file: Path) -> set[str]:
-    """Modules of chexlib that a file names, and those that the helpers of the tests which it
+    """Modules of `PACKAGES` that a file names, and those that the helpers of the tests which it
     imports name.
     """
-    text = file.read_text()
-    named = set(re.findall(r"chexlib(?:\.\w+)+", text))
-    for package, modules in re.findall(r"from (chexlib[\w.]*) import (.+)", text):
+    text, packages = file.read_text(), "|".join(PACKAGES)
+    named = set(re.findall(rf"\b(?:{packages})(?:\.\w+)+", text))
+    for package, modules in re.findall(rf"from ((?:{packages})[\w.]*) import (.+)", text):
         named |= {f"{package}.{module.strip()}" for module in modules.split(",")}
     for helper in re.findall(r"(?m)^(?:from|import) (\w+)", text):
         beside = file.with_name(f"{helper}.py")
@@ -51,7 +52,7 @@ def touched(files: list[Path], tests: list[Path]) -> tuple[list[Path], list[str]
     uses = {test: imports_of(test) for test in tests}
     chosen, left = {file for file in files if file in uses}, []
     for file in files:
-        if file.suffix != ".py" or not file.is_relative_to(ROOT / "chexlib"):
+        if file.suffix != ".py" or file.relative_to(ROOT).parts[0] not in PACKAGES:
             continue
         module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         users = {

@@ -1,4 +1,4 @@
-"""Two hosts of `chexlib.cluster.emulated`, and a recording of what crosses the cable between them."""
+"""Two hosts of `benchmarks.lab.emulated`, and a recording of what crosses the cable between them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 
-from chexlib.cluster.emulated import INTERFACE, EmulatedHosts, Host
+from benchmarks.lab.emulated import INTERFACE, EmulatedHosts, Host
 
 KEPT = (
     16_000_000  # bytes that a recording keeps of each direction of each connection; all are counted

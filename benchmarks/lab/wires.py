@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 
-from chexlib.cluster.emulated import EmulatedHosts, why_not
+from benchmarks.lab.emulated import EmulatedHosts, why_not
 from chexlib.errors import ClusterError
 from chexlib.machine import cores, kind
 from chexlib.mpi import find_mpi, thread_environment

@@ -1,0 +1,1 @@
+"""Hosts and cables emulated on one machine, as root: what tests and notebook 08 measure on them."""
