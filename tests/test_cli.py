@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 from sklearn.metrics import roc_auc_score
 
-import chexlib.cluster.leftovers
+import chexlib.cluster.cleanup
 from chexlib.app.cli import main
 from chexlib.data.nih import load_radiographs, read_image
 from chexlib.findings import FINDINGS
@@ -634,7 +634,7 @@ def test_clean_ends_what_a_notebook_left_behind_and_says_how_many(tmp_path, monk
     mark = (
         f"test-cluster-{os.getpid()}-"  # never the real prefix: clusters of others may be running
     )
-    monkeypatch.setattr(chexlib.cluster.leftovers, "PREFIX", mark)
+    monkeypatch.setattr(chexlib.cluster.cleanup, "PREFIX", mark)
     assert call("clean").output == "0 processes ended\n"
     left = subprocess.Popen(
         [sys.executable, "-c", "print(flush=True); import time; time.sleep(120)"],

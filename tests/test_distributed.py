@@ -18,8 +18,8 @@ import pytest
 from sklearn.metrics import roc_auc_score
 from small_training import config_for
 
+from chexlib.cluster.cleanup import members
 from chexlib.cluster.engines import mpi_engines
-from chexlib.cluster.watchdog import members
 from chexlib.collectives import identify
 from chexlib.errors import ClusterError, ConfigError
 from chexlib.findings import FINDINGS

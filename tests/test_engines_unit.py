@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from chexlib import mpi as profiles
-from chexlib.cluster import faults
+from chexlib.cluster import cleanup, faults
+from chexlib.cluster.cleanup import end_members, members
 from chexlib.cluster.engines import mpi_engines
-from chexlib.cluster.watchdog import end_members, members
 from chexlib.errors import ClusterError, ConfigError
 from chexlib.mpi import find_mpi, recognise_mpi, thread_environment
 
@@ -194,7 +194,7 @@ def sleeper():
 
 def watchdog(profile_dir):
     return subprocess.Popen(
-        [sys.executable, "-m", "chexlib.cluster.watchdog", str(profile_dir)], stdin=subprocess.PIPE
+        [sys.executable, "-m", "chexlib.cluster.cleanup", str(profile_dir)], stdin=subprocess.PIPE
     )
 
 
@@ -247,11 +247,12 @@ def test_the_watchdog_outlives_ctrl_c_and_terminate(tmp_path, sleeper):
     assert guard.wait(timeout=60) == 0
 
 
-def test_a_process_that_ignores_the_request_to_end_is_killed(tmp_path, sleeper):
+def test_a_process_that_ignores_the_request_to_end_is_killed(tmp_path, sleeper, monkeypatch):
     ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True)"
     stubborn = sleeper(tmp_path / "cluster-e", f"{ignore}; {SLEEPER}")
     stubborn.stdout.readline()
-    assert end_members(str(tmp_path / "cluster-e"), patience=0.5) == 1
+    monkeypatch.setattr(cleanup, "PATIENCE", 0.5)
+    assert end_members(str(tmp_path / "cluster-e")) == 1
     assert not psutil.pid_exists(stubborn.pid)
 
 

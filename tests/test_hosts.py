@@ -240,7 +240,7 @@ def test_hosts_are_understood_in_a_list_and_in_a_file(tmp_path):
     "line", ["node1:0", "node1:", "node1:two", "node1 slots=0", "node1 4", "user@node1"]
 )
 def test_a_host_that_is_not_understood_is_quoted(line):
-    with pytest.raises(ConfigError, match=f"'{line}' is no host"):
+    with pytest.raises(ConfigError, match=f"got '{line}'"):
         find_site(["node0", line], interface=LOOPBACK)
 
 

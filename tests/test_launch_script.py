@@ -14,7 +14,7 @@ import pytest
 from small_training import config_for
 
 from benchmarks.lab.emulated import EmulatedHosts, why_not
-from chexlib.cluster.scripts import launch_script
+from chexlib.cluster.slurm import launch_script
 from chexlib.errors import ConfigError
 from chexlib.files import ROOT
 from chexlib.mpi import find_mpi, thread_environment
@@ -37,7 +37,6 @@ def script(tmp_path):
         "threads": 22,
         "spare": 2,
         "hours": 1.25,
-        "options": ["--partition=skx"],
     }
     (file := tmp_path / "train.sbatch").write_text(
         launch_script("settings of mine.json", **settings)
@@ -62,7 +61,6 @@ def test_the_script_asks_for_nodes_ranks_threads_and_time(script):
         "--ntasks-per-node=2",
         "--cpus-per-task=24",
         "--time=01:15:00",
-        "--partition=skx",
     } <= {*asked}
     assert {"--exclusive", "--hint=nomultithread"} <= {*asked}  # whole nodes, and a core a thread
     exported = dict(
@@ -108,11 +106,9 @@ def test_what_slurm_sends_ahead_of_the_time_limit_stops_the_training(script, tmp
     assert (told, job.returncode) == ("stopped\n", 0)  # the script waited for the checkpoint
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"nodes": 0}, {"threads": 0}, {"hours": 0}, {"options": ["partition=skx"]}]
-)
+@pytest.mark.parametrize("wrong", [{"nodes": 0}, {"threads": 0}, {"hours": 0}, {"spare": -1}])
 def test_a_script_that_cannot_run_is_refused(wrong):
-    with pytest.raises(ConfigError, match=r"is not accepted|is no option"):
+    with pytest.raises(ConfigError, match="is not accepted"):
         launch_script("train.json", **{"nodes": 2, "per_node": 2, "threads": 1, **wrong})
 
 
@@ -137,10 +133,8 @@ def test_ranks_that_mpi_did_not_join_do_not_train_each_on_its_own(phantom, tmp_p
     """
     config = config_for(phantom, tmp_path / "run", epochs=1, max_steps=1, batch_size=2)
     (tmp_path / "train.json").write_text(json.dumps(config.to_dict()))
-    text = launch_script(
-        f"{tmp_path}/train.json", nodes=2, per_node=2, threads=1, python=sys.executable
-    )
-    (tmp_path / "train.sbatch").write_text(text)
+    text = launch_script(f"{tmp_path}/train.json", nodes=2, per_node=2, threads=1)
+    (tmp_path / "train.sbatch").write_text(text.replace(".venv/bin/python", sys.executable))
     (tmp_path / "srun").write_text('#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nexec "$@"\n')
     (tmp_path / "srun").chmod(0o755)
     own = {
@@ -165,10 +159,8 @@ def test_ranks_that_mpi_did_not_join_do_not_train_each_on_its_own(phantom, tmp_p
 def test_the_script_trains_on_two_hosts(phantom, tmp_path):
     config = config_for(phantom, tmp_path / "run", epochs=1, max_steps=2, batch_size=2)
     (tmp_path / "train.json").write_text(json.dumps(config.to_dict()))
-    text = launch_script(
-        f"{tmp_path}/train.json", nodes=2, per_node=1, threads=1, python=sys.executable
-    )
-    (tmp_path / "train.sbatch").write_text(text)
+    text = launch_script(f"{tmp_path}/train.json", nodes=2, per_node=1, threads=1)
+    (tmp_path / "train.sbatch").write_text(text.replace(".venv/bin/python", sys.executable))
     mpi = find_mpi()
     with EmulatedHosts(2) as hosts:
         passed = [*thread_environment(1), "CHEXLIB_CACHE"]

@@ -12,7 +12,7 @@ import pytest
 import chexlib
 from benchmarks.lab import emulated
 from chexlib import mpi as profiles
-from chexlib.cluster.leftovers import OWNER, PREFIX, sign, sweep
+from chexlib.cluster.cleanup import OWNER, PREFIX, sign, sweep
 from chexlib.data.cache import ImageStore
 from chexlib.data.nih import check_images, load_radiographs
 from chexlib.data.stream import stream_batches
@@ -23,7 +23,7 @@ from chexlib.phantom.write import write_phantom
 LINUX_ONLY = {
     "sched_getaffinity": {"machine.py"},
     "O_TMPFILE": {"files.py"},
-    "/proc/": {"machine.py", "files.py", "cluster/leftovers.py"},
+    "/proc/": {"machine.py", "files.py", "cluster/cleanup.py"},
     "/sys/": {"machine.py"},
 }
 

@@ -86,7 +86,6 @@ def clean():
     """End the engines and controllers of all notebooks of this project that are yours, running ones
     too.
     """
-    from chexlib.cluster.leftovers import PREFIX
-    from chexlib.cluster.watchdog import end_members
+    from chexlib.cluster.cleanup import PREFIX, end_members
 
     click.echo(f"{end_members(PREFIX)} processes ended")

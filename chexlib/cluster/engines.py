@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import ipyparallel as ipp
+import pandas as pd
 
 from chexlib import stopping
 from chexlib.cluster import faults
-from chexlib.cluster.call import call
+from chexlib.cluster.cleanup import PREFIX, end_members, sign, sweep
+from chexlib.cluster.engine import call
 from chexlib.cluster.launch import WAIT, Launched, launcher_settings, one_world
-from chexlib.cluster.leftovers import PREFIX, sign, sweep
 from chexlib.cluster.sites import Site
-from chexlib.cluster.watchdog import end_members
 from chexlib.errors import ClusterError, ConfigError
 from chexlib.machine import cores, topology
 from chexlib.mpi import find_mpi, thread_environment
@@ -50,7 +50,7 @@ class Engines:
         self.cluster, self.client, self.launched = None, None, None
         self.identities, self._pending, self._starts = [], [], 0
         self._watchdog = subprocess.Popen(
-            [sys.executable, "-m", "chexlib.cluster.watchdog", self.folder],
+            [sys.executable, "-m", "chexlib.cluster.cleanup", self.folder],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
@@ -105,9 +105,8 @@ class Engines:
             self.client[engine].apply_async(*work) for engine in self.client.ids
         ]
         try:
-            answers = faults.follow(
-                self, pending, report, timeout, getattr(function, "__name__", str(function))
-            )
+            name = getattr(function, "__name__", str(function))
+            answers = faults.follow(self, pending, report, timeout, name)
         except BaseException:
             if not all(answer.ready() for answer in pending) or not self.launcher_runs():
                 self.log.info("The engines are taken down.")
@@ -178,14 +177,13 @@ class Engines:
                 )
             time.sleep(0.1)
         self.identities = one_world(self.client, self.cluster.controller, self.n)
-        if self._starts == 1 and (why := self.identities[0]["why"]):
+        first = self.identities[0]
+        if self._starts == 1 and first["why"]:
             self.log.warning(
-                "%s carries what the ranks tell each other: %s.", self.identities[0]["carrier"], why
+                "%s carries what the ranks tell each other: %s.", first["carrier"], first["why"]
             )
-        sign(
-            self.folder,
-            [who["pid"] for who in self.identities if who["host"] == socket.gethostname()],
-        )
+        here = socket.gethostname()
+        sign(self.folder, [who["pid"] for who in self.identities if who["host"] == here])
 
     def down(self) -> None:
         """End the engines and their controller."""
@@ -213,23 +211,20 @@ class Engines:
         """What the launcher of the engines has said, and what each rank has printed in its last
         call.
         """
-        said = [answer.metadata for answer in self._pending]
-        return (self.launched.output() if self.launched else "") + "".join(
-            s["stdout"] + s["stderr"] for s in said
-        )
+        text = self.launched.output() if self.launched else ""
+        for answer in self._pending:
+            text += answer.metadata["stdout"] + answer.metadata["stderr"]
+        return text
 
     def _repr_html_(self) -> str:
-        cells = [
-            (w["rank"], html.escape(w["host"]), w["pid"], self.threads) for w in self.identities
-        ]
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells
-        )
-        hosts = len({w["host"] for w in self.identities})
+        ranks = pd.DataFrame(self.identities, columns=["rank", "host", "pid"])
+        table = ranks.rename(columns={"pid": "process"}).assign(threads=self.threads)
+        hosts = ranks["host"].nunique()
+        plural = "" if hosts == 1 else "s"
         carrier = self.identities[0]["carrier"] if self.identities else ""
         build = html.escape(f"{self.mpi.version}; {carrier}")
-        head = "<tr><th>rank</th><th>host</th><th>process</th><th>threads</th></tr>"
-        return f"<table>{head}{rows}</table><p>{self.n} MPI engines on {hosts} host{'s'[: hosts > 1]}: {build}</p>"
+        shown = table.to_html(index=False, border=0)
+        return f"{shown}<p>{self.n} MPI engines on {hosts} host{plural}: {build}</p>"
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import socket
 import time
@@ -49,7 +48,7 @@ def follow(
             raise explain(engines, _settle(pending))
         if len(done) == len(pending):
             return [answer.get() for answer in pending]
-        if not _runs(engines.cluster.controller.process.pid):
+        if status(engines.cluster.controller.process.pid) == psutil.STATUS_ZOMBIE:
             raise ClusterError(
                 f"the engines' controller on {socket.gethostname()} has ended. "
                 f"{last_lines(engines)}"
@@ -87,12 +86,12 @@ def explain(engines, failed: dict[int, BaseException]) -> ChexlibError:
     other ranks.
     """
     kinds = {rank: getattr(error, "ename", type(error).__name__) for rank, error in failed.items()}
+    texts = {rank: getattr(error, "evalue", str(error)) for rank, error in failed.items()}
     for rank, kind in kinds.items():
-        ours = getattr(chexlib.errors, kind, None)
-        if isinstance(ours, type) and issubclass(ours, ChexlibError):
-            return ours(getattr(failed[rank], "evalue", str(failed[rank])))
-    output = engines.output()
-    if stalled := stalled_ranks(output):
+        error_type = getattr(chexlib.errors, kind, None)
+        if isinstance(error_type, type) and issubclass(error_type, ChexlibError):
+            return error_type(texts[rank])
+    if stalled := stalled_ranks(engines.output()):
         who = _names([engines.identities[rank] for rank in stalled])
         return ClusterError(
             f"{who} kept the other ranks waiting for more than {engines.stall} s. "
@@ -109,15 +108,11 @@ def explain(engines, failed: dict[int, BaseException]) -> ChexlibError:
         time.sleep(_PRESENTLY)
     if death := _death(engines):
         return death
-    causes = [
-        rank for rank, kind in kinds.items() if kind not in ("EngineError", "HorovodInternalError")
-    ]
+    consequences = ("EngineError", "HorovodInternalError")
+    causes = [rank for rank, kind in kinds.items() if kind not in consequences]
     rank = min(causes or failed)
-    text = getattr(failed[rank], "evalue", str(failed[rank]))
-    return ClusterError(
-        f"{_names([engines.identities[rank]])} failed with {kinds[rank]}: {text}. "
-        f"{last_lines(engines)}"
-    )
+    who = _names([engines.identities[rank]])
+    return ClusterError(f"{who} failed with {kinds[rank]}: {texts[rank]}. {last_lines(engines)}")
 
 
 def _death(engines) -> ClusterError | None:
@@ -134,17 +129,19 @@ def _death(engines) -> ClusterError | None:
 
 def stalled_ranks(output: str) -> list[int]:
     """The ranks that Horovod's stall inspector names in the engines' output."""
-    found = re.findall(r"^(\d+)!?: \[", output, re.MULTILINE) if "subset of ranks" in output else []
-    return sorted({int(rank) for rank in found})
+    if "subset of ranks" not in output:
+        return []
+    named = re.findall(r"^(\d+)!?: \[", output, re.MULTILINE)
+    return sorted({int(rank) for rank in named})
 
 
 def last_lines(engines) -> str:
     """The end of what the engines printed, for a message."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", engines.output())  # IPython colours its tracebacks
-    lines = [line for line in text.splitlines() if line.strip()][-LINES:]
-    return (
-        "The engines' last lines:\n" + "\n".join(lines) if lines else "The engines printed nothing."
-    )
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        return "The engines printed nothing."
+    return "\n".join(["The engines' last lines:", *lines[-LINES:]])
 
 
 def _settle(pending: list) -> dict[int, BaseException]:
@@ -152,19 +149,23 @@ def _settle(pending: list) -> dict[int, BaseException]:
     until = time.monotonic() + GRACE
     for answer in pending:
         answer.wait(timeout=max(0.0, until - time.monotonic()))
-    return {
-        i: a.exception() for i, a in enumerate(pending) if a.ready() and a.exception() is not None
-    }
+    errors = {}
+    for rank, answer in enumerate(pending):
+        if answer.ready() and answer.exception() is not None:
+            errors[rank] = answer.exception()
+    return errors
 
 
 def _names(identities: list[dict]) -> str:
     return " and ".join(f"rank {who['rank']} on {who['host']}" for who in identities)
 
 
-def _runs(pid: int) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    return False
+def status(pid: int) -> str:
+    """Status of a process of this host as psutil names it, zombie if it is gone."""
+    try:
+        return psutil.Process(pid).status()
+    except psutil.NoSuchProcess:
+        return psutil.STATUS_ZOMBIE
 
 
 def _stopped(who: dict) -> bool:
@@ -173,9 +174,4 @@ def _stopped(who: dict) -> bool:
     """
     if who["host"] != socket.gethostname():
         return False
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(who["pid"]).status() in (
-            psutil.STATUS_STOPPED,
-            psutil.STATUS_TRACING_STOP,
-        )
-    return False
+    return status(who["pid"]) in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)

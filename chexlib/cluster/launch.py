@@ -13,14 +13,14 @@ import ipyparallel as ipp
 import psutil
 from traitlets.config import Config
 
-from chexlib.cluster import faults, guard
-from chexlib.cluster.sites import SLURM_SCRIPT, Site
+from chexlib.cluster import engine, faults
+from chexlib.cluster.cleanup import JOB
+from chexlib.cluster.sites import Site
+from chexlib.cluster.slurm import ENGINES_SCRIPT
 from chexlib.errors import ClusterError
 from chexlib.mpi import Mpi, thread_environment
 
 WAIT = 120  # seconds for any single answer of the cluster itself
-# File in the cluster's folder: the number of its Slurm job, for whoever has to cancel it.
-JOB = "slurm-job"
 
 
 def launcher_settings(site: Site, mpi: Mpi, threads: int, stall: int, folder: str) -> Config:
@@ -39,10 +39,8 @@ def launcher_settings(site: Site, mpi: Mpi, threads: int, stall: int, folder: st
     launcher.environment = environment
     if site.slurm:
         options = "\n".join(f"#SBATCH {option}" for option in site.options)
-        launcher.batch_template, launcher.namespace = (
-            SLURM_SCRIPT,
-            {"threads": threads, "options": options},
-        )
+        launcher.batch_template = ENGINES_SCRIPT
+        launcher.namespace = {"threads": threads, "options": options}
         launcher.batch_file_name = f"{folder}/engines.sbatch"
         # Its mpiexec launcher says --mpi by itself.
         launcher.engine_args = ["--mpi", "--log-level=ERROR"]
@@ -65,12 +63,12 @@ def one_world(client: ipp.Client, controller, n: int) -> list[dict]:
 
     address = json.loads(Path(controller.connection_files["engine"]).read_text())
     door = (address["interface"].removeprefix("tcp://"), address["registration"])
-    client[:].apply_async(guard.begin, door).get(timeout=WAIT)
+    client[:].apply_async(engine.begin, door).get(timeout=WAIT)
     identities = client[:].apply_async(identify).get(timeout=WAIT)
-    for engine, who in zip(client.ids, identities, strict=True):
-        if engine != who["rank"] or who["ranks"] != n:
+    for number, who in zip(client.ids, identities, strict=True):
+        if number != who["rank"] or who["ranks"] != n:
             raise ClusterError(
-                f"engine {engine} is rank {who['rank']} of {who['ranks']}, expected {engine} of "
+                f"engine {number} is rank {who['rank']} of {who['ranks']}, expected {number} of "
                 f"{n}: the engines are not one MPI world. Is the mpiexec found the one of "
                 f"{who['carrier']}? (Slurm may need SLURM_MPI_TYPE=pmix.)"
             )
@@ -91,9 +89,7 @@ class Launched:
     def runs(self) -> bool:
         """Is mpiexec there, or Slurm's job?"""
         if not self.slurm:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                return psutil.Process(self.launcher.pid).status() != psutil.STATUS_ZOMBIE
-            return False
+            return faults.status(self.launcher.pid) != psutil.STATUS_ZOMBIE
         if self._known and time.monotonic() - self._asked > self.PERIOD:
             self._asked = time.monotonic()
             command = ["squeue", "--noheader", "--jobs", self.launcher.job_id]

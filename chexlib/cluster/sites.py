@@ -13,16 +13,6 @@ import psutil
 
 from chexlib.errors import ConfigError
 
-SLURM_SCRIPT = """#!/bin/bash
-#SBATCH --job-name=chexlib-engines
-#SBATCH --ntasks={n}
-#SBATCH --cpus-per-task={threads}
-#SBATCH --output={output_file}
-#SBATCH --export=ALL
-{options}
-srun --kill-on-bad-exit=1 --cpus-per-task={threads} {program_and_args}
-"""
-
 
 @dataclass(frozen=True)
 class Site:
@@ -78,22 +68,21 @@ def find_site(
     named = _read_hosts(hosts)
     if not named and not slurm:
         return Site(options=tuple(options))
-    every = psutil.net_if_addrs().items()
     addresses = {}
-    for name, found in every:
-        for a in found:
-            if a.family == socket.AF_INET and a.netmask:
-                addresses.setdefault(name, a)
+    for name, of_interface in psutil.net_if_addrs().items():
+        for address in of_interface:
+            if address.family == socket.AF_INET and address.netmask:
+                addresses.setdefault(name, address)
     if interface not in addresses:
-        known = ", ".join(sorted(addresses))
+        names = ", ".join(sorted(addresses))
         raise ConfigError(
             f"interface={interface!r} has no IPv4 address here. Name the one that all hosts share, "
-            f"of {known}."
+            f"of {names}."
         )
     address = addresses[interface]
     network = ipaddress.ip_network(f"{address.address}/{address.netmask}", strict=False)
-    place = str(Path(shared or ".").absolute())
-    return Site(named, address.address, str(network), slurm, tuple(options), place)
+    folder = str(Path(shared or ".").absolute())
+    return Site(named, address.address, str(network), slurm, tuple(options), folder)
 
 
 def _read_hosts(hosts: Sequence[str] | str | Path) -> tuple[tuple[str, int], ...]:
@@ -106,13 +95,15 @@ def _read_hosts(hosts: Sequence[str] | str | Path) -> tuple[tuple[str, int], ...
             ) from error
     else:
         lines = list(hosts)
-    found = []
+    named = []
     for line in lines:
-        if text := line.split("#")[0].strip():
-            match = re.fullmatch(r"([\w.-]+)(?::(\d+)|\s+slots\s*=\s*(\d+).*)?", text)
-            if not match or "0" in match.groups()[1:]:
-                raise ConfigError(
-                    f"{line!r} is no host. Write name, name:slots, or in a file name slots=4."
-                )
-            found.append((match[1], int(match[2] or match[3] or 1)))
-    return tuple(found)
+        text = line.split("#")[0].strip()
+        if not text:
+            continue
+        match = re.fullmatch(r"([\w.-]+)(?::(\d+)|\s+slots\s*=\s*(\d+).*)?", text)
+        if not match or "0" in match.groups()[1:]:
+            raise ConfigError(
+                f"Expected a host as 'name', 'name:slots', or 'name slots=4', got {line!r}."
+            )
+        named.append((match[1], int(match[2] or match[3] or 1)))
+    return tuple(named)

@@ -1,18 +1,25 @@
-"""A Slurm script that trains on many nodes: what `chexlib train` needs there, and nothing of this
-machine.
-"""
+"""Slurm scripts: the one of a training on many nodes, and the one of a notebook's engines."""
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
 
 from chexlib import stopping
 from chexlib.errors import ConfigError
 from chexlib.mpi import TCP_FLAGS, thread_environment
 
-_SCRIPT = """#!/bin/bash
+# Filled in by ipyparallel.
+ENGINES_SCRIPT = """#!/bin/bash
+#SBATCH --job-name=chexlib-engines
+#SBATCH --ntasks={n}
+#SBATCH --cpus-per-task={threads}
+#SBATCH --output={output_file}
+#SBATCH --export=ALL
+{options}
+srun --kill-on-bad-exit=1 --cpus-per-task={threads} {program_and_args}
+"""
+_TRAINING_SCRIPT = """#!/bin/bash
 # {ranks} ranks of {threads} threads on {nodes} nodes. Submit it in the project's folder: sbatch SCRIPT
 #SBATCH --job-name=chexlib
 #SBATCH --nodes={nodes}
@@ -23,13 +30,13 @@ _SCRIPT = """#!/bin/bash
 #SBATCH --time={time}
 #SBATCH --output=chexlib-%j.out
 #SBATCH --signal=B:{stop}@120
-{options}set -euo pipefail
+set -euo pipefail
 cd "${{SLURM_SUBMIT_DIR:-$PWD}}"
 {exports}
 export SLURM_MPI_TYPE="${{SLURM_MPI_TYPE:-pmix}}"  # by which Open MPI's ranks find each other; Intel MPI: pmi2
 # A node that fails ends the job; submit it again, and it goes on from its newest checkpoint.
 srun --kill-on-bad-exit=1 --nodes={nodes} --ntasks={ranks} --ntasks-per-node={per_node} --cpus-per-task={cpus} \\
-  {python} -m chexlib train --config {config} --resume &
+  .venv/bin/python -m chexlib train --config {config} --resume &
 step=$!
 trap 'kill -{stop} "$step"' {stop}  # two minutes before the limit; srun tells all ranks to keep a checkpoint and end
 wait "$step" || wait "$step"
@@ -37,35 +44,28 @@ wait "$step" || wait "$step"
 
 
 def launch_script(
-    config: str,
-    *,
-    nodes: int,
-    per_node: int,
-    threads: int,
-    spare: int = 0,
-    hours: float = 1.0,
-    python: str = ".venv/bin/python",
-    options: Sequence[str] = (),
+    config: str, *, nodes: int, per_node: int, threads: int, spare: int = 0, hours: float = 1.0
 ) -> str:
-    """The script for a training.
+    """Slurm script of a training by `chexlib train`, to be submitted in the project's folder.
 
-    Nodes are its own, and a processor is a core, not one of its hardware threads.
+    Nodes are its own, and a processor is a core, not one of its hardware threads. A partition or an
+    account is given to sbatch: `sbatch --partition=skx SCRIPT`.
 
     Parameters
     ----------
     config : str
-        File with the training's settings in JSON, seen from the folder in which the script is
-        submitted.
+        File with the training's settings in JSON, seen from the project's folder.
     nodes, per_node, threads : int
         Nodes, ranks on each, and threads of each rank.
     spare : int
         Processors of a rank that do not compute, but drive its communication.
     hours : float
         Time limit.
-    python : str
-        Seen from there, too.
-    options : sequence of str
-        Further lines for #SBATCH, such as "--partition=skx".
+
+    Raises
+    ------
+    ConfigError
+        Numbers below 1 (`spare`: below 0), or no time.
 
     Examples
     --------
@@ -79,30 +79,21 @@ def launch_script(
             )
     if not 0 < hours < math.inf:
         raise ConfigError(f"hours={hours!r} is not accepted. Use a number above 0.")
-    if wrong := [option for option in options if not option.startswith("-") or "\n" in option]:
-        raise ConfigError(
-            f"{wrong[0]!r} is no option of sbatch. Write for instance --partition=skx."
-        )
+    environment = thread_environment(threads)
     # A waiting rank yields, as under our mpiexec.
-    own = {
-        "OMPI_MCA_mpi_yield_when_idle": "1",
-        "I_MPI_WAIT_MODE": "1",
-        "OMPI_MCA_btl_tcp_flags": TCP_FLAGS,
-    }
-    environment = {**thread_environment(threads), **own}
-    minutes = math.ceil(hours * 60)
-    return _SCRIPT.format(
+    environment["OMPI_MCA_mpi_yield_when_idle"] = "1"
+    environment["I_MPI_WAIT_MODE"] = "1"
+    environment["OMPI_MCA_btl_tcp_flags"] = TCP_FLAGS
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    whole_hours, minutes = divmod(math.ceil(hours * 60), 60)
+    return _TRAINING_SCRIPT.format(
         nodes=nodes,
         per_node=per_node,
         ranks=nodes * per_node,
         threads=threads,
         cpus=threads + spare,
-        time=f"{minutes // 60:02d}:{minutes % 60:02d}:00",
-        options="".join(f"#SBATCH {option}\n" for option in options),
+        time=f"{whole_hours:02d}:{minutes:02d}:00",
         stop=stopping.SIGNAL.name.removeprefix("SIG"),
-        exports="\n".join(
-            f"export {name}={shlex.quote(value)}" for name, value in environment.items()
-        ),
-        python=shlex.quote(python),
+        exports="\n".join(exports),
         config=shlex.quote(config),
     )

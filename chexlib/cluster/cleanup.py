@@ -1,0 +1,130 @@
+"""Ending clusters whose notebook is gone, and removing what they leave.
+
+`python -m chexlib.cluster.cleanup FOLDER` is the watchdog that `mpi_engines` starts. It reads
+standard input, a pipe that only the notebook's process holds. The word `done` there means a normal
+end. End of file without it means that the process died, however it died; then every process of the
+cluster is ended, and its folder is removed.
+
+Where the watchdog was killed as well, the next cluster finds the folder by `sweep`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from chexlib.files import replacing
+
+PREFIX = "chexlib-cluster-"  # begins the name of every cluster's folder
+PATIENCE = 5.0  # seconds from SIGTERM to SIGKILL
+# In the folder: the number of the cluster's Slurm job, for whoever has to cancel it.
+JOB = "slurm-job"
+# In the folder: the notebook's host, process and its start, and the ranks' shared memory.
+OWNER = "owner.json"
+SHARED_MEMORY = "/dev/shm"
+
+
+def members(marker: str) -> list[psutil.Process]:
+    """This user's processes of the clusters whose folder has `marker` in its path.
+
+    ipyparallel gives every process that it starts the folder's path in the variable
+    IPP_PROFILE_DIR.
+    """
+    processes = []
+    for process in psutil.process_iter(["environ"]):
+        environment = process.info["environ"] or {}  # None for the processes of others
+        if marker in environment.get("IPP_PROFILE_DIR", "") and process.pid != os.getpid():
+            processes.append(process)
+    return processes
+
+
+def end_members(marker: str) -> int:
+    """End `members(marker)`: SIGTERM, then SIGKILL after `PATIENCE` seconds.
+
+    Returns how many there were.
+    """
+    processes = members(marker)
+    alive = processes
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        _, alive = psutil.wait_procs(alive, timeout=PATIENCE)
+    return len(processes)
+
+
+def sign(folder: str | Path, ranks: Sequence[int] = ()) -> None:
+    """Note in a cluster's folder whose it is, and which shared memory its ranks have open.
+
+    Parameters
+    ----------
+    folder : path
+    ranks : sequence of int
+        Processes of the ranks on this host.
+    """
+    shared = set()
+    for rank in ranks:
+        # It has just died, or this is macOS, where MPI's files lie in the folder.
+        with contextlib.suppress(OSError):
+            maps = Path(f"/proc/{rank}/maps").read_text()
+            shared.update(re.findall(rf"{SHARED_MEMORY}/\S+", maps))
+    owner = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "born": psutil.Process().create_time(),
+        "shared": sorted(shared),
+    }
+    with replacing(Path(folder) / OWNER) as file:
+        file.write(json.dumps(owner).encode())
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove what is left of this user's clusters of this host of which every process was killed."""
+    for path in Path(folder).glob(f"{PREFIX}*/{OWNER}"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, psutil.NoSuchProcess):
+            if {path.parent.lstat().st_uid, path.lstat().st_uid} != {os.geteuid()}:
+                continue  # what another user wrote is not to be believed
+            owner = json.loads(path.read_text())
+            if owner["host"] != socket.gethostname() or _runs(owner) or members(str(path.parent)):
+                continue
+            for name in owner["shared"]:
+                if str(Path(name).parent) == SHARED_MEMORY:
+                    Path(name).unlink(missing_ok=True)
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def _runs(owner: dict) -> bool:
+    """Does the process that signed still run, and not another one of its number?"""
+    if not psutil.pid_exists(owner["pid"]):
+        return False
+    return psutil.Process(owner["pid"]).create_time() == owner["born"]
+
+
+def watch(folder: str) -> None:
+    """Wait for the notebook's word or its death; then end the cluster, and remove its folder."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # it ends by the pipe alone
+    if sys.stdin.read().strip() == "done":
+        return
+    with contextlib.suppress(OSError):  # a Slurm job, which may still wait for its hosts
+        subprocess.run(["scancel", (Path(folder) / JOB).read_text()], timeout=60)
+    for _ in range(3):  # again, for what was just being started
+        end_members(folder)
+        time.sleep(1)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    watch(sys.argv[1])
