@@ -8,6 +8,7 @@ import functools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -18,10 +19,9 @@ from scipy import stats
 from chexlib.files import ROOT, write_json
 from chexlib.findings import FINDINGS
 from chexlib.ledger.answers import VERDICTS, build_ledger, count_verdicts, ledger, verdict
-from chexlib.ledger.counterparts import COUNTERPARTS, NO_COUNTERPART
-from chexlib.ledger.measured import Found, Measured
-from chexlib.ledger.projections import RUNS, SYSTEMS
-from chexlib.ledger.published import COLLAPSES, LADDER, claims, published_auroc
+from chexlib.ledger.counterparts import COUNTERPARTS
+from chexlib.ledger.published import claims, published_auroc, published_collapses, published_ladder
+from chexlib.ledger.records import RECORDS, Measured, Results
 
 PUBLISHED = next(
     (
@@ -32,7 +32,9 @@ PUBLISHED = next(
     None,
 )
 LATER = ("gain_later", "low_later", "high_later")
-RUNGS = [rung for rung in LADDER if rung != "+ collapsed ensembles"]
+RUNGS = [rung for rung in published_ladder() if rung != "+ collapsed ensembles"]
+SYSTEMS = ("MareNostrum 4", "Stampede2")
+RUNS = [claim.series for claim in claims() if claim.kind == "share of peak"]
 
 
 def learnt(rng):
@@ -110,15 +112,15 @@ def results(seed, **changes):
     scaling = {
         "projection": {
             name: {str(n): dict(zip(rates, rng.uniform(size=3), strict=True)) for n in (256, 512)}
-            for name in SYSTEMS.values()
+            for name in SYSTEMS
         },
         "sensitivity": [
             {"system": name, "further": rng.uniform()}
             | {f"{rate}_{n}": rng.uniform() for rate in rates for n in (256, 512)}
-            for name in SYSTEMS.values()
+            for name in SYSTEMS
             for _ in range(2)
         ],
-        "peak_percent": {name: estimate(rng, "formula") for name in RUNS.values()},
+        "peak_percent": {name: estimate(rng, "formula") for name in RUNS},
         "solution": {"densenet121": {"seconds": rng.uniform(100, 900)}},
         "ratio": {"ratio": rng.uniform(1, 9)},
         "layouts": {f"({seed + 1}, 1)": 9.0, "(1, 1)": 5.0, "(8, 1)": None},
@@ -137,7 +139,7 @@ def results(seed, **changes):
         },
         "06": recipes,
     }
-    return {number: Found(number, metrics, {"size": 64}) for number, metrics in found.items()}
+    return {number: Results(number, metrics, {"size": 64}) for number, metrics in found.items()}
 
 
 def test_no_figure_of_ours_is_typed():
@@ -241,7 +243,7 @@ def test_one_number_told_twice_has_one_verdict():
 def test_a_lower_bound_is_no_test_of_a_model_far_above_it_but_can_contradict_one_below():
     for share, word in ((0.993, "not comparable"), (0.8, "contradicted")):
         found = results(1)
-        caffe = SYSTEMS["caffe"]
+        caffe = SYSTEMS[0]
         found["08"].metrics["projection"][caffe]["256"]["images_per_second"] = 1000
         found["08"].metrics["projection"][caffe]["512"]["images_per_second"] = 2000 * share
         for row in found["08"].metrics["sensitivity"]:
@@ -320,10 +322,9 @@ def test_a_verdict_of_numpy_values_is_that_of_plain_ones():
 def test_points_of_a_shorter_training_answer_those_as_far_into_the_studys():
     found = results(1)
     two = {"1": found["06"].metrics["collapse"]["1"], "2": found["06"].metrics["collapse"]["2"]}
-    table = ledger({"06": Found("06", {**found["06"].metrics, "collapse": two})})
+    table = ledger({"06": Results("06", {**found["06"].metrics, "collapse": two})})
     told = [
-        table.loc[f"collapse/top-1/{point}/before", "ours"]
-        for point in range(1, len(COLLAPSES) + 1)
+        table.loc[f"collapse/top-1/{point}/before", "ours"] for point in published_collapses().index
     ]
     assert told == [100 * two["1"]["before"]] * 3 + [100 * two["2"]["before"]] * 3
 
@@ -411,7 +412,7 @@ def test_what_this_run_has_comes_before_reference_results_which_are_named(tmp_pa
 
 def test_what_this_run_did_not_measure_is_answered_by_the_reference_which_is_named():
     run, kept = results(1)["08"], results(2)["08"]
-    quick = Found(
+    quick = Results(
         "08",
         {**run.metrics, "solution": {}, "ratio": {}},
         reference=dataclasses.replace(kept, origin="kept"),
@@ -430,24 +431,34 @@ def test_what_this_run_did_not_measure_is_answered_by_the_reference_which_is_nam
     )
 
 
-def test_results_of_another_version_of_a_notebook_are_not_measured_and_say_what_they_lack():
-    table = ledger({"06": Found("06", {"collapse": results(1)["06"].metrics["collapse"]})})
-    assert "'ladder'" in table.loc["ladder/+ warm-up", "why"]
-    assert table.loc["ladder/+ warm-up", "verdict"] == "not measured"
+def test_a_record_that_lacks_a_field_is_not_filled_from_the_reference_and_says_what_it_lacks():
+    kept = dataclasses.replace(results(2)["06"], origin="kept")
+    metrics = results(1)["06"].metrics
+    for lacks, key in {"ladder": "ladder/+ warm-up", "collapse": "collapse/top-1/1/before"}.items():
+        rest = {name: value for name, value in metrics.items() if name != lacks}
+        table = ledger({"06": Results("06", rest, reference=kept)})
+        assert f"'{lacks}'" in table.loc[key, "why"]
+        assert (
+            table.loc[key, "verdict"] == "not measured" and table.loc[key, "origin"] == "this run"
+        )
+    for row in metrics["losses"]:
+        del row["baseline"]
+    table = ledger({"06": Results("06", metrics, reference=kept)})
+    assert "'baseline'" in table.loc["large batches/the study/64K", "why"]
     assert table.loc["collapse/top-1/1/before", "ours"] > 0
 
 
-class Asked(dict):
-    """Metrics that are empty, and keep what they were asked for."""
-
-    def __missing__(self, name):
-        self[name] = None
-        raise KeyError(name)
+@pytest.mark.parametrize("record", RECORDS.values())
+def test_a_notebook_cannot_leave_out_what_the_ledger_reads(record):
+    names = [field.name for field in dataclasses.fields(record)]
+    for left_out in names:
+        with pytest.raises(TypeError, match=f"'{left_out}'"):
+            record(**{name: 0 for name in names if name != left_out})
 
 
 @functools.cache
 def saved_by(number):
-    """The names under which a notebook saves what it found."""
+    """The names of the record that a notebook hands to the ledger as it saves its results."""
     (path,) = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
     cells = [cell.source for cell in nbformat.read(path, 4).cells if "run.finish(" in cell.source]
     call = next(
@@ -455,18 +466,30 @@ def saved_by(number):
         for node in ast.walk(ast.parse(cells[-1]))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "run.finish"
     )
-    return {keyword.arg for keyword in call.keywords}
+    (record,) = call.args
+    assert ast.unparse(record.func) == f"records.{RECORDS[number].__name__}"
+    return {keyword.arg for keyword in record.keywords}
 
 
-@pytest.mark.parametrize("claim", claims(), ids=lambda claim: claim.key)
-def test_what_a_row_reads_is_what_its_notebook_saves(claim):
-    if any(claim.key.startswith(prefix) for prefix in NO_COUNTERPART):
-        return
-    number, find = next(own for prefix, own in COUNTERPARTS.items() if claim.key.startswith(prefix))
-    asked = Asked()
-    with pytest.raises(KeyError):
-        find(claim, Found(number, asked, {"size": 64}))
-    assert set(asked) <= saved_by(number)
+@pytest.mark.parametrize("number", RECORDS)
+def test_a_notebook_saves_its_record(number):
+    assert saved_by(number) == {field.name for field in dataclasses.fields(RECORDS[number])}
+
+
+@pytest.mark.parametrize("kind", COUNTERPARTS)
+def test_a_row_reads_nothing_of_its_notebook_but_the_record(kind):
+    number, find = COUNTERPARTS[kind]
+    record = results(1)[number].record
+    alone = SimpleNamespace(record=record, params={"size": 64}, environment={})
+    for claim in claims():
+        if claim.kind == kind:
+            assert find(claim, alone) == find(claim, results(1)[number])
+
+
+def test_every_figure_has_a_kind_that_is_answered_or_a_reason():
+    for claim in claims():
+        assert (claim.kind in COUNTERPARTS) != bool(claim.reason), claim.key
+    assert {claim.kind for claim in claims()} == {"", *COUNTERPARTS}
 
 
 def test_counts_add_up_to_the_figures():

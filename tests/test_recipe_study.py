@@ -15,8 +15,7 @@ import matplotlib.pyplot as plt
 
 from chexlib.errors import ConfigError, WeightsError
 from chexlib.figures import recipe_figures
-from chexlib.ledger.published import LADDER as TOP_1
-from chexlib.ledger.published import published_collapses
+from chexlib.ledger.published import published_collapses, published_ladder
 from chexlib.machine import BATCH
 from chexlib.studies.collapse_study import collapse_gains, diversity_matrix, measure_collapses
 from chexlib.studies.grid import point_key
@@ -251,7 +250,7 @@ def test_the_figures_name_phases_rungs_and_batches():
     rows = pd.DataFrame(
         [{"rung": r, "seed": s, "auroc": 0.6 + 0.01 * s} for r in LADDER for s in (0, 1)]
     )
-    ladder = recipe_figures.ladder(ladder_gains(rows), pd.Series(TOP_1).diff())
+    ladder = recipe_figures.ladder(ladder_gains(rows), pd.Series(published_ladder()).diff())
     assert all(rung in words(ladder) for rung in list(LADDER)[1:])
     collapses = recipe_figures.collapse_curve(published_collapses(), published_collapses())
     assert "before the collapse" in words(collapses)

@@ -78,13 +78,18 @@ class Run:
             mine.name == self.notebook and path.parent.parent == mine.parent
         )
 
-    def finish(self, **metrics) -> Path:
+    def finish(self, record=None, /, **metrics) -> Path:
         """Write `metrics.json`, undefined numbers as null; if the run is our own, point `latest`
         here.
+
+        Parameters
+        ----------
+        record : dataclass of `chexlib.ledger.records`, optional
+            What the ledger reads of this notebook.
         """
-        write_json(
-            self.path / "metrics.json", {**metrics, "seconds": round(time.time() - self.began, 1)}
-        )
+        read_by_ledger = {} if record is None else vars(record)
+        seconds = round(time.time() - self.began, 1)
+        write_json(self.path / "metrics.json", {**read_by_ledger, **metrics, "seconds": seconds})
         if not self.named:
             point_latest(self.path.parent)
         log.info("Results: %s", self.path)

@@ -2,12 +2,12 @@
 
 No figure of ours is typed.
 
-Published figures are in `published`, what of a run answers them in `counterparts`. A verdict is the
-first that applies:
+Published figures are in `published.csv`, what of a run answers them in `counterparts`. A verdict is
+the first that applies:
 
-- *not measured*: the notebook that measures it has no results, neither in this run nor among the reference results, or
-  none at a setting that answers it, or its network learnt nothing
-  (`chexlib.evaluation.verdicts.LEARNT`);
+- *not measured*: the notebook that measures it has no results, neither in this run nor among the
+  reference results, or none at a setting that answers it, or its network learnt nothing
+  (`chexlib.evaluation.verdicts.LEARNT`); or its record lacks a field, as of another version;
 - *not comparable*: it cannot be measured here, it was measured under other conditions, or the comparison is no test,
   such as a projection far above a lower bound, or one number told twice. The reason is given;
 - *undecided*: what is known of ours allows both answers: an interval holds both sides of a bound or of 0, or a
@@ -22,6 +22,7 @@ first that applies:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from chexlib.errors import DataError
 from chexlib.evaluation.verdicts import (
     CONTRADICTED,
     NOT_COMPARABLE,
@@ -39,9 +41,9 @@ from chexlib.evaluation.verdicts import (
     verdict_on_gain,
 )
 from chexlib.files import ROOT
-from chexlib.ledger.counterparts import COUNTERPARTS, NO_COUNTERPART
-from chexlib.ledger.measured import Found, Measured
+from chexlib.ledger.counterparts import COUNTERPARTS
 from chexlib.ledger.published import Claim, claims
+from chexlib.ledger.records import Measured, Results
 
 COLUMNS = [
     "topic",
@@ -84,32 +86,32 @@ def build_ledger(run: str | Path, *, reference: str | Path = "") -> pd.DataFrame
     return ledger(find_results(run, reference=reference))
 
 
-def find_results(run: str | Path, *, reference: str | Path = "") -> dict[str, Found]:
+def find_results(run: str | Path, *, reference: str | Path = "") -> dict[str, Results]:
     """What each notebook found, by its number: in this run, or else when the reference results were
     made.
     """
-    found = {}
+    results = {}
     for file in sorted(Path(reference or ROOT / "data" / "reference").glob("[0-9]*.json")):
         kept = json.loads(file.read_text())
         parts = (kept["metrics"], kept["params"], kept["environment"])
-        found[file.stem[:2]] = Found(file.stem, *parts, origin="reference results")
+        results[file.stem[:2]] = Results(file.stem, *parts, origin="reference results")
     for file in sorted(Path(run).glob("[0-9]*/metrics.json")):
-        parts = (
-            json.loads((file.parent / f"{name}.json").read_text()) for name in ("metrics", "params")
+        folder = file.parent
+        environment = folder / "environment.json"
+        results[folder.name[:2]] = Results(
+            folder.name,
+            json.loads(file.read_text()),
+            json.loads((folder / "params.json").read_text()),
+            json.loads(environment.read_text()) if environment.exists() else {},
+            reference=results.get(folder.name[:2]),
         )
-        environment = file.parent / "environment.json"
-        about = json.loads(environment.read_text()) if environment.exists() else {}
-        number = file.parent.name[:2]
-        found[number] = Found(
-            file.parent.name, *parts, about, origin="this run", reference=found.get(number)
-        )
-    return found
+    return results
 
 
-def ledger(found: Mapping[str, Found]) -> pd.DataFrame:
+def ledger(results: Mapping[str, Results]) -> pd.DataFrame:
     """`build_ledger` of results in hand, by the number of the notebook."""
-    rows = {claim.key: _row(claim, found) for claim in claims()}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=COLUMNS)
+    rows = [_row(claim, results) for claim in claims()]
+    return pd.DataFrame(rows, index=[claim.key for claim in claims()], columns=COLUMNS)
 
 
 def count_verdicts(table: pd.DataFrame) -> pd.DataFrame:
@@ -135,19 +137,23 @@ def verdict(ours: Measured) -> tuple[str, str]:
     if ours.tolerance:
         return _projected(ours, low, high)
     if ours.rule == "equal":
-        rule = "is it within our interval" if low < high else "is it equal"
+        question = "is it within our interval" if low < high else "is it equal"
         word = REPRODUCED if low <= ours.published <= high else CONTRADICTED
     elif ours.rule == "side of 0":
-        rule = "is our interval on its side of 0"
+        question = "is our interval on its side of 0"
         word = verdict_on_gain(low, high) if ours.published > 0 else verdict_on_gain(-high, -low)
     else:
         strict = ours.rule == "<"
-        rule = f"is our {'interval' if low < high else 'figure'} {'below' if strict else 'no more than'} it"
-        kept = high < ours.published if strict else high <= ours.published
-        broken = low >= ours.published if strict else low > ours.published
-        word = REPRODUCED if kept else CONTRADICTED if broken else UNDECIDED
+        figure = "interval" if low < high else "figure"
+        question = f"is our {figure} {'below' if strict else 'no more than'} it"
+        if high < ours.published or (high == ours.published and not strict):
+            word = REPRODUCED
+        elif low > ours.published or (low == ours.published and strict):
+            word = CONTRADICTED
+        else:
+            word = UNDECIDED
     answers = {REPRODUCED: "yes", CONTRADICTED: "no", UNDECIDED: "it holds both sides"}
-    return word, f"{rule}: {answers[word]}"
+    return word, f"{question}: {answers[word]}"
 
 
 def _projected(ours: Measured, low: float, high: float) -> tuple[str, str]:
@@ -175,48 +181,63 @@ def _projected(ours: Measured, low: float, high: float) -> tuple[str, str]:
     return UNDECIDED, f"{rule}: what the study does not tell leaves {span} open"
 
 
-def _row(claim: Claim, found: Mapping[str, Found]) -> list:
-    head = [
-        claim.topic,
-        claim.what,
-        claim.bound,
-        claim.value,
-        claim.unit,
-        claim.setting,
-        claim.source,
-    ]
-    reason = next(
-        (why for prefix, why in NO_COUNTERPART.items() if claim.key.startswith(prefix)), None
-    )
-    if reason:
-        return [*head, "", "", "", None, None, None, "", None, NOT_COMPARABLE, reason]
-    number, find = next(
-        (own for prefix, own in COUNTERPARTS.items() if claim.key.startswith(prefix))
-    )
-    if number not in found:
+def _row(claim: Claim, results: Mapping[str, Results]) -> dict:
+    row = {
+        "topic": claim.topic,
+        "claim": claim.what,
+        "bound": claim.bound,
+        "published": claim.value,
+        "unit": claim.unit,
+        "setting": claim.setting,
+        "source": claim.source,
+        **dict.fromkeys(("notebook", "origin", "scale", "our unit"), ""),
+    }
+    if not claim.kind:
+        return {**row, "verdict": NOT_COMPARABLE, "why": claim.reason}
+    number, find = COUNTERPARTS[claim.kind]
+    if number not in results:
         why = f"notebook {number} has no results in this run or among the reference results"
-        return [*head, number, "", "", None, None, None, "", None, NOT_MEASURED, why]
-    own = found[number]
-    ours = _answer(find, claim, own)
-    if (
-        isinstance(ours, str)
-        and own.reference
-        and not isinstance(kept := _answer(find, claim, own.reference), str)
-    ):
-        own, ours = own.reference, kept
-    where = [own.notebook, own.origin]
+        return {**row, "notebook": number, "verdict": NOT_MEASURED, "why": why}
+    answering = results[number]
+    try:
+        ours = _answer(find, claim, answering)
+    except DataError as error:
+        ours = str(error)
+    else:
+        if isinstance(ours, str) and answering.reference:
+            with contextlib.suppress(DataError):
+                kept = _answer(find, claim, answering.reference)
+                if isinstance(kept, Measured):
+                    answering, ours = answering.reference, kept
+    row |= {"notebook": answering.notebook, "origin": answering.origin, "scale": answering.scale}
     if isinstance(ours, str):
-        return [*head, *where, own.scale, None, None, None, "", None, NOT_MEASURED, ours]
-    numbers = [ours.value, ours.low, ours.high, ours.unit, ours.published]
-    return [*head, *where, ours.scale or own.scale, *numbers, *verdict(ours)]
+        return {**row, "verdict": NOT_MEASURED, "why": ours}
+    word, why = verdict(ours)
+    return {
+        **row,
+        "scale": ours.scale or answering.scale,
+        "ours": ours.value,
+        "low": ours.low,
+        "high": ours.high,
+        "our unit": ours.unit,
+        "compared with": ours.published,
+        "verdict": word,
+        "why": why,
+    }
 
 
 def _answer(
-    find: Callable[[Claim, Found], Measured | str], claim: Claim, own: Found
+    find: Callable[[Claim, Results], Measured | str], claim: Claim, results: Results
 ) -> Measured | str:
-    """What a notebook found for a published figure, or why nothing."""
+    """What a notebook found for a published figure, or why nothing.
+
+    Raises
+    ------
+    DataError
+        Its record lacks a field, as where another version of the notebook wrote it.
+    """
     try:
-        ours = find(claim, own)
-    except (KeyError, TypeError) as error:  # written by another version of the notebook
-        return f"its metrics.json lacks what is needed ({error!r})"
+        ours = find(claim, results)
+    except (KeyError, TypeError) as error:
+        raise DataError(f"its metrics.json lacks what is needed ({error!r})") from error
     return ours if isinstance(ours, str) or math.isfinite(ours.value) else "undefined"

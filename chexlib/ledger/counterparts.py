@@ -1,164 +1,178 @@
-"""What of a run answers a published figure: from a notebook's `metrics.json`, converted to the
-figure's unit.
-"""
+"""What of a run answers a published figure: from a notebook's record, in the figure's unit."""
 
 from __future__ import annotations
 
+import ast
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 
 from chexlib.evaluation.verdicts import has_learnt, nothing_learnt, over_seeds
-from chexlib.ledger import projections
-from chexlib.ledger.measured import Found, Measured, between
-from chexlib.ledger.published import BATCHES, COLLAPSES, IMAGENET, LADDER, LARGE_BATCHES, Claim
+from chexlib.ledger.published import (
+    RELEASE,
+    Claim,
+    claims,
+    published_batches,
+    published_collapses,
+    published_ladder,
+)
+from chexlib.ledger.records import Measured, Results, between
+from chexlib.scaling.clusters import IMAGENET, study_speed
 
-RELEASE = 112_120  # images of the NIH release
 TOP_1 = "top-1 of 1,000 classes of photographs there, mean AUROC of 14 findings here"
 # Whose batches are answered by which rung of our ladder.
 RUNGS = {"the study": "+ collapse", "Facebook": "+ warm-up"}
+POINTS = 5  # by which a projected efficiency may be off
+PERCENT = 5  # by which a projected speed may be
 
 
-def _auroc(claim: Claim, found: Found, times: float = 1.0) -> Measured | str:
-    finding = claim.key.split("/")[-1].capitalize() if times > 1 else claim.key.split("/")[-1]
-    row = found.metrics["auroc"][finding]
+def _beside(claim: Claim, value: float, **how) -> Measured:
+    """A figure of ours in the unit of the published one."""
+    return Measured(value, claim.unit, claim.value, **how)
+
+
+# Notebooks 02, 03 and 05: data, baseline and batch-norm layers
+
+
+def _auroc(claim: Claim, results: Results) -> Measured | str:
+    row = results.record.auroc[claim.item]
     if row["auroc"] is None:
         return "the test part has images of one class only"
-    own = between(row, "auroc", times)
-    return Measured(
-        **own, unit=claim.unit, published=claim.value, differs=_other_images(claim, found.metrics)
-    )
+    estimate = between(row, "auroc", 100.0 if claim.unit == "%" else 1.0)
+    return _beside(claim, **estimate, differs=_other_images(claim, results))
 
 
-def _other_images(claim: Claim, metrics: Mapping) -> str:
-    images, ours = sum(metrics["split"]["images"].values()), metrics["split"]["name"]
-    if "synthetic" in metrics["data"]:
+def _other_images(claim: Claim, results: Results) -> str:
+    """Why the images behind two AUROCs cannot be compared, "" where they can."""
+    split = results.record.split
+    images = sum(split["images"].values())
+    if "synthetic" in results.record.data:
         return "our images are synthetic"
-    if claim.setting.startswith("leaks") or "not printed" in claim.setting:
-        return (
-            "its split leaks patients"
-            if claim.setting.startswith("leaks")
-            else "its split is not printed"
-        )
+    if claim.split == "leaks":
+        return "its split leaks patients"
+    if claim.split == "not printed":
+        return "its split is not printed"
     if images < 0.99 * RELEASE:
         return f"{images:,} of the release's {RELEASE:,} images"
-    if ours != ("official" if claim.setting.startswith("official") else "patient"):
-        return f"another split: ours is {ours}"
+    if split["name"] != claim.split:
+        return f"another split: ours is {split['name']}"
     return ""
 
 
-def _percent_auroc(claim: Claim, found: Found) -> Measured | str:
-    return _auroc(claim, found, 100.0)
+def _speed(claim: Claim, results: Results) -> Measured:
+    machine = results.environment.get("processor") or "another processor"
+    cores = results.environment.get("cores")
+    differs = f"{results.params['size']} px on {machine}, {cores} cores"
+    return _beside(claim, results.record.images_per_second, differs=differs)
 
 
-def _speed(claim: Claim, found: Found) -> Measured:
-    machine = found.environment.get("processor") or "another processor"
-    differs = f"{found.params['size']} px on {machine}, {found.environment.get('cores')} cores"
-    return Measured(found.metrics["images_per_second"], claim.unit, claim.value, differs=differs)
-
-
-def _epoch(claim: Claim, found: Found) -> Measured:
+def _epoch(claim: Claim, results: Results) -> Measured:
     """Hours for the release's training part (70 %) at the speed of `_speed`."""
-    speed = _speed(claim, found)
-    return Measured(
-        0.7 * RELEASE / speed.value / 3600, claim.unit, claim.value, differs=speed.differs
-    )
+    speed = _speed(claim, results)
+    return _beside(claim, 0.7 * RELEASE / speed.value / 3600, differs=speed.differs)
 
 
-def _leak(claim: Claim, found: Found) -> Measured:
-    share = found.metrics["test_images_seen_in_training"]["image"]
-    return Measured(
-        100 * share, claim.unit, claim.value, differs="our split by image, of our images"
-    )
+def _leak(claim: Claim, results: Results) -> Measured:
+    share = results.record.test_images_seen_in_training["image"]
+    return _beside(claim, 100 * share, differs="our split by image, of our images")
 
 
-def _layers(claim: Claim, found: Found) -> Measured:
-    count = found.metrics["counts"][claim.key.split("/")[-1]]
-    return Measured(count, claim.unit, claim.value, tolerance=0)
+def _layers(claim: Claim, results: Results) -> Measured:
+    return _beside(claim, results.record.counts[claim.item], tolerance=0)
 
 
-def _rung(claim: Claim, found: Found) -> Measured | str:
+# Notebook 06: recipes for large batches
+
+
+def _gain(row: Mapping, published: float, *, suffix: str = "", **how) -> Measured:
+    """A gain in mean AUROC, in % as the published one in top-1."""
+    estimate = between(row, "gain", 100, suffix=suffix)
+    return Measured(**estimate, unit="% AUROC", published=published, **how)
+
+
+def _level(claim: Claim, auroc: float) -> Measured:
+    """A mean AUROC beside a top-1, which cannot be compared."""
+    return Measured(100 * auroc, "% AUROC", claim.value, differs=TOP_1)
+
+
+def _highest(aurocs: Sequence[float | None]) -> float | None:
+    return max(aurocs, key=lambda auroc: auroc or 0.0)
+
+
+def _rung(claim: Claim, results: Results) -> Measured | str:
     """On our smallest batch: the study's ladder ends at its figure for 8K, which has as many
     updates an epoch.
     """
-    rungs, name = found.metrics["ladder"], claim.key.split("/")[-1]
-    climbed = rungs[min(rungs, key=int)]
-    trained = [rung for rung in LADDER if rung in climbed]
-    if name not in trained:
+    by_batch, ladder = results.record.ladder, published_ladder()
+    rows = by_batch[min(by_batch, key=int)]
+    trained = [rung for rung in ladder if rung in rows]
+    if claim.item not in trained:
         return "this rung was not trained"
-    place = trained.index(name)
-    if not place:
-        return Measured(100 * climbed[name]["auroc"], "% AUROC", claim.value, differs=TOP_1)
-    before = trained[place - 1]
-    highest = max(
-        (climbed[rung]["auroc"] for rung in (before, name)), key=lambda auroc: auroc or 0.0
-    )
+    position = trained.index(claim.item)
+    row = rows[claim.item]
+    if position == 0:
+        return _level(claim, row["auroc"])
+    before = trained[position - 1]
+    highest = _highest([rows[before]["auroc"], row["auroc"]])
     if not has_learnt(highest):
         return nothing_learnt(highest)
-    gained = LADDER[name] - LADDER[before]
-    return Measured(
-        **between(climbed[name], "gain", 100), unit="% AUROC", published=gained, rule="side of 0"
-    )
+    return _gain(row, ladder[claim.item] - ladder[before], rule="side of 0")
 
 
-def _ensemble(claim: Claim, found: Found) -> Measured | str:
+def _ensemble(claim: Claim, results: Results) -> Measured | str:
     """The gain over the best member, its interval over seeds; of one seed there is none, as of any
     one training.
     """
-    seeds = pd.DataFrame(found.metrics["ensemble"].values())
-    if not has_learnt(member := seeds["member"].mean()):
+    seeds = pd.DataFrame(results.record.ensemble.values())
+    member = seeds["member"].mean()
+    if not has_learnt(member):
         return nothing_learnt(member)
     row = {"gain": seeds["gain"][0], "low": None, "high": None}
     if len(seeds) > 1:
-        row = (
-            over_seeds(seeds.assign(all=0), ["all"], ["gain"])
-            .rename(columns={"mean": "gain"})
-            .iloc[0]
-        )
-    gained = claim.value - LADDER["+ collapse"]
-    return Measured(**between(row, "gain", 100), unit="% AUROC", published=gained, rule="side of 0")
+        means = over_seeds(seeds.assign(all=0), ["all"], ["gain"])
+        row = means.rename(columns={"mean": "gain"}).iloc[0]
+    return _gain(row, claim.value - published_ladder()["+ collapse"], rule="side of 0")
 
 
-def _collapse(claim: Claim, found: Found) -> Measured | str:
-    """From the epoch that is as far into our training as the point is into theirs.
+def _collapse_row(claim: Claim, results: Results) -> Mapping:
+    """The epoch that is as far into our training as the claim's point is into theirs."""
+    rows = results.record.collapse
+    epochs = sorted(rows, key=int)
+    reached = math.ceil(claim.at / len(published_collapses()) * len(epochs))
+    return rows[epochs[reached - 1]]
 
-    A collapse is one epoch more, so it is judged over what the training itself had reached by then
-    (`gain_later`), and the study's over what it had reached at its next point. Neither is known of
-    the end of a training.
+
+def _before_collapse(claim: Claim, results: Results) -> Measured:
+    return _level(claim, _collapse_row(claim, results)["before"])
+
+
+def _after_collapse(claim: Claim, results: Results) -> Measured | str:
+    """A collapse is one epoch more, so it is judged over what the training itself had reached by
+    then (`gain_later`), and the study's over what it had reached at its next point. Neither is
+    known of the end of a training.
     """
-    point, when = int(claim.key.split("/")[2]), claim.key.split("/")[3]
-    epochs = sorted(found.metrics["collapse"], key=int)
-    row = found.metrics["collapse"][epochs[math.ceil(point / len(COLLAPSES) * len(epochs)) - 1]]
-    if when == "before":
-        return Measured(100 * row["before"], "% AUROC", claim.value, differs=TOP_1)
-    before, after = COLLAPSES[point - 1]
-    if row["gain_later"] is None or point == len(COLLAPSES):
+    row = _collapse_row(claim, results)
+    before = published_collapses()["before"]
+    if row["gain_later"] is None or claim.at == before.index[-1]:
         differs = (
             "what one more epoch without a collapse had given is not known of the end of a training"
         )
-        return Measured(
-            **between(row, "gain", 100), unit="% AUROC", published=after - before, differs=differs
-        )
-    highest = max(
-        (own["after"] for own in found.metrics["collapse"].values()), key=lambda auroc: auroc or 0.0
-    )
+        return _gain(row, claim.value - before[claim.at], differs=differs)
+    highest = _highest([epoch["after"] for epoch in results.record.collapse.values()])
     if not has_learnt(highest):
         return nothing_learnt(highest)
-    later = between(row, "gain_later", 100, ends=("low_later", "high_later"))
-    return Measured(
-        **later, unit="% AUROC", published=after - COLLAPSES[point][0], rule="side of 0"
-    )
+    return _gain(row, claim.value - before[claim.at + 1], suffix="_later", rule="side of 0")
 
 
-def _losses(found: Found, rung: str) -> list[dict]:
+def _losses(results: Results, rung: str) -> list[Mapping]:
     """What each batch above the smallest loses, in % of the smallest's skill above chance, the
     smallest batch first.
     """
-    return [row for row in found.metrics["losses"] if row["rung"] == rung]
+    return [row for row in results.record.losses if row["rung"] == rung]
 
 
-def _at_updates(rows: list[dict], updates: float) -> dict | str:
+def _at_updates(rows: Sequence[Mapping], updates: float) -> Mapping | str:
     """The row with about as many updates an epoch: at most twice or half as many."""
     near = [row for row in rows if 0.5 <= row["updates"] / updates <= 2]
     if not near:
@@ -166,131 +180,205 @@ def _at_updates(rows: list[dict], updates: float) -> dict | str:
     return min(near, key=lambda row: abs(math.log(row["updates"] / updates)))
 
 
-def _lost(row: dict, **how) -> Measured | str:
-    """A row of `_losses` beside a published loss, where the smallest batch had learnt something
-    that can be lost.
-    """
-    if row["loss"] is None or not has_learnt(row["baseline"]):
-        return nothing_learnt(row["baseline"])
-    return Measured(**between(row, "loss"), unit="% of skill lost", **how)
-
-
-def _large_batch(claim: Claim, found: Found) -> Measured | str:
-    _, source, size = claim.key.split("/")
-    if size == "8K":
-        best = found.metrics["auroc_by_batch"]
-        smallest = best[min(best, key=int)].get(RUNGS[source])
-        if smallest is None:
-            return "this rung was not trained"
-        return Measured(100 * smallest, "% AUROC", claim.value, differs=TOP_1)
-    row = _at_updates(_losses(found, RUNGS[source]), IMAGENET / BATCHES[size])
+def _lost(row: Mapping | str, published: float, rule: str) -> Measured | str:
+    """A loss in % of the smallest batch's skill, where that had learnt what can be lost."""
     if isinstance(row, str):
         return row
-    lost = 100 * (1 - claim.value / LARGE_BATCHES[source][0])  # chance is 0.1 % of top-1
+    if row["loss"] is None or not has_learnt(row["baseline"]):
+        return nothing_learnt(row["baseline"])
+    return Measured(**between(row, "loss"), unit="% of skill lost", published=published, rule=rule)
+
+
+def _large_batch(claim: Claim, results: Results) -> Measured | str:
+    rung, published = RUNGS[claim.series], published_batches()
+    if claim.at == 8192:
+        by_batch = results.record.auroc_by_batch
+        smallest = by_batch[min(by_batch, key=int)].get(rung)
+        return "this rung was not trained" if smallest is None else _level(claim, smallest)
+    row = _at_updates(_losses(results, rung), IMAGENET / claim.at)
+    # Chance is 0.1 % of top-1.
+    lost = 100 * (1 - claim.value / published.loc[claim.series, "8K"])
     # The point of the study's figure is how little is lost, that of the others that something is.
-    return _lost(row, published=lost, rule="<" if source == "the study" else "side of 0")
+    return _lost(row, lost, "<" if claim.series == "the study" else "side of 0")
 
 
-def _rule_loss(claim: Claim, found: Found) -> Measured | str:
-    row = _at_updates(_losses(found, RUNGS["the study"]), 40)
-    return row if isinstance(row, str) else _lost(row, published=claim.value, rule="<")
+def _scratch_loss(claim: Claim, results: Results) -> Measured | str:
+    return _lost(_at_updates(_losses(results, RUNGS["the study"]), 40), claim.value, "<")
 
 
-def _rule_reach(claim: Claim, found: Found) -> Measured | str:
-    """The largest batch, or the fewest updates an epoch, that loses less than 2 % with its whole
-    interval.
-    """
-    losses = _losses(found, RUNGS["the study"])
+def _kept_batches(results: Results) -> list[Mapping] | str:
+    """The batches that lose less than 2 % with their whole interval."""
+    losses = _losses(results, RUNGS["the study"])
     learnt = [row for row in losses if row["loss"] is not None and has_learnt(row["baseline"])]
     if losses and not learnt:
         return nothing_learnt(losses[0]["baseline"])
     kept = [row for row in learnt if row["high"] is not None and row["high"] < 2]
-    if not kept:
-        return "no batch of ours is known to lose less than 2 % of the skill above chance"
-    if claim.key.endswith("updates"):
-        return Measured(
-            min(row["updates"] for row in kept), claim.unit, claim.value, rule="<=", tolerance=0
-        )
+    return kept or "no batch of ours is known to lose less than 2 % of the skill above chance"
+
+
+def _fewest_updates(claim: Claim, results: Results) -> Measured | str:
+    kept = _kept_batches(results)
+    if isinstance(kept, str):
+        return kept
+    return _beside(claim, min(row["updates"] for row in kept), rule="<=", tolerance=0)
+
+
+def _largest_batch(claim: Claim, results: Results) -> Measured | str:
+    kept = _kept_batches(results)
+    if isinstance(kept, str):
+        return kept
     differs = "fewer images: what makes a batch large is how few updates are left"
-    return Measured(max(row["batch"] for row in kept), claim.unit, claim.value, differs=differs)
+    return _beside(claim, max(row["batch"] for row in kept), differs=differs)
 
 
-def _tuned_loss(claim: Claim, found: Found) -> Measured | str:
+# Notebook 07: fine-tuning
+
+
+def _tuned_loss(claim: Claim, results: Results) -> Measured | str:
     """Of fine-tuning, at about ten updates an epoch."""
-    if not (table := found.metrics["updates"]):
+    if not results.record.updates:
         return "batches were not compared in this profile"
-    rows = sorted(table.values(), key=lambda row: -row["updates"])
+    rows = sorted(results.record.updates.values(), key=lambda row: -row["updates"])
     row = _at_updates(rows[1:], 10)
     if isinstance(row, str):
         return row
-    own = {"loss": row["loss"], "low": row["loss_low"], "high": row["loss_high"]}
-    return _lost({**own, "baseline": rows[0]["auroc"]}, published=claim.value, rule="<")
+    estimate = {"loss": row["loss"], "low": row["loss_low"], "high": row["loss_high"]}
+    return _lost({**estimate, "baseline": rows[0]["auroc"]}, claim.value, "<")
 
 
-def _tuned_updates(claim: Claim, found: Found) -> Measured | str:
+def _tuned_updates(claim: Claim, results: Results) -> Measured | str:
     """The updates an epoch nearest to the claim's at which fine-tuning was measured."""
-    if not (table := found.metrics["updates"]):
+    if not results.record.updates:
         return "batches were not compared in this profile"
-    row = _at_updates(list(table.values()), claim.value)
+    row = _at_updates(list(results.record.updates.values()), claim.value)
     if isinstance(row, str):
         return row
-    return Measured(
-        row["updates"],
-        claim.unit,
-        claim.value,
-        differs="chosen, not found: the loss there is the result",
+    return _beside(claim, row["updates"], differs="chosen, not found: the loss there is the result")
+
+
+# Notebook 08: the model's projections, the formula, and what is measured here
+
+
+def _projection(claim: Claim, results: Results) -> dict[int, Mapping]:
+    """The projection of the claim's system, by number of nodes."""
+    table = results.record.projection[claim.series]
+    return {int(nodes): row for nodes, row in table.items()}
+
+
+def _projected(
+    claim: Claim, results: Results, value: float, name: str, times: float = 1.0, **how
+) -> Measured:
+    """A projection, with least and most that the model says where what is not known of the system
+    is another: the column `name` of `study_sensitivity`.
+    """
+    rows = [row for row in results.record.sensitivity if row["system"] == claim.series]
+    span = [times * row[name] for row in rows]
+    scale = f"the model: ResNet-50 on {claim.series}"
+    return _beside(claim, value, low=min(span), high=max(span), scale=scale, **how)
+
+
+def _projected_speed(claim: Claim, results: Results) -> Measured:
+    speed = _projection(claim, results)[claim.at]["images_per_second"]
+    tolerance = PERCENT / 100 * claim.value
+    return _projected(claim, results, speed, f"images_per_second_{claim.at}", tolerance=tolerance)
+
+
+def _projected_time(claim: Claim, results: Results) -> Measured:
+    """Hours or minutes for 90 epochs: of the model they are its speed again, so they get no verdict
+    of their own.
+    """
+    hours = _projection(claim, results)[claim.at]["solution_hours"]
+    minutes = {"min": 1, "h": 60}[claim.unit]
+    needed = 90 * IMAGENET / (60 * minutes * claim.value) / claim.at
+    differs = (
+        f"the model's time is 90 epochs at its speed on {claim.at} nodes: one number is tested "
+        "once, there"
     )
+    if needed > study_speed():
+        differs = (
+            f"90 epochs in that time are {needed:.0f} images/s a node, where the deck's own node "
+            f"has {study_speed():.0f}: it is another number of epochs"
+        )
+    name = f"solution_hours_{claim.at}"
+    return _projected(claim, results, 60 * hours / minutes, name, 60 / minutes, differs=differs)
 
 
-COUNTERPARTS: dict[str, tuple[str, Callable[[Claim, Found], Measured | str]]] = {
-    "auroc/": ("03", _auroc),
-    "leaking split/": ("02", _leak),
-    "large batches/the study/": ("06", _large_batch),
-    "large batches/Facebook/": ("06", _large_batch),
-    "ladder/+ collapsed ensembles": ("06", _ensemble),
-    "ladder/": ("06", _rung),
-    "collapse/top-1/": ("06", _collapse),
-    "baseline/speed": ("03", _speed),
-    "baseline/epoch": ("03", _epoch),
-    "baseline/": ("03", _percent_auroc),
-    "rules/scratch/loss": ("06", _rule_loss),
-    "rules/scratch/": ("06", _rule_reach),
-    "rules/fine-tuning/loss": ("07", _tuned_loss),
-    "rules/fine-tuning/updates": ("07", _tuned_updates),
-    "batch norm/": ("05", _layers),
-    **{prefix: ("08", find) for prefix, find in projections.COUNTERPARTS.items()},
-}
-NO_COUNTERPART = {  # looked at first
-    "collapse/top-1/7": "what it was before is not printed",
-    "collapse/top-5/": "an image has any number of 14 findings: there is no top-5",
-    "large batches/IBM": "their recipe is not published with the figure",
-    "large batches/You et al.": "their recipe, LARS without collapse, is no rung of our ladder",
-    "large batches/iterations": "until convergence on ImageNet, which is not trained here",
-    "scale/caffe-256/top": "ImageNet is not trained here",
-    "scale/caffe-512/top": "ImageNet is not trained here",
-    "hardware/caffe-448/peak": "a data sheet's, and an input of the share of the peak",
-    "hardware/facebook-32/peak": "a data sheet's, and an input of the share of the peak",
-    "hardware/you-1024/peak": "a data sheet's, and an input of the share of the peak",
-    "hardware/caffe-448/time": "an input of the share of the peak, and of a node's speed in the "
-    "model",
-    "hardware/facebook-32/time": "an input of the share of the peak; those processors are not "
-    "modelled",
-    "hardware/you-1024/time": "an input of the share of the peak; that run is not modelled",
-    "densenet/64/top-1": "ImageNet is not trained here",
-    "densenet/128/top-1": "ImageNet is not trained here",
-    "densenet/64/epochs": "a setting, not a result",
-    "densenet/128/epochs": "a setting, not a result",
-    "densenet/64/epoch": "an input: the speed of a node in notebook 08's plan",
-    "densenet/128/epoch": "this run is not modelled",
-    "rules/fine-tuning/batch": "fewer images: what makes a batch large is how few updates are left",
-    "rules/fine-tuning/fewest": "a setting, not a result",
-    "rules/fine-tuning/most": "a setting, not a result",
-    "settings/chart": "a setting, not a result",
-    "settings/command": "a setting, not a result",
-    "settings/caffe": "a setting, not a result",
-    "settings/second": "a setting, not a result",
-    "settings/OMP": "a setting, not a result",
-    "settings/HOROVOD": "a setting, not a result",
-    "settings/int": "a setting, not a result",
-    "settings/kmp": "a setting, not a result",
+def _projected_efficiency(claim: Claim, results: Results) -> Measured:
+    """Over as many times one node."""
+    share = _projection(claim, results)[claim.at]["efficiency"]
+    name = f"efficiency_{claim.at}"
+    return _projected(claim, results, 100 * share, name, 100, tolerance=POINTS)
+
+
+def _projected_from_256(claim: Claim, results: Results) -> Measured:
+    """Speed on 512 over twice that on 256 nodes."""
+    table, speed = _projection(claim, results), "images_per_second"
+    share = table[512][speed] / table[256][speed] / 2
+    how = {"rule": claim.bound or "equal", "tolerance": POINTS}
+    return _projected(claim, results, 100 * share, "further", 100, **how)
+
+
+def _peak_share(claim: Claim, results: Results) -> Measured:
+    """By the formula, from minutes that were rounded to whole ones: the interval is what that
+    leaves open.
+    """
+    row = results.record.peak_percent[claim.series]
+    differs = (
+        "nothing is measured: the deck's own operations, minutes and peak, put into its formula"
+    )
+    ends = {"low": row["low"], "high": row["high"]}
+    return _beside(claim, row["formula"], **ends, differs=differs, scale="the deck's formula")
+
+
+def _solution(claim: Claim, results: Results) -> Measured | str:
+    row = results.record.solution.get("densenet121")
+    if row is None or row["seconds"] is None:
+        return "DenseNet-121 was not trained to a solution in this profile"
+    differs = (
+        "this machine, to an AUROC on radiographs; there 64 or 128 nodes, to a top-1 on ImageNet"
+    )
+    return _beside(claim, row["seconds"] / 60, differs=differs)
+
+
+def _keras_ratio(claim: Claim, results: Results) -> Measured | str:
+    if "ratio" not in results.record.ratio:
+        return "stock Keras was not measured in this profile"
+    keras, tensorflow = (other.value for other in claims() if other.kind == claim.kind)
+    differs = "one machine, stock Keras against ours; there 128 nodes, Keras against TensorFlow"
+    return Measured(results.record.ratio["ratio"], "times", keras / tensorflow, differs=differs)
+
+
+def _ranks(claim: Claim, results: Results) -> Measured:
+    """Of the fastest layout; these are named "(ranks, threads)"."""
+    layouts = results.record.layouts
+    measured = [layout for layout, speed in layouts.items() if speed is not None]
+    ranks, _ = ast.literal_eval(max(measured, key=layouts.get))
+    return _beside(claim, ranks, differs="the fastest layout of another machine")
+
+
+# By a claim's kind: the notebook that answers it, and how.
+COUNTERPARTS: dict[str, tuple[str, Callable[[Claim, Results], Measured | str]]] = {
+    "leaking share": ("02", _leak),
+    "auroc": ("03", _auroc),
+    "speed": ("03", _speed),
+    "epoch": ("03", _epoch),
+    "batch-norm layers": ("05", _layers),
+    "rung": ("06", _rung),
+    "ensemble": ("06", _ensemble),
+    "before collapse": ("06", _before_collapse),
+    "after collapse": ("06", _after_collapse),
+    "large batch": ("06", _large_batch),
+    "loss from scratch": ("06", _scratch_loss),
+    "largest batch": ("06", _largest_batch),
+    "fewest updates": ("06", _fewest_updates),
+    "loss of fine-tuning": ("07", _tuned_loss),
+    "updates of fine-tuning": ("07", _tuned_updates),
+    "projected speed": ("08", _projected_speed),
+    "projected time": ("08", _projected_time),
+    "projected efficiency": ("08", _projected_efficiency),
+    "projected efficiency from 256 nodes": ("08", _projected_from_256),
+    "share of peak": ("08", _peak_share),
+    "time to solution": ("08", _solution),
+    "keras ratio": ("08", _keras_ratio),
+    "ranks": ("08", _ranks),
 }

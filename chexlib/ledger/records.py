@@ -1,0 +1,139 @@
+"""What notebooks hand to the ledger, and one figure of theirs, to be set beside a published one.
+
+A notebook saves its record by `run.finish(records.Recipes(...), ...)`, so that nothing the ledger
+reads can be left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+# Of a notebook's parameters.
+SHOWN = ("topology", "topologies", "size", "epochs", "seeds", "engines")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """Of notebook 02."""
+
+    test_images_seen_in_training: Mapping[str, float]  # share by split; "image": one by image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """Of notebook 03."""
+
+    data: str  # name of the data; "synthetic" is in that of a phantom
+    split: Mapping[str, Any]  # name, and images by part
+    auroc: Any  # by finding and "mean": auroc, low, high
+    images_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norms:
+    """Of notebook 05."""
+
+    counts: Mapping[str, int]  # batch-norm layers by topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipes:
+    """Of notebook 06."""
+
+    ladder: Mapping[int, Any]  # by batch, then by rung: auroc, gain, low, high
+    auroc_by_batch: Mapping[int, Mapping[str, float]]  # then by rung
+    losses: Sequence[Mapping[str, Any]]  # rung, batch, updates, baseline; loss, low, high in %
+    collapse: Any  # by epoch: before, after, gain, low, high, gain_later, low_later, high_later
+    ensemble: Any  # by seed: gain, member
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """Of notebook 07."""
+
+    updates: Any  # by batch: updates an epoch, auroc; loss, loss_low, loss_high in %
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """Of notebook 08."""
+
+    layouts: Any  # images/s by (ranks, threads)
+    projection: Mapping[str, Any]  # `project` by system
+    sensitivity: Sequence[Mapping[str, Any]]  # rows of `study_sensitivity`
+    peak_percent: Any  # `peak_shares`
+    solution: Any  # seconds by topology; empty where nothing was trained
+    ratio: Mapping[str, float]  # ours over stock Keras; empty where it was not measured
+
+
+RECORDS = {
+    "02": Preparation,
+    "03": Baseline,
+    "05": Norms,
+    "06": Recipes,
+    "07": Transfer,
+    "08": Scaling,
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """Results of one notebook, and how it found them."""
+
+    notebook: str
+    metrics: Mapping
+    params: Mapping = field(default_factory=dict)
+    environment: Mapping = field(default_factory=dict)
+    origin: str = "this run"
+    # The reference results of the same notebook, for what this run did not measure.
+    reference: Results | None = None
+
+    @functools.cached_property
+    def record(self) -> Any:
+        """The notebook's record, one of `RECORDS`. Raises KeyError if a field is missing."""
+        record = RECORDS[self.notebook[:2]]
+        return record(**{field.name: self.metrics[field.name] for field in fields(record)})
+
+    @property
+    def scale(self) -> str:
+        """At which scale: the data, and those of `SHOWN` that the notebook has."""
+        words = [str(self.metrics["data"])] if "data" in self.metrics else []
+        for name in SHOWN:
+            if name in self.params:
+                value = self.params[name]
+                text = " ".join(map(str, value)) if isinstance(value, list) else value
+                words.append(f"{name} {text}")
+        return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure of ours, to be set beside a published one that comes to `published` in the same
+    unit.
+    """
+
+    value: float
+    unit: str
+    published: float | None = None
+    # Of the 95 % interval; of a projection what it spans, the unknown being another.
+    low: float | None = None
+    high: float | None = None
+    rule: str = "equal"  # or "side of 0", "<", "<=", of a projection ">": see `ledger`
+    tolerance: float | None = None  # 0 of a count, more of a projection
+    differs: str = ""  # why the two cannot be compared
+    scale: str = ""  # at which ours was found, where that is not the notebook's
+
+
+def between(row: Mapping, name: str, times: float = 1.0, *, suffix: str = "") -> dict:
+    """Value and interval of an estimate: the columns `name`, "low" and "high", with `suffix`."""
+    estimate = {"value": row[name + suffix]}
+    for end in ("low", "high"):
+        estimate[end] = row[end + suffix]
+    scaled = {key: None if value is None else times * value for key, value in estimate.items()}
+    if scaled["value"] is None:
+        scaled["value"] = math.nan
+    return scaled
