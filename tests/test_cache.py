@@ -293,7 +293,7 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path, own_cache):
 
 
 class Ranks:
-    """Threads that play the ranks of a training: `gather` as `World.gather` does it."""
+    """Threads that play the ranks of a training: `gather` as `World.allgather_object` does it."""
 
     def __init__(self, n):
         self.barrier, self.values = threading.Barrier(n, timeout=60), [None] * n

@@ -118,6 +118,13 @@ class Server(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name, value in (
+        ("TIMEOUT", 0.3),
+        ("PAUSE", 0.01),
+        ("ARCHIVES", ARCHIVES),
+        ("TABLES", TABLES),
+    ):
+        monkeypatch.setattr(module, name, value)
     it = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     it.daemon_threads, it.mood, it.ranges, it.release = True, "", [], threading.Event()
     it.files = {"/1.gz": GOOD, "/labels": LABELS.encode()}
@@ -138,8 +145,10 @@ def remote(server, path="/1.gz", name="images_001.tar.gz", content=None):
     )
 
 
-def settings(server, **changes):
-    return {"archives": [remote(server)], "tables": [], "timeout": 0.3, "pause": 0.01} | changes
+def fetch_from(server, folder, tables=()):
+    """Fetch the one archive of the server; its fixture puts the release's back."""
+    module.ARCHIVES, module.TABLES = [remote(server)], tables
+    return fetch(folder)
 
 
 def assert_whole(folder):
@@ -152,7 +161,7 @@ def assert_whole(folder):
 def test_what_is_fetched_is_a_data_folder_and_is_not_fetched_twice(server, tmp_path):
     table = remote(server, "/labels", "Data_Entry_2017_v2020.csv")
     for _ in range(2):
-        folder = fetch(tmp_path / "a" / "nih", **settings(server, tables=[table]))
+        folder = fetch_from(server, tmp_path / "a" / "nih", [table])
     assert len(server.ranges) == 2
     radiographs = load_radiographs(folder)  # with NIH's column `Patient Sex`, once `Patient Gender`
     assert radiographs.table[["sex", "Mass"]].to_numpy().tolist() == [["M", 1], ["F", 0]]
@@ -161,7 +170,7 @@ def test_what_is_fetched_is_a_data_folder_and_is_not_fetched_twice(server, tmp_p
         == 2
     )
     shutil.rmtree(folder / "images_001")
-    fetch(folder, **settings(server))
+    fetch_from(server, folder)
     assert len(list((folder / "images_001" / "images").iterdir())) == 2
 
 
@@ -177,7 +186,7 @@ def test_a_server_that_drops_connections_or_knows_no_ranges_is_enough(
         (tmp_path / ".fetch" / "images_001.tar.gz.partial").write_bytes(GOOD[:CHUNK])
         server.ranges.append("")
     server.mood = mood
-    fetch(tmp_path, **settings(server))
+    fetch_from(server, tmp_path)
     assert_whole(tmp_path)
     assert any(asked == f"bytes={CHUNK}-" for asked in server.ranges)
 
@@ -199,14 +208,14 @@ def test_a_faulty_server_is_one_clear_error_and_the_next_time_is_right(server, t
     if mood == "stalls":  # in its first answer, and is silent from then on
         stop_after(server, answers=1)
     with pytest.raises(DataError, match=message) as told:
-        fetch(tmp_path, **settings(server))
+        fetch_from(server, tmp_path)
     assert "images_001" in str(told.value) or "127.0.0.1" in str(told.value)
     assert not (tmp_path / "images_001").exists()
     partial = tmp_path / ".fetch" / "images_001.tar.gz.partial"
     held = partial.stat().st_size if partial.exists() else 0
     assert held == kept if kept is not None else held >= CHUNK
     server.mood, server.ranges[:] = "", []
-    fetch(tmp_path, **settings(server))
+    fetch_from(server, tmp_path)
     assert_whole(tmp_path)
     assert bool(server.ranges[0]) == bool(held)  # goes on from what was kept, if anything was
 
@@ -248,7 +257,7 @@ HOSTILE = {
 def test_an_archive_that_would_write_elsewhere_or_too_much_is_refused(server, tmp_path, content):
     server.files["/1.gz"] = tar_gz(HOSTILE[content])
     with pytest.raises(DataError, match=r"holds .*Nothing of it was kept"):
-        fetch(tmp_path / "here" / "nih", **settings(server))
+        fetch_from(server, tmp_path / "here" / "nih")
     left = sorted(
         str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir()
     )
@@ -265,13 +274,14 @@ def test_too_little_room_is_told_before_anything_is_written(server, tmp_path, mo
 
 CHILD = """
 import json, resource, signal, sys
-from chexlib.data.fetch import Remote
-from chexlib.data.fetch import fetch
+from chexlib.data import fetch as module
 folder, values, limit = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 if limit:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-fetch(folder, archives=[Remote(**values)], tables=[], timeout=30, pause=0.01)
+module.ARCHIVES, module.TABLES = [module.Remote(**values)], []
+module.TIMEOUT, module.PAUSE = 30, 0.01
+module.fetch(folder)
 """
 
 
@@ -292,7 +302,7 @@ def test_a_file_system_that_takes_no_more_is_told_and_what_came_is_kept(server, 
     assert "DataError: images_001.tar.gz cannot be written" in process.communicate(timeout=60)[1]
     assert process.returncode == 1
     server.ranges.clear()
-    fetch(tmp_path, **settings(server))
+    fetch_from(server, tmp_path)
     assert server.ranges == [f"bytes={2 * CHUNK}-"]
     assert_whole(tmp_path)
 
@@ -304,12 +314,12 @@ def test_a_download_that_is_killed_goes_on_and_ends_right(server, tmp_path):
     while not (partial.exists() and partial.stat().st_size) and time.monotonic() < until:
         time.sleep(0.02)
     with pytest.raises(DataError, match="another fetch is at work"):
-        fetch(tmp_path, **settings(server))
+        fetch_from(server, tmp_path)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     server.mood, server.ranges[:], held = "", [], partial.stat().st_size
     assert 0 < held < len(GOOD)
-    fetch(tmp_path, **settings(server))
+    fetch_from(server, tmp_path)
     assert server.ranges == [f"bytes={held}-"]
     assert_whole(tmp_path)
 
@@ -317,7 +327,7 @@ def test_a_download_that_is_killed_goes_on_and_ends_right(server, tmp_path):
 def test_a_folder_that_fetch_has_not_made_is_left_alone(server, tmp_path):
     (tmp_path / "images_001" / "images").mkdir(parents=True)
     with pytest.raises(DataError, match="images_001 is there"):
-        fetch(tmp_path, **settings(server))
+        fetch_from(server, tmp_path)
     assert not server.ranges
 
 

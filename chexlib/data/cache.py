@@ -1,5 +1,4 @@
-"""Radiographs decoded and resized once, and kept as 8-bit pixels that are found by the content of
-their files.
+"""Cache of decoded radiographs: 8-bit pixels, resized once and found by their files' content.
 
 A cache folder holds pairs of files: `<name>.pixels`, images of size x size bytes one after another,
 and `<name>.parquet`, a row an image: a key made of its file's name and what the system says of it
@@ -96,8 +95,7 @@ def cache_folder(size: int) -> Path:
 
 
 class ImageStore:
-    """Radiographs as (size, size) uint8 pixels, from the cache, which is built as far as it lacks
-    them.
+    """Radiographs as (size, size) uint8 pixels from the cache; what it lacks is decoded and added.
 
     Pixels are read when they are asked for, and it is the system that keeps them in memory where
     there is room; only the index is held here.
@@ -109,7 +107,7 @@ class ImageStore:
     size : int
         Side in pixels after area-resizing.
     gather : callable, optional
-        Ranks that open the same images together: `World.gather`. One rank of each cache folder
+        Ranks that open the same images together: `World.allgather_object`. One rank of each cache folder
         builds, and the hosts that share a folder divide the images.
     progress : bool
         Show a bar while images are decoded.
@@ -128,7 +126,8 @@ class ImageStore:
         gather: Callable = lambda value: [value],
         progress: bool = False,
     ):
-        self.paths, self.size = [os.path.abspath(path) for path in paths], size
+        self.paths = [os.path.abspath(path) for path in paths]
+        self.size = size
         self.folder = cache_folder(size)
         # Names of pairs; indexes hold their numbers, which take no memory to speak of.
         self._files: list[str] = []
@@ -140,10 +139,10 @@ class ImageStore:
                 f"the cache in {self.folder} cannot be written ({error.strerror or error}). Make "
                 f"room, or name another folder in the environment variable {FOLDER}."
             ) from error
-        names = ("pixels", "row", "crc", "index")
-        self._file_of, self._rows, self._crcs, self._indexes = (
-            index[name].to_numpy() for name in names
-        )
+        self._file_of = index["pixels"].to_numpy()
+        self._rows = index["row"].to_numpy()
+        self._crcs = index["crc"].to_numpy()
+        self._indexes = index["index"].to_numpy()
         self._sound = np.zeros(len(self.paths), bool)
         self._open: dict[int, int] = {}
 
@@ -160,23 +159,25 @@ class ImageStore:
         pixels = np.empty((len(indices), self.size, self.size), np.uint8)
         for image, index in zip(pixels, indices, strict=True):
             if not self._read(image, index):
-                pixels_of = f"{self._files[self._file_of[index]]}.pixels"
-                log.warning("%s is damaged: %s is decoded anew.", pixels_of, self.paths[index])
+                name = self._files[self._file_of[index]]
+                log.warning("%s.pixels is damaged: %s is decoded anew.", name, self.paths[index])
                 image[:] = content(self.paths[index], self.size)[1]
         return pixels
 
     def _read(self, image: np.ndarray, index: int) -> bool:
         """Fill `image` from the cache. False if what is there is not what was written."""
-        number, count = self._file_of[index], image.size
+        number = self._file_of[index]
         try:
             if number not in self._open:
-                self._open[number] = os.open(
-                    self.folder / f"{self._files[number]}.pixels", os.O_RDONLY
-                )
-            read = os.preadv(self._open[number], [image], int(self._rows[index]) * count)
-            if read == count and (self._sound[index] or zlib.crc32(image) == self._crcs[index]):
-                self._sound[index] = True  # checked once in this process
-                return True
+                path = self.folder / f"{self._files[number]}.pixels"
+                self._open[number] = os.open(path, os.O_RDONLY)
+            start = int(self._rows[index]) * image.size
+            read = os.preadv(self._open[number], [image], start)
+            if read == image.size:
+                if not self._sound[index]:  # checked once in this process
+                    self._sound[index] = zlib.crc32(image) == self._crcs[index]
+                if self._sound[index]:
+                    return True
         except OSError as error:
             log.warning("%s", error)
         # The next store finds the images of these indexes missing, and decodes them.
@@ -187,45 +188,44 @@ class ImageStore:
     def _complete(self, gather: Callable, progress: bool) -> pd.DataFrame:
         """Add what the cache lacks, in rounds, so that no rank waits long for another.
 
-        Gives a row an image.
+        Returns the rows of the index in the order of the paths.
         """
-        builders, place = self._builders(gather)
-        known: dict[str, pd.DataFrame] = {}
+        builders, builder = self._builders(gather)
+        tables: dict[str, pd.DataFrame] = {}
+        keys = np.fromiter(map(_key, self.paths), np.uint64, len(self.paths))
+        wanted = pd.DataFrame({"key": keys})
+        title = f"decoding to {self.size} px"
         with (
             ThreadPoolExecutor(cores()) as pool,
-            tqdm(
-                desc=f"decoding to {self.size} px", unit="image", disable=not progress, leave=False
-            ) as bar,
+            tqdm(desc=title, unit="image", disable=not progress, leave=False) as bar,
         ):
-            wanted = pd.DataFrame(
-                {"key": np.fromiter(map(_key, self.paths), np.uint64, len(self.paths))}
-            )
             while True:
-                index = self._index(known)
-                found = wanted.merge(index.drop_duplicates("key", keep="last"), how="left")
-                missing = wanted[found["digest"].isna().to_numpy()].drop_duplicates()
+                index = self._index(tables)
+                rows = wanted.merge(index.drop_duplicates("key", keep="last"), how="left")
+                missing = wanted[rows["digest"].isna().to_numpy()].drop_duplicates()
                 if not any(gather(len(missing))):
-                    self._sweep(index)
-                    if place == 0:
-                        self._doubt(found["dark"].to_numpy(bool))
-                    return found
+                    break
                 bar.total = bar.n + len(missing)
                 added, error = 0, None
-                if place is not None:
+                if builder is not None:
                     try:
-                        added = self._add(pool, missing.iloc[place::builders], index)
+                        added = self._add(pool, missing.iloc[builder::builders], index)
                     except (DataError, OSError) as reason:
                         error = reason
-                told = gather((added, error))
-                for _, error in told:
+                outcomes = gather((added, error))
+                for _, error in outcomes:
                     if error is not None:
                         raise error
-                bar.update(sum(count for count, _ in told))
-                if not any(count for count, _ in told):
+                total = sum(added for added, _ in outcomes)
+                bar.update(total)
+                if not total:
                     time.sleep(0.5)  # a file system that is slow to show another host's files
+        self._sweep(index)
+        if builder == 0:
+            self._warn_of_dark(rows["dark"].to_numpy(bool))
+        return rows
 
-    def _doubt(self, dark: np.ndarray) -> None:
-        """Tell of images that are too dark, each time they are opened."""
+    def _warn_of_dark(self, dark: np.ndarray) -> None:
         if dark.any():
             named = first_few([self.paths[index] for index in np.flatnonzero(dark)])
             log.warning(
@@ -238,38 +238,38 @@ class ImageStore:
         """How many ranks build in this folder, one of each host, and which of them this one is, if
         it is one.
         """
-        mark, me = self.folder / "id", (os.uname().nodename, os.getpid())
+        mark = self.folder / "id"
         if not mark.exists():
             with replacing(mark) as file:
                 file.write(uuid.uuid4().hex.encode())
         gather(None)  # now all have written it, and the last one counts
-        first: dict[str, tuple] = {}
-        for folder, host, pid in gather((mark.read_text(), *me)):
-            if folder == mark.read_text():
-                first.setdefault(host, (host, pid))
-        builders = list(first.values())
-        return len(builders), builders.index(me) if me in builders else None
+        folder, host, pid = mark.read_text(), os.uname().nodename, os.getpid()
+        first: dict[str, int] = {}
+        for other_folder, other_host, other_pid in gather((folder, host, pid)):
+            if other_folder == folder:
+                first.setdefault(other_host, other_pid)
+        builder = list(first).index(host) if first[host] == pid else None
+        return len(first), builder
 
-    def _index(self, known: dict[str, pd.DataFrame]) -> pd.DataFrame:
-        """All rows of the folder, pairs of files by number; `known` keeps what was read before."""
+    def _index(self, tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+        """All rows of the folder, pairs of files by number; `tables` keeps what was read before."""
         for path in self.folder.glob("*.parquet"):
-            if path.name not in known:
+            if path.name not in tables:
                 with contextlib.suppress(FileNotFoundError):  # removed since, as damaged
                     rows = pd.read_parquet(path)
-                    self._files += [
-                        name
-                        for name in {path.stem, *rows["pixels"].unique()}
-                        if name not in self._files
-                    ]
-                    pixels = rows["pixels"].map(
-                        {name: number for number, name in enumerate(self._files)}
-                    )
-                    known[path.name] = rows.assign(
-                        pixels=pixels, index=self._files.index(path.stem)
+                    number_of = {name: self._number(name) for name in rows["pixels"].unique()}
+                    tables[path.name] = rows.assign(
+                        pixels=rows["pixels"].map(number_of), index=self._number(path.stem)
                     )
         kinds = {**_COLUMNS, "pixels": np.int64, "index": np.int64}
         empty = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in kinds.items()})
-        return pd.concat([empty, *known.values()], ignore_index=True)
+        return pd.concat([empty, *tables.values()], ignore_index=True)
+
+    def _number(self, name: str) -> int:
+        """The number of a pair of files, given by its name."""
+        if name not in self._files:
+            self._files.append(name)
+        return self._files.index(name)
 
     def _sweep(self, index: pd.DataFrame) -> None:
         """Remove pixels that no index knows, an hour after a builder died or they were found
@@ -284,35 +284,32 @@ class ImageStore:
     def _add(self, pool: ThreadPoolExecutor, missing: pd.DataFrame, index: pd.DataFrame) -> int:
         """Write one pair of files with as many of the missing images as a round gives time for.
 
-        Gives their number.
+        Returns their number.
         """
-        until, rows, name = time.monotonic() + ROUND, [], uuid.uuid4().hex
-        places = index.drop_duplicates("digest").set_index("digest")[
-            ["pixels", "row", "crc", "dark"]
-        ]
+        until = time.monotonic() + ROUND
+        name = uuid.uuid4().hex
+        kept = index.drop_duplicates("digest").set_index("digest")
+        kept = kept[["pixels", "row", "crc", "dark"]]
+        rows, written = [], 0
         with replacing(self.folder / f"{name}.pixels") as file:
-            written = 0
             for start in range(0, min(len(missing), _ROWS), _CHUNK):
                 chunk = missing.iloc[start : start + _CHUNK]
-                contents = pool.map(
-                    lambda i: content(self.paths[i], self.size, places.index), chunk.index
-                )
+                paths = [self.paths[i] for i in chunk.index]
+                contents = pool.map(lambda path: content(path, self.size, kept.index), paths)
                 for key, (digest, pixels) in zip(chunk["key"], contents, strict=True):
                     if pixels is None:
-                        pair, *kept = places.loc[digest]
-                        rows.append((key, digest, self._files[pair], *kept))
-                    else:
-                        file.write(pixels)
-                        rows.append(
-                            (key, digest, name, written, zlib.crc32(pixels), too_dark(pixels))
-                        )
-                        written += 1
+                        number, *position = kept.loc[digest]
+                        rows.append((key, digest, self._files[number], *position))
+                        continue
+                    file.write(pixels)
+                    crc = zlib.crc32(pixels)
+                    rows.append((key, digest, name, written, crc, too_dark(pixels)))
+                    written += 1
                 if time.monotonic() > until:
                     break
+        table = pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS)
         with replacing(self.folder / f"{name}.parquet") as file:
-            pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS).to_parquet(
-                file, index=False
-            )
+            table.to_parquet(file, index=False)
         if not written:
             (self.folder / f"{name}.pixels").unlink()
         return len(rows)
@@ -327,7 +324,9 @@ def content(path: str, size: int, known=()) -> tuple[int, np.ndarray | None]:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
     digest = _digest(data)
-    return digest, None if digest in known else resize_area(read_image(path, data), size)
+    if digest in known:
+        return digest, None
+    return digest, resize_area(read_image(path, data), size)
 
 
 def _key(path: str) -> int:
@@ -335,8 +334,8 @@ def _key(path: str) -> int:
     as they were.
     """
     try:
-        found = os.stat(path)
-        state = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
+        facts = os.stat(path)
+        state = f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns} {facts.st_ino}"
     except OSError:
         state = "missing"  # and said so when it is read
     return _digest(f"{path}\0{state}".encode())

@@ -1,8 +1,7 @@
-"""One file from the web, whole and checked: pooch names and verifies it, and what was received is
-never lost.
+"""Download of the NIH release: resumed after interruptions, checked and unpacked.
 
-pooch's own downloaders begin again after an interruption; the one here keeps the bytes beside the
-file and asks for the rest (HTTP Range).
+pooch names and verifies files. Its own downloaders begin again after an interruption; the one here
+keeps the bytes beside the file and asks for the rest (HTTP Range).
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from chexlib.errors import ConfigError, DataError
-from chexlib.files import replacing
+from chexlib.files import write_json
 
 CHUNK = 1 << 16  # bytes: what is lost at most when a connection ends
 ATTEMPTS = 5  # in a row that bring no byte
+TIMEOUT = 60.0  # seconds without a byte after which a connection counts as dead
+PAUSE = 2.0  # seconds before a second attempt; doubled for each that follows
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file to be had: its size in bytes, and its checksum as pooch writes them (`md5:...`,
-    `sha256:...`).
-    """
+    """A file to download: its size in bytes, its checksum as pooch's `md5:...` or `sha256:...`."""
 
     name: str
     url: str
@@ -43,9 +42,8 @@ class Remote:
     checksum: str
 
 
-def retrieve(remote: Remote, folder: Path, *, timeout: float = 60.0, pause: float = 2.0) -> Path:
-    """Download a file into `folder`, or go on with it, and check it; one that is there and right is
-    left.
+def retrieve(remote: Remote, folder: Path) -> Path:
+    """Download a file into `folder`, or go on with it, and check it; a complete one is left.
 
     Raises
     ------
@@ -55,10 +53,10 @@ def retrieve(remote: Remote, folder: Path, *, timeout: float = 60.0, pause: floa
     """
     import pooch
 
-    partial = partial_of(remote, folder)
+    partial = _partial(remote, folder)
 
     def download(url, output_file, _):
-        _complete(remote, partial, timeout, pause)
+        _complete(remote, partial)
         os.unlink(output_file)
         try:
             # Kept until it is checked: a kill meanwhile costs nothing.
@@ -87,27 +85,25 @@ def retrieve(remote: Remote, folder: Path, *, timeout: float = 60.0, pause: floa
     return folder / remote.name
 
 
-def _complete(remote: Remote, partial: Path, timeout: float, pause: float) -> None:
+def _complete(remote: Remote, partial: Path) -> None:
     """Download until `partial` has the size of `remote`."""
     import requests
 
-    have, idle = size_of(partial), 0
-    if have > remote.size:
+    if _size(partial) > remote.size:
         partial.unlink()
-        have = 0
+    have, idle = _size(partial), 0
     with tqdm(
         desc=remote.name, total=remote.size, initial=have, unit="B", unit_scale=True, disable=None
     ) as bar:
         while have < remote.size:
+            fault = None
             try:
-                _receive(remote, partial, have, timeout, bar)
-                fault = None
+                _receive(remote, partial, have, bar)
             except requests.RequestException as error:
                 fault = error
-            before, have = have, size_of(partial)
-            if have > before:
-                idle = 0
-            elif (idle := idle + 1) == ATTEMPTS:
+            before, have = have, _size(partial)
+            idle = 0 if have > before else idle + 1
+            if idle == ATTEMPTS:
                 raise DataError(
                     f"{remote.url} brought nothing in {ATTEMPTS} attempts, last: {fault}. {have:,} "
                     f"of {remote.size:,} bytes of {remote.name} are kept; run it again to go on "
@@ -115,25 +111,28 @@ def _complete(remote: Remote, partial: Path, timeout: float, pause: float) -> No
                 ) from fault
             if have < remote.size:
                 _log.warning("%s: interrupted at %d bytes (%s), going on", remote.name, have, fault)
-                time.sleep(min(pause * 2**idle, 60.0) if idle else 0.0)
+            if idle:
+                time.sleep(min(PAUSE * 2**idle, 60.0))
 
 
-def partial_of(remote: Remote, folder: Path) -> Path:
+def _partial(remote: Remote, folder: Path) -> Path:
     """Where the bytes that came are kept until all are there."""
     return folder / f"{remote.name}.partial"
 
 
-def size_of(path: Path) -> int:
+def _size(path: Path) -> int:
     """Bytes of a file, 0 if there is none."""
     return path.stat().st_size if path.exists() else 0
 
 
-def _receive(remote: Remote, partial: Path, have: int, timeout: float, bar) -> None:
+def _receive(remote: Remote, partial: Path, have: int, bar) -> None:
     """Append what one answer of the server brings."""
     import requests
 
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(remote.url, headers=headers, stream=True, timeout=timeout) as answer:
+    headers = {"Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    with requests.get(remote.url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
         code = answer.status_code
         if 400 <= code < 500 and code not in (408, 429):
             raise DataError(
@@ -141,13 +140,12 @@ def _receive(remote: Remote, partial: Path, have: int, timeout: float, bar) -> N
                 "now."
             )
         answer.raise_for_status()
-        length, span = (
-            answer.headers.get("Content-Length", ""),
-            answer.headers.get("Content-Range", ""),
-        )
-        if code == 206 and not span.startswith(f"bytes {have}-"):
-            raise requests.ConnectionError(f"asked for bytes {have}-, got {span!r}")
-        total = span.rpartition("/")[2] if code == 206 else length
+        total = answer.headers.get("Content-Length", "")
+        if code == 206:
+            span = answer.headers.get("Content-Range", "")
+            if not span.startswith(f"bytes {have}-"):
+                raise requests.ConnectionError(f"asked for bytes {have}-, got {span!r}")
+            total = span.rpartition("/")[2]
         if total.isdigit() and int(total) != remote.size:
             raise DataError(
                 f"{remote.url} offers {total} bytes, and {remote.name} has {remote.size}: it is "
@@ -211,17 +209,8 @@ UNPACKED = 1.1
 RECORD = "fetch.json"  # in the data folder: which archives were checked and unpacked
 
 
-def fetch(
-    directory: str | Path,
-    *,
-    parts: Sequence[int] | None = None,
-    archives: Sequence[Remote] = ARCHIVES,
-    tables: Sequence[Remote] = TABLES,
-    timeout: float = 60.0,
-    pause: float = 2.0,
-) -> Path:
-    """Download the tables, the lists and some archives of the NIH release, check them, and unpack
-    the images.
+def fetch(directory: str | Path, *, parts: Sequence[int] | None = None) -> Path:
+    """Download the tables, lists and archives of the NIH release, check them, and unpack the images.
 
     What is there already is not fetched again, and a download that was stopped, however, goes on
     where it was. `directory/images_001` and so on appear when they are whole. An archive is removed
@@ -234,12 +223,6 @@ def fetch(
     parts : sequence of int, optional
         Archives 1 to 12 to fetch; default: all, 45 GB to download. None at all (`()`): labels
         without images.
-    archives, tables : sequence of Remote
-        What there is to fetch.
-    timeout : float
-        Seconds without a byte after which a connection counts as dead.
-    pause : float
-        Seconds before a second attempt; doubled for each that follows.
 
     Raises
     ------
@@ -250,24 +233,24 @@ def fetch(
         in the way.
     """
     directory = Path(directory)
-    parts = range(1, len(archives) + 1) if parts is None else sorted(set(parts))
-    if strange := [part for part in parts if part not in range(1, len(archives) + 1)]:
-        raise ConfigError(
-            f"there is no part {strange[0]!r}. Choose from 1 to {len(archives)}, for instance 1,2."
-        )
+    numbered = dict(enumerate(ARCHIVES, start=1))
+    parts = sorted(numbered if parts is None else set(parts))
+    for part in parts:
+        if part not in numbered:
+            raise ConfigError(
+                f"there is no part {part!r}. Choose from 1 to {len(numbered)}, for instance 1,2."
+            )
     work = directory / ".fetch"
-    archives = [
-        archives[part - 1] for part in parts if not _unpacked(directory, archives[part - 1])
-    ]
-    tables = [table for table in tables if not (directory / table.name).exists()]
+    archives = [numbered[part] for part in parts if not _unpacked(directory, numbered[part])]
+    tables = [table for table in TABLES if not (directory / table.name).exists()]
     _check_room(directory, work, tables, archives)
-    with _own(work):
+    with _locked(work):
         for table in tables:
-            retrieve(table, work, timeout=timeout, pause=pause).rename(directory / table.name)
+            retrieve(table, work).rename(directory / table.name)
         for archive in archives:
-            whole = retrieve(archive, work, timeout=timeout, pause=pause)
+            whole = retrieve(archive, work)
             images = _unpack(whole, work / "draft", room=UNPACKED * archive.size)
-            _note(directory, archive, images)
+            _record(directory, archive, images)
             (work / "draft").rename(directory / _folder(archive))
             whole.unlink()
             _log.info("%s: %d images", directory / _folder(archive), images)
@@ -279,7 +262,8 @@ def _folder(archive: Remote) -> str:
     return archive.name.removesuffix(".tar.gz")
 
 
-def _noted(directory: Path) -> dict:
+def _recorded(directory: Path) -> dict:
+    """The archives in the folder's record, by name."""
     try:
         return json.loads((directory / RECORD).read_text())["archives"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -293,7 +277,7 @@ def _unpacked(directory: Path, archive: Remote) -> bool:
     folder = directory / _folder(archive)
     if not folder.exists():
         return False
-    if _noted(directory).get(archive.name, {}).get("checksum") == archive.checksum:
+    if _recorded(directory).get(archive.name, {}).get("checksum") == archive.checksum:
         return True
     raise DataError(
         f"{folder} is there, and fetch has not made it: it may be whole or not. Move it away, or "
@@ -301,27 +285,30 @@ def _unpacked(directory: Path, archive: Remote) -> bool:
     )
 
 
-def _note(directory: Path, archive: Remote, images: int) -> None:
-    noted = _noted(directory) | {
-        archive.name: {"checksum": archive.checksum, "url": archive.url, "images": images}
+def _record(directory: Path, archive: Remote, images: int) -> None:
+    archives = _recorded(directory)
+    archives[archive.name] = {
+        "checksum": archive.checksum,
+        "url": archive.url,
+        "images": images,
     }
-    with replacing(directory / RECORD) as file:
-        file.write(json.dumps({"source": PAGE, "archives": noted}, indent=1).encode())
+    write_json(directory / RECORD, {"source": PAGE, "archives": archives})
 
 
 def _check_room(directory: Path, work: Path, tables, archives) -> None:
     """DataError, before anything is written, if what is to come does not fit."""
-    images = sum(UNPACKED * archive.size for archive in archives)
-    need = images + sum(table.size for table in tables) + max((a.size for a in archives), default=0)
-    need -= sum(max(size_of(work / a.name), size_of(partial_of(a, work))) for a in archives)
-    place = next(
-        folder
-        for folder in (directory.absolute(), *directory.absolute().parents)
-        if folder.exists()
-    )
-    if not place.is_dir():
-        raise DataError(f"{place} is a file. Name a folder for the data.")
-    free = shutil.disk_usage(place).free
+    need = sum(table.size for table in tables)
+    # One archive at a time lies beside its images.
+    need += max((archive.size for archive in archives), default=0)
+    for archive in archives:
+        need += UNPACKED * archive.size
+        need -= max(_size(work / archive.name), _size(_partial(archive, work)))
+    existing = directory.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise DataError(f"{existing} is a file. Name a folder for the data.")
+    free = shutil.disk_usage(existing).free
     if need > free:
         raise DataError(
             f"{directory} needs {need / 1e9:.1f} GB for {len(archives)} archives, and "
@@ -331,10 +318,8 @@ def _check_room(directory: Path, work: Path, tables, archives) -> None:
 
 
 @contextmanager
-def _own(work: Path):
-    """The folder of what is under way, for one process at a time, without the drafts that a killed
-    one left.
-    """
+def _locked(work: Path):
+    """Hold the lock of the working folder, which is cleared of the drafts of a killed process."""
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "w") as lock:
         try:
@@ -344,11 +329,7 @@ def _own(work: Path):
                 f"another fetch is at work in {work.parent}. Wait for it, or stop it first."
             ) from error
         for path in work.iterdir():
-            if (
-                path.is_file()
-                and path != work / "lock"
-                and not path.name.endswith((".gz", ".partial"))
-            ):
+            if path.is_file() and path.name != "lock" and path.suffix not in (".gz", ".partial"):
                 path.unlink()
         shutil.rmtree(work / "draft", ignore_errors=True)
         try:

@@ -1,6 +1,4 @@
-"""The NIH ChestX-ray14 layout on disk (Wang et al., CVPR 2017), or a phantom in it, as tables and
-pixels.
-"""
+"""NIH ChestX-ray14 (Wang et al., CVPR 2017), or a phantom in its layout, as tables and pixels."""
 
 import glob
 import html
@@ -22,7 +20,7 @@ from chexlib.findings import ALIASES, FINDINGS, NO_FINDING
 from chexlib.machine import cores
 
 EDITIONS = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")  # the first one present is read
-COLUMNS = {  # column of the release: ours, in our order
+COLUMNS = {  # column of the release: column of `Radiographs.listed`, in its order
     "Image Index": "image",
     "Patient ID": "patient",
     "Follow-up #": "follow_up",
@@ -85,15 +83,14 @@ class Radiographs:
         return replace(self, table=rows_of(wanted, self.table), boxes=rows_of(wanted, self.boxes))
 
     def __repr__(self) -> str:
-        patients = self.table["patient"].nunique()
-        return f"{len(self):,} images of {len(self.listed):,} listed, {patients:,} patients, {self.root}"
+        images = f"{len(self):,} images of {len(self.listed):,} listed"
+        return f"{images}, {self.table['patient'].nunique():,} patients, {self.root}"
 
     def _repr_html_(self) -> str:
-        found = self.table[list(FINDINGS)]
-        counts = pd.DataFrame({"images": found.sum(), "share": found.mean()})
-        rows = counts.sort_values("images", ascending=False).to_html(
-            border=0, float_format="{:.1%}".format
-        )
+        labels = self.table[list(FINDINGS)]
+        counts = pd.DataFrame({"images": labels.sum(), "share": labels.mean()})
+        counts = counts.sort_values("images", ascending=False)
+        rows = counts.to_html(border=0, float_format="{:.1%}".format)
         return f"<p><b>Radiographs</b>: {html.escape(repr(self))}</p>{rows}"
 
 
@@ -122,44 +119,42 @@ def load_radiographs(
             f"max_images={max_images} is negative. Use 0 for all images, or a positive number."
         )
     root = Path(os.path.abspath(Path(data_dir).expanduser()))
-    editions = [root / name for name in EDITIONS if (root / name).is_file()]
-    if not editions:
-        fault = (
-            f"has neither {' nor '.join(EDITIONS)}"
-            if root.is_dir()
-            else "does not exist, or is a file"
-        )
-        raise DataError(f"The data folder {root} {fault}. {NEXT_STEP}")
-    if len(editions) > 1:
-        _log.info("%s has both editions of the label file: reading %s", root, editions[0].name)
-    listed, files = _read_entries(editions[0]), _image_files(root)
+    csv = _label_file(root)
+    listed, files = _read_entries(csv), _image_files(root)
     table = listed.copy()
     table.insert(1, "path", table["image"].map(files).astype(table["image"].dtype))
     table = table[table["path"].notna()].sort_values("image", ignore_index=True)
     if table.empty and require_images:
-        found = f"None of the {len(listed):,} images of {editions[0].name} is among {len(files)} PNGs under"
         raise DataError(
-            f"{found} {root / 'images*'}. Put them in images_001/images, say. {NEXT_STEP}"
+            f"None of the {len(listed):,} images of {csv.name} is among {len(files)} PNGs under "
+            f"{root / 'images*'}. Put them in images_001/images, say. {NEXT_STEP}"
         )
     _log.info("%s: %d of %d images present", root, len(table), len(listed))
     present = set(table["image"])
-    if strangers := sorted(files.keys() - present):
-        _log.warning(
-            "%d images have no row in %s: %s",
-            len(strangers),
-            editions[0].name,
-            first_few(strangers),
-        )
-    radiographs = Radiographs(
-        root, table, listed, _read_boxes(root / "BBox_List_2017.csv", present)
-    )
+    if unlisted := sorted(files.keys() - present):
+        named = first_few(unlisted)
+        _log.warning("%d images have no row in %s: %s", len(unlisted), csv.name, named)
+    boxes = _read_boxes(root / "BBox_List_2017.csv", present)
+    radiographs = Radiographs(root, table, listed, boxes)
     if 0 < max_images < len(table):
         row, patients = pd.factorize(table["patient"])
-        place = np.random.default_rng(seed).permutation(len(patients))[row]
-        radiographs = radiographs.select(
-            table["image"].iloc[np.argsort(place, kind="stable")[:max_images]]
-        )
+        turn = np.random.default_rng(seed).permutation(len(patients))[row]
+        chosen = np.argsort(turn, kind="stable")[:max_images]
+        radiographs = radiographs.select(table["image"].iloc[chosen])
     return radiographs
+
+
+def _label_file(root: Path) -> Path:
+    """The CSV with the labels: of the editions that are there, the newest."""
+    editions = [root / name for name in EDITIONS if (root / name).is_file()]
+    if not editions:
+        fault = "does not exist, or is a file"
+        if root.is_dir():
+            fault = f"has neither {' nor '.join(EDITIONS)}"
+        raise DataError(f"The data folder {root} {fault}. {NEXT_STEP}")
+    if len(editions) > 1:
+        _log.info("%s has both editions of the label file: reading %s", root, editions[0].name)
+    return editions[0]
 
 
 def read_image(path: str | Path, content: bytes | None = None) -> np.ndarray:
@@ -171,10 +166,11 @@ def read_image(path: str | Path, content: bytes | None = None) -> np.ndarray:
     bits, 8 or more, as the file's greatest value needs. DataError if missing, empty, truncated, no
     image, or over 67 MP.
     """
+    source = path if content is None else io.BytesIO(content)
     try:
-        with Image.open(
-            path if content is None else io.BytesIO(content), formats=("PNG", "JPEG")
-        ) as image:
+        with Image.open(source, formats=("PNG", "JPEG")) as image:
+            if not image.width * image.height:
+                raise ValueError("it has no pixels")
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(
                     f"{image.width} x {image.height} px, over the limit of {MAX_PIXELS:,} px"
@@ -185,7 +181,9 @@ def read_image(path: str | Path, content: bytes | None = None) -> np.ndarray:
                 # The grey level of every value that can occur, rounded half up.
                 grey = (510 * np.arange(white + 1) + white) // (2 * white)
                 return grey.astype(np.uint8)[values]
-            return np.array((image.convert("RGBA") if image.mode == "P" else image).convert("L"))
+            if image.mode == "P":
+                image = image.convert("RGBA")
+            return np.array(image.convert("L"))
     except Exception as error:  # a damaged file makes PIL raise nearly anything
         reason = "it is empty" if os.path.isfile(path) and not os.path.getsize(path) else error
         step = "Download it again, or leave it out: `check_images(radiographs, skip_broken=True)`"
@@ -199,21 +197,21 @@ def check_images(radiographs: Radiographs, *, skip_broken: bool = False) -> Radi
 
     def problem(path: str) -> str:
         try:
-            return "" if read_image(path).size else "no pixels"
+            read_image(path)
         except DataError as error:
             return str(error)
+        return ""
 
     with ThreadPoolExecutor(cores()) as pool:
-        problems = np.array(list(pool.map(problem, radiographs.table["path"])), dtype=object)
-    broken = problems != ""
-    if broken.any():
-        summary = (
-            f"{broken.sum()} of {len(radiographs):,} are broken: {' '.join(problems[broken][:3])}"
-        )
-        if broken.all() or not skip_broken:
+        problems = list(pool.map(problem, radiographs.table["path"]))
+    broken = [text for text in problems if text]
+    if broken:
+        summary = f"{len(broken)} of {len(radiographs):,} are broken: {' '.join(broken[:3])}"
+        if len(broken) == len(problems) or not skip_broken:
             raise DataError(summary)
         _log.warning("dropped %s", summary)
-    return radiographs.select(radiographs.table.loc[~broken, "image"])
+    whole = [not text for text in problems]
+    return radiographs.select(radiographs.table.loc[whole, "image"])
 
 
 def first_few(values: Sequence, n: int = 5) -> str:
@@ -230,9 +228,8 @@ def base_name(text: str) -> str:
 def rows_of(images: Iterable[str], table: pd.DataFrame) -> pd.DataFrame:
     """The rows of a table with an ``image`` column that are of these images (faster than `isin`)."""
     wanted = set(images)
-    return table[np.array([image in wanted for image in table["image"]], bool)].reset_index(
-        drop=True
-    )
+    rows = np.array([image in wanted for image in table["image"]], bool)
+    return table[rows].reset_index(drop=True)
 
 
 def _read_csv(path: Path, **options) -> pd.DataFrame:
@@ -245,45 +242,43 @@ def _read_csv(path: Path, **options) -> pd.DataFrame:
 
 
 def _read_entries(path: Path) -> pd.DataFrame:
+    """`Radiographs.listed` from the label file."""
     names = [str(name).strip() for name in _read_csv(path, header=None, nrows=1).iloc[0]]
     header = [RENAMED.get(name, name) for name in names]
-    if twice := [name for name in COLUMNS if header.count(name) > 1]:
-        columns = first_few(
-            [name for name, ours in zip(names, header, strict=True) if ours in twice]
+    repeated = {name for name in COLUMNS if header.count(name) > 1}
+    if repeated:
+        columns = [name for name, column in zip(names, header, strict=True) if column in repeated]
+        raise DataError(
+            f"{path} has several columns for one thing: {first_few(columns)}. Leave one of each."
         )
-        raise DataError(f"{path} has several columns for one thing: {columns}. Leave one of each.")
     if missing := [column for column in COLUMNS if column not in header]:
-        has = f"has no column {first_few(missing)} (columns: {', '.join(header)})"
-        raise DataError(f"{path} {has}. Use the file of the NIH release.")
+        raise DataError(
+            f"{path} has no column {first_few(missing)} (columns: {', '.join(header)}). Use the "
+            "file of the NIH release."
+        )
+    # Columns that are not read may have one name or none.
     header = [name if name in COLUMNS else f"column {i}" for i, name in enumerate(header)]
     entries = _read_csv(path, header=0, names=header, usecols=list(COLUMNS)).rename(columns=COLUMNS)
     for column in ("image", "sex", "view"):
         entries[column] = entries[column].fillna("").str.strip()
-    twice = entries.loc[entries["image"].duplicated() | (entries["image"] == ""), "image"].unique()
-    if len(twice) or entries.empty:
-        fault = (
-            f"image names that are blank or occur twice: {first_few(twice)}"
-            if len(twice)
-            else "no rows"
-        )
+    _require_one_row_per_image(entries["image"], path)
+    entries["patient"] = _patients(entries["patient"], path)
+    follow_up = _numbers(entries["follow_up"], f"{path}, follow_up", whole=True)
+    entries["follow_up"] = follow_up.astype(int)
+    entries["age"] = _ages(entries["age"], path)
+    labels = pd.DataFrame(_label_matrix(entries["labels"], path), columns=list(FINDINGS))
+    return pd.concat([entries[list(COLUMNS.values())[:-1]], labels], axis=1)
+
+
+def _require_one_row_per_image(images: pd.Series, path: Path) -> None:
+    fault = "no rows" if images.empty else ""
+    repeated = images[images.duplicated() | (images == "")].unique()
+    if len(repeated):
+        fault = f"image names that are blank or occur twice: {first_few(repeated)}"
+    if fault:
         raise DataError(
             f"{path} has {fault}. Accepted: one row per image. Use the NIH release's file."
         )
-    entries["patient"] = _patients(entries["patient"], path)
-    entries["follow_up"] = _numbers(entries["follow_up"], f"{path}, follow_up", whole=True).astype(
-        int
-    )
-    years = (
-        entries["age"]
-        .map({age: _years(age) for age in entries["age"].dropna().unique()})
-        .astype(float)
-    )
-    if len(lost := entries.loc[years.isna() & entries["age"].notna(), "age"]):
-        _log.warning(
-            "%s: %d impossible ages set to unknown: %s", path, len(lost), first_few(lost.unique())
-        )
-    labels = pd.DataFrame(_label_matrix(entries["labels"], path), columns=list(FINDINGS))
-    return pd.concat([entries.assign(age=years)[list(COLUMNS.values())[:-1]], labels], axis=1)
 
 
 def _patients(column: pd.Series, path: Path) -> pd.Series:
@@ -300,13 +295,25 @@ def _patients(column: pd.Series, path: Path) -> pd.Series:
             "as it was released."
         )
     short = patients.drop_duplicates().str.lstrip("0")
-    if (alike := short.duplicated(keep=False)).any():
-        named = first_few(
-            patients[short.index[alike]].sort_values(key=lambda p: p.str.lstrip("0")).tolist()
+    alike = short[short.duplicated(keep=False)].sort_values()
+    if len(alike):
+        _log.warning(
+            "%s: patients that differ by zeros in front are taken for different people: %s",
+            path,
+            first_few(patients[alike.index].tolist()),
         )
-        differ = "patients that differ by zeros in front are taken for different people"
-        _log.warning("%s: %s: %s", path, differ, named)
     return patients
+
+
+def _ages(column: pd.Series, path: Path) -> pd.Series:
+    """Ages in years, NaN for what is none or above `OLDEST`, which a warning names."""
+    age_of = {age: _years(age) for age in column.dropna().unique()}
+    years = column.map(age_of).astype(float)
+    lost = column[years.isna() & column.notna()]
+    if len(lost):
+        named = first_few(lost.unique())
+        _log.warning("%s: %d impossible ages set to unknown: %s", path, len(lost), named)
+    return years
 
 
 def _years(age: str) -> float:
@@ -314,16 +321,23 @@ def _years(age: str) -> float:
     ages.
     """
     parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([YMD]?)", age.strip().upper())
-    years = float(parts[1]) / {"": 1, "Y": 1, "M": 12, "D": 365.25}[parts[2]] if parts else np.nan
+    if not parts:
+        return np.nan
+    years = float(parts[1]) / {"": 1, "Y": 1, "M": 12, "D": 365.25}[parts[2]]
     return years if years <= OLDEST else np.nan
 
 
 def _numbers(column: pd.Series, where: str, *, whole: bool = False) -> pd.Series:
+    """A column as float64; DataError for a cell that is no finite (or no whole) number."""
     numbers = pd.to_numeric(column, errors="coerce").astype(float)
-    if (bad := ~np.isfinite(numbers) | (whole & (numbers % 1 != 0))).any():
-        values, kind = first_few(column[bad].unique()), "whole numbers" if whole else "numbers"
+    bad = ~np.isfinite(numbers)
+    if whole:
+        bad |= numbers % 1 != 0
+    if bad.any():
+        kind = "whole numbers" if whole else "numbers"
         raise DataError(
-            f"{where}: {bad.sum()} rows are no {kind}: {values}. Use the NIH release's file."
+            f"{where}: {bad.sum()} rows are no {kind}: {first_few(column[bad].unique())}. Use the "
+            "NIH release's file."
         )
     return numbers
 
@@ -331,23 +345,29 @@ def _numbers(column: pd.Series, where: str, *, whole: bool = False) -> pd.Series
 def _label_matrix(labels: pd.Series, path: Path) -> np.ndarray:
     """0/1 of shape (rows, 14), int8; each of the few hundred combinations is parsed once."""
     codes, combinations = pd.factorize(labels.fillna("").str.strip())
-    names = [{ALIASES.get(n.strip(), n.strip()) for n in text.split("|")} for text in combinations]
-    if unknown := sorted(set().union(*names).difference(FINDINGS, [NO_FINDING])):
-        accepted = ", ".join((NO_FINDING, *FINDINGS))
+    column_of = {finding: i for i, finding in enumerate(FINDINGS)}
+    matrix = np.zeros((len(combinations), len(FINDINGS)), np.int8)
+    unknown = set()
+    for row, text in zip(matrix, combinations, strict=True):
+        for name in map(str.strip, text.split("|")):
+            name = ALIASES.get(name, name)
+            if name in column_of:
+                row[column_of[name]] = 1
+            elif name != NO_FINDING:
+                unknown.add(name)
+    if unknown:
         raise DataError(
-            f"{path} has unknown findings: {first_few(unknown)}. Accepted, joined by '|': "
-            f"{accepted}."
+            f"{path} has unknown findings: {first_few(sorted(unknown))}. Accepted, joined by '|': "
+            f"{', '.join((NO_FINDING, *FINDINGS))}."
         )
-    return np.array([[finding in row for finding in FINDINGS] for row in names], np.int8)[codes]
+    return matrix[codes]
 
 
 def _read_boxes(path: Path, present: set[str]) -> pd.DataFrame:
-    """Boxes of present images.
-
-    The header is skipped, as its last name holds commas; columns may be empty.
-    """
+    """`Radiographs.boxes`, of present images."""
     boxes = pd.DataFrame(columns=BOX_COLUMNS, dtype=str)
     if path.is_file():
+        # The header is skipped, as its last name holds commas; columns may be empty.
         boxes = _read_csv(path, header=None, skiprows=1, names=BOX_COLUMNS, usecols=range(6))
     for column in BOX_COLUMNS[2:]:
         boxes[column] = _numbers(boxes[column], f"{path}, box {column}") / BOX_SIDE
@@ -363,24 +383,23 @@ def _image_files(root: Path) -> dict[str, str]:
     """Name -> path of every PNG under images*/, through links, without hidden files (macOS:
     ._NAME.png).
     """
-    found, twice = {}, []
     pattern = os.path.join(glob.escape(str(root)), "images*", "**", "*.png")
+    files, pairs = {}, []
     for path in sorted(glob.iglob(pattern, recursive=True)):
-        if (first := found.setdefault(os.path.basename(path), path)) != path:
-            twice.append(f"{first} and {path}")
-    if twice:
+        first = files.setdefault(os.path.basename(path), path)
+        if first != path:
+            pairs.append(f"{first} and {path}")
+    if pairs:
         raise DataError(
-            f"{len(twice)} images lie in two folders: {first_few(twice, 2)}. Remove one of each "
+            f"{len(pairs)} images lie in two folders: {first_few(pairs, 2)}. Remove one of each "
             "pair."
         )
-    return found
+    return files
 
 
 def data_name(folder: Path) -> str:
-    """What to call a data folder beside a result: the phantom by its settings, other folders by
-    their name.
-    """
-    file = Path(folder) / "phantom.json"
-    if not file.exists():
-        return Path(folder).name
-    return f"phantom {Path(folder).name} (synthetic)"
+    """The name of a data folder beside a result; a phantom's says that it is synthetic."""
+    name = Path(folder).name
+    if (Path(folder) / "phantom.json").exists():
+        return f"phantom {name} (synthetic)"
+    return name
