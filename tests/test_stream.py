@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
+from chexlib.data import stream
 from chexlib.data.stream import FIRST_PATIENT, PATIENTS, stream_batches, stream_images
 from chexlib.errors import ConfigError
 from chexlib.findings import FINDINGS
@@ -81,10 +82,11 @@ def test_patients_are_none_of_a_phantom_on_disk():
         write_phantom("never", n_images=FIRST_PATIENT)
 
 
-def test_batches_are_the_stream_shared_among_ranks_and_go_on_from_any_image(first):
+def test_batches_are_the_stream_shared_among_ranks_and_go_on_from_any_image(first, monkeypatch):
     pixels, labels = first
 
-    def batches(count, **settings):
+    def batches(count, *, workers, **settings):
+        monkeypatch.setattr(stream, "cores", lambda: workers)
         found = stream_batches(global_batch=30, **SETTINGS, **settings).take(count)
         return [[part.numpy() for part in batch] for batch in found]
 
@@ -113,7 +115,9 @@ def wait_until_gone(processes):
     return not alive
 
 
-def test_processes_end_with_the_iterator():
+def test_processes_end_with_the_iterator(monkeypatch):
+    monkeypatch.setattr(stream, "cores", lambda: 2)
+
     def drawers():
         children = psutil.Process().children(recursive=True)
         return {child for child in children if "spawn_main" in " ".join(child.cmdline())}
@@ -121,7 +125,7 @@ def test_processes_end_with_the_iterator():
     before = (
         drawers()
     )  # of other tests of this process, whose iterators Python has not collected yet
-    iterator = iter(stream_batches(global_batch=8, workers=2, **SETTINGS))
+    iterator = iter(stream_batches(global_batch=8, **SETTINGS))
     next(iterator)
     drawing = drawers() - before
     assert len(drawing) == 2
@@ -132,10 +136,12 @@ def test_processes_end_with_the_iterator():
 SCRIPT = """
 import signal
 import time
-from chexlib.data.stream import stream_batches
+from chexlib.data import stream
+
+stream.cores = lambda: 2
 
 def main():
-    for batch in stream_batches(seed=0, size=32, global_batch=8, workers=2):
+    for batch in stream.stream_batches(seed=0, size=32, global_batch=8):
         print("drawn", flush=True)
         time.sleep(0.2)
 
@@ -166,7 +172,7 @@ def test_no_process_is_left_behind_however_training_ends(tmp_path, how):
 
 def test_a_script_that_cannot_start_processes_is_told_why(tmp_path):
     script = SCRIPT.replace('if __name__ == "__main__":', "if True:").replace(
-        "workers=2", "workers=1"
+        "lambda: 2", "lambda: 1"
     )
     (tmp_path / "train.py").write_text(script)
     done = subprocess.run(
@@ -201,8 +207,7 @@ def test_what_an_uncaught_error_holds_is_let_go_before_python_ends():
 
 WRONG = [
     {"size": 16},
-    {"workers": 0},
-    {"views": 0},
+    {"first_image": -1},
     {"global_batch": 1, "ranks": 2},
     {"difficulty": "odd"},
 ]

@@ -1,4 +1,4 @@
-"""Cached pixels -> batches: one shuffle an epoch divided among ranks, tf.data.
+"""Training batches: each epoch's shuffle, divided among ranks, augmented and read by tf.data.
 
 The order of images is a pure function of (seed, epoch): every rank computes the same permutation
 and takes its own part of each global batch, so each image is seen once an epoch whatever the number
@@ -8,6 +8,7 @@ of ranks.
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
 import itertools
 import sys
@@ -34,12 +35,10 @@ PURPOSES = ("order", "crops", "recalibration", "control")
 
 
 class Share(NamedTuple):
-    """What one rank does in one step: image indices, their weights in the loss, which are mirrored,
-    and their crops.
-    """
+    """Images of one rank in one step, with loss weights, mirroring and crops."""
 
     indices: np.ndarray  # (k,) int64
-    weights: np.ndarray  # (k,) float32, 0 for the stand-in of a rank that has no image left
+    weights: np.ndarray  # (k,) float32, 0 for the padding of a rank that has no image left
     mirrored: np.ndarray  # (k,) bool
     # (k, 4) float32: top, left, bottom, right of the crop, in fractions of the side.
     boxes: np.ndarray
@@ -80,12 +79,12 @@ def partition(
     All ranks take equally many steps. The union of their shares over an epoch is each of the `n`
     images exactly once (the first `images` of its order, where asked for); the images of step s,
     their mirroring and crops, do not depend on the number of ranks. In the last step a rank may
-    hold fewer images than others, or one stand-in of weight 0. With `accumulation` a rank stands
-    for as many virtual ranks: its share is theirs, one after the other.
+    hold fewer images than others, or one image of weight 0 as padding. With `accumulation` a rank
+    has as many micro-batches: its share is theirs, one after the other, as if each were a rank.
 
-    A stand-in has no part in loss and gradients, but a batch norm that sees it counts it as an
-    image: of itself alone on its rank, and as one among all where statistics are of all ranks. That
-    happens where the last global batch has fewer images than there are (virtual) ranks, once an
+    Padding has no part in loss and gradients, but a batch norm that sees it counts it as an image:
+    of itself alone on its rank, and as one among all where statistics are of all ranks. That
+    happens where the last global batch has fewer images than there are micro-batches, once an
     epoch.
 
     Raises
@@ -93,30 +92,29 @@ def partition(
     ConfigError
         There are fewer images than ranks, or the global batch does not reach every rank.
     """
-    ranks, first = ranks * accumulation, rank * accumulation
-    if n < ranks:
+    parts, first = ranks * accumulation, rank * accumulation
+    if n < parts:
         raise ConfigError(
-            f"{ranks} ranks cannot share {n} images. Use at most {n} engines, or more images."
+            f"{parts} ranks cannot share {n} images. Use at most {n} engines, or more images."
         )
-    if global_batch < ranks:
+    if global_batch < parts:
         raise ConfigError(
-            f"a global batch of {global_batch} leaves some of {ranks} ranks without an image."
+            f"a global batch of {global_batch} leaves some of {parts} ranks without an image."
         )
     generator = generator_for("order", seed=seed, epoch=epoch)
     order = generator.permutation(n)
     flips = generator.random(n) < 0.5 if mirror else np.zeros(n, bool)
-    boxes = random_boxes(
-        n, augment=augment, generator=generator_for("crops", seed=seed, epoch=epoch)
-    )
-    end = images or n
-    for start in range(first_image, end, global_batch):
-        batch = order[start : min(start + global_batch, end)]
-        parts = np.array_split(batch, ranks)[first : first + accumulation]
-        weights = np.concatenate(
-            [np.full(max(1, len(part)), min(1, len(part)), np.float32) for part in parts]
-        )
-        mine = np.concatenate([part if len(part) else order[:1] for part in parts])
-        yield Share(mine, weights, flips[mine], boxes[mine])
+    generator = generator_for("crops", seed=seed, epoch=epoch)
+    boxes = random_boxes(n, augment=augment, generator=generator)
+    order = order[: images or n]
+    for start in range(first_image, len(order), global_batch):
+        batch = order[start : start + global_batch]
+        indices, weights = [], []
+        for part in np.array_split(batch, parts)[first : first + accumulation]:
+            indices.append(part if len(part) else order[:1])
+            weights.append(np.full(max(1, len(part)), min(1, len(part)), np.float32))
+        chosen = np.concatenate(indices)
+        yield Share(chosen, np.concatenate(weights), flips[chosen], boxes[chosen])
 
 
 def random_boxes(n: int, *, augment: str, generator: np.random.Generator) -> np.ndarray:
@@ -128,10 +126,11 @@ def random_boxes(n: int, *, augment: str, generator: np.random.Generator) -> np.
     if AUGMENTATIONS[augment] is None:
         return np.tile(np.float32(WHOLE), (n, 1))
     least, narrowest = AUGMENTATIONS[augment]
-    area, aspect, *place = generator.random((4, n))
-    area, aspect = least + (1 - least) * area, narrowest ** (2 * aspect - 1)
+    drawn = generator.random((4, n))
+    area = least + (1 - least) * drawn[0]
+    aspect = narrowest ** (2 * drawn[1] - 1)
     sides = np.minimum(np.sqrt([area * aspect, area / aspect]), 1)
-    corner = np.array(place) * (1 - sides)
+    corner = drawn[2:] * (1 - sides)
     # TensorFlow fills with black what rounding puts beyond the edge.
     ends = np.minimum(corner + sides, 1 - 1e-6)
     return np.concatenate([corner, ends]).T.astype(np.float32)
@@ -176,26 +175,27 @@ def training_batches(
     """
     import tensorflow as tf
 
-    shares = {
-        "global_batch": global_batch,
-        "seed": seed,
-        "rank": rank,
-        "ranks": ranks,
-        "mirror": mirror,
-    }
-    shares |= {"accumulation": accumulation, "augment": augment, "images": images}
-    cropping = np.array([True]) if when is None else when
+    epoch_of = functools.partial(
+        partition,
+        len(store),
+        global_batch=global_batch,
+        seed=seed,
+        rank=rank,
+        ranks=ranks,
+        accumulation=accumulation,
+        mirror=mirror,
+        augment=augment,
+        images=images,
+    )
 
     def draw():
-        used, taken = first_image, itertools.count()
+        step, used = 0, first_image
         for epoch in itertools.count(first_epoch):
-            for share in partition(len(store), epoch=epoch, first_image=used, **shares):
-                on = cropping[min(next(taken), len(cropping) - 1)]
-                yield (
-                    share
-                    if on
-                    else share._replace(boxes=np.tile(np.float32(WHOLE), (len(share.indices), 1)))
-                )
+            for share in epoch_of(epoch=epoch, first_image=used):
+                if when is not None and not when[min(step, len(when) - 1)]:
+                    share = share._replace(boxes=np.tile(np.float32(WHOLE), (len(share.boxes), 1)))
+                yield share
+                step += 1
             used = 0
 
     def load(indices, weights, mirrored, boxes):
@@ -209,26 +209,27 @@ def training_batches(
         return pixels, tf.gather(table, indices), weights
 
     table = tf.constant(labels, tf.float32)
-    signature = tuple(tf.TensorSpec([None], kind) for kind in (tf.int64, tf.float32, tf.bool))
-    signature += (tf.TensorSpec([None, 4], tf.float32),)
-    batches = dataset_from(draw, signature)
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    return (
-        batches.map(load, num_parallel_calls=2, deterministic=True)
-        .prefetch(2)
-        .with_options(options)
+    signature = (
+        tf.TensorSpec([None], tf.int64),
+        tf.TensorSpec([None], tf.float32),
+        tf.TensorSpec([None], tf.bool),
+        tf.TensorSpec([None, 4], tf.float32),
     )
+    return dataset_from(draw, signature, load)
 
 
-def dataset_from(draw: Callable[[], Iterator], signature: tuple):
-    """A tf.data.Dataset of what a generator gives.
+def dataset_from(draw: Callable[[], Iterator], signature: tuple, load: Callable):
+    """A tf.data.Dataset of what a generator yields, each item turned into a batch by `load`.
 
     Every one of chexlib is made here, see the function below.
     """
     import tensorflow as tf
 
-    return tf.data.Dataset.from_generator(draw, output_signature=signature)
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    items = tf.data.Dataset.from_generator(draw, output_signature=signature)
+    batches = items.map(load, num_parallel_calls=2, deterministic=True)
+    return batches.prefetch(2).with_options(options)
 
 
 @atexit.register

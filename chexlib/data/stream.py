@@ -1,10 +1,9 @@
-"""Endless labelled phantom radiographs for pre-training, never the same image twice, drawn while
-training eats them.
+"""Endless stream of labelled phantom radiographs for pre-training, drawn while a network trains.
 
-Drawing a film from nothing costs milliseconds, most of them Python's. So each patient here is drawn
-once and taken `views` times, each time in another position, exposure and grain, the views of a
-patient `PATIENTS` images apart. Image number i is a pure function of (seed, i): the same with any
-number of workers and ranks, and from any place on.
+No image comes twice. Drawing a film from nothing costs milliseconds, most of them Python's. So each
+patient here is drawn once and taken `views` times, each time in another position, exposure and
+grain, the views of a patient `PATIENTS` images apart. Image number i is a pure function of
+(seed, i): the same with any number of processes and ranks, and from any image on.
 
 Patients are other ones than those of `write_phantom` with the same seed, so that what was
 pre-trained here can be judged there.
@@ -12,6 +11,7 @@ pre-trained here can be judged there.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 import multiprocessing.connection
@@ -40,7 +40,7 @@ VIEWS = 8  # of a patient; fewer are more patients for the same images, and slow
 TASK = PATIENTS * VIEWS  # images that a worker draws at a time
 NO_PROCESS = (
     "a process that draws the phantom stream could not be started, or was killed. A script needs "
-    "an `if __name__ == '__main__':` guard; use fewer workers if memory is short."
+    "an `if __name__ == '__main__':` guard; use fewer processors if memory is short."
 )
 
 
@@ -74,43 +74,45 @@ def stream_images(
     pixels : np.ndarray, (n, size, size) uint8
     labels : np.ndarray, (n, 14) uint8
     """
-    level, drawn = level_of(difficulty), {}
+    level = level_of(difficulty)
     clean = replace(level, noise=0.0)  # each view has a grain of its own
-    pixels, labels = (
-        np.empty((len(indices), size, size), np.uint8),
-        np.empty((len(indices), len(FINDINGS)), np.uint8),
-    )
+
+    @functools.cache
+    def drawn(patient):
+        films = sample_patient(seed, patient, difficulty=difficulty, min_prevalence=min_prevalence)
+        image = render(films[0], size=size, difficulty=clean)[0]
+        return Image.fromarray(image), [finding in films[0].findings for finding in FINDINGS]
+
+    pixels = np.empty((len(indices), size, size), np.uint8)
+    labels = np.empty((len(indices), len(FINDINGS)), np.uint8)
     for k, index in enumerate(indices):
-        block, place = divmod(int(index), PATIENTS * views)
-        view, patient = divmod(place, PATIENTS)
+        block, position = divmod(int(index), PATIENTS * views)
+        view, patient = divmod(position, PATIENTS)
         patient += FIRST_PATIENT + block * PATIENTS
-        if patient not in drawn:
-            film = sample_patient(
-                seed, patient, difficulty=difficulty, min_prevalence=min_prevalence
-            )[0]
-            drawn[patient] = Image.fromarray(render(film, size=size, difficulty=clean)[0]), film
-        image, film = drawn[patient]
+        image, labels[k] = drawn(patient)
         rng = stream(seed, patient, 7, view)
-        taken = _take(image, rng, level.noise)
-        pixels[k] = taken[:, ::-1] if mirror and rng.random() < 0.5 else taken
-        labels[k] = [finding in film.findings for finding in FINDINGS]
+        pixels[k] = _expose(image, rng, level.noise)
+        if mirror and rng.random() < 0.5:
+            pixels[k] = pixels[k, :, ::-1].copy()
     return pixels, labels
 
 
-def _take(image: Image.Image, rng, noise: float) -> np.ndarray:
+def _expose(image: Image.Image, rng, noise: float) -> np.ndarray:
     """One more exposure of a drawn film: another position, gain, contrast and grain."""
     size = image.width
-    turn, zoom = np.radians(2.0 * rng.normal()), np.exp(0.05 * rng.normal())
+    turn = np.radians(2.0 * rng.normal())
+    zoom = np.exp(0.05 * rng.normal())
     c, s = np.cos(turn) * zoom, np.sin(turn) * zoom
     shift = size * 0.03 * rng.normal(size=2) + size / 2
     affine = (c, -s, shift[0] - (c - s) * size / 2, s, c, shift[1] - (s + c) * size / 2)
     moved = image.transform(image.size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
-    gain, gamma = np.exp(0.08 * rng.normal()), np.exp(0.12 * rng.normal())
-    grey = (255 * (gain * np.arange(256) / 255) ** gamma).astype(np.float32)[np.asarray(moved)]
+    gain = np.exp(0.08 * rng.normal())
+    gamma = np.exp(0.12 * rng.normal())
+    curve = 255 * (gain * np.arange(256) / 255) ** gamma
+    grey = curve.astype(np.float32)[np.asarray(moved)]
     grain = np.float32(noise * np.exp(0.25 * rng.normal()))
-    grey += rng.standard_normal(grey.shape, dtype=np.float32) * (
-        grain * (np.float32(153) + np.float32(0.7) * grey)
-    )
+    deviation = grain * (np.float32(153) + np.float32(0.7) * grey)
+    grey += rng.standard_normal(grey.shape, dtype=np.float32) * deviation
     return np.clip(grey + np.float32(0.5), 0, 255).astype(np.uint8)
 
 
@@ -122,13 +124,13 @@ def stream_batches(
     first_image: int = 0,
     rank: int = 0,
     ranks: int = 1,
-    workers: int | None = None,
     **drawing,
 ):
     """Endless tf.data of a rank's batches of the stream, in the form of `training_batches`.
 
-    Worker processes draw ahead while the network trains, and end with this process, however it
-    ends. A script that calls this needs an `if __name__ == "__main__":` guard.
+    Processes, one per core that this one may use, draw ahead while the network trains. They end
+    with this process, however it ends. A script that calls this needs an
+    `if __name__ == "__main__":` guard.
 
     Parameters
     ----------
@@ -138,10 +140,8 @@ def stream_batches(
         Images of a step, of all ranks together; the ranks share them as `partition` does.
     first_image : int
         Where to begin: how many images were used, by all ranks together.
-    workers : int, optional
-        Processes that draw; default: the cores this process may use.
     drawing
-        `difficulty`, `min_prevalence`, `views` and `mirror` of `stream_images`.
+        `difficulty`, `min_prevalence` and `mirror` of `stream_images`.
 
     Returns
     -------
@@ -156,12 +156,12 @@ def stream_batches(
     DataError
         Called while a script without the guard is read by its own worker.
     """
-    workers = cores() if workers is None else workers
-    views = drawing.get("views", VIEWS)
     for name, value, low, high in (
-        ("size", size, 32, 1024), ("workers", workers, 1, 1024), ("views", views, 1, 1024),
-        ("global_batch", global_batch, ranks, 10**6), ("first_image", first_image, 0, 2**62), ("seed", seed, 0, 2**63),
-    ):  # fmt: skip
+        ("size", size, 32, 1024),
+        ("global_batch", global_batch, ranks, 10**6),
+        ("first_image", first_image, 0, 2**62),
+        ("seed", seed, 0, 2**63),
+    ):
         if not low <= value <= high:
             raise ConfigError(f"{name}={value!r} is not from {low} to {high}. Choose one of these.")
     level_of(drawing.get("difficulty", "standard"))
@@ -172,37 +172,33 @@ def stream_batches(
     import tensorflow as tf
 
     def batches():
-        shares, steps = (
-            _shares(global_batch, first_image, rank, ranks),
-            max(1, TASK * ranks // global_batch),
-        )
-        for pixels, labels in _drawn(
-            shares, steps, workers, {"seed": seed, "size": size, **drawing}
-        ):
+        shares = _shares(global_batch, first_image, rank, ranks)
+        steps = max(1, TASK * ranks // global_batch)
+        for pixels, labels in _drawn(shares, steps, {"seed": seed, "size": size, **drawing}):
             yield pixels[..., None], labels, np.ones(len(pixels), np.float32)
 
-    shapes = (
-        ((None, size, size, 1), tf.uint8),
-        ((None, len(FINDINGS)), tf.uint8),
-        ((None,), tf.float32),
+    def load(pixels, labels, weights):
+        return tf.cast(pixels, tf.float32), tf.cast(labels, tf.float32), weights
+
+    signature = (
+        tf.TensorSpec([None, size, size, 1], tf.uint8),
+        tf.TensorSpec([None, len(FINDINGS)], tf.uint8),
+        tf.TensorSpec([None], tf.float32),
     )
-    signature = tuple(tf.TensorSpec(*shape) for shape in shapes)
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    dataset = dataset_from(batches, signature)
-    dataset = dataset.map(lambda x, y, w: (tf.cast(x, tf.float32), tf.cast(y, tf.float32), w))
-    return dataset.prefetch(2).with_options(options)
+    return dataset_from(batches, signature, load)
 
 
 def _shares(global_batch: int, first_image: int, rank: int, ranks: int) -> Iterator[np.ndarray]:
+    """Numbers of the images of a rank in each step."""
     for start in itertools.count(first_image, global_batch):
         yield np.array_split(np.arange(start, start + global_batch), ranks)[rank]
 
 
-def _drawn(shares: Iterator[np.ndarray], steps: int, workers: int, settings: dict):
+def _drawn(shares: Iterator[np.ndarray], steps: int, settings: dict):
     """Yield (pixels, labels) of each share, in order, drawn ahead in processes, `steps` shares a
     task.
     """
+    workers = cores()
     # Not fork: this process has threads of TensorFlow, maybe MPI.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_worker)
@@ -214,7 +210,8 @@ def _drawn(shares: Iterator[np.ndarray], steps: int, workers: int, settings: dic
                 ends = np.cumsum([len(share) for share in task])[:-1]
                 ahead.append((ends, pool.submit(stream_images, np.concatenate(task), **settings)))
             ends, job = ahead.popleft()
-            yield from zip(*(np.split(array, ends) for array in job.result()), strict=True)
+            pixels, labels = job.result()
+            yield from zip(np.split(pixels, ends), np.split(labels, ends), strict=True)
     except BrokenProcessPool as error:
         raise DataError(NO_PROCESS) from error
     finally:
