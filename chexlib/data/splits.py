@@ -46,7 +46,9 @@ class Split:
     @property
     def digest(self) -> str:
         """12 hexadecimal digits that change when an image changes its part; order does not matter."""
-        return digest_of(self.parts)
+        parts = {name: sorted(images) for name, images in self.parts.items()}
+        text = json.dumps(parts, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def images(self, part: str) -> tuple[str, ...]:
         """Image names of one part."""
@@ -138,28 +140,28 @@ def audit(
         A leak, with its numbers (`allow_leak` logs it instead); a part that is empty, or of which
         no name is in the label file.
     """
-    if isinstance(parts, Split):
-        parts = parts.parts
-    parts = {name: tuple(images) for name, images in parts.items()}
+    if not isinstance(parts, Split):
+        parts = Split("audited", None, {name: tuple(images) for name, images in parts.items()})
+    parts, digest = parts.parts, parts.digest
     if not parts or not all(parts.values()):
         sizes = {name: len(images) for name, images in parts.items()}
         raise DataError(f"No part may be empty: {sizes}. Add image names.")
-    listed = radiographs.listed.set_index("image")
-    patients, labels, unknown = {}, {}, {}
+    rows, unknown = {}, {}
     for name, images in parts.items():
         position = _positions(images, radiographs, where=name)
-        rows = listed.iloc[position[position >= 0]]
-        patients[name], labels[name] = rows["patient"], rows[list(FINDINGS)]
+        rows[name] = radiographs.listed.iloc[position[position >= 0]]
         unknown[name] = int((position < 0).sum())
+    patients = {name: part["patient"] for name, part in rows.items()}
+    labels = {name: part[list(FINDINGS)] for name, part in rows.items()}
     result = Audit(
-        images={name: len(ids) for name, ids in patients.items()},
-        patients={name: ids.nunique() for name, ids in patients.items()},
+        images={name: len(part) for name, part in rows.items()},
+        patients={name: part.nunique() for name, part in patients.items()},
         unknown=unknown,
         shared=_shared_patients(patients),
-        duplicates=_duplicates(itertools.chain(*parts.values())),
+        duplicates=_duplicates(parts),
         prevalence=pd.DataFrame({name: part.mean() for name, part in labels.items()}),
         positives=pd.DataFrame({name: part.sum() for name, part in labels.items()}),
-        digest=digest_of(parts),
+        digest=digest,
     )
     if any(unknown.values()):
         counts = [f"{n:,} of {len(parts[name]):,} in {name}" for name, n in unknown.items() if n]
@@ -189,8 +191,8 @@ def _shared_patients(patients: Mapping[str, pd.Series]) -> pd.DataFrame:
     return pd.DataFrame(pairs, columns=["part_a", "part_b", "patients", "images_a", "images_b"])
 
 
-def _duplicates(images: Iterable[str]) -> tuple[str, ...]:
-    counts = Counter(images)
+def _duplicates(parts: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    counts = Counter(itertools.chain(*parts.values()))
     return tuple(sorted(image for image, n in counts.items() if n > 1))
 
 
@@ -373,12 +375,6 @@ def stratify_patients(table: pd.DataFrame, fractions: Sequence[float], seed: int
             smallest = crowded[counts[crowded, -1].argmin()]
             part[smallest] = empty
     return part[row]
-
-
-def digest_of(parts: Mapping[str, Iterable[str]]) -> str:
-    """12 hexadecimal digits of which images are in which part; order does not matter."""
-    text = json.dumps({name: sorted(images) for name, images in parts.items()}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 # ---- lists

@@ -19,7 +19,7 @@ import pandas as pd
 
 from chexlib.app.card import write_card
 from chexlib.data.nih import Radiographs, load_radiographs
-from chexlib.data.splits import digest_of
+from chexlib.data.splits import Split
 from chexlib.evaluation.ensembles import save_ensemble
 from chexlib.evaluation.resampling import with_interval
 from chexlib.files import holding, replacing, write_json
@@ -138,7 +138,7 @@ def train_real_model(
         settings = {"rate": s.rate, "warmup": s.warmup, "measure": measure, "reuse": reuse[PHANTOM]}
         return finetune(start, config, **settings)
 
-    digest = digest_of({"all": radiographs.table["image"]})
+    digest = Split("all", None, {"all": tuple(radiographs.table["image"])}).digest
     told = {"data": digest, **asdict(s)}
     keep = functools.partial(_keep_member, out / "members", config, digest)
     arms, work = {SCRATCH: from_scratch, PHANTOM: from_phantom}, out / "cross-validation"
