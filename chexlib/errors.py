@@ -1,4 +1,4 @@
-"""One family of errors.
+"""Exceptions that chexlib raises.
 
 A message says what is wrong, the value, what is accepted and the next step.
 """

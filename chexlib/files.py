@@ -1,6 +1,4 @@
-"""Files of which a reader finds the old one or the new one, however the writer ends; and locks
-among writers.
-"""
+"""Atomic file writes and locks between processes."""
 
 from __future__ import annotations
 
@@ -20,11 +18,12 @@ _OPEN_FILES = "/proc/self/fd"  # Linux' links to what this process has open
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for bytes that takes the place of `path` if the block succeeds.
+    """Open a file for bytes that replaces `path` if the block succeeds.
 
-    It is synchronised to disk before. Where the file system can (Linux' O_TMPFILE) it has no
-    name until it is whole, so that not even SIGKILL leaves a draft. Elsewhere, as on NFS or on
-    macOS, the draft lies beside `path` and is removed if the block fails.
+    A reader finds the old file or the new one, however the writer ends; the new one is synchronised
+    to disk first. Where the file system can (Linux' O_TMPFILE) it has no name until it is whole, so
+    that not even SIGKILL leaves a draft. Elsewhere, as on NFS or on macOS, the draft lies beside
+    `path` and is removed if the block fails.
     """
     path = Path(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
@@ -38,20 +37,21 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(number)
             if not named:
-                folder = os.open(path.parent, os.O_RDONLY)
-                # The folder's number makes Python call linkat, which follows the link in /proc.
-                try:
-                    os.link(
-                        f"{_OPEN_FILES}/{number}",
-                        draft.name,
-                        dst_dir_fd=folder,
-                        follow_symlinks=True,
-                    )
-                finally:
-                    os.close(folder)
+                _link(number, draft)
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _link(number: int, path: Path) -> None:
+    """Give a name to an open file that has none."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    # The folder's number makes Python call linkat, which follows the link in /proc.
+    source = f"{_OPEN_FILES}/{number}"
+    try:
+        os.link(source, path.name, dst_dir_fd=folder, follow_symlinks=True)
+    finally:
+        os.close(folder)
 
 
 def _open_nameless(folder: Path) -> int | None:
@@ -66,10 +66,9 @@ def _open_nameless(folder: Path) -> int | None:
 
 @contextlib.contextmanager
 def holding(lock: str | Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock among processes: a file that is there while one has it, and is given back however
-    that one ends.
+    """Hold a lock between processes: a file that exists while it is held, released at any exit.
 
-    Yields False, at once, where another process has it and `wait` is not asked for.
+    Yields True; without `wait`, False at once where another process holds it.
     """
     while True:
         number = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
@@ -82,7 +81,7 @@ def holding(lock: str | Path, *, wait: bool = True) -> Iterator[bool]:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(number), os.stat(lock)):
                 break
-        os.close(number)  # the one before has given it back, and its file is gone
+        os.close(number)  # the holder before has released it, and its file is gone
     try:
         yield True
     finally:

@@ -1,4 +1,4 @@
-"""What the processors of this machine are, as Linux or macOS tells it."""
+"""This machine: processors and their topology, precision, and the environment of a process."""
 
 from __future__ import annotations
 
@@ -37,16 +37,12 @@ PACKAGES = (
 )
 _SYSTEM = Path("/sys/devices/system")
 _CPUINFO = Path("/proc/cpuinfo")
-
-
 # Of aarch64, which names no model: what tells one design of a core from another.
 _ARM_DESIGN = ("CPU implementer", "CPU variant", "CPU part")
 
 
 def processors() -> set[int]:
-    """Numbers of the processors that this process may use; of all where, as on macOS, none are
-    told.
-    """
+    """Numbers of the processors that this process may use; on macOS, of all."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
@@ -113,7 +109,8 @@ def kind() -> dict:
 def processor_flags() -> frozenset[str]:
     """Instruction sets in Linux' words, such as "avx2" or "amx_bf16"; elsewhere none."""
     facts = _cpuinfo()
-    return frozenset(facts.get("flags", facts.get("Features", "")).split())  # of x86-64, of aarch64
+    flags = facts.get("flags", "")  # of x86-64
+    return frozenset((flags or facts.get("Features", "")).split())  # or of aarch64
 
 
 def _processor_name() -> str:
@@ -123,18 +120,24 @@ def _processor_name() -> str:
     if "CPU part" in facts:
         design = [f"{name.removeprefix('CPU ')} {facts.get(name, '?')}" for name in _ARM_DESIGN]
         return " ".join([platform.machine(), *design])
+    name = ""
     if platform.system() == "Darwin":
-        ask = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         with contextlib.suppress(OSError):  # it is not on the PATH
-            return subprocess.run(ask, capture_output=True, text=True).stdout.strip() or "unknown"
-    return "unknown"
+            name = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return name or "unknown"
 
 
 def _cpuinfo() -> dict[str, str]:
     """What the kernel says of the first processor that it lists; empty where it lists none."""
-    first = _CPUINFO.read_text().split("\n\n")[0] if _CPUINFO.exists() else ""
-    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
-    return {name.strip(): value.strip() for name, value in pairs}
+    if not _CPUINFO.exists():
+        return {}
+    facts = {}
+    for line in _CPUINFO.read_text().split("\n\n")[0].splitlines():
+        name, separator, value = line.partition(":")
+        if separator:
+            facts[name.strip()] = value.strip()
+    return facts
 
 
 def native_precision() -> str:
@@ -152,33 +155,37 @@ def native_precision() -> str:
 
 
 def topology() -> dict[str, int]:
-    """Of the processors that this process may use: `sockets`, `numa_nodes`, `physical_cores`,
-    `processors`.
-    """
-    mine = sorted(processors())
-    packages = [_read(cpu, "physical_package_id") for cpu in mine]
-    physical = [
-        (package, _read(cpu, "core_id")) for package, cpu in zip(packages, mine, strict=True)
-    ]
+    """Counts of `sockets`, `numa_nodes`, `physical_cores` and `processors` that may be used here."""
+    allowed = processors()
+    sockets, physical_cores = set(), set()
+    for cpu in allowed:
+        # Where the kernel does not tell, each processor is a core of the one socket.
+        socket = _read(cpu, "physical_package_id", default="0")
+        sockets.add(socket)
+        physical_cores.add((socket, _read(cpu, "core_id", default=str(cpu))))
     nodes = [_members(path / "cpulist") for path in (_SYSTEM / "node").glob("node[0-9]*")]
+    used_nodes = [node for node in nodes if node & allowed]
     return {
-        "sockets": len(set(packages)),
-        "numa_nodes": max(1, sum(bool(node & set(mine)) for node in nodes)),
-        "physical_cores": len(set(physical)),
-        "processors": len(mine),
+        "sockets": len(sockets),
+        "numa_nodes": max(1, len(used_nodes)),
+        "physical_cores": len(physical_cores),
+        "processors": len(allowed),
     }
 
 
-def _read(cpu: int, name: str) -> str:
-    """A fact of one processor. Where the kernel does not tell, each is a core of the one socket."""
+def _read(cpu: int, name: str, *, default: str) -> str:
     path = _SYSTEM / "cpu" / f"cpu{cpu}" / "topology" / name
-    return path.read_text().strip() if path.exists() else (str(cpu) if name == "core_id" else "0")
+    return path.read_text().strip() if path.exists() else default
 
 
 def _members(path: Path) -> set[int]:
     """Of a list such as "0-3,8"."""
-    ends = [part.split("-") for part in path.read_text().strip().split(",") if part]
-    return {cpu for end in ends for cpu in range(int(end[0]), int(end[-1]) + 1)}
+    members = set()
+    for part in path.read_text().strip().split(","):
+        if part:
+            first, _, last = part.partition("-")
+            members.update(range(int(first), int(last or first) + 1))
+    return members
 
 
 def environment() -> dict:
@@ -189,7 +196,7 @@ def environment() -> dict:
         mpi = None
     return {
         "python": platform.python_version(),
-        "packages": {name: v for name in PACKAGES if (v := _version(name))},
+        "packages": _versions(),
         "platform": platform.platform(),
         **kind(),
         "topology": topology(),
@@ -203,10 +210,8 @@ def environment() -> dict:
 
 def command() -> list[str]:
     """The command of this process, without the paths of this machine."""
-    return [
-        Path(word).name if Path(word).is_absolute() else word
-        for word in (Path(sys.argv[0]).name, *sys.argv[1:])
-    ]
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return [Path(word).name if Path(word).is_absolute() else word for word in words]
 
 
 @functools.cache
@@ -214,19 +219,25 @@ def _commit() -> str | None:
     """With "-dirty" if files differ from it; not for reference results, which a run that keeps them
     writes itself.
     """
-    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    status = ["status", "--porcelain", "--untracked-files=no", "--", ":!data/reference"]
     try:
-        commit = git(["git", "describe", "--always"]).stdout.strip()
-        changed = git(
-            ["git", "status", "--porcelain", "--untracked-files=no", "--", ":!data/reference"]
-        ).stdout
+        commit = _git("describe", "--always")
+        changed = _git(*status)
     except OSError:  # no git here
         return None
-    return commit + "-dirty" * bool(changed) or None
+    if changed:
+        commit += "-dirty"
+    return commit or None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def _versions() -> dict[str, str]:
+    """Of those of `PACKAGES` that are installed."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions

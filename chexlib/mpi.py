@@ -1,4 +1,4 @@
-"""How ranks sit on a machine: which MPI is here, the flags it wants, and threads for each rank."""
+"""The MPI of this environment: its launcher, the launcher's flags, and threads per rank."""
 
 from __future__ import annotations
 
@@ -57,45 +57,34 @@ class Mpi:
         export : sequence of str
             Environment variables that ranks on other hosts need.
         """
-        places = ",".join(f"{name}:{slots}" for name, slots in hosts)
+        slots = ",".join(f"{name}:{count}" for name, count in hosts)
         if self.family == "Open MPI":
-            root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-            five = self.major >= 5
-            common = ["--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
-            common += ["--map-by", ":OVERSUBSCRIBE"] if five else ["--oversubscribe"]
-            through = "self,sm" if five else "self,vader"
-            if not hosts:
-                local = [] if five else ["--mca", "oob_tcp_if_include", LOOPBACK]
-                return [*root, *common, *local, "--mca", "btl", through]
-            runtime = ["--prtemca", "prte_if_include"] if five else ["--mca", "oob_tcp_if_include"]
-            wire = [
-                *runtime,
-                network,
-                "--mca",
-                "btl",
-                f"{through},tcp",
-                "--mca",
-                "btl_tcp_flags",
-                TCP_FLAGS,
-            ]
-            wire += ["--mca", "btl_tcp_if_include", network]
-            return [
-                *root,
-                *common,
-                "--host",
-                places,
-                *wire,
-                *(word for name in export for word in ("-x", name)),
-            ]
+            return self._open_mpi_flags(slots, network, export)
         if self.family == "Intel MPI":
-            settings = {
-                "I_MPI_PIN": "0",
-                "I_MPI_FABRICS": "shm:ofi" if hosts else "shm",
-                "I_MPI_WAIT_MODE": "1",
-            }
-            flags = [word for name, value in settings.items() for word in ("-genv", name, value)]
-            return [*flags, *(("-hosts", places) if hosts else ())]
-        return ["-bind-to", "none", *(("-hosts", places) if hosts else ("-iface", LOOPBACK))]
+            fabrics = "shm:ofi" if hosts else "shm"
+            flags = ["-genv", "I_MPI_PIN", "0", "-genv", "I_MPI_FABRICS", fabrics]
+            flags += ["-genv", "I_MPI_WAIT_MODE", "1"]
+            return [*flags, "-hosts", slots] if hosts else flags
+        flags = ["-bind-to", "none"]
+        return [*flags, "-hosts", slots] if hosts else [*flags, "-iface", LOOPBACK]
+
+    def _open_mpi_flags(self, slots: str, network: str, export: Sequence[str]) -> list[str]:
+        since_5 = self.major >= 5
+        shared_memory = "self,sm" if since_5 else "self,vader"
+        flags = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+        flags += ["--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
+        flags += ["--map-by", ":OVERSUBSCRIBE"] if since_5 else ["--oversubscribe"]
+        if not slots:
+            if not since_5:
+                flags += ["--mca", "oob_tcp_if_include", LOOPBACK]
+            return [*flags, "--mca", "btl", shared_memory]
+        flags += ["--host", slots]
+        flags += ["--prtemca", "prte_if_include"] if since_5 else ["--mca", "oob_tcp_if_include"]
+        flags += [network, "--mca", "btl", f"{shared_memory},tcp"]
+        flags += ["--mca", "btl_tcp_flags", TCP_FLAGS, "--mca", "btl_tcp_if_include", network]
+        for name in export:
+            flags += ["-x", name]
+        return flags
 
 
 @functools.cache
@@ -105,7 +94,7 @@ def find_mpi() -> Mpi:
     Raises
     ------
     ClusterError
-        There is none, or it is of no known family.
+        There is none, or it is of another family.
     """
     beside = Path(sys.executable).parent / "mpiexec"
     command = str(beside) if beside.exists() else shutil.which("mpiexec")
@@ -119,13 +108,14 @@ def find_mpi() -> Mpi:
 
 def recognise_mpi(command: str, text: str) -> Mpi:
     """Tell the MPI family from what `command --version` printed."""
-    version = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    version = text.strip().partition("\n")[0].strip()
     for pattern, family in _SIGNATURES:
-        if match := re.search(pattern, text):
-            major = int(match.group(1)) if match.groups() else 0
-            if family == "Open MPI 5":
-                family, major = "Open MPI", 5
-            return Mpi(command=command, family=family, major=major, version=version)
+        match = re.search(pattern, text)
+        if match and family == "Open MPI 5":
+            return Mpi(command, "Open MPI", 5, version)
+        if match:
+            major = int(match[1]) if match.groups() else 0
+            return Mpi(command, family, major, version)
     raise ClusterError(
         f"{command} is no MPI that chexlib knows: it says {version!r}. Known: Open MPI 4 and 5, "
         "MPICH, Intel MPI."
