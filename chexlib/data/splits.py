@@ -101,7 +101,8 @@ class Audit:
 
     def __str__(self) -> str:
         statements = []
-        for pair in self.shared[self.shared["patients"] > 0].itertuples():
+        leaking = self.shared[self.shared["patients"] > 0]
+        for pair in leaking.itertuples():
             a, b = pair.part_a, pair.part_b
             patients = "1 patient" if pair.patients == 1 else f"{pair.patients:,} patients"
             in_a = f"{pair.images_a:,} of {self.images[a]:,} images in {a}"
@@ -146,21 +147,26 @@ def audit(
     if not parts or not all(parts.values()):
         sizes = {name: len(images) for name, images in parts.items()}
         raise DataError(f"No part may be empty: {sizes}. Add image names.")
-    rows, unknown = {}, {}
+    listed = radiographs.listed
+    patients: dict[str, pd.Series] = {}
+    unknown: dict[str, int] = {}
+    prevalence, positives = pd.DataFrame(), pd.DataFrame()
     for name, images in parts.items():
         position = _positions(images, radiographs, where=name)
-        rows[name] = radiographs.listed.iloc[position[position >= 0]]
-        unknown[name] = int((position < 0).sum())
-    patients = {name: part["patient"] for name, part in rows.items()}
-    labels = {name: part[list(FINDINGS)] for name, part in rows.items()}
+        rows = listed.iloc[position[position >= 0]]
+        labels = rows[list(FINDINGS)]
+        patients[name] = rows["patient"]
+        unknown[name] = len(images) - len(rows)
+        prevalence[name] = labels.mean()
+        positives[name] = labels.sum()
     result = Audit(
-        images={name: len(part) for name, part in rows.items()},
-        patients={name: part.nunique() for name, part in patients.items()},
+        images={name: len(ids) for name, ids in patients.items()},
+        patients={name: ids.nunique() for name, ids in patients.items()},
         unknown=unknown,
         shared=_shared_patients(patients),
         duplicates=_duplicates(parts),
-        prevalence=pd.DataFrame({name: part.mean() for name, part in labels.items()}),
-        positives=pd.DataFrame({name: part.sum() for name, part in labels.items()}),
+        prevalence=prevalence,
+        positives=positives,
         digest=digest,
     )
     if any(unknown.values()):
@@ -220,8 +226,11 @@ def _official_split(radiographs: Radiographs, lists: Sequence, seed: int) -> Spl
     if unlisted := len(table) - len(test) - len(rest):
         _log.warning("%d present images are in neither official list: left out", unlisted)
     part = stratify_patients(rest, (1 - OFFICIAL_VALIDATION, OFFICIAL_VALIDATION), seed)
-    images = rest["image"][part == 0], rest["image"][part == 1], test["image"]
-    parts = {name: tuple(names) for name, names in zip(PARTS, images, strict=True)}
+    parts = {
+        "train": tuple(rest["image"][part == 0]),
+        "validation": tuple(rest["image"][part == 1]),
+        "test": tuple(test["image"]),
+    }
     if empty := [name for name in PARTS if not parts[name]]:
         raise DataError(
             f"Official split: of the {len(table):,} images present in {radiographs.root}, none is "
@@ -319,13 +328,13 @@ def make_split(radiographs: Radiographs, *, kind: str = "auto", seed: int = 0) -
         raise ConfigError(
             f"There is no split of kind {kind!r}. Use one of auto, {', '.join(makers)}."
         )
-    missing = [name for name in LISTS if not (radiographs.root / name).is_file()]
-    lists = [
-        read_list(radiographs.root / name, radiographs) for name in LISTS if name not in missing
-    ]
+    lists = []
+    for name in LISTS:
+        if (radiographs.root / name).is_file():
+            lists.append(read_list(radiographs.root / name, radiographs))
     try:
-        if missing:
-            raise DataError(f"{radiographs.root} has no {' and no '.join(missing)}")
+        if len(lists) < len(LISTS):
+            raise DataError(f"{radiographs.root} lacks {' or '.join(LISTS)}")
         split = _official_split(radiographs, lists, seed)
         share = radiographs.select(split.images("test")).labels.mean(axis=0)
         if ((share > 0) & (share < 1)).sum() >= 2:
@@ -357,14 +366,16 @@ def stratify_patients(table: pd.DataFrame, fractions: Sequence[float], seed: int
     most images.
     """
     row, ids = pd.factorize(table["patient"])  # in the table's order, that of the image names
-    counts = np.zeros((len(ids), len(FINDINGS) + 1))
-    np.add.at(counts, row, np.column_stack([table[list(FINDINGS)], np.ones(len(table))]))
+    images = np.column_stack([table[list(FINDINGS)], np.ones(len(table))])
+    counts = np.zeros((len(ids), images.shape[1]))
+    np.add.at(counts, row, images)
     lack = np.outer(fractions, counts.sum(axis=0))
     part = np.full(len(ids), -1)
     free = np.random.default_rng(seed).permutation(len(ids))
     while len(free):
         left = counts[free, :-1].sum(axis=0)
-        rarest = np.argmin(np.where(left > 0, left, np.inf)) if left.any() else -1
+        left[left == 0] = np.inf
+        rarest = np.argmin(left) if np.isfinite(left).any() else -1
         for patient in free[counts[free, rarest] > 0]:
             part[patient] = np.lexsort((lack[:, -1], lack[:, rarest]))[-1]
             lack[part[patient]] -= counts[patient]
@@ -408,13 +419,13 @@ def read_list(path: str | Path, radiographs: Radiographs | None = None) -> tuple
 
 def _name_in(line: str) -> str:
     """The image name in a line of a list, such as `images/00000001_000.png 0 1 0`."""
-    picture = re.match(
-        r"""["']?(.*?\.(?:png|jpe?g|dcm|dicom))(?=["'\s,;]|$)""", line, re.IGNORECASE
-    )
+    pattern = r"""["']?(.*?\.(?:png|jpe?g|dcm|dicom))(?=["'\s,;]|$)"""
+    picture = re.match(pattern, line, re.IGNORECASE)
     if picture:
         return base_name(picture[1])
     first = re.split(r"[,;\t]", line)[0]
-    return base_name(re.sub(r"(\s+[-+]?\d+(\.\d*)?)+\s*$", "", first).strip("\"'"))
+    without_labels = re.sub(r"(\s+[-+]?\d+(\.\d*)?)+\s*$", "", first)
+    return base_name(without_labels.strip("\"'"))
 
 
 def _positions(names: Sequence[str], radiographs: Radiographs, *, where) -> np.ndarray:
