@@ -17,7 +17,7 @@ _OPEN_FILES = "/proc/self/fd"  # Linux' links to what this process has open
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file for bytes that replaces `path` if the block succeeds.
 
     A reader finds the old file or the new one, however the writer ends; the new one is synchronised
@@ -65,7 +65,7 @@ def _open_nameless(folder: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def holding(lock: str | Path, *, wait: bool = True) -> Iterator[bool]:
+def file_lock(lock: str | Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold a lock between processes: a file that exists while it is held, released at any exit.
 
     Yields True; without `wait`, False at once where another process holds it.
@@ -91,7 +91,7 @@ def holding(lock: str | Path, *, wait: bool = True) -> Iterator[bool]:
 
 def write_json(path: Path, values) -> None:
     """Write JSON atomically; NaN and infinity become null, NumPy and pandas values plain ones."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps(plain(values), indent=1, allow_nan=False).encode())
 
 

@@ -100,7 +100,7 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
-def kind() -> dict:
+def hardware() -> dict:
     """Processor and cores: what a measured time belongs to."""
     return {"processor": _processor_name(), "cores": cores()}
 
@@ -198,7 +198,7 @@ def environment() -> dict:
         "python": platform.python_version(),
         "packages": _versions(),
         "platform": platform.platform(),
-        **kind(),
+        **hardware(),
         "topology": topology(),
         "native_precision": native_precision(),
         "mpi": mpi,

@@ -11,25 +11,25 @@ import signal
 import threading
 
 SIGNAL = signal.SIGUSR1
-_asked = threading.Event()
+_requested = threading.Event()
 
 
 def listen() -> None:
-    """From now on the signal asks for a stop. Elsewhere than in the main thread, only `ask` can."""
+    """Let the signal request a stop. Outside the main thread, only `request` can."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(SIGNAL, lambda number, frame: _asked.set())
+        signal.signal(SIGNAL, lambda number, frame: _requested.set())
 
 
-def ask() -> None:
-    """Ask the training in this process to stop."""
-    _asked.set()
+def request() -> None:
+    """Request that the training in this process stops after its current step."""
+    _requested.set()
 
 
-def asked() -> bool:
-    """Has somebody asked since `forget`?"""
-    return _asked.is_set()
+def requested() -> bool:
+    """Whether a stop was requested since `clear`."""
+    return _requested.is_set()
 
 
-def forget() -> None:
-    """The training that was asked has ended."""
-    _asked.clear()
+def clear() -> None:
+    """Forget the request, as the training has ended."""
+    _requested.clear()

@@ -78,10 +78,10 @@ from chexlib import stopping
 stopping.listen()
 print("listening", flush=True)
 until = time.monotonic() + 60
-while not stopping.asked() and time.monotonic() < until:
+while not stopping.requested() and time.monotonic() < until:
     time.sleep(0.05)
 time.sleep(0.5)  # its checkpoint
-print("stopped" if stopping.asked() else "time limit", flush=True)
+print("stopped" if stopping.requested() else "time limit", flush=True)
 """
 
 

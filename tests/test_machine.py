@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from chexlib import machine
-from chexlib.machine import cores, kind, native_precision, processor_flags, topology
+from chexlib.machine import cores, hardware, native_precision, processor_flags, topology
 from chexlib.training.config import TrainConfig
 
 ARM = """processor\t: 0
@@ -104,9 +104,9 @@ def test_a_mac_names_its_processor_by_sysctl(mac, tmp_path, monkeypatch):
     )
     sysctl.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert kind() == {"processor": "Apple M4 Pro", "cores": 8}
+    assert hardware() == {"processor": "Apple M4 Pro", "cores": 8}
     sysctl.unlink()
-    assert kind() == {"processor": "unknown", "cores": 8}
+    assert hardware() == {"processor": "unknown", "cores": 8}
 
 
 def test_an_arm_processor_is_told_by_its_design_and_computes_in_float32(
@@ -115,7 +115,10 @@ def test_an_arm_processor_is_told_by_its_design_and_computes_in_float32(
     pretend((0, 0, 0), (0, 1, 0))
     (tmp_path / "cpuinfo").write_text(ARM)
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert kind() == {"processor": "aarch64 implementer 0x41 variant 0x0 part 0xd4f", "cores": 2}
+    assert hardware() == {
+        "processor": "aarch64 implementer 0x41 variant 0x0 part 0xd4f",
+        "cores": 2,
+    }
     assert processor_flags() == {"fp", "asimd", "sve", "bf16", "i8mm"}
     assert native_precision() == "float32"
 
@@ -125,7 +128,7 @@ def test_a_processor_of_x86_goes_by_the_name_that_the_kernel_gives(pretend, tmp_
     (tmp_path / "cpuinfo").write_text(
         "processor\t: 0\nmodel name\t: AMD EPYC: 7763\nflags\t\t: avx2\n\n"
     )
-    assert kind() == {"processor": "AMD EPYC: 7763", "cores": 1}
+    assert hardware() == {"processor": "AMD EPYC: 7763", "cores": 1}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from small_training import config_for, with_a_tiny_network
 from chexlib import stopping
 from chexlib.collectives import World, require_agreement
 from chexlib.errors import ClusterError, ConfigError, WeightsError
-from chexlib.files import replacing
+from chexlib.files import atomic_write
 from chexlib.models.weights import load_model
 from chexlib.phantom.write import write_phantom
 from chexlib.training.callbacks import snapshots_of
@@ -49,7 +49,9 @@ def assert_same_model(a, b):
 
 
 def ask_at(epoch, step):
-    return lambda told: stopping.ask() if (told["epoch"], told["step"]) >= (epoch, step) else None
+    return lambda told: (
+        stopping.request() if (told["epoch"], told["step"]) >= (epoch, step) else None
+    )
 
 
 def test_a_stop_keeps_a_checkpoint_and_resuming_ends_as_if_undisturbed(
@@ -273,10 +275,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, where):
         monkeypatch.setattr("chexlib.files._OPEN_FILES", str(tmp_path / "none"))
     path = tmp_path / "file.bin"
     for content in (b"old", b"new"):
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(content)
             assert not anonymous or [p.name for p in tmp_path.iterdir()] in ([], ["file.bin"])
-    with pytest.raises(RuntimeError), replacing(path) as file:
+    with pytest.raises(RuntimeError), atomic_write(path) as file:
         file.write(b"half")
         raise RuntimeError
     assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["file.bin"]

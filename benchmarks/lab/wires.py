@@ -28,7 +28,7 @@ from scipy import optimize, stats
 
 from benchmarks.lab.emulated import EmulatedHosts, why_not
 from chexlib.errors import ClusterError
-from chexlib.machine import cores, kind
+from chexlib.machine import cores, hardware
 from chexlib.mpi import find_mpi, thread_environment
 from chexlib.scaling.model import Horovod, communication_left
 from chexlib.scaling.network import Fabric, Link
@@ -98,7 +98,12 @@ def measure_wires(
             f"no networks can be emulated: {reason}. Without them the committed reference can be "
             "read."
         )
-    how = {"rates": ",".join(f"{rate:g}" for rate in rates), "turns": turns, "spent": 5, **kind()}
+    how = {
+        "rates": ",".join(f"{rate:g}" for rate in rates),
+        "turns": turns,
+        "spent": 5,
+        **hardware(),
+    }
     asked = [{**point, **how} for point in points]
     rows = run_grid(asked, table, lambda point, folder: _launch(point))
     keep = [*LAUNCH, "size", "batch", "measured"]

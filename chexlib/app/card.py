@@ -12,7 +12,7 @@ import pandas as pd
 from chexlib.data.nih import data_name
 from chexlib.errors import DataError, WeightsError
 from chexlib.evaluation.auroc import in_words, judge
-from chexlib.files import replacing
+from chexlib.files import atomic_write
 from chexlib.models.cards import config_of, read_card
 
 
@@ -87,7 +87,7 @@ def write_card(run: str | Path) -> Path:
         raise WeightsError(
             f"{reason}. Name the folder of a training, or add it with `extend_card`."
         ) from error
-    with replacing(folder / "MODEL_CARD.md") as file:
+    with atomic_write(folder / "MODEL_CARD.md") as file:
         file.write(text.encode())
     return folder / "MODEL_CARD.md"
 

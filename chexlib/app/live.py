@@ -120,7 +120,7 @@ async def watched(function: Callable, *args: Any, engines=None, **kwargs: Any) -
     """
     from chexlib import stopping
 
-    stop = stopping.ask if engines is None else engines.stop
+    stop = stopping.request if engines is None else engines.stop
     if engines is not None:
         kwargs["engines"] = engines
     view = LiveLine() if os.environ.get(BATCH) else LiveView(stop)

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from chexlib.app.notebook_page import caption, write_page
-from chexlib.files import replacing
+from chexlib.files import atomic_write
 from chexlib.findings import FINDINGS
 
 
@@ -62,7 +62,7 @@ def build_report(run: Path, only: Collection[str] | None = None) -> Path:
         verdicts=VERDICTS,
     )
     index = run / "index.html"
-    with replacing(index) as file:
+    with atomic_write(index) as file:
         file.write(text.encode())
     return index
 

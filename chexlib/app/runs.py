@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chexlib.errors import ConfigError
-from chexlib.files import ROOT, plain, replacing, write_json
+from chexlib.files import ROOT, atomic_write, plain, write_json
 from chexlib.machine import environment
 
 PHANTOM_SIZE = 128  # side in pixels of the phantoms that notebooks make
@@ -64,7 +64,7 @@ class Run:
         """
         folder = self.path / "figures"
         folder.mkdir(exist_ok=True)
-        with replacing(folder / f"{name}.png") as file:
+        with atomic_write(folder / f"{name}.png") as file:
             figure.savefig(
                 file, format="png", dpi=120, bbox_inches="tight", metadata={"Description": caption}
             )

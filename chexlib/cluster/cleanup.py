@@ -25,7 +25,7 @@ from pathlib import Path
 
 import psutil
 
-from chexlib.files import replacing
+from chexlib.files import atomic_write
 
 PREFIX = "chexlib-cluster-"  # begins the name of every cluster's folder
 PATIENCE = 5.0  # seconds from SIGTERM to SIGKILL
@@ -86,7 +86,7 @@ def sign(folder: str | Path, ranks: Sequence[int] = ()) -> None:
         "born": psutil.Process().create_time(),
         "shared": sorted(shared),
     }
-    with replacing(Path(folder) / OWNER) as file:
+    with atomic_write(Path(folder) / OWNER) as file:
         file.write(json.dumps(owner).encode())
 
 

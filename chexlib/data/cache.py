@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from chexlib.data.nih import first_few, read_image
 from chexlib.errors import DataError
-from chexlib.files import ROOT, replacing
+from chexlib.files import ROOT, atomic_write
 from chexlib.machine import cores
 
 FOLDER = "CHEXLIB_CACHE"  # the environment variable that names another folder than data/cache
@@ -240,7 +240,7 @@ class ImageStore:
         """
         mark = self.folder / "id"
         if not mark.exists():
-            with replacing(mark) as file:
+            with atomic_write(mark) as file:
                 file.write(uuid.uuid4().hex.encode())
         gather(None)  # now all have written it, and the last one counts
         folder, host, pid = mark.read_text(), os.uname().nodename, os.getpid()
@@ -291,7 +291,7 @@ class ImageStore:
         kept = index.drop_duplicates("digest").set_index("digest")
         kept = kept[["pixels", "row", "crc", "dark"]]
         rows, written = [], 0
-        with replacing(self.folder / f"{name}.pixels") as file:
+        with atomic_write(self.folder / f"{name}.pixels") as file:
             for start in range(0, min(len(missing), _ROWS), _CHUNK):
                 chunk = missing.iloc[start : start + _CHUNK]
                 paths = [self.paths[i] for i in chunk.index]
@@ -308,7 +308,7 @@ class ImageStore:
                 if time.monotonic() > until:
                     break
         table = pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS)
-        with replacing(self.folder / f"{name}.parquet") as file:
+        with atomic_write(self.folder / f"{name}.parquet") as file:
             table.to_parquet(file, index=False)
         if not written:
             (self.folder / f"{name}.pixels").unlink()

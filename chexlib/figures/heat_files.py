@@ -13,7 +13,7 @@ from chexlib.data.pictures import read_picture
 from chexlib.errors import ConfigError
 from chexlib.evaluation.explain import heat_maps
 from chexlib.evaluation.operating import read_by_card
-from chexlib.files import replacing
+from chexlib.files import atomic_write
 from chexlib.findings import FINDINGS
 
 
@@ -70,6 +70,6 @@ class HeatMapFiles:
             name, number = f"{Path(path).stem}.png", 2
             while name in self.written:  # of another folder
                 name, number = f"{Path(path).stem}-{number}.png", number + 1
-            with replacing(self.folder / name) as file:
+            with atomic_write(self.folder / name) as file:
                 heat_figure([image] * len(heat), heat, titles).savefig(file, format="png", dpi=100)
             self.written.append(name)

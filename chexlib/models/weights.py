@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from chexlib.errors import ChexlibError, WeightsError
-from chexlib.files import replacing
+from chexlib.files import atomic_write
 from chexlib.findings import FINDINGS
 from chexlib.models.arrays import HEAD, fill_model, head_differs, layout, read_arrays
 from chexlib.models.cards import CARD, config_of, extend_card, find_weights, first_line, read_card  # noqa: F401
@@ -146,7 +146,7 @@ def load_weights(
 def save_model(model, path, *, card: dict) -> Path:
     """Write `model` and its card to one `.keras` file, atomically."""
     path = Path(path)
-    with tempfile.TemporaryDirectory() as folder, replacing(path) as file:
+    with tempfile.TemporaryDirectory() as folder, atomic_write(path) as file:
         draft = Path(folder) / "model.keras"  # Keras writes to a name with this ending only
         model.save(draft)
         with zipfile.ZipFile(draft, "a") as archive:

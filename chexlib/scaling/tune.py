@@ -14,8 +14,8 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from chexlib.errors import ClusterError, ConfigError
-from chexlib.files import ROOT, holding, replacing
-from chexlib.machine import cores, kind
+from chexlib.files import ROOT, atomic_write, file_lock
+from chexlib.machine import cores, hardware
 from chexlib.scaling.throughput import measure
 from chexlib.training.config import TrainConfig
 
@@ -80,7 +80,7 @@ def tune(
         dict(zip(KEYS, (topology, size, precision, batch, *layout), strict=True))
         for precision, batch, layout in itertools.product(precisions, batches, layouts())
     ]
-    here = kind()
+    here = hardware()
     measured = [row for row in known if row["images_per_second"] and row["steps"] >= steps]
     missing = [point for point in wanted if not any(_same(row, point, here) for row in measured)]
     for point in tqdm(missing, desc="layouts", unit="layout", disable=not progress, leave=False):
@@ -120,7 +120,7 @@ def save_winner(table: pd.DataFrame, path: str | Path = "") -> dict:
     said = f"{best['images_per_second']:.2f} images/s, the fastest of {len(table)}"
     lines = [f"# Written by `chexlib tune`. {best['topology']}, {best['size']} px: {said}."]
     lines += [f"{name}: {value}" for name, value in winner.items()]
-    with replacing(path or PROFILE) as file:
+    with atomic_write(path or PROFILE) as file:
         file.write(("\n".join(lines) + "\n").encode())
     return winner
 
@@ -132,9 +132,9 @@ def _points(path: Path) -> list[dict]:
 def _add(path: Path, point: dict) -> list[dict]:
     """Write one more point after those that are in the file by now. Gives all of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with holding(path.with_name(f".{path.name}.lock")):
+    with file_lock(path.with_name(f".{path.name}.lock")):
         points = [*_points(path), point]
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(json.dumps(points, indent=1).encode())
     return points
 

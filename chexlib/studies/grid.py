@@ -26,7 +26,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from chexlib.errors import ConfigError
-from chexlib.files import holding, replacing
+from chexlib.files import atomic_write, file_lock
 from chexlib.machine import environment, native_precision
 from chexlib.training import TRAINING_VERSION
 from chexlib.training.config import FREE, TrainConfig
@@ -114,7 +114,7 @@ def run_grid(
                 break
             if clash := sorted({"key", *point, *MADE_BY} & set(found)):
                 raise ConfigError(f"results may not be named as settings are: {', '.join(clash)}.")
-            with holding(work / "table.lock"):
+            with file_lock(work / "table.lock"):
                 known = _append(table, {"key": key, **point, **found, **_made_by(point)})
             shutil.rmtree(work / key, ignore_errors=True)
             done = sum(key in known for key in missing)
@@ -136,7 +136,7 @@ def _unmeasured(keys: Sequence[str], table: Path, work: Path, bar) -> Iterator[s
     left = list(keys)
     while left:
         for key in left:
-            with holding(work / f"{key}.lock", wait=False) as mine:
+            with file_lock(work / f"{key}.lock", wait=False) as mine:
                 if mine and key not in _known(table):
                     yield key
             bar.update(len(set(keys) & set(_known(table))) - bar.n)
@@ -233,6 +233,6 @@ def _append(table: Path, row: dict) -> dict[str, dict]:
     frame = pd.DataFrame(list(rows.values())).drop(columns="row", errors="ignore")
     # As it was, where the columns of others make NaN and floats.
     frame["row"] = [json.dumps(row) for row in rows.values()]
-    with replacing(table) as file:
+    with atomic_write(table) as file:
         frame.to_parquet(file, index=False)
     return rows

@@ -22,7 +22,7 @@ from chexlib.collectives import join_world
 from chexlib.data.nih import data_name
 from chexlib.data.pipeline import generator_for
 from chexlib.errors import ClusterError, ConfigError, WeightsError
-from chexlib.files import replacing
+from chexlib.files import atomic_write
 from chexlib.models.statistics import recalibrate
 from chexlib.models.topologies import NORMALIZATION
 from chexlib.models.weights import save_model
@@ -125,7 +125,7 @@ def fit(
     try:
         return _fit_here(config, report, verbose, reuse or Reuse(), measure)
     finally:
-        stopping.forget()  # not at the start: a stop may be asked for while everything is got ready
+        stopping.clear()  # not at the start: a stop may be asked for while everything is got ready
 
 
 def _fit_here(
@@ -229,7 +229,7 @@ def _prepare(config: TrainConfig) -> None:
     run_dir = Path(config.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        with replacing(run_dir / "config.json") as file:
+        with atomic_write(run_dir / "config.json") as file:
             file.write(json.dumps(config.to_dict(), indent=1).encode())
         if not config.resume:
             for path in checkpoint_files(run_dir / "checkpoints"):
@@ -262,7 +262,7 @@ def _write(result: TrainResult, model, predictions: pd.DataFrame, steps: list) -
     try:
         save_model(model, result.model, card={**card, **facts})
         for name, table in tables.items():
-            with replacing(run_dir / f"{name}.parquet") as file:
+            with atomic_write(run_dir / f"{name}.parquet") as file:
                 table.to_parquet(file, index=False)
     except OSError as error:
         raise WeightsError(

@@ -16,7 +16,7 @@ import numpy as np
 from chexlib import stopping
 from chexlib.collectives import World, require_agreement
 from chexlib.errors import ConfigError, WeightsError
-from chexlib.files import replacing
+from chexlib.files import atomic_write
 from chexlib.training.callbacks import Plateau, PooledValidation, Position, Progress
 from chexlib.training.config import TrainConfig
 
@@ -59,7 +59,7 @@ def save_checkpoint(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             np.savez(file, **content, digest=np.frombuffer(_digest(content), np.uint8))
     except OSError as error:
         size = sum(array.nbytes for array in content.values()) / 1e6
@@ -164,7 +164,7 @@ class Saver(keras.callbacks.Callback):
             self._tracker = None
 
     def on_train_batch_begin(self, batch, logs=None):
-        if stopping.asked():
+        if stopping.requested():
             self.model.asking.assign(1.0)
 
     def on_train_batch_end(self, batch, logs=None):

@@ -23,7 +23,7 @@ from chexlib.data.nih import (
 )
 from chexlib.data.splits import LISTS, read_list
 from chexlib.errors import DataError
-from chexlib.files import replacing
+from chexlib.files import atomic_write
 from chexlib.findings import FINDINGS, NO_FINDING
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def collect(folders: Sequence[str | Path], directory: str | Path) -> Path:
     _write(directory / "BBox_List_2017.csv", boxes)
     for name in LISTS:
         listed = {image for part in parts for image in _listed(part, name)}
-        with replacing(directory / name) as file:
+        with atomic_write(directory / name) as file:
             file.write(
                 "".join(f"{image}\n" for image in table["image"] if image in listed).encode()
             )
@@ -107,5 +107,5 @@ def _listed(part: Radiographs, name: str) -> tuple[str, ...]:
 
 
 def _write(path: Path, table: pd.DataFrame) -> None:
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         table.to_csv(file, index=False)

@@ -18,7 +18,7 @@ from chexlib.errors import DataError
 from chexlib.evaluation.auroc import resample
 from chexlib.evaluation.ensembles import mean_auroc, stack
 from chexlib.evaluation.resampling import draw_patients, interval_of, mean_of, patients_behind
-from chexlib.files import replacing
+from chexlib.files import atomic_write
 from chexlib.findings import FINDINGS
 from chexlib.studies.grid import point_key, run_grid
 from chexlib.training.callbacks import pooled_scorer
@@ -69,7 +69,7 @@ def cross_validate(
     def measure(point, work):
         def look(trainer, parts, world: World):
             scores = pooled_scorer(trainer.infer, parts, world, size=config.size)("test")
-            with replacing(folder / "scores" / f"{point_key(point)}.parquet") as file:
+            with atomic_write(folder / "scores" / f"{point_key(point)}.parquet") as file:
                 predictions_of(parts["test"], scores, "test").to_parquet(file, index=False)
             keep(point, trainer.model)
             return {"auroc": mean_auroc(parts["test"].labels, scores)}

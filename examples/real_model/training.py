@@ -22,7 +22,7 @@ from chexlib.data.nih import Radiographs, load_radiographs
 from chexlib.data.splits import Split
 from chexlib.evaluation.ensembles import save_ensemble
 from chexlib.evaluation.resampling import with_interval
-from chexlib.files import holding, replacing, write_json
+from chexlib.files import atomic_write, file_lock, write_json
 from chexlib.machine import environment
 from chexlib.models.cards import split_of
 from chexlib.models.topologies import NORMALIZATION
@@ -107,7 +107,7 @@ def train_real_model(
     out, s = Path(out).absolute(), settings
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    with holding(out / "prepare.lock"):
+    with file_lock(out / "prepare.lock"):
         data = collect(folders, out / "data")
         start = _pretrained(out, s)
     if not start:
@@ -285,7 +285,7 @@ def _write(
         "about": about,
     }
     extend_card(path, **facts, data=f"{data['images']:,} real radiographs of the NIH release")
-    with replacing(out / "predictions.parquet") as file:
+    with atomic_write(out / "predictions.parquet") as file:
         predictions.to_parquet(file, index=False)
     write_json(out / "environment.json", environment())
     write_json(out / "metrics.json", {"split": found["split"], "gains": found["gains"]})
