@@ -20,14 +20,13 @@ import pandas as pd
 
 from chexlib.app import runs
 from chexlib.data.nih import data_name
-from chexlib.evaluation.auroc import part_of, split_in_words
+from chexlib.evaluation.auroc import mean_auroc, part_of, split_in_words
 from chexlib.evaluation.calibration import (
     METHODS,
     calibration_error,
     compare_calibrations,
     fit_calibration,
 )
-from chexlib.evaluation.ensembles import mean_auroc
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 from chexlib.training.trainer import Reuse

@@ -8,13 +8,13 @@ Every kind of interval that the project prints, with the function that makes it:
 | --- | --- | --- |
 | AUROC of a finding, and of their mean | `auroc.bootstrap_auroc` | 03, 04, 09, `evaluate`, subgroups |
 | average precision of a finding | `auroc.bootstrap_auroc` | 03, 04, 09, `evaluate` |
-| difference of AUROC, same images | `paired.paired_difference` | 04, 06 (ensembles, peaks), 09, leakage, `evaluate` |
+| difference of AUROC, same images | `auroc.paired_difference` | 04, 06 (ensembles, peaks), 09, leakage, `evaluate` |
 | difference of AUROC, mean of seeds | `cross_validation.arm_gains` | real model |
 | calibration error, Brier score | `calibration.calibration_error` | 09 |
 | difference of Brier scores | `calibration.brier_difference` | 09 |
 | sensitivity, specificity, PPV, NPV | `operating.rates_at` (`share`) | 09 |
 | pointing game, IoU, IoBB | `explain.judge_boxes` (`share`) | 09 |
-| mean over seeds or rounds | `student.mean_of_seeds`, `over_seeds` | 05, 06, 07, 08 |
+| mean over seeds or rounds | `intervals.mean_of_seeds`, `over_seeds` | 05, 06, 07, 08 |
 | what the wires cost | `wires.fit_wires` | 08 |
 
 The expected calibration error and the mean average precision have none, as they are biased. Spans
@@ -25,7 +25,7 @@ Patients have 1 to 20 images each, as often as in the NIH release; a finding com
 patient, and so do the errors of the scores (correlation 0.5 within a patient). Scores are normal
 with variance 1 and a distance d between the classes, so that the true AUROC is Phi(d / sqrt 2), and
 the true probability of a finding is known. One JSON line a kind and range of patients (effective
-number, `resampling.effective_number`, of the smaller class): *coverage*, the share of intervals
+number, `intervals.effective_number`, of the smaller class): *coverage*, the share of intervals
 that hold the truth, and *told*, "below 93 %" or "above 98 %".
 
 *chance*: two models of equal worth; share of trials in which any of 14 findings or their mean is
@@ -49,12 +49,10 @@ from scipy.stats import norm
 from benchmarks.lab.wires import LAUNCH, fit_wires, launches, wire_seconds
 from chexlib.app.reference import difference_p, estimates
 from chexlib.evaluation import calibration
-from chexlib.evaluation.auroc import bootstrap_auroc
+from chexlib.evaluation.auroc import bootstrap_auroc, paired_difference
 from chexlib.evaluation.explain import judge_boxes
+from chexlib.evaluation.intervals import effective_number, holm, mean_of_seeds, patients_behind
 from chexlib.evaluation.operating import RATES, OperatingPoints, rates_at
-from chexlib.evaluation.paired import holm, paired_difference
-from chexlib.evaluation.resampling import effective_number, patients_behind
-from chexlib.evaluation.verdicts import mean_of_seeds
 from chexlib.findings import FINDINGS
 from chexlib.phantom.population import FILMS
 from chexlib.scaling.workload import Workload
@@ -240,9 +238,9 @@ def rates(tally: Tally, labels, scores, patients) -> None:
             sensitive, specific = norm.cdf(APART[i] - own[i]), norm.cdf(own[i])
             mass = {"tp": SHARES[i] * sensitive, "fn": SHARES[i] * (1 - sensitive)}
             mass |= {"tn": (1 - SHARES[i]) * specific, "fp": (1 - SHARES[i]) * (1 - specific)}
-            for rate, (success, of) in RATES.items():
-                n = effective_number(patients[cells[of[0]] | cells[of[1]]])
-                true = mass[success] / sum(mass[cell] for cell in of)
+            for rate, (success, other) in RATES.items():
+                n = effective_number(patients[cells[success] | cells[other]])
+                true = mass[success] / (mass[success] + mass[other])
                 tally.add(rate, true, row[f"{rate}_low"], row[f"{rate}_high"], n)
 
 

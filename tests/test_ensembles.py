@@ -9,7 +9,8 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 from chexlib.errors import DataError
-from chexlib.evaluation.ensembles import choose, diversity, mean_auroc, save_ensemble, stack
+from chexlib.evaluation.auroc import mean_auroc
+from chexlib.evaluation.ensembles import choose, diversity, save_ensemble, stack
 from chexlib.findings import FINDINGS
 from chexlib.models.predict import predict
 from chexlib.models.topologies import build_model

@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from chexlib.errors import DataError
 from chexlib.evaluation.auroc import Ranking, auroc, bootstrap_auroc, in_words, judge
-from chexlib.evaluation.resampling import with_interval
+from chexlib.evaluation.intervals import with_interval
 from chexlib.files import ROOT
 from chexlib.findings import FINDINGS
 

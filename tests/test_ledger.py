@@ -594,7 +594,7 @@ def test_the_ledger_is_plain_values_for_json():
 
 
 def test_where_no_seed_has_all_trainings_there_is_a_reason_and_no_verdict():
-    from chexlib.evaluation.verdicts import has_learnt, nothing_learnt
+    from chexlib.evaluation.intervals import has_learnt, nothing_learnt
 
     for nothing in (None, float("nan")):
         assert not has_learnt(nothing)

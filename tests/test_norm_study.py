@@ -12,7 +12,7 @@ from small_training import Places, config_for
 
 from chexlib.collectives import World
 from chexlib.errors import ConfigError
-from chexlib.evaluation.verdicts import over_seeds
+from chexlib.evaluation.intervals import over_seeds
 from chexlib.models.weights import load_model
 from chexlib.studies import batch_norm as norm_study
 from chexlib.studies.batch_norm import (

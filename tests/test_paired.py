@@ -9,7 +9,8 @@ from scipy.stats import t as student
 from sklearn.metrics import roc_auc_score
 
 from chexlib.errors import DataError
-from chexlib.evaluation.paired import compare, holm, paired_difference
+from chexlib.evaluation.auroc import compare, paired_difference
+from chexlib.evaluation.intervals import holm
 from chexlib.findings import FINDINGS
 
 

@@ -14,9 +14,8 @@ from chexlib.app.cli import main
 from chexlib.data.nih import load_radiographs
 from chexlib.data.splits import LISTS, audit, read_list
 from chexlib.errors import DataError
-from chexlib.evaluation.auroc import bootstrap_auroc, judge
+from chexlib.evaluation.auroc import bootstrap_auroc, judge, subgroup_auroc, traits_of
 from chexlib.evaluation.scores import evaluate, judged_in, read_scores, where_from
-from chexlib.evaluation.subgroups import subgroup_auroc, traits_of
 from chexlib.findings import FINDINGS
 from chexlib.phantom.write import write_phantom
 from chexlib.studies.leakage import leakage_gain, leaking_configs, leaking_lists

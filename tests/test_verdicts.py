@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from chexlib.evaluation.verdicts import VERDICTS, percent_lost, verdict_on_gain
+from chexlib.evaluation.intervals import VERDICTS, percent_lost, verdict_on_gain
 
 
 def test_a_loss_is_a_share_of_the_skill_above_chance():

@@ -148,7 +148,7 @@ def compare_run(run: str | Path, *, reference: str | Path = "") -> dict[str, dic
     import numpy as np
     import pandas as pd
 
-    from chexlib.evaluation.paired import holm
+    from chexlib.evaluation.intervals import holm
 
     folder = Path(reference or ROOT / "data" / "reference")
     found = {}

@@ -1,5 +1,5 @@
-"""AUROC and average precision per finding, with intervals that respect that a patient's images are
-not independent.
+"""AUROC and average precision per finding, in subgroups and against another model, with intervals
+that respect that a patient's images are not independent.
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ import pandas as pd
 from scipy.sparse import csr_array
 
 from chexlib.errors import DataError
-from chexlib.evaluation.resampling import (
+from chexlib.evaluation.intervals import (
     FEWEST_PATIENTS,
     draw_patients,
+    enough_patients,
     interval_of,
-    mean_of,
+    paired_bootstrap,
     patients_behind,
+    table_of_findings,
     with_interval,
+    with_mean,
 )
 from chexlib.findings import FINDINGS
 from chexlib.machine import cores
 
 CHUNK = 125  # resamples at a time: their patients' weights stay in the processor's cache
-COLUMNS = ["auroc", "low", "high", "ap", "ap_low", "ap_high", "positives", "negatives"]
+AGES = {"under 40": 40, "40 to 59": 60, "60 and over": np.inf}  # years: band, and where it ends
 log = logging.getLogger(__name__)
 
 
@@ -64,18 +67,20 @@ class Ranking:
         owners = np.arange(len(labels)) if owners is None else np.asarray(owners)
         order = np.argsort(-scores, kind="stable")  # the highest first
         up, down = order[labels[order] == 1], order[labels[order] == 0]
-        above, through = (
-            np.searchsorted(-scores[down], -scores[up], side) for side in ("left", "right")
-        )
-        edges, place = np.unique(np.r_[above, through], return_inverse=True)
-        # The last is below every positive.
-        segment = np.searchsorted(edges, np.arange(len(down)), side="right")
-        shape = (len(edges) + 1, owners.max(initial=-1) + 1)
-        # Of equal positives.
-        self.up, self.last = owners[up], np.searchsorted(-scores[up], -scores[up], "right") - 1
-        self.above, self.through = place[: len(up)], place[len(up) :]
-        self.between = csr_array((np.ones(len(down)), (segment, owners[down])), shape=shape)
-        self.tied = bool((above != through).any()), bool((self.last != np.arange(len(up))).any())
+        falling_up, falling_down = -scores[up], -scores[down]
+        # How many negatives lie above each positive, without those of its score and with them.
+        above = np.searchsorted(falling_down, falling_up, "left")
+        through = np.searchsorted(falling_down, falling_up, "right")
+        edges, segment_of = np.unique(np.r_[above, through], return_inverse=True)
+        self.above, self.through = segment_of[: len(up)], segment_of[len(up) :]
+        # The last segment is below every positive.
+        segment = np.searchsorted(edges, np.arange(len(down)), "right")
+        cells = np.ones(len(down)), (segment, owners[down])
+        self.between = csr_array(cells, shape=(len(edges) + 1, owners.max(initial=-1) + 1))
+        self.up = owners[up]
+        self.last = np.searchsorted(falling_up, falling_up, "right") - 1  # of equal positives
+        self.classes_tie = bool((above != through).any())
+        self.positives_tie = bool((self.last != np.arange(len(up))).any())
 
     def measure(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """AUROC and average precision for each column of `weights` (owners, resamples); NaN where a
@@ -89,15 +94,15 @@ class Ranking:
         down = np.cumsum(self.between @ weights, axis=0)
         hits, false = np.cumsum(up, axis=0), down[self.through]
         all_up, all_down = up.sum(axis=0), down[-1]
-        lost = np.einsum("ij,ij->j", up, (false + down[self.above]) / 2 if self.tied[0] else false)
-        hits = hits[self.last] if self.tied[1] else hits
-        predicted = hits + false
-        precision = np.divide(hits, predicted, out=hits, where=predicted > 0)
+        ahead = (false + down[self.above]) / 2 if self.classes_tie else false
+        lost = np.einsum("ij,ij->j", up, ahead)
+        if self.positives_tie:
+            hits = hits[self.last]
+        called = hits + false
+        precision = np.divide(hits, called, out=hits, where=called > 0)
         with np.errstate(invalid="ignore", divide="ignore"):
-            area, average = (
-                1 - lost / (all_up * all_down),
-                np.einsum("ij,ij->j", up, precision) / all_up,
-            )
+            area = 1 - lost / (all_up * all_down)
+            average = np.einsum("ij,ij->j", up, precision) / all_up
         defined = (all_up > 0) & (all_down > 0)
         return np.where(defined, area, np.nan), np.where(defined, average, np.nan)
 
@@ -111,6 +116,14 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     return float(area[0])
 
 
+def mean_auroc(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Mean AUROC over the findings that have both classes, of (n, k) labels and scores; NaN if none
+    has.
+    """
+    areas = [auroc(y, s) for y, s in zip(np.asarray(labels).T, np.asarray(scores).T, strict=True)]
+    return float(with_mean(np.array(areas))[-1])
+
+
 def resample(labels, scores, drawn: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """AUROC and average precision of all findings: (2, findings), and of each resample: (2,
     findings, resamples).
@@ -121,16 +134,21 @@ def resample(labels, scores, drawn: np.ndarray, codes: np.ndarray) -> tuple[np.n
     everybody = np.ones((len(drawn), 1))
     chunks = [everybody, *(drawn[:, i : i + CHUNK] for i in range(0, drawn.shape[1], CHUNK))]
 
-    def one(finding):
-        ranking = Ranking(*finding, codes)
+    def measure(of_finding, its_scores):
+        ranking = Ranking(of_finding, its_scores, codes)
         return np.hstack([ranking.measure(chunk) for chunk in chunks])
 
+    columns = zip(np.asarray(labels).T, np.asarray(scores).T, strict=True)
     with ThreadPoolExecutor(cores()) as pool:  # NumPy and SciPy let go of the interpreter
-        found = np.stack(
-            list(pool.map(one, zip(np.asarray(labels).T, np.asarray(scores).T, strict=True))),
-            axis=1,
-        )
-    return found[..., 0], found[..., 1:]
+        jobs = [pool.submit(measure, *pair) for pair in columns]
+        measured = np.stack([job.result() for job in jobs], axis=1)
+    return measured[..., 0], measured[..., 1:]
+
+
+def auroc_samples(labels, scores, drawn, codes) -> tuple[np.ndarray, np.ndarray]:
+    """The AUROC of `resample` alone: (14,) and (14, resamples)."""
+    points, samples = resample(labels, scores, drawn, codes)
+    return points[0], samples[0]
 
 
 def bootstrap_auroc(
@@ -166,15 +184,11 @@ def bootstrap_auroc(
     findings = table.drop(index="mean")
     undefined = findings["auroc"].isna()
     if undefined.any():
-        log.info(
-            "AUROC is undefined, one class only, for: %s", ", ".join(findings.index[undefined])
-        )
-    if (alone := ~undefined & findings["low"].isna()).any():
-        log.info(
-            "no interval, under %d patients a class, for: %s",
-            FEWEST_PATIENTS,
-            ", ".join(findings.index[alone]),
-        )
+        names = ", ".join(findings.index[undefined])
+        log.info("AUROC is undefined, one class only, for: %s", names)
+    if (too_few := ~undefined & findings["low"].isna()).any():
+        names = ", ".join(findings.index[too_few])
+        log.info("no interval, under %d patients a class, for: %s", FEWEST_PATIENTS, names)
     return table
 
 
@@ -183,27 +197,27 @@ def auroc_table(labels, scores, patients, *, resamples: int, seed: int) -> pd.Da
     labels = np.asarray(labels)
     drawn, codes = draw_patients(patients, resamples=resamples, seed=seed)
     points, samples = resample(labels, scores, drawn, codes)
-    points, samples = (
-        np.c_[points, mean_of(points)],
-        np.concatenate([samples, mean_of(samples)[:, None]], axis=1),
-    )
-    low, high = interval_of(points, samples, patients_behind(labels, codes), share=True)
+    behind = patients_behind(labels, codes)
+    columns = {}
+    for name, prefix, values, resampled in zip(
+        ("auroc", "ap"), ("", "ap_"), points, samples, strict=True
+    ):
+        values = with_mean(values)
+        low, high = interval_of(values, with_mean(resampled), behind, share=True)
+        columns |= {name: values, f"{prefix}low": low, f"{prefix}high": high}
+    for name, value in (("positives", 1), ("negatives", 0)):
+        counts = (labels == value).sum(axis=0)
+        columns[name] = np.append(counts, counts.sum())
+    table = table_of_findings(columns)
     # Of 14 findings the bias of each adds up, and chance does not.
-    low[1, -1] = high[1, -1] = np.nan
-    counts = [np.append(n, n.sum()) for n in ((labels == 1).sum(0), (labels == 0).sum(0))]
-    columns = (points[0], low[0], high[0], points[1], low[1], high[1], *counts)
-    return pd.DataFrame(
-        dict(zip(COLUMNS, columns, strict=True)),
-        index=pd.Index([*FINDINGS, "mean"], name="finding"),
-    )
+    table.loc["mean", ["ap_low", "ap_high"]] = np.nan
+    return table
 
 
 def in_words(row) -> str:
     """ "0.842 (0.830 to 0.853)": a row of `bootstrap_auroc`, or of a `metrics.json`, for a sentence."""
-    area, low, high = (
-        np.nan if row[name] is None else row[name] for name in ("auroc", "low", "high")
-    )
-    return with_interval(area, low, high, without="too few patients for an interval")
+    values = [np.nan if row[name] is None else row[name] for name in ("auroc", "low", "high")]
+    return with_interval(*values, without="too few patients for an interval")
 
 
 def split_in_words(split) -> str:
@@ -219,13 +233,11 @@ def part_of(predictions: pd.DataFrame, part: str) -> tuple[pd.DataFrame, np.ndar
     """
     rows = predictions[predictions["part"] == part]
     if rows.empty:
-        raise DataError(
-            f"the predictions have no part {part!r} (parts: "
-            f"{', '.join(predictions['part'].unique())})."
-        )
-    return rows, *(
-        rows[[f"{kind}_{f}" for f in FINDINGS]].to_numpy(np.float64) for kind in ("label", "score")
-    )
+        parts = ", ".join(predictions["part"].unique())
+        raise DataError(f"the predictions have no part {part!r} (parts: {parts}).")
+    labels = rows[[f"label_{finding}" for finding in FINDINGS]]
+    scores = rows[[f"score_{finding}" for finding in FINDINGS]]
+    return rows, labels.to_numpy(np.float64), scores.to_numpy(np.float64)
 
 
 def judge(
@@ -233,6 +245,135 @@ def judge(
 ) -> pd.DataFrame:
     """`bootstrap_auroc` of one part of a `predictions.parquet` table."""
     rows, labels, scores = part_of(predictions, part)
-    return bootstrap_auroc(
-        labels, scores, rows["patient"].to_numpy(), resamples=resamples, seed=seed
+    patients = rows["patient"].to_numpy()
+    return bootstrap_auroc(labels, scores, patients, resamples=resamples, seed=seed)
+
+
+def paired_difference(
+    labels: np.ndarray,
+    scores: np.ndarray,
+    others: np.ndarray,
+    patients: np.ndarray,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """AUROC of `scores` minus that of `others` on the same images, both judged in the same
+    resamples of patients.
+
+    Parameters
+    ----------
+    labels, scores, others : (n, 14), in the order of `FINDINGS`; a label may be NaN
+    patients : (n,)
+    resamples, seed
+        As for `bootstrap_auroc`.
+
+    Returns
+    -------
+    DataFrame
+        As of `paired_bootstrap`, with the columns auroc, other, difference, low, high, p and
+        p_holm. NaN as in `bootstrap_auroc`.
+    """
+    table = paired_bootstrap(
+        auroc_samples, labels, scores, others, patients, resamples=resamples, seed=seed
     )
+    return table.rename(columns={"value": "auroc"})
+
+
+def compare(
+    predictions: pd.DataFrame,
+    others: pd.DataFrame,
+    *,
+    part: str = "test",
+    resamples: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """`paired_difference` of one part of two `predictions.parquet` tables, matched by image.
+
+    Raises
+    ------
+    DataError
+        Their images, or the labels of them, are not the same.
+    """
+    rows, labels, scores = part_of(predictions, part)
+    other_rows, other_labels, other_scores = part_of(others, part)
+    images, other_images = pd.Index(rows["image"]), pd.Index(other_rows["image"])
+    if len(only := images.symmetric_difference(other_images)):
+        raise DataError(
+            f"{len(only)} images of part {part!r} are in one of the two tables only, for instance "
+            f"{only[0]!r}. A paired comparison needs scores of the same images: score those that "
+            "are missing."
+        )
+    order = other_images.get_indexer(images)
+    if not np.array_equal(labels, other_labels[order], equal_nan=True):
+        raise DataError(
+            "the two tables have other labels for the same images. Judge both against one data "
+            "folder."
+        )
+    patients, others = rows["patient"].to_numpy(), other_scores[order]
+    return paired_difference(labels, scores, others, patients, resamples=resamples, seed=seed)
+
+
+def traits_of(table: pd.DataFrame) -> pd.DataFrame:
+    """Sex, age band, view position and visit ("first" or "follow-up") of radiographs; "unknown"
+    where not told.
+
+    `table` is that of `Radiographs`, its columns sex, age, view and follow_up.
+    """
+    bands = np.array([*AGES, "unknown"])
+    ages = np.searchsorted(list(AGES.values()), table["age"].fillna(np.inf), side="right")
+    ages[table["age"].isna()] = len(AGES)
+    visits = np.where(table["follow_up"] == 0, "first", "follow-up")
+    told = table[["sex", "view"]].replace("", "unknown")
+    traits = {"sex": told["sex"], "age": bands[ages], "view": told["view"], "visit": visits}
+    return pd.DataFrame(traits, index=table.index)
+
+
+def subgroup_auroc(
+    predictions: pd.DataFrame,
+    radiographs,
+    *,
+    part: str = "test",
+    resamples: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """AUROC of each finding and their mean in each subgroup by sex, age band, view position and
+    visit, with intervals over patients.
+
+    Parameters
+    ----------
+    predictions : DataFrame, as `predictions.parquet`
+    radiographs : Radiographs
+        Of which the images are; all that are listed are known.
+
+    Returns
+    -------
+    DataFrame
+        Index trait, group, finding; columns images, patients, findings, auroc, low, high,
+        positives, negatives. The mean of a group is over the `findings` that have `FEWEST_PATIENTS`
+        patients of each class in every group of the trait that has any such finding: so groups of a
+        trait can be compared. One without is too small to speak: NaN.
+    """
+    rows, labels, scores = part_of(predictions, part)
+    patients = rows["patient"].to_numpy()
+    listed = radiographs.listed.set_index("image").loc[rows["image"]].reset_index()
+    drawing = {"resamples": resamples, "seed": seed}
+    tables = {}
+    for trait, values in traits_of(listed).items():
+        groups = {group: (values == group).to_numpy() for group in sorted(values.unique())}
+        enough = {g: enough_patients(labels[own], patients[own]) for g, own in groups.items()}
+        speaking = [findings for findings in enough.values() if findings.any()]
+        common = np.all(speaking, axis=0) if speaking else np.zeros(len(FINDINGS), bool)
+        for group, inside in groups.items():
+            its_labels, its_scores, its_patients = labels[inside], scores[inside], patients[inside]
+            table = auroc_table(its_labels, its_scores, its_patients, **drawing)
+            shared = common & enough[group]
+            its_labels = np.where(shared, its_labels, np.nan)
+            mean = auroc_table(its_labels, its_scores, its_patients, **drawing).loc["mean"]
+            table.loc["mean", ["auroc", "low", "high"]] = mean[["auroc", "low", "high"]]
+            table["images"] = inside.sum()
+            table["patients"] = len(np.unique(its_patients))
+            table["findings"] = int(shared.sum())
+            tables[trait, group] = table
+    columns = ["images", "patients", "findings", "auroc", "low", "high", "positives", "negatives"]
+    return pd.concat(tables, names=["trait", "group"])[columns]

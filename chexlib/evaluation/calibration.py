@@ -19,14 +19,16 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.model_selection import GroupKFold
 
 from chexlib.errors import ConfigError
-from chexlib.evaluation.paired import difference_table
-from chexlib.evaluation.resampling import (
+from chexlib.evaluation.intervals import (
     FEWEST_PATIENTS,
     LEVEL,
     draw_patients,
+    enough_patients,
     interval_of,
-    mean_of,
+    paired_bootstrap,
     patients_behind,
+    table_of_findings,
+    with_mean,
 )
 from chexlib.findings import FINDINGS
 
@@ -37,7 +39,7 @@ RANGE = (0.05, 20.0)  # of temperatures
 ISOTONIC_PATIENTS = 20  # of each class, below which a curve of one finding fits noise
 
 
-def reliability_curve(labels: np.ndarray, scores: np.ndarray, *, bins: int = BINS) -> pd.DataFrame:
+def reliability_curve(labels: np.ndarray, scores: np.ndarray) -> pd.DataFrame:
     """What was predicted and what was so, in bins of equally many images of one finding, or of
     several pooled.
 
@@ -53,13 +55,11 @@ def reliability_curve(labels: np.ndarray, scores: np.ndarray, *, bins: int = BIN
         each (Nguyen and O'Connor 2015).
     """
     labels, scores = np.ravel(labels).astype(float), np.ravel(scores)
-    known = ~np.isnan(labels)
-    labels, scores = labels[known], scores[known]
-    table = pd.DataFrame(
-        {"predicted": scores, "observed": labels, "positives": labels, "images": 1}
-    )
-    means = {"predicted": "mean", "observed": "mean", "images": "sum", "positives": "sum"}
-    return table.groupby(_bin(scores, bins)).agg(means).rename_axis("bin")
+    told = ~np.isnan(labels)
+    table = pd.DataFrame({"predicted": scores[told], "observed": labels[told]})
+    bins = table.groupby(_bin(scores[told]))
+    counts = bins["observed"].agg(images="size", positives="sum")
+    return pd.concat([bins.mean(), counts], axis=1).rename_axis("bin")
 
 
 def calibration_error(
@@ -67,7 +67,6 @@ def calibration_error(
     scores: np.ndarray,
     patients: np.ndarray,
     *,
-    bins: int = BINS,
     resamples: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -98,32 +97,34 @@ def calibration_error(
     labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
     drawn, codes = draw_patients(patients, resamples=resamples, seed=seed)
     behind = patients_behind(labels, codes)
-    gaps = [_gaps(y, s, codes, len(drawn), bins) for y, s in zip(labels.T, scores.T, strict=True)]
+    told = ~np.isnan(labels)
+    gaps = [_gaps(y, s, codes, len(drawn)) for y, s in zip(labels.T, scores.T, strict=True)]
     # A finding without labels has no part in the mean.
-    known = [own for own, y in zip(gaps, labels.T, strict=True) if not np.isnan(y).all()]
-    together = np.hstack(known) / np.sqrt(len(known)) if known else gaps[0]
+    judged = [gaps[k] for k in np.flatnonzero(told.any(axis=0))]
+    together = np.hstack(judged) / np.sqrt(len(judged)) if judged else gaps[0]
     squares = np.array([_mean_square(own) for own in (*gaps, together)])
     squares[behind < FEWEST_PATIENTS, 1:] = np.nan
-    rms = np.sqrt(np.where(squares > 0, squares, np.where(np.isnan(squares), np.nan, 0.0))).T
-    distances = np.array([np.abs(own.sum(axis=0)).sum() / np.sqrt(bins) for own in gaps])
+    squares[squares <= 0] = 0.0  # chance explains it all
+    rms, rms_low, rms_high = np.sqrt(squares).T
+    distances = np.array([np.abs(own.sum(axis=0)).sum() / np.sqrt(BINS) for own in gaps])
     # The mean of |x| of a normal x around 0 is sqrt(2 / pi) of its standard deviation.
-    chance = np.array([np.sqrt(2 / np.pi / bins * np.diag(_covariance(own))).sum() for own in gaps])
-    ece, ece_chance = (np.append(x, mean_of(x[None])[0]) for x in (distances, chance))
-    points, samples = brier_scores(labels, scores, drawn, codes)
-    points, samples = (
-        np.append(points, mean_of(points[None])),
-        np.vstack([samples, mean_of(samples[None])]),
-    )
-    low, high = interval_of(points, samples, behind)
-    counts = [
-        np.append(n, n.sum()).astype(int)
-        for n in ((labels == 1).sum(0), (~np.isnan(labels)).sum(0))
-    ]
-    names = ["rms", "rms_low", "rms_high", "ece", "ece_chance", "brier", "brier_low", "brier_high"]
-    columns = [*rms, ece, ece_chance, points, np.maximum(low, 0), high, *counts]
-    index = pd.Index([*FINDINGS, "mean"], name="finding")
-    return pd.DataFrame(
-        dict(zip([*names, "positives", "images"], columns, strict=True)), index=index
+    chance = np.array([np.sqrt(2 / np.pi / BINS * np.diag(_covariance(own))).sum() for own in gaps])
+    points, samples = map(with_mean, brier_scores(labels, scores, drawn, codes))
+    brier_low, brier_high = interval_of(points, samples, behind)
+    positives, images = (labels == 1).sum(axis=0), told.sum(axis=0)
+    return table_of_findings(
+        {
+            "rms": rms,
+            "rms_low": rms_low,
+            "rms_high": rms_high,
+            "ece": with_mean(distances),
+            "ece_chance": with_mean(chance),
+            "brier": points,
+            "brier_low": np.maximum(brier_low, 0),
+            "brier_high": brier_high,
+            "positives": np.append(positives, positives.sum()),
+            "images": np.append(images, images.sum()),
+        }
     )
 
 
@@ -149,16 +150,14 @@ def brier_difference(
     Returns
     -------
     DataFrame
-        As of `paired.difference_table`.
+        Index the findings and "mean"; columns difference, low, high, p and p_holm, as of
+        `paired_bootstrap`.
     """
-    labels = np.asarray(labels, np.float64)
-    drawn, codes = draw_patients(patients, resamples=resamples, seed=seed)
-    found = (
-        brier_scores(labels, np.asarray(own, np.float64), drawn, codes) for own in (scores, others)
+    labels, scores, others = (np.asarray(a, np.float64) for a in (labels, scores, others))
+    table = paired_bootstrap(
+        brier_scores, labels, scores, others, patients, resamples=resamples, seed=seed
     )
-    (points, samples), (other_points, other_samples) = found
-    behind = patients_behind(labels, codes)
-    return difference_table(points - other_points, samples - other_samples, behind)
+    return table.drop(columns=["value", "other"])
 
 
 def brier_scores(
@@ -169,10 +168,11 @@ def brier_scores(
 
     `drawn` and `codes` are those of `draw_patients`.
     """
-    known = ~np.isnan(labels)
-    lost, images = np.zeros((2, len(drawn), labels.shape[1]))
-    np.add.at(lost, codes, np.where(known, (labels - scores) ** 2, 0.0))
-    np.add.at(images, codes, known)
+    told = ~np.isnan(labels)
+    squares = np.where(told, (labels - scores) ** 2, 0.0)
+    lost, images = np.zeros((2, len(drawn), labels.shape[1]))  # of each patient
+    np.add.at(lost, codes, squares)
+    np.add.at(images, codes, told)
     with np.errstate(invalid="ignore", divide="ignore"):
         return lost.sum(axis=0) / images.sum(axis=0), (lost.T @ drawn) / (images.T @ drawn)
 
@@ -250,17 +250,14 @@ def fit_calibration(
     """
     _require(method)
     labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
-    known = ~np.isnan(labels)
+    told = ~np.isnan(labels)
     if method == "temperature":
-        fitted = _temperature(labels[known], scores[known])
-        return Calibration(method, {finding: fitted for finding in FINDINGS})
-    enough = (
-        patients_behind(labels, pd.factorize(np.asarray(patients))[0])[:-1] >= ISOTONIC_PATIENTS
-    )
-    chosen = np.flatnonzero(enough)
-    curves = {
-        FINDINGS[i]: _isotonic(labels[known[:, i], i], scores[known[:, i], i]) for i in chosen
-    }
+        temperature = _temperature(labels[told], scores[told])
+        return Calibration(method, {finding: temperature for finding in FINDINGS})
+    curves = {}
+    for k in np.flatnonzero(enough_patients(labels, patients, ISOTONIC_PATIENTS)):
+        rows = told[:, k]
+        curves[FINDINGS[k]] = _isotonic(labels[rows, k], scores[rows, k])
     return Calibration(method, curves)
 
 
@@ -280,11 +277,8 @@ def compare_calibrations(labels: np.ndarray, scores: np.ndarray, patients: np.nd
         out: only "as trained" has a score then, the others NaN. Brier and not ECE, which scores
         without any skill can have as low.
     """
-    labels, scores, patients = (
-        np.asarray(labels, np.float64),
-        np.asarray(scores, np.float64),
-        np.asarray(patients),
-    )
+    labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
+    patients = np.asarray(patients)
     judged = {"as trained": scores} | {method: np.full_like(scores, np.nan) for method in METHODS}
     folds = min(5, len(np.unique(patients)))
     for kept, held in GroupKFold(folds).split(scores, groups=patients) if folds > 1 else ():
@@ -340,43 +334,45 @@ def _logit(scores: np.ndarray) -> np.ndarray:
     return logit(np.clip(scores, SMALLEST, 1 - SMALLEST))
 
 
-def _bin(scores: np.ndarray, bins: int) -> np.ndarray:
+def _bin(scores: np.ndarray) -> np.ndarray:
     """The bin of each image: as many images in each as can be."""
-    place = np.empty(len(scores), int)
-    place[np.argsort(scores, kind="stable")] = np.arange(len(scores)) * bins // max(len(scores), 1)
-    return place
+    n = len(scores)
+    bins = np.empty(n, int)
+    bins[np.argsort(scores, kind="stable")] = np.arange(n) * BINS // max(n, 1)
+    return bins
 
 
-def _gaps(labels, scores, codes, patients: int, bins: int) -> np.ndarray:
+def _gaps(labels, scores, codes, patients: int) -> np.ndarray:
     """What each patient adds to the distance of observed and predicted in each bin of a finding,
     (patients, bins).
 
     In such units that the squares of the bins' sums add up to the mean square over the bins.
     """
-    known = ~np.isnan(labels)
-    labels, scores, codes = labels[known], scores[known], codes[known]
-    gaps = np.zeros((patients, bins))
-    np.add.at(gaps, (codes, _bin(scores, bins)), labels - scores)
-    return gaps * np.sqrt(bins) / len(labels) if len(labels) else np.full_like(gaps, np.nan)
+    told = ~np.isnan(labels)
+    labels, scores, codes = labels[told], scores[told], codes[told]
+    gaps = np.zeros((patients, BINS))
+    np.add.at(gaps, (codes, _bin(scores)), labels - scores)
+    return gaps * np.sqrt(BINS) / len(labels) if len(labels) else np.full_like(gaps, np.nan)
 
 
 def _covariance(gaps: np.ndarray) -> np.ndarray:
     """Of the sums over patients of `_gaps`, (bins, bins)."""
-    n = len(gaps)
-    return (
-        np.atleast_2d(np.cov(gaps, rowvar=False)) * n if n > 1 else np.zeros((gaps.shape[1],) * 2)
-    )
+    patients, bins = gaps.shape
+    if patients < 2:
+        return np.zeros((bins, bins))
+    return np.cov(gaps, rowvar=False) * patients
 
 
 def _mean_square(gaps: np.ndarray) -> tuple[float, float, float]:
     """Mean squared distance of predicted and observed less what chance adds, low and high: see
     `calibration_error`.
     """
-    distances, covariance, z2 = gaps.sum(axis=0), _covariance(gaps), norm.ppf((1 + LEVEL) / 2) ** 2
+    distances, covariance = gaps.sum(axis=0), _covariance(gaps)
+    z2 = norm.ppf((1 + LEVEL) / 2) ** 2
     total = distances @ distances
-    found = total - np.trace(covariance)
+    excess = total - np.trace(covariance)
     along = distances @ covariance @ distances / total if total > 0 else 0.0
-    middle = found + 2 * z2 * along
-    spread = middle**2 - found**2 + 2 * z2 * (covariance**2).sum()
+    middle = excess + 2 * z2 * along
+    spread = middle**2 - excess**2 + 2 * z2 * (covariance**2).sum()
     reach = np.sqrt(np.maximum(spread, 0))
-    return found, middle - reach, middle + reach
+    return excess, middle - reach, middle + reach

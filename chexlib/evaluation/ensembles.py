@@ -1,5 +1,4 @@
-"""Ensembles: which members, how unlike each other they are, what they gain together, and one file
-that predicts.
+"""Ensembles: which members, how unlike each other they are, and one file that predicts.
 
 Members may be any trainings: seeds, the ends of a schedule's cycles, checkpoints, or collapses from
 these, as in the study's collapsed ensembles (77.5 % after 76.8 % of the best member).
@@ -15,7 +14,7 @@ import pandas as pd
 from scipy.stats import rankdata
 
 from chexlib.errors import DataError
-from chexlib.evaluation.auroc import auroc
+from chexlib.evaluation.auroc import mean_auroc, part_of
 from chexlib.findings import FINDINGS
 
 LEAST_GAIN = 1e-9  # a member that adds less to the validation AUROC is left out
@@ -32,24 +31,15 @@ def stack(
     DataError
         The members have not scored the same images in the same order, or none of this part.
     """
-    tables = [table[table["part"] == part] for table in predictions.values()]
-    first = tables[0]
-    if first.empty:
-        raise DataError(f"the predictions have no part {part!r}.")
-    for name, table in zip(predictions, tables, strict=True):
-        if list(table["image"]) != list(first["image"]):
-            raise DataError(
-                f"{name} has scored other images of part {part!r} than {next(iter(predictions))}."
-            )
-    labels = first[[f"label_{f}" for f in FINDINGS]].to_numpy()
-    scores = np.stack([table[[f"score_{f}" for f in FINDINGS]].to_numpy() for table in tables])
-    return scores, labels, first["patient"].to_numpy()
-
-
-def mean_auroc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Mean AUROC over the findings that have both classes."""
-    areas = [auroc(y, s) for y, s in zip(labels.T, scores.T, strict=True)]
-    return float(np.nanmean(areas))
+    members = {name: part_of(table, part)[0] for name, table in predictions.items()}
+    first = next(iter(members))
+    for name, rows in members.items():
+        if list(rows["image"]) != list(members[first]["image"]):
+            raise DataError(f"{name} has scored other images of part {part!r} than {first}.")
+    labels = members[first][[f"label_{finding}" for finding in FINDINGS]].to_numpy()
+    columns = [f"score_{finding}" for finding in FINDINGS]
+    scores = np.stack([rows[columns].to_numpy() for rows in members.values()])
+    return scores, labels, members[first]["patient"].to_numpy()
 
 
 def choose(scores: np.ndarray, labels: np.ndarray) -> list[int]:

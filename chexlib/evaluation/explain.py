@@ -8,6 +8,7 @@ the share of the image that the box covers, which a blind guess would hit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,13 +21,14 @@ from chexlib.evaluation.operating import share
 from chexlib.findings import FINDINGS
 from chexlib.models.predict import batch_of
 
-METHODS = ("layer_cam", "grad_cam", "cam")
-# Least cells a side of the layer that is looked at.
-CELLS = {"layer_cam": 14, "grad_cam": 7, "cam": 0}
+# Methods, and the least cells a side of the layer that each looks at.
+CELLS = {"layer_cam": 14, "grad_cam": 7}
+METHODS = tuple(CELLS)
 # At which Wang et al. 2017, section 4.2, cut maps of 0..255 to get boxes.
 LEVELS = (60 / 255, 180 / 255)
 IOU = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)  # their thresholds of intersection over union
 IOBB = (0.1, 0.25, 0.5, 0.75, 0.9)  # and of intersection over the detected box
+IMAGES = 256  # that are read at a time
 
 
 def heat_maps(
@@ -42,15 +44,14 @@ def heat_maps(
     Of a layer's activations A and the gradient G of the finding's logit: "grad_cam" is the positive
     part of the channels' sum of A times the mean of G (Selvaraju et al. 2017), "layer_cam" of A
     times the positive part of G, place by place (Jiang et al. 2021), which earlier, finer layers
-    need. "cam" is the positive part of the last features times the weights of the finding's output
-    (Zhou et al. 2016). Of an ensemble it is the mean of the members' maps.
+    need. Of an ensemble it is the mean of the members' maps.
 
     Parameters
     ----------
     model : keras.Model of `build_model` or `combine_models`, or the path of a `model.keras`
     pixels : (n, size, size, 1) float32 in 0..255
     findings : n of FINDINGS
-    method : {"layer_cam", "grad_cam", "cam"}
+    method : {"layer_cam", "grad_cam"}
     cells : int, optional
         The deepest layer with at least so many cells a side is looked at: of a 224-px network the
         last one has 7, of a 64-px one it has 2, which is too coarse to point anywhere. Default: 14
@@ -70,72 +71,62 @@ def heat_maps(
         raise ConfigError(f"method={method!r} is not known. Use one of {', '.join(METHODS)}.")
     if unknown := sorted(set(findings).difference(FINDINGS)):
         raise ConfigError(f"findings={unknown} are not known. Use {', '.join(FINDINGS)}.")
-    import keras
-
     from chexlib.models.combine import MEMBER
 
-    if not isinstance(model, keras.Model):
-        from chexlib.models.weights import load_model
-
-        model, _ = load_model(model)
+    model = _loaded(model)
     if members := [part for part in model.layers if part.name.startswith(MEMBER)]:
         each = [
             heat_maps(member, pixels, findings, method=method, cells=cells) for member in members
         ]
         return _up_to_one(np.mean(each, axis=0))
     size = model.input_shape[1]
-    look, wanted = (
-        _looker(model, method, cells),
-        np.array([FINDINGS.index(finding) for finding in findings], np.int32),
-    )
-    maps, batch = [np.empty((0, size, size), np.float32)], batch_of(size)
+    look, batch = _looker(model, method, CELLS[method] if cells is None else cells), batch_of(size)
+    wanted = np.array([FINDINGS.index(finding) for finding in findings], np.int32)
+    maps = [np.empty((0, size, size), np.float32)]
     for start in range(0, len(pixels), batch):
-        maps.append(
-            _up_to_one(look(pixels[start : start + batch], wanted[start : start + batch]).numpy())
-        )
+        rows = slice(start, start + batch)
+        maps.append(_up_to_one(look(pixels[rows], wanted[rows]).numpy()))
     return np.concatenate(maps)
 
 
-def _looker(model, method: str, cells: int | None):
+def _loaded(model):
+    """The model itself, or that of a `model.keras`."""
+    import keras
+
+    from chexlib.models.weights import load_model
+
+    return model if isinstance(model, keras.Model) else load_model(model)[0]
+
+
+def _looker(model, method: str, cells: int):
     """A graph, which unlike eager code keeps no layer's output for longer than it needs: pixels,
     findings to maps.
     """
     import keras
     import tensorflow as tf
 
-    size, backbone = (
-        model.input_shape[1],
-        next(part for part in model.layers if isinstance(part, keras.Model)),
-    )
-    layer = _layer(backbone, CELLS[method] if cells is None or method == "cam" else cells)
-    parts, head = (
-        keras.Model(backbone.inputs, [layer.output, backbone.output]),
-        model.get_layer("findings"),
-    )
+    size = model.input_shape[1]
+    backbone = next(part for part in model.layers if isinstance(part, keras.Model))
+    outputs = [_layer(backbone, cells).output, backbone.output]
+    parts, head = keras.Model(backbone.inputs, outputs), model.get_layer("findings")
+    to_rgb, normalize = (model.get_layer(n) for n in ("grey_to_rgb", "imagenet_normalization"))
+    pool = model.get_layer("pool")
+    of_channel = functools.partial(tf.reduce_mean, axis=(1, 2), keepdims=True)
     signature = [tf.TensorSpec((None, size, size, 1), tf.float32), tf.TensorSpec((None,), tf.int32)]
 
     @tf.function(input_signature=signature)
     def look(grey, wanted):
         channels = tf.gather(tf.convert_to_tensor(head.kernel), wanted, axis=1)  # (features, k)
-        rgb = model.get_layer("imagenet_normalization")(
-            model.get_layer("grey_to_rgb")([grey, grey, grey])
-        )
+        rgb = normalize(to_rgb([grey, grey, grey]))
         with tf.GradientTape() as tape:
             tape.watch(rgb)
-            active, features = parts(rgb, training=False)
-            pooled = model.get_layer("pool")(tf.cast(features, "float32"))
+            activations, features = parts(rgb, training=False)
+            pooled = pool(tf.cast(features, "float32"))
             logits = tf.reduce_sum(pooled * tf.transpose(channels), 1)  # but for a constant
-        if method == "cam":
-            found = tf.einsum("khwc,ck->khw", tf.cast(features, "float32"), channels)
-        else:
-            gradient = tf.cast(tape.gradient(logits, active), "float32")
-            weight = (
-                tf.reduce_mean(gradient, (1, 2), keepdims=True)
-                if method == "grad_cam"
-                else tf.nn.relu(gradient)
-            )
-            found = tf.reduce_sum(tf.cast(active, "float32") * weight, -1)
-        return tf.image.resize(tf.nn.relu(found)[..., None], (size, size))[..., 0]
+        weight = tf.cast(tape.gradient(logits, activations), "float32")
+        weight = of_channel(weight) if method == "grad_cam" else tf.nn.relu(weight)
+        heat = tf.reduce_sum(tf.cast(activations, "float32") * weight, -1, keepdims=True)
+        return tf.image.resize(tf.nn.relu(heat), (size, size))[..., 0]
 
     return look
 
@@ -146,19 +137,14 @@ def _up_to_one(maps: np.ndarray) -> np.ndarray:
 
 def _layer(backbone, cells: int):
     """The last layer of the backbone that gives a map of at least so many cells a side."""
-    if not cells:
-        return backbone.layers[-1]
-    fine = [
-        layer
-        for layer in backbone.layers[1:]
-        if len(layer.output.shape) == 4 and layer.output.shape[1] >= cells
-    ]
-    if not fine:
-        raise ConfigError(
-            f"cells={cells} is more than {backbone.name} has at {backbone.input_shape[1]} px. Use "
-            "fewer."
-        )
-    return fine[-1]
+    for layer in reversed(backbone.layers[1:]):
+        shape = layer.output.shape
+        if len(shape) == 4 and shape[1] >= cells:
+            return layer
+    raise ConfigError(
+        f"cells={cells} is more than {backbone.name} has at {backbone.input_shape[1]} px. Use "
+        "fewer."
+    )
 
 
 def score_boxes(maps: np.ndarray, boxes: Sequence[np.ndarray]) -> pd.DataFrame:
@@ -176,37 +162,37 @@ def score_boxes(maps: np.ndarray, boxes: Sequence[np.ndarray]) -> pd.DataFrame:
         cover), and of the boxes around what is hotter than `LEVELS`: the best iou and iobb, and
         stray, how many touch no box.
     """
+    return pd.DataFrame([_score(*pair) for pair in zip(maps, boxes, strict=True)])
+
+
+def _score(heat: np.ndarray, boxes: np.ndarray) -> dict:
+    """A row of `score_boxes`."""
     from scipy import ndimage
 
-    rows = []
-    for heat, given in zip(maps, boxes, strict=True):
-        size = len(heat)
-        edges = np.asarray(given, float).reshape(-1, 4) * size
-        frames = np.c_[
-            edges[:, 1], edges[:, 0], edges[:, 1] + edges[:, 3], edges[:, 0] + edges[:, 2]
-        ].clip(0, size)
-        inside = np.zeros((size, size), bool)
-        for top, left, bottom, right in frames:
-            inside |= _covered(top, bottom, size)[:, None] & _covered(left, right, size)
-        spots = [
-            spot
-            for level in LEVELS
-            for spot in ndimage.find_objects(ndimage.label(heat > level)[0])
-        ]
-        found = np.array([(y.start, x.start, y.stop, x.stop) for y, x in spots], float).reshape(
-            -1, 4
-        )
-        low, high = (
-            pick(found[:, None, k], frames[None, :, k])
-            for pick, k in ((np.maximum, [0, 1]), (np.minimum, [2, 3]))
-        )
-        shared = (high - low).clip(0).prod(-1)  # (spots, boxes), square pixels
-        area = (found[:, 2:] - found[:, :2]).prod(-1)[:, None]
-        union = area + (frames[:, 2:] - frames[:, :2]).prod(-1) - shared
-        hit = bool(heat.max() > 0 and inside.flat[heat.argmax()])
-        best = [float((shared / over).max(initial=0)) for over in (union, area)]
-        rows.append((hit, inside.mean(), *best, int((shared.sum(1) == 0).sum())))
-    return pd.DataFrame(rows, columns=["hit", "chance", "iou", "iobb", "stray"])
+    size = len(heat)
+    x, y, width, height = (np.asarray(boxes, float).reshape(-1, 4) * size).T
+    truth = np.stack([y, x, y + height, x + width], axis=1).clip(0, size)  # pixels
+    inside = np.zeros((size, size), bool)
+    for top, left, bottom, right in truth:
+        inside |= _covered(top, bottom, size)[:, None] & _covered(left, right, size)
+    spots = []
+    for level in LEVELS:
+        labelled, _ = ndimage.label(heat > level)
+        for rows, columns in ndimage.find_objects(labelled):
+            spots.append((rows.start, columns.start, rows.stop, columns.stop))
+    spots = np.array(spots, float).reshape(-1, 4)
+    corner = np.maximum(spots[:, None, :2], truth[None, :, :2])
+    opposite = np.minimum(spots[:, None, 2:], truth[None, :, 2:])
+    shared = (opposite - corner).clip(0).prod(-1)  # (spots, boxes), square pixels
+    area = (spots[:, 2:] - spots[:, :2]).prod(-1)[:, None]
+    union = area + (truth[:, 2:] - truth[:, :2]).prod(-1) - shared
+    return {
+        "hit": bool(heat.max() > 0 and inside.flat[heat.argmax()]),
+        "chance": inside.mean(),
+        "iou": float((shared / union).max(initial=0)),
+        "iobb": float((shared / area).max(initial=0)),
+        "stray": int((shared.sum(axis=1) == 0).sum()),
+    }
 
 
 def _covered(low: float, high: float, size: int) -> np.ndarray:
@@ -229,29 +215,24 @@ def localize(
     DataError
         None of the images has a box.
     """
-    import keras
-
     if radiographs.boxes.empty:
         raise DataError(
             f"no image in {radiographs.root} has a box. Use images that BBox_List_2017.csv names."
         )
-    if not isinstance(model, keras.Model):
-        from chexlib.models.weights import load_model
-
-        model, _ = load_model(model)
-    table, scored = radiographs.table.set_index("image"), []
+    model = _loaded(model)
     groups = list(radiographs.boxes.groupby(["image", "finding"], sort=False))
-    pairs = pd.DataFrame([key for key, _ in groups], columns=["image", "finding"])
     boxes = [rows[["x", "y", "width", "height"]].to_numpy() for _, rows in groups]
-    store = ImageStore(table.loc[pairs["image"], "path"].tolist(), size=model.input_shape[1])
-    for start in range(0, len(pairs), 256):
-        rows = range(start, min(start + 256, len(pairs)))
+    pairs = pd.DataFrame([key for key, _ in groups], columns=["image", "finding"])
+    images = radiographs.table.set_index("image").loc[pairs["image"]]
+    pairs.insert(1, "patient", images["patient"].to_numpy())
+    store = ImageStore(images["path"].tolist(), size=model.input_shape[1])
+    scored = []
+    for start in range(0, len(pairs), IMAGES):
+        rows = range(start, min(start + IMAGES, len(pairs)))
         pixels = store.take(rows)[..., None].astype(np.float32)
-        maps = heat_maps(
-            model, pixels, pairs["finding"].iloc[rows].tolist(), method=method, cells=cells
-        )
-        scored.append(score_boxes(maps, boxes[start : start + 256]))
-    pairs.insert(1, "patient", table.loc[pairs["image"], "patient"].to_numpy())
+        findings = pairs["finding"].iloc[rows].tolist()
+        maps = heat_maps(model, pixels, findings, method=method, cells=cells)
+        scored.append(score_boxes(maps, boxes[start : start + IMAGES]))
     return pd.concat([pairs, pd.concat(scored, ignore_index=True)], axis=1)
 
 
@@ -270,39 +251,26 @@ def judge_boxes(scored: pd.DataFrame) -> pd.DataFrame:
         pointing), share, low, high, chance (mean share of the image in boxes, for pointing), cases
         (image and finding) and patients. Below `FEWEST_PATIENTS` patients there is no interval.
     """
-    kinds = [("pointing", np.nan), *(("iou", t) for t in IOU), *(("iobb", t) for t in IOBB)]
-    right = [scored["hit"] if kind == "pointing" else scored[kind] > t for kind, t in kinds]
+    thresholds = {"pointing": (np.nan,), "iou": IOU, "iobb": IOBB}
     codes, rows = pd.factorize(scored["patient"])[0], []
-    for finding in (*(f for f in FINDINGS if f in set(scored["finding"])), "all"):
-        mine = (
-            np.ones(len(scored), bool)
-            if finding == "all"
-            else (scored["finding"] == finding).to_numpy()
-        )
-        cases = np.bincount(codes[mine])
-        for (kind, threshold), found in zip(kinds, right, strict=True):
-            hits = np.bincount(codes[mine], weights=found[mine], minlength=len(cases))
-            chance = scored["chance"][mine].mean() if kind == "pointing" else np.nan
+    with_boxes = [finding for finding in FINDINGS if finding in set(scored["finding"])]
+    for finding in (*with_boxes, "all"):
+        chosen = (scored["finding"] == finding).to_numpy() | (finding == "all")
+        cases, patients = scored[chosen], codes[chosen]
+        for measure, threshold in ((m, t) for m, each in thresholds.items() for t in each):
+            right = cases["hit"] if measure == "pointing" else cases[measure] > threshold
+            found, low, high = share(right.to_numpy(), patients)
             rows.append(
-                (
-                    finding,
-                    kind,
-                    threshold,
-                    *share(hits, cases),
-                    chance,
-                    mine.sum(),
-                    (cases > 0).sum(),
-                )
+                {
+                    "finding": finding,
+                    "measure": measure,
+                    "threshold": threshold,
+                    "share": found,
+                    "low": low,
+                    "high": high,
+                    "chance": cases["chance"].mean() if measure == "pointing" else np.nan,
+                    "cases": len(cases),
+                    "patients": len(np.unique(patients)),
+                }
             )
-    columns = [
-        "finding",
-        "measure",
-        "threshold",
-        "share",
-        "low",
-        "high",
-        "chance",
-        "cases",
-        "patients",
-    ]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows)

@@ -5,7 +5,7 @@ on the test part.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +15,15 @@ from sklearn.metrics import roc_curve
 
 from chexlib.errors import ConfigError, WeightsError
 from chexlib.evaluation.calibration import Calibration
-from chexlib.evaluation.resampling import FEWEST_PATIENTS, LEVEL, patients_behind, wilson
+from chexlib.evaluation.intervals import FEWEST_PATIENTS, LEVEL, enough_patients, wilson
 from chexlib.findings import FINDINGS
 
 RULES = ("youden", "sensitivity", "specificity")
-RATES = {  # which cell of the confusion counts as a success, and among which
-    "sensitivity": ("tp", ("tp", "fn")),
-    "specificity": ("tn", ("tn", "fp")),
-    "ppv": ("tp", ("tp", "fp")),
-    "npv": ("tn", ("tn", "fn")),
+RATES = {  # the cell of the confusion that is a success, and the one that is not
+    "sensitivity": ("tp", "fn"),
+    "specificity": ("tn", "fp"),
+    "ppv": ("tp", "fp"),
+    "npv": ("tn", "fn"),
 }
 
 
@@ -47,17 +47,14 @@ class OperatingPoints:
 
     def __post_init__(self):
         for name in ("sensitivity", "specificity"):
-            if not 0 < getattr(self, name) < 1:
+            value = getattr(self, name)
+            if not 0 < value < 1:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r} is not accepted. Use a number between 0 and 1."
+                    f"{name}={value!r} is not accepted. Use a number between 0 and 1."
                 )
         for finding, points in self.thresholds.items():
-            named = (
-                finding in FINDINGS and isinstance(points, Mapping) and set(points) == set(RULES)
-            )
-            if not named or not all(
-                isinstance(t, int | float) and np.isfinite(t) for t in points.values()
-            ):
+            complete = isinstance(points, Mapping) and set(points) == set(RULES)
+            if finding not in FINDINGS or not complete or not all(map(_is_number, points.values())):
                 raise ConfigError(
                     f"{finding!s:.80}: {points!r:.200} are no operating points. Needed, as "
                     f"numbers: {', '.join(RULES)}."
@@ -65,11 +62,7 @@ class OperatingPoints:
 
     def to_dict(self) -> dict:
         """Plain values, for JSON and the weights' card."""
-        return {
-            "sensitivity": self.sensitivity,
-            "specificity": self.specificity,
-            "thresholds": self.thresholds,
-        }
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping) -> OperatingPoints:
@@ -83,6 +76,10 @@ class OperatingPoints:
                 f"{values!r:.200} are no operating points ({error}). Use what "
                 "`OperatingPoints.to_dict` gave."
             ) from error
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and bool(np.isfinite(value))
 
 
 def choose_points(
@@ -106,22 +103,17 @@ def choose_points(
         sum of both (Youden 1950).
     """
     labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
-    enough = patients_behind(labels, pd.factorize(np.asarray(patients))[0])[:-1] >= FEWEST_PATIENTS
     thresholds = {}
-    for finding, y, s in zip(
-        np.array(FINDINGS)[enough], labels.T[enough], scores.T[enough], strict=True
-    ):
-        known = ~np.isnan(y)
-        false, true, at = roc_curve(y[known], s[known], drop_intermediate=False)
+    for k in np.flatnonzero(enough_patients(labels, patients)):
+        told = ~np.isnan(labels[:, k])
+        false, true, at = roc_curve(labels[told, k], scores[told, k], drop_intermediate=False)
         # Above every score; scikit-learn has infinity, which is no JSON.
         at[0] = np.nextafter(at[1], np.inf)
-        places = [
-            np.argmax(true - false),
-            np.argmax(true >= sensitivity - 1e-12),  # the first, and so the highest threshold
-            len(at) - 1 - np.argmax((1 - false >= specificity - 1e-12)[::-1]),
-        ]
-        thresholds[str(finding)] = {
-            rule: float(at[place]) for rule, place in zip(RULES, places, strict=True)
+        sensitive, specific = true >= sensitivity - 1e-12, 1 - false >= specificity - 1e-12
+        thresholds[FINDINGS[k]] = {
+            "youden": float(at[np.argmax(true - false)]),
+            "sensitivity": float(at[sensitive][0]),  # thresholds fall: the highest one
+            "specificity": float(at[specific][-1]),
         }
     return OperatingPoints(sensitivity, specificity, thresholds)
 
@@ -147,35 +139,37 @@ def rates_at(
     labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
     codes, rows = pd.factorize(np.asarray(patients))[0], []
     for finding, chosen in points.thresholds.items():
-        y, s = (array[:, FINDINGS.index(finding)] for array in (labels, scores))
+        k = FINDINGS.index(finding)
+        positive, negative = labels[:, k] == 1, labels[:, k] == 0
         for rule, threshold in chosen.items():
-            called = s >= threshold
-            which = (
-                ("tp", (y == 1) & called),
-                ("fp", (y == 0) & called),
-                ("fn", (y == 1) & ~called),
-            )
-            which += (("tn", (y == 0) & ~called),)
-            cells = {
-                cell: np.bincount(codes[of], minlength=codes.max(initial=-1) + 1)
-                for cell, of in which
+            called = scores[:, k] >= threshold
+            confusion = {
+                "tp": positive & called,
+                "fp": negative & called,
+                "fn": positive & ~called,
+                "tn": negative & ~called,
             }
-            row = [finding, rule, threshold, *(counts.sum() for counts in cells.values())]
-            for success, of in RATES.values():
-                row += share(cells[success], sum(cells[cell] for cell in of))
+            row = {"finding": finding, "rule": rule, "threshold": threshold}
+            row |= {cell: images.sum() for cell, images in confusion.items()}
+            for rate, (success, other) in RATES.items():
+                counted = confusion[success] | confusion[other]
+                value, low, high = share(confusion[success][counted], codes[counted])
+                row |= {rate: value, f"{rate}_low": low, f"{rate}_high": high}
             rows.append(row)
     names = [f"{rate}{edge}" for rate in RATES for edge in ("", "_low", "_high")]
     columns = ["finding", "rule", "threshold", "tp", "fp", "fn", "tn", *names]
     return pd.DataFrame(rows, columns=columns).set_index(["finding", "rule"])
 
 
-def share(successes: np.ndarray, images: np.ndarray) -> tuple[float, float, float]:
+def share(successes: np.ndarray, codes: np.ndarray) -> tuple[float, float, float]:
     """A share of images, and Wilson's interval with as many independent images as the patients are
     worth.
 
     Parameters
     ----------
-    successes, images : (patients,) int
+    successes : (images,) bool
+    codes : (images,) int
+        Says whose each image is.
 
     Returns
     -------
@@ -187,17 +181,18 @@ def share(successes: np.ndarray, images: np.ndarray) -> tuple[float, float, floa
         of patients (Kish 1965); with one image a patient the variance is that of the share itself,
         and the interval the plain Wilson's.
     """
-    successes, images = successes[images > 0], images[images > 0]
-    patients, n = len(images), images.sum()
+    n = len(codes)
     if not n:
         return np.nan, np.nan, np.nan
-    p = successes.sum() / n
+    counts = pd.Series(successes).groupby(codes).agg(["sum", "size"])
+    hits, images = counts["sum"].to_numpy(), counts["size"].to_numpy()
+    patients, p = len(images), hits.sum() / n
     if patients < FEWEST_PATIENTS:
         return float(p), np.nan, np.nan
     worth, end = n, (1 + LEVEL) / 2
     reach = norm.ppf(end)
     if n > patients:
-        without = (successes.sum() - successes) / (n - images)
+        without = (hits.sum() - hits) / (n - images)
         variance = ((without - p) ** 2).sum() * (patients - 1) / patients
         worth = min(n, p * (1 - p) / variance) if variance > 0 else patients
         reach = t.ppf(end, max(n**2 / (images**2).sum() - 1, 1))
@@ -233,20 +228,22 @@ def read_by_card(
     WeightsError
         The card has something else in their places.
     """
-    probabilities, called = scores, {}
+    calibration, points = card.get("calibration"), card.get("operating_points")
     try:
-        calibration, points = (
-            kind.from_dict(card[name]) if card.get(name) else None
-            for name, kind in (("calibration", Calibration), ("operating_points", OperatingPoints))
-        )
+        calibration = calibration and Calibration.from_dict(calibration)
+        points = points and OperatingPoints.from_dict(points)
     except ConfigError as error:
         raise WeightsError(f"{weights} cannot be followed: {error}") from error
+    probabilities, called = scores, {}
     if calibration:
-        calibrated = calibration(scores[list(FINDINGS)].to_numpy())
-        probabilities = pd.DataFrame(calibrated, index=scores.index, columns=list(FINDINGS))
-    for image, row in scores.iterrows() if points else ():
-        called[image] = {
-            rule: [f for f, at in points.thresholds.items() if float(row[f]) >= at[rule]]
-            for rule in RULES
-        }
+        findings = list(FINDINGS)
+        calibrated = calibration(scores[findings].to_numpy())
+        probabilities = pd.DataFrame(calibrated, index=scores.index, columns=findings)
+    if points:
+        for image, row in scores.iterrows():
+            called[image] = {rule: [] for rule in RULES}
+            for finding, thresholds in points.thresholds.items():
+                for rule in RULES:
+                    if float(row[finding]) >= thresholds[rule]:
+                        called[image][rule].append(finding)
     return probabilities, called

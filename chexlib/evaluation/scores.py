@@ -17,8 +17,7 @@ import pandas as pd
 from chexlib.data.nih import Radiographs, base_name, first_few, load_radiographs
 from chexlib.data.splits import LISTS, Split, read_list
 from chexlib.errors import DataError
-from chexlib.evaluation.auroc import judge
-from chexlib.evaluation.paired import compare
+from chexlib.evaluation.auroc import compare, judge
 from chexlib.findings import ALIASES, FINDINGS
 
 IMAGE_COLUMNS = ("image", "Image Index", "path", "filename")

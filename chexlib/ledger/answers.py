@@ -7,7 +7,7 @@ the first that applies:
 
 - *not measured*: the notebook that measures it has no results, neither in this run nor among the
   reference results, or none at a setting that answers it, or its network learnt nothing
-  (`chexlib.evaluation.verdicts.LEARNT`); or its record lacks a field, as of another version;
+  (`chexlib.evaluation.intervals.LEARNT`); or its record lacks a field, as of another version;
 - *not comparable*: it cannot be measured here, it was measured under other conditions, or the comparison is no test,
   such as a projection far above a lower bound, or one number told twice. The reason is given;
 - *undecided*: what is known of ours allows both answers: an interval holds both sides of a bound or of 0, or a
@@ -31,7 +31,7 @@ from pathlib import Path
 import pandas as pd
 
 from chexlib.errors import DataError
-from chexlib.evaluation.verdicts import (
+from chexlib.evaluation.intervals import (
     CONTRADICTED,
     NOT_COMPARABLE,
     NOT_MEASURED,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 
-from chexlib.evaluation.verdicts import has_learnt, nothing_learnt, over_seeds
+from chexlib.evaluation.intervals import has_learnt, nothing_learnt, over_seeds
 from chexlib.ledger.published import (
     RELEASE,
     Claim,

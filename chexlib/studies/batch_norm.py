@@ -17,7 +17,7 @@ from chexlib.data.cache import ImageStore
 from chexlib.data.pipeline import generator_for
 from chexlib.errors import ConfigError, DivergedError
 from chexlib.evaluation.auroc import auroc
-from chexlib.evaluation.verdicts import (
+from chexlib.evaluation.intervals import (
     CHANCE,
     NOT_MEASURED,
     has_learnt,

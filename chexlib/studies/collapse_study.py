@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 
 from chexlib.errors import ConfigError
-from chexlib.evaluation.ensembles import choose, diversity, mean_auroc, save_ensemble, stack
-from chexlib.evaluation.paired import paired_difference
-from chexlib.evaluation.verdicts import mean_of_seeds
+from chexlib.evaluation.auroc import mean_auroc, paired_difference
+from chexlib.evaluation.ensembles import choose, diversity, save_ensemble, stack
+from chexlib.evaluation.intervals import mean_of_seeds
 from chexlib.studies.collapse import collapse, epoch_ends, score_checkpoints
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit

@@ -13,7 +13,7 @@ import pandas as pd
 from chexlib.data.nih import EDITIONS, Radiographs, load_radiographs
 from chexlib.data.splits import LISTS
 from chexlib.errors import DataError
-from chexlib.evaluation.paired import compare
+from chexlib.evaluation.auroc import compare
 from chexlib.training.config import TrainConfig
 
 HELD_OUT = 0.4  # of the images: half of them test, the other half leaks

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import log_loss
 
-from chexlib.evaluation.auroc import auroc
+from chexlib.evaluation.auroc import mean_auroc
 from chexlib.models.statistics import (
     kept_statistics,
     moving_layers,
@@ -128,10 +128,9 @@ def judge_scores(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
     """Mean AUROC over the findings that have both classes, and binary cross-entropy, of (n, k)
     labels and scores.
     """
-    pairs = list(zip(np.asarray(labels).T, np.asarray(scores, float).T, strict=True))
-    areas = [auroc(y, p) for y, p in pairs if 0 < y.sum() < len(y)]
-    loss = np.mean([log_loss(y, p, labels=[0, 1]) for y, p in pairs])
-    return {"auroc": float(np.mean(areas)) if areas else float("nan"), "loss": float(loss)}
+    columns = zip(np.asarray(labels).T, np.asarray(scores, float).T, strict=True)
+    loss = np.mean([log_loss(y, p, labels=[0, 1]) for y, p in columns])
+    return {"auroc": mean_auroc(labels, scores), "loss": float(loss)}
 
 
 def _cut(images: np.ndarray, batch: int) -> Sequence[np.ndarray]:

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from chexlib.errors import ConfigError, DivergedError
-from chexlib.evaluation.ensembles import mean_auroc
-from chexlib.evaluation.verdicts import mean_of_seeds, over_seeds, percent_lost
+from chexlib.evaluation.auroc import mean_auroc
+from chexlib.evaluation.intervals import mean_of_seeds, over_seeds, percent_lost
 from chexlib.findings import FINDINGS
 from chexlib.studies.batch_norm import recalibrate_on
 from chexlib.studies.population import judge_scores

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from chexlib.errors import ConfigError, DivergedError
-from chexlib.evaluation.resampling import LEVEL
-from chexlib.evaluation.verdicts import (
+from chexlib.evaluation.intervals import (
     CONTRADICTED,
+    LEVEL,
     NOT_MEASURED,
     UNDECIDED,
     has_learnt,
@@ -235,7 +235,7 @@ def rule_effects(rows: pd.DataFrame) -> pd.DataFrame:
     -------
     DataFrame
         Index `RULES`; columns rule, effect, low, high, seeds, pairs, diverged, verdict, why. The
-        verdict is one of `chexlib.evaluation.verdicts`: undecided where the interval holds 0 or
+        verdict is one of `chexlib.evaluation.intervals`: undecided where the interval holds 0 or
         there is none, and not measured where no fine-tuning has learnt.
     """
     gains = earlier_gains(rows)

@@ -15,11 +15,10 @@ import pandas as pd
 
 from chexlib.collectives import World
 from chexlib.errors import DataError
-from chexlib.evaluation.auroc import resample
-from chexlib.evaluation.ensembles import mean_auroc, stack
-from chexlib.evaluation.resampling import draw_patients, interval_of, mean_of, patients_behind
+from chexlib.evaluation.auroc import auroc_samples, mean_auroc
+from chexlib.evaluation.ensembles import stack
+from chexlib.evaluation.intervals import paired_bootstrap
 from chexlib.files import atomic_write
-from chexlib.findings import FINDINGS
 from chexlib.studies.grid import point_key, run_grid
 from chexlib.training.callbacks import pooled_scorer
 from chexlib.training.config import TrainConfig
@@ -143,34 +142,19 @@ def arm_gains(
     DataFrame
         Index the findings and "mean"; columns auroc, other, difference, low, high, positives.
     """
-    (scores, labels, patients), (others, _, _) = (
-        stack(dict(enumerate(tables)), part="test") for tables in (ours, theirs)
-    )
+    scores, labels, patients = stack(dict(enumerate(ours)), part="test")
+    others, _, _ = stack(dict(enumerate(theirs)), part="test")
     counts = labels.sum(axis=0)
     labels = np.where(counts >= fewest, labels.astype(float), np.nan)
-    drawn, codes = draw_patients(patients, resamples=resamples, seed=seed)
 
-    def judged(several):
-        found = [resample(labels, one, drawn, codes) for one in several]
-        points, samples = (
-            np.mean([p[0] for p, _ in found], axis=0),
-            np.mean([s[0] for _, s in found], axis=0),
-        )
-        return np.append(points, mean_of(points[None])), np.vstack(
-            [samples, mean_of(samples[None])]
-        )
+    def mean_over_seeds(labels, several, drawn, codes):
+        measured = [auroc_samples(labels, of_seed, drawn, codes) for of_seed in several]
+        points, samples = zip(*measured, strict=True)
+        return np.mean(points, axis=0), np.mean(samples, axis=0)
 
-    (points, samples), (other_points, other_samples) = judged(scores), judged(others)
-    difference = points - other_points
-    low, high = interval_of(difference, samples - other_samples, patients_behind(labels, codes))
-    columns = {
-        "auroc": points,
-        "other": other_points,
-        "difference": difference,
-        "low": low,
-        "high": high,
-    }
-    positives = np.append(counts, counts[counts >= fewest].sum()).astype(int)
-    return pd.DataFrame(
-        columns | {"positives": positives}, index=pd.Index([*FINDINGS, "mean"], name="finding")
+    table = paired_bootstrap(
+        mean_over_seeds, labels, scores, others, patients, resamples=resamples, seed=seed
     )
+    table = table.rename(columns={"value": "auroc"}).drop(columns=["p", "p_holm"])
+    positives = np.append(counts, counts[counts >= fewest].sum()).astype(int)
+    return table.assign(positives=positives)

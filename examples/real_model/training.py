@@ -21,7 +21,7 @@ from chexlib.app.card import write_card
 from chexlib.data.nih import Radiographs, load_radiographs
 from chexlib.data.splits import Split
 from chexlib.evaluation.ensembles import save_ensemble
-from chexlib.evaluation.resampling import with_interval
+from chexlib.evaluation.intervals import with_interval
 from chexlib.files import atomic_write, file_lock, write_json
 from chexlib.machine import environment
 from chexlib.models.cards import split_of
