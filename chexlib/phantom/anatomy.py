@@ -1,9 +1,10 @@
 """Draws the normal anatomy of a synthetic frontal chest radiograph.
 
 Coordinates are the patient's: u runs across the film from the midline (positive on the right of the
-picture, the patient's left), v runs down it, both in units of the picture's side. Lung is air: a
-finding that fills it (`Film.fill`) takes away air, and with it vessels and borders, as on a real
-film (the silhouette sign). Dimensions and contrasts are set by eye; no radiograph is part of a
+picture, the patient's left), v runs down it, both in units of the picture's side; a is |u|. All
+lengths are in these units, all densities in units of the grey scale, 0 black to 1 white. Lung is
+air: a finding that fills it (`Film.fill`) takes away air, and with it vessels and borders, as on a
+real film (the silhouette sign). Dimensions and contrasts are set by eye; no radiograph is part of a
 picture.
 """
 
@@ -13,11 +14,17 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image, ImageDraw
 
+HILUM = 0.42  # height of the roots of the lungs
+KNOB = 0.048  # distance of the aortic knob from the midline
+MAIN_VESSELS = 13  # of each lung
+MAIN_WIDTHS = np.array([0.015, 0.0125, 0.0095, 0.007, 0.0045, 0.003])  # from the hilum outwards
+TWIG_WIDTHS = np.array([0.0055, 0.004, 0.002])
+
 
 def soft(x, width):
     """0 below -width, 1 above width, smooth between."""
-    t = x * np.float32(0.5 / width)
-    t += np.float32(0.5)
+    t = x * (0.5 / width)
+    t += 0.5
     # Two calls, yet a third of the time of np.clip: this runs fifty times an image.
     np.maximum(t, 0, out=t)
     np.minimum(t, 1, out=t)
@@ -26,6 +33,11 @@ def soft(x, width):
     slope *= t
     slope *= t
     return slope
+
+
+def bell(x, middle, width):
+    """A Gaussian, 1 at `middle` and 1/e at a distance of `width`."""
+    return np.exp(-(((x - middle) / width) ** 2))
 
 
 @cache
@@ -41,46 +53,48 @@ def cloud(rng, size, cells):
 
 
 def anatomy(d, rng):
-    """Shape of one patient, the same for every film.
-
-    Lengths are fractions of the picture's side.
-    """
-    n = np.clip(rng.standard_normal(12), -2.2, 2.2)
+    """Shape of one patient, the same for every film."""
+    people = iter(np.clip(rng.standard_normal(12), -2.2, 2.2))
     male, old = d.sex == "M", (d.age - 46) / 17
-    dome = 0.665 + 0.022 * n[1]
-    return SimpleNamespace(
-        width=0.322 + 0.014 * n[0] + 0.006 * male,  # half of the inner width of the thorax
-        top=0.125 + 0.012 * n[2] + 0.005 * old,
-        dome=np.array([dome, dome + 0.022 + 0.008 * n[3]]),  # right, left hemidiaphragm
-        angle=0.105 + 0.012 * n[4],  # depth of the costophrenic angles below the domes
-        ctr=np.clip(0.425 + 0.025 * n[5] + 0.006 * old, 0.36, 0.485),  # cardiothoracic ratio
-        knob=0.031 + 0.004 * old + 0.003 * n[6],
-        trunk=0.44 + 0.03 * n[7] + 0.015 * male,
-        breast=0.0 if male else max(0.2, 1 + 0.4 * n[8]),
-        rib=0.063 + 0.003 * n[9],
-        phase=rng.random(2),
-        slope=0.9 + 0.12 * n[10],
-        bend=0.05 * n[11],
-        markings=1 + 0.12 * old,
-        stomach=rng.random() < 0.6,
-        # Half axes of the stomach bubble.
-        bubble=(rng.uniform(0.045, 0.08), rng.uniform(0.02, 0.035)),
-        calcified=d.age > 62 and rng.random() < 0.5,
-        depth=0.37,  # how much darker air is than soft tissue
-    )
+
+    def about(mean, deviation):
+        return mean + deviation * next(people)
+
+    g = SimpleNamespace()
+    g.width = about(0.322, 0.014) + 0.006 * male  # half of the inner width of the thorax
+    right_dome = about(0.665, 0.022)
+    g.top = about(0.125, 0.012) + 0.005 * old
+    g.dome = np.array([right_dome, about(right_dome + 0.022, 0.008)])  # height of each diaphragm
+    g.angle = about(0.105, 0.012)  # depth of the costophrenic angles below the domes
+    g.ctr = np.clip(about(0.425, 0.025) + 0.006 * old, 0.36, 0.485)  # cardiothoracic ratio
+    g.knob = about(0.031 + 0.004 * old, 0.003)  # radius of the aortic knob
+    g.trunk = about(0.44, 0.03) + 0.015 * male
+    breast = max(0.2, about(1, 0.4))
+    g.breast = 0.0 if male else breast  # 1 is of mean size
+    g.rib = about(0.063, 0.003)  # from one rib to the next
+    g.phase = rng.random(2)  # of the ribs, right and left
+    g.slope = about(0.9, 0.12)  # of the ribs, 1 is steep
+    g.bend = about(0.0, 0.05)  # of the spine
+    g.markings = 1 + 0.12 * old  # width of the vessels, 1 is at 46 years
+    g.stomach = rng.random() < 0.6
+    g.bubble = rng.uniform(0.045, 0.08), rng.uniform(0.02, 0.035)  # half axes of its gas
+    g.calcified = d.age > 62 and rng.random() < 0.5
+    g.depth = 0.37  # how much darker air is than soft tissue
+    return g
 
 
 def posture(g, d, rng, variation):
     """How this film was taken: projection, breath, tilt of the patient. Changes `g`."""
     ap = d.view == "AP"
-    g.ap, g.clavicle, g.scapula = ap, 0.205 - 0.03 * ap + 0.008 * rng.normal(), 0.335 - 0.055 * ap
+    g.ap = ap
+    g.clavicle = 0.205 - 0.03 * ap + 0.008 * rng.normal()
+    g.scapula = 0.335 - 0.055 * ap
     g.dome += 0.01 * rng.normal() - 0.035 * ap
-    g.ctr = min(g.ctr * (1 + 0.1 * ap) + 0.008 * variation * rng.normal(), 0.54 if ap else 0.49)
+    enlarged = g.ctr * (1 + 0.1 * ap)  # a heart far from the detector
+    g.ctr = min(enlarged + 0.008 * variation * rng.normal(), 0.54 if ap else 0.49)
     spread = 1.5 if ap else 1.0
-    g.tilt, g.zoom = (
-        np.radians(1.5 * spread * rng.normal()),
-        float(np.exp(0.045 * spread * rng.normal())),
-    )
+    g.tilt = np.radians(1.5 * spread * rng.normal())
+    g.zoom = float(np.exp(0.045 * spread * rng.normal()))
     g.shift = 0.018 * spread * rng.normal(size=2)
 
 
@@ -88,13 +102,15 @@ def edges(g, v, inset=0.0):
     """Lateral and medial border of the lung at height v; `inset` shrinks it away from the chest
     wall.
     """
-    top = g.top + 1.5 * inset
-    q = np.clip((v - top) / 0.45, 0, 1)
-    m = np.clip((v - top) / 0.13, 0, 1)
-    apex = 0.145
+    top, apex = g.top + 1.5 * inset, 0.145
+    below = v - top
+    q = np.clip(below / 0.45, 0, 1)
+    m = np.clip(below / 0.13, 0, 1)
     low = np.clip((v - 0.62) / 0.25, 0, 1)
-    lateral = apex + (g.width - inset - apex) * np.power(q * (2 - q), 0.62) - 0.02 * low * low
-    return lateral, apex - (apex - 0.052) * np.sqrt(m * (2 - m))
+    widening = np.power(q * (2 - q), 0.62)
+    lateral = apex + (g.width - inset - apex) * widening - 0.02 * low * low
+    narrowing = np.sqrt(m * (2 - m))
+    return lateral, apex - (apex - 0.052) * narrowing
 
 
 class Film:
@@ -103,35 +119,25 @@ class Film:
     def __init__(self, g, size):
         # NumPy's own float64 scalars would make every array float64.
         for name, value in vars(g).items():
-            setattr(
-                g, name, value.tolist() if isinstance(value, np.floating | np.ndarray) else value
-            )
+            if isinstance(value, np.floating | np.ndarray):
+                setattr(g, name, value.tolist())
         self.g, self.size = g, size
         x, y = _pixels(size)
-        x, y = (x - np.float32(g.shift[0])) / g.zoom, (y - np.float32(g.shift[1])) / g.zoom
+        x, y = (x - g.shift[0]) / g.zoom, (y - g.shift[1]) / g.zoom
         c, s = np.cos(g.tilt), np.sin(g.tilt)
-        self.v = (c * y - s * x + 0.5).astype(np.float32)
-        self.u = (c * x + s * y - g.bend * (self.v - 0.4) ** 2).astype(np.float32)
-        self.a = np.abs(self.u)
-        self.left = self.u > 0
-        self.lateral, self.medial = edges(g, self.v)
-        dome = np.where(self.left, np.float32(g.dome[1]), np.float32(g.dome[0]))
-        d = self.a - 0.16
-        self.floor = dome + np.where(
-            d > 0, g.angle * (np.abs(d) / (g.width - 0.16)) ** 2.6, 0.03 * (d / 0.16) ** 2
-        ).astype(np.float32)
-        self.wall = soft(self.lateral - self.a, 0.012) * soft(self.v - g.top, 0.02)
-        self.lung = self.wall * soft(self.a - self.medial, 0.012) * soft(self.floor - self.v, 0.01)
-        right, base = 0.078 + 0.25 * max(g.ctr - 0.45, 0) * g.width, g.dome[1] - 0.01
-        t = np.clip((self.v - 0.35) / (base - 0.35), 0, 1.4)
-        round_off = np.sqrt(np.clip(1 - (np.maximum(t - 1, 0) / 0.4) ** 2, 0, 1))
-        reach = 2 * g.width * g.ctr - right
-        out = 0.045 + (reach - 0.045) * np.sin(np.minimum(t, 1) * np.float32(np.pi / 2)) ** 1.4
-        back = 0.048 + (right - 0.048) * np.sin(
-            np.clip((self.v - 0.42) / 0.3, 0, 1) * np.float32(np.pi)
-        )
-        self.heart = soft(out * round_off - self.u, 0.014) * soft(self.u + back, 0.014)
-        self.heart *= soft(self.v - 0.3, 0.05) * soft(base + 0.1 - self.v, 0.06)
+        v = (c * y - s * x + 0.5).astype(np.float32)
+        u = (c * x + s * y - g.bend * (v - 0.4) ** 2).astype(np.float32)
+        a = np.abs(u)
+        self.u, self.v, self.a, self.left = u, v, a, u > 0
+        self.lateral, self.medial = edges(g, v)
+        right_dome, left_dome = np.float32(g.dome)
+        d = a - 0.16  # from the highest place of a dome
+        fall = g.angle * (np.abs(d) / (g.width - 0.16)) ** 2.6
+        rise = 0.03 * (d / 0.16) ** 2
+        self.floor = np.where(self.left, left_dome, right_dome) + np.where(d > 0, fall, rise)
+        self.wall = soft(self.lateral - a, 0.012) * soft(v - g.top, 0.02)
+        self.lung = self.wall * soft(a - self.medial, 0.012) * soft(self.floor - v, 0.01)
+        self.heart = _heart(g, u, v)
         self.air = self.lung * (1 - 0.9 * self.heart)
         self.vessels = np.ones_like(self.air)
         self.extra = np.zeros_like(self.air)  # density of signs, inside the body
@@ -145,6 +151,18 @@ class Film:
             dx, dy = c * dx + s * dy, c * dy - s * dx
         return (dx * np.float32(1 / rx)) ** 2 + (dy * np.float32(1 / (ry or rx))) ** 2
 
+    def ellipse(self, x, y, rx, ry=None, *, edge, tilt=0.0):
+        """1 inside an ellipse, 0 outside, with an edge that is so soft (in squared radii)."""
+        return soft(1 - self.disc(x, y, rx, ry, tilt), edge)
+
+    def glow(self, x, y, rx, ry=None):
+        """A Gaussian spot: 1 in its middle, 1/e at the radii."""
+        return np.exp(-self.disc(x, y, rx, ry))
+
+    def side(self, side):
+        """1 in one half of the patient: -1 is the patient's right, +1 the left."""
+        return soft(side * self.u, 0.02)
+
     def fill(self, opacity):
         """Replace this fraction of the air; returns the part that lies in lung."""
         self.air *= 1 - opacity
@@ -155,142 +173,161 @@ class Film:
         """Tapering lines, 0..1: paths (n, points, 2) in (u, v), widths (n, points - 1), values
         (n,).
         """
-        g, k = self.g, 2 if self.size >= 128 else 4
-        scale = self.size * k
-        u, v = paths[..., 0] + g.bend * (paths[..., 1] - 0.4) ** 2, paths[..., 1] - 0.5
+        g, oversampling = self.g, 2 if self.size >= 128 else 4
+        scale = self.size * oversampling
+        v = paths[..., 1]
+        u, v = paths[..., 0] + g.bend * (v - 0.4) ** 2, v - 0.5
         c, s = np.cos(g.tilt), np.sin(g.tilt)
         x = ((c * u - s * v) * g.zoom + g.shift[0] + 0.5) * scale
         y = ((s * u + c * v) * g.zoom + g.shift[1] + 0.5) * scale
         points = np.stack([x, y], -1).reshape(len(paths), -1).tolist()
-        wide = widths * scale * g.zoom
-        fills = (
-            np.minimum(255 * np.asarray(values)[:, None] * np.minimum(wide, 1), 255)
-            .astype(int)
-            .tolist()
-        )
+        pixels = widths * scale * g.zoom
+        # A line thinner than a pixel is drawn one pixel wide, and fainter.
+        greys = 255 * np.asarray(values)[:, None] * np.minimum(pixels, 1)
+        greys = np.minimum(greys, 255).astype(int).tolist()
+        pixels = np.maximum(1, np.rint(pixels)).astype(int).tolist()
         canvas = Image.new("L", (scale, scale))
         # `line` without its look at the colour, half of its time.
         draw = ImageDraw.Draw(canvas).draw.draw_lines
-        for xy, row, fill in zip(
-            points, np.maximum(1, np.rint(wide)).astype(int).tolist(), fills, strict=True
-        ):
-            for j, width in enumerate(row):
-                draw(xy[2 * j : 2 * j + 4], fill[j], width)
-        return np.asarray(canvas.reduce(k), dtype=np.float32) / 255
+        for xy, line_greys, line_widths in zip(points, greys, pixels, strict=True):
+            for j, width in enumerate(line_widths):
+                draw(xy[2 * j : 2 * j + 4], line_greys[j], width)
+        return np.asarray(canvas.reduce(oversampling), dtype=np.float32) / 255
 
 
-def _vessels(f, rng):
+def _heart(g, u, v):
+    """The heart with its great vessels, 0..1."""
+    right = 0.078 + 0.25 * max(g.ctr - 0.45, 0) * g.width  # from the midline to its right border
+    left = 2 * g.width * g.ctr - right
+    base = g.dome[1] - 0.01
+    t = np.clip((v - 0.35) / (base - 0.35), 0, 1.4)  # 0 at the pulmonary trunk, 1 at the diaphragm
+    below = (np.maximum(t - 1, 0) / 0.4) ** 2
+    apex = np.sqrt(np.clip(1 - below, 0, 1))
+    bulge = np.sin(np.minimum(t, 1) * np.float32(np.pi / 2)) ** 1.4
+    left_border = (0.045 + (left - 0.045) * bulge) * apex
+    down = np.clip((v - 0.42) / 0.3, 0, 1)
+    right_border = 0.048 + (right - 0.048) * np.sin(down * np.float32(np.pi))
+    heart = soft(left_border - u, 0.014) * soft(u + right_border, 0.014)
+    heart *= soft(v - 0.3, 0.05) * soft(base + 0.1 - v, 0.06)
+    return heart
+
+
+def _branches(start, heading, side, length):
+    """Points (n, steps + 1, 2) of lines from `start` (n, 1, 2), which turn as `heading` (n, steps)
+    says, mirrored where `side` is -1; `length` of each step.
+    """
+    steps = np.stack([side[:, None] * np.cos(heading), np.sin(heading)], -1) * length
+    begin = np.zeros_like(steps[:, :1])
+    return start + np.concatenate([begin, np.cumsum(steps, 1)], 1)
+
+
+def _vessels(film, rng):
     """Arteries and veins: tapering branches from both hila, and their side branches."""
-    g, mains = f.g, 13
-    side = np.repeat([-1.0, 1.0], mains)
-    angle = np.tile(np.linspace(-1.25, 1.35, mains), 2) + 0.12 * rng.standard_normal(2 * mains)
-    length = (0.2 + 0.05 * rng.standard_normal(2 * mains)) * (1 + 0.35 * np.abs(np.sin(angle)))
-    bend = 0.16 * rng.standard_normal((2 * mains, 6))
-    heading = angle[:, None] + np.cumsum(bend, 1)
-    step = (
-        np.stack([side[:, None] * np.cos(heading), np.sin(heading)], -1)
-        * (length / 6)[:, None, None]
-    )
-    start = np.stack([side * 0.075, 0.42 + 0.05 * np.sin(angle)], -1)[:, None]
-    trunk = start + np.concatenate([np.zeros_like(step[:, :1]), np.cumsum(step, 1)], 1)
-    taper = g.markings * np.array([0.015, 0.0125, 0.0095, 0.007, 0.0045, 0.003])
-    first = f.strokes(trunk, np.tile(taper, (2 * mains, 1)), rng.uniform(0.6, 1, 2 * mains))
-    root = trunk[:, 1:6].reshape(-1, 1, 2)
-    heading = heading[:, 1:].reshape(-1) + rng.choice([-1, 1], root.shape[0]) * rng.uniform(
-        0.4, 0.9, root.shape[0]
-    )
-    heading = heading[:, None] + np.cumsum(0.2 * rng.standard_normal((len(root), 3)), 1)
-    step = np.stack([np.repeat(side, 5)[:, None] * np.cos(heading), np.sin(heading)], -1) * 0.032
-    twig = root + np.concatenate([np.zeros_like(step[:, :1]), np.cumsum(step, 1)], 1)
-    second = f.strokes(
-        twig,
-        np.tile(g.markings * np.array([0.0055, 0.004, 0.002]), (len(root), 1)),
-        [0.75] * len(root),
-    )
-    return np.maximum(first, second)
+    markings, n = film.g.markings, 2 * MAIN_VESSELS
+    side = np.repeat([-1.0, 1.0], MAIN_VESSELS)
+    fan = np.linspace(-1.25, 1.35, MAIN_VESSELS)  # radians below the horizontal
+    angle = np.tile(fan, 2) + 0.12 * rng.standard_normal(n)
+    length = (0.2 + 0.05 * rng.standard_normal(n)) * (1 + 0.35 * np.abs(np.sin(angle)))
+    heading = angle[:, None] + np.cumsum(0.16 * rng.standard_normal((n, 6)), 1)
+    start = np.stack([side * 0.075, HILUM + 0.05 * np.sin(angle)], -1)[:, None]
+    mains = _branches(start, heading, side, (length / 6)[:, None, None])
+    widths = np.tile(markings * MAIN_WIDTHS, (n, 1))
+    drawn = film.strokes(mains, widths, rng.uniform(0.6, 1, n))
+    # A twig from each bend of each main vessel.
+    roots = mains[:, 1:6].reshape(-1, 1, 2)
+    twigs = len(roots)
+    turn = rng.choice([-1, 1], twigs) * rng.uniform(0.4, 0.9, twigs)
+    heading = heading[:, 1:].reshape(-1) + turn
+    heading = heading[:, None] + np.cumsum(0.2 * rng.standard_normal((twigs, 3)), 1)
+    paths = _branches(roots, heading, np.repeat(side, 5), 0.032)
+    widths = np.tile(markings * TWIG_WIDTHS, (twigs, 1))
+    return np.maximum(drawn, film.strokes(paths, widths, [0.75] * twigs))
 
 
-def _ribs(f):
+def _ribs(film):
     """Posterior arcs, convex upwards, and the fainter anterior ones that cross them."""
-    g = f.g
-    r = f.a / np.float32(g.width)
-    phase = np.where(f.left, np.float32(g.phase[1] * 0.3), np.float32(g.phase[0] * 0.3))
-    back = (
-        f.v + np.float32(0.05 * g.slope) * (4 * r * (1 - r)) - np.float32(0.16 * g.slope) * r**3
-    ) / g.rib
-    front = (f.v + np.float32(0.24) * r - np.float32(0.02)) / np.float32(g.rib * 1.12)
-    cage = soft(f.lateral + 0.025 - f.a, 0.012) * soft(f.v - g.top + 0.02, 0.02)
-    total = np.zeros_like(f.v)
-    for turns, low, weight, reach in (
-        (back, 0.25, 1.0, soft(0.93 - r, 0.12) + 0.35),
-        (front, 0.35, 0.75, soft(r - 0.45, 0.15)),
-    ):
-        wave = np.cos(np.float32(2 * np.pi) * (turns + phase))
-        bar = soft(wave - low, 0.35)
-        total += weight * reach * (0.62 * bar + 1.5 * bar * (1 - bar))
-    return total * cage * soft(f.floor + 0.03 - f.v, 0.08) * soft(f.a - 0.04, 0.012)
+    g, v, a = film.g, film.v, film.a
+    r = a / g.width  # 0 at the midline, 1 at the chest wall
+    right_phase, left_phase = np.float32([0.3 * phase for phase in g.phase])
+    phase = np.where(film.left, left_phase, right_phase)
+    arch, fall = 0.05 * g.slope * (4 * r * (1 - r)), 0.16 * g.slope * r**3
+    posterior = (v + arch - fall) / g.rib + phase
+    anterior = (v + 0.24 * r - 0.02) / (g.rib * 1.12) + phase
+    bones = _bars(posterior, 0.25) * (soft(0.93 - r, 0.12) + 0.35)
+    bones += 0.75 * soft(r - 0.45, 0.15) * _bars(anterior, 0.35)
+    cage = soft(film.lateral + 0.025 - a, 0.012) * soft(v - g.top + 0.02, 0.02)
+    return bones * cage * soft(film.floor + 0.03 - v, 0.08) * soft(a - 0.04, 0.012)
 
 
-def expose(f, rng, patient_rng):
+def _bars(turns, low):
+    """A bar a turn, brighter along its borders; `low` is how narrow it is."""
+    bar = soft(np.cos(np.float32(2 * np.pi) * turns) - low, 0.35)
+    return 0.62 * bar + 1.5 * bar * (1 - bar)
+
+
+def _soft_tissue(film):
+    """Chest wall, mediastinum, hila, breasts and belly, and where the body is (0..1)."""
+    g, u, v, a = film.g, film.u, film.v, film.a
+    shoulder = 0.03 + 0.13 * soft(a - 0.27, 0.17) - 0.5 * soft(0.095 - a, 0.05)
+    trunk = g.trunk + 0.12 * bell(v, 0.28, 0.17) + 0.02 * soft(v - 0.8, 0.3)
+    body = soft(v - shoulder, 0.03) * soft(trunk - a, 0.025)
+    belly = soft(v - film.floor + 0.06, 0.16) * (1 - 1.6 * a * a)
+    grey = 0.5 + 0.07 * soft(v - 0.2, 0.2) + 0.24 * belly - 0.1 * soft(a - trunk + 0.07, 0.07)
+    spine = 0.09 * bell(u, 0, 0.075) * soft(v - 0.05, 0.1)
+    grey += spine + 0.075 * film.heart * soft(v - 0.44, 0.14)
+    grey += 0.075 * film.ellipse(KNOB, g.top + 0.185, g.knob, g.knob * 1.25, edge=0.5)
+    left_hilum = 0.08 * film.glow(0.075, 0.4, 0.035, 0.05)
+    grey += left_hilum + 0.08 * film.glow(-0.075, 0.43, 0.035, 0.055)
+    if g.breast:
+        for side in (-1, 1):
+            disc = film.disc(side * 0.215, 0.64 + 0.04 * g.breast, 0.145, 0.135)
+            grey += 0.085 * g.breast * np.sqrt(np.clip(1 - disc, 0, 1))
+    return grey, body
+
+
+def _bones(film):
+    """Ribs, vertebrae, clavicles, shoulder blades and upper arms."""
+    g, v, a = film.g, film.v, film.a
+    bones = 0.066 * _ribs(film) * (1 - 0.55 * film.heart)
+    discs = np.cos(v * np.float32(2 * np.pi / 0.047))  # a vertebra every 0.047
+    bones += 0.035 * soft(0.03 - a, 0.008) * (1 + 0.35 * discs)
+    run = (a - 0.03) / 0.25  # along the clavicle
+    collar = g.clavicle - 0.05 * run + 0.016 * np.sin(run * 6.3) + 0.012 * g.ap * run
+    bar = soft(0.014 - np.abs(v - collar), 0.007) * soft(a - 0.03, 0.01) * soft(0.33 - a, 0.03)
+    bones += 0.09 * bar * (1 + 0.5 * (1 - bar))
+    blade = g.scapula + 0.12 * (v - 0.2) - 0.6 * np.clip(v - 0.36, 0, 1)
+    scapula = 0.055 * soft(a - blade, 0.008)
+    scapula *= soft(v - 0.14, 0.03)
+    scapula *= soft(0.46 - v, 0.05)
+    scapula *= soft(blade + 0.12 - a, 0.06)
+    bones += scapula
+    head = ((a - 0.435) / 0.05) ** 2 + ((v - 0.2) / 0.055) ** 2
+    shaft = soft(0.026 - np.abs(a - 0.45 - 0.12 * (v - 0.2)), 0.01)
+    shaft *= soft(v - 0.2, 0.02)
+    shaft *= soft(0.5 - v, 0.1)
+    bones += 0.09 * np.maximum(soft(1 - head, 0.3), 0.8 * shaft)
+    return bones
+
+
+def expose(film, rng, patient_rng):
     """The film before noise: 0 is black (air, background), 1 white.
 
     Adds up what the beam goes through.
     """
-    g, u, v, a = f.g, f.u, f.v, f.a
-    shoulder = 0.03 + 0.13 * soft(a - 0.27, 0.17) - 0.5 * soft(0.095 - a, 0.05)
-    trunk = g.trunk + 0.12 * np.exp(-(((v - 0.28) / 0.17) ** 2)) + 0.02 * soft(v - 0.8, 0.3)
-    body = soft(v - shoulder, 0.03) * soft(trunk - a, 0.025)
-    belly = soft(v - f.floor + 0.06, 0.16) * (1 - 1.6 * a * a)
-    film = 0.5 + 0.07 * soft(v - 0.2, 0.2) + 0.24 * belly - 0.1 * soft(a - trunk + 0.07, 0.07)
-    film += 0.09 * np.exp(-((u / 0.075) ** 2)) * soft(v - 0.05, 0.1) + 0.075 * f.heart * soft(
-        v - 0.44, 0.14
-    )
-    film += 0.075 * soft(1 - f.disc(0.048, g.top + 0.185, g.knob, g.knob * 1.25), 0.5)
-    film += 0.08 * np.exp(-f.disc(0.075, 0.4, 0.035, 0.05)) + 0.08 * np.exp(
-        -f.disc(-0.075, 0.43, 0.035, 0.055)
-    )
-    if g.breast:
-        for side in (-1, 1):
-            film += (
-                0.085
-                * g.breast
-                * np.sqrt(
-                    np.clip(1 - f.disc(side * 0.215, 0.64 + 0.04 * g.breast, 0.145, 0.135), 0, 1)
-                )
-            )
-    deep = 0.72 + 0.28 * soft(f.lateral - a - 0.05, 0.06) - 0.1 * soft(v - 0.6, 0.12)
-    film -= np.float32(g.depth) * f.air * deep
+    g, u, v, a = film.g, film.u, film.v, film.a
+    grey, body = _soft_tissue(film)
+    deep = 0.72 + 0.28 * soft(film.lateral - a - 0.05, 0.06) - 0.1 * soft(v - 0.6, 0.12)
+    grey -= g.depth * film.air * deep
     windpipe = soft(0.017 - np.abs(u + 0.004), 0.007) * soft(0.36 - v, 0.02)
     bronchi = soft(0.01 - np.abs(v - 0.355 - 0.55 * a), 0.006) * soft(0.085 - a, 0.02)
-    film -= 0.075 * np.maximum(windpipe, 0.35 * bronchi) * body
-    bones = 0.066 * _ribs(f) * (1 - 0.55 * f.heart)
-    bones += 0.035 * soft(0.03 - a, 0.008) * (1 + 0.35 * np.cos(v * np.float32(2 * np.pi / 0.047)))
-    run = (a - 0.03) / 0.25
-    collar = g.clavicle - 0.05 * run + 0.016 * np.sin(run * np.float32(6.3)) + 0.012 * g.ap * run
-    bar = soft(0.014 - np.abs(v - collar), 0.007) * soft(a - 0.03, 0.01) * soft(0.33 - a, 0.03)
-    bones += 0.09 * bar * (1 + 0.5 * (1 - bar))
-    blade = g.scapula + 0.12 * (v - 0.2) - 0.6 * np.clip(v - 0.36, 0, 1)
-    bones += (
-        0.055
-        * soft(a - blade, 0.008)
-        * soft(v - 0.14, 0.03)
-        * soft(0.46 - v, 0.05)
-        * soft(blade + 0.12 - a, 0.06)
-    )
-    humerus = ((a - 0.435) / 0.05) ** 2 + ((v - 0.2) / 0.055) ** 2
-    shaft = (
-        soft(0.026 - np.abs(a - 0.45 - 0.12 * (v - 0.2)), 0.01)
-        * soft(v - 0.2, 0.02)
-        * soft(0.5 - v, 0.1)
-    )
-    bones += 0.09 * np.maximum(soft(1 - humerus, 0.3), 0.8 * shaft)
-    film += bones
-    film += 0.17 * _vessels(f, patient_rng) * f.air * f.vessels * soft(0.24 - a, 0.16)
-    film += 0.011 * cloud(rng, f.size, 48) * f.air * f.vessels
+    grey -= 0.075 * np.maximum(windpipe, 0.35 * bronchi) * body
+    grey += _bones(film)
+    grey += 0.17 * _vessels(film, patient_rng) * film.air * film.vessels * soft(0.24 - a, 0.16)
+    grey += 0.011 * cloud(rng, film.size, 48) * film.air * film.vessels
     if g.calcified:
-        ring = f.disc(0.048, g.top + 0.185, g.knob * 0.9)
-        film += 0.08 * soft(0.18 - np.abs(ring - 1), 0.12) * soft(g.top + 0.19 - v, 0.02)
+        ring = film.disc(KNOB, g.top + 0.185, g.knob * 0.9)
+        grey += 0.08 * soft(0.18 - np.abs(ring - 1), 0.12) * soft(g.top + 0.19 - v, 0.02)
     if g.stomach:
-        bubble = soft(1 - f.disc(0.15, g.dome[1] + 0.045, *g.bubble, tilt=-0.1), 0.6)
-        film -= 0.15 * bubble * soft(v - f.floor - 0.012, 0.008)
-    return (film + f.extra + 0.04 * cloud(rng, f.size, 3)) * body + f.over
+        gas = film.ellipse(0.15, g.dome[1] + 0.045, *g.bubble, edge=0.6, tilt=-0.1)
+        grey -= 0.15 * gas * soft(v - film.floor - 0.012, 0.008)
+    return (grey + film.extra + 0.04 * cloud(rng, film.size, 3)) * body + film.over
