@@ -26,7 +26,7 @@ from bench import peak_memory
 
 from chexlib.data.pictures import find_pictures
 from chexlib.machine import cores
-from chexlib.models.cards import read_card
+from chexlib.models.weights import read_card
 
 
 def main() -> None:

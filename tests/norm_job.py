@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from chexlib.collectives import join_world
-from chexlib.models.normalization import FusedBatchNormalization
+from chexlib.models.layers import FusedBatchNormalization
 from chexlib.models.statistics import population_statistics
 
 KINDS = {

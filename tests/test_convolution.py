@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from chexlib.models import convolution
+from chexlib.models import layers
 
 
 @pytest.mark.parametrize("side, inputs, outputs", [(1, 5, 3), (3, 4, 6), (5, 2, 3), (7, 3, 2)])
@@ -13,13 +13,13 @@ from chexlib.models import convolution
 def test_convolutions_have_keras_outputs_and_gradients_without_avx512(
     side, inputs, outputs, height, width, monkeypatch
 ):
-    monkeypatch.setattr(convolution, "processor_flags", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(layers, "processor_flags", lambda: frozenset({"avx2"}))
     rng = np.random.default_rng(side)
     images = rng.normal(size=(3, height, width, inputs)).astype("float32")
     upstream = rng.normal(size=(3, height, width, outputs)).astype("float32")
     ours, keras_own = [
         kind(outputs, side, padding="same", activation="relu")
-        for kind in (convolution.Conv2D, keras.layers.Conv2D)
+        for kind in (layers.Conv2D, keras.layers.Conv2D)
     ]
     for layer in (ours, keras_own):
         layer.build(images.shape)
@@ -41,10 +41,10 @@ def test_convolutions_have_keras_outputs_and_gradients_without_avx512(
 @pytest.mark.parametrize("side", [1, 3])
 def test_channels_first_is_convolved_along_rows_and_columns(side, monkeypatch):
     """Also where an image is as wide as it has channels."""
-    monkeypatch.setattr(convolution, "processor_flags", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(layers, "processor_flags", lambda: frozenset({"avx2"}))
     rng = np.random.default_rng(side)
     images, kernel = rng.normal(size=(2, 4, 6, 4)), rng.normal(size=(side, side, 4, 3))
-    layer = convolution.Conv2D(
+    layer = layers.Conv2D(
         3, side, padding="same", data_format="channels_first", use_bias=False
     )
     layer.build(images.shape)
@@ -61,8 +61,8 @@ def test_channels_first_is_convolved_along_rows_and_columns(side, monkeypatch):
 
 def test_products_take_the_place_of_onednns_kernel_where_it_is_slow_and_only_there(monkeypatch):
     def operations(flags, size=8, **settings):
-        monkeypatch.setattr(convolution, "processor_flags", lambda: frozenset(flags))
-        layer = convolution.Conv2D(4, **{"kernel_size": 3, "padding": "same", **settings})
+        monkeypatch.setattr(layers, "processor_flags", lambda: frozenset(flags))
+        layer = layers.Conv2D(4, **{"kernel_size": 3, "padding": "same", **settings})
         layer.build((2, size, size, 3))
 
         @tf.function
@@ -106,7 +106,7 @@ def test_products_in_bfloat16_have_the_gradients_of_float32_to_its_rounding():
     rng = np.random.default_rng(0)
     images, upstream = rng.normal(size=(4, 7, 7, 8)), rng.normal(size=(4, 7, 7, 6))
     for side in (1, 3):
-        ours = convolution.kernel_gradient(
+        ours = layers.kernel_gradient(
             tf.cast(images, tf.bfloat16), tf.cast(upstream, tf.bfloat16), side
         )
         exact = tf.raw_ops.Conv2DBackpropFilter(

@@ -16,9 +16,8 @@ from chexlib.evaluation.explain import METHODS, heat_maps, judge_boxes, localize
 from chexlib.figures.heat_files import HeatMapFiles
 from chexlib.figures.overlays import heat_figure, pointing_bars
 from chexlib.findings import FINDINGS
-from chexlib.models.combine import combine_models
 from chexlib.models.topologies import TOPOLOGIES, build_model
-from chexlib.models.weights import load_model
+from chexlib.models.weights import combine_models, load_model
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (3, 64, 64, 1)).astype(np.float32)

@@ -22,7 +22,7 @@ from chexlib.data.cache import resize_area
 from chexlib.data.nih import read_image
 from chexlib.errors import ConfigError, DataError, WeightsError
 from chexlib.findings import FINDINGS
-from chexlib.models.normalization import FusedBatchNormalization
+from chexlib.models.layers import FusedBatchNormalization
 from chexlib.models.predict import newest_weights, predict
 from chexlib.models.statistics import norm_layers
 from chexlib.models.topologies import TOPOLOGIES, build_model

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from chexlib.collectives import World
 from chexlib.errors import ConfigError, WeightsError
-from chexlib.models.normalization import FusedBatchNormalization
+from chexlib.models.layers import FusedBatchNormalization
 from chexlib.models.statistics import (
     kept_statistics,
     norm_layers,

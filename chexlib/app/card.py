@@ -13,7 +13,7 @@ from chexlib.data.nih import data_name
 from chexlib.errors import DataError, WeightsError
 from chexlib.evaluation.auroc import in_words, judge
 from chexlib.files import atomic_write
-from chexlib.models.cards import config_of, read_card
+from chexlib.models.weights import config_of, read_card
 
 
 def write_card(run: str | Path) -> Path:

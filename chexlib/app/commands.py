@@ -44,8 +44,8 @@ def predict(images, weights, form, heatmaps):
     from chexlib.evaluation.operating import read_by_card
     from chexlib.files import ROOT
     from chexlib.findings import FINDINGS
-    from chexlib.models.cards import find_weights, read_card, split_of
     from chexlib.models.predict import newest_weights, predict_all
+    from chexlib.models.weights import find_weights, read_card, split_of
 
     weights = find_weights(weights or newest_weights(ROOT / "runs"))
     card = read_card(weights)

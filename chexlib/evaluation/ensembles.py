@@ -94,8 +94,7 @@ def save_ensemble(members: Sequence[str | Path], path: str | Path) -> Path:
     members : paths of `model.keras` files
     path : where the ensemble goes
     """
-    from chexlib.models.combine import combine_models
-    from chexlib.models.weights import ENSEMBLE, load_model, save_model
+    from chexlib.models.weights import ENSEMBLE, combine_models, load_model, save_model
 
     models, cards = zip(*(load_model(member) for member in members), strict=True)
     card = {"topology": ENSEMBLE, "size": cards[0]["size"], "split": cards[0].get("split")}

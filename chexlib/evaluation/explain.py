@@ -71,7 +71,7 @@ def heat_maps(
         raise ConfigError(f"method={method!r} is not known. Use one of {', '.join(METHODS)}.")
     if unknown := sorted(set(findings).difference(FINDINGS)):
         raise ConfigError(f"findings={unknown} are not known. Use {', '.join(FINDINGS)}.")
-    from chexlib.models.combine import MEMBER
+    from chexlib.models.weights import MEMBER
 
     model = _loaded(model)
     if members := [part for part in model.layers if part.name.startswith(MEMBER)]:

@@ -1,6 +1,4 @@
-"""Arrays of a Keras weights file into a model, each accounted for: read by name, nothing of the
-file is run.
-"""
+"""Read the arrays of a Keras weights file, and fill a model with them; no code of the file is run."""
 
 from __future__ import annotations
 
@@ -32,7 +30,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """
     import h5py
 
-    found = {}
+    datasets = {}
+
+    def collect(name, item):
+        if isinstance(item, h5py.Dataset):
+            datasets[name] = item
+
     with tempfile.TemporaryDirectory() as folder:
         plain = path
         # Inside the archive every step back would be read anew from its beginning.
@@ -40,107 +43,96 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             with zipfile.ZipFile(path) as archive:
                 plain = archive.extract("model.weights.h5", folder)
         with h5py.File(plain) as file:
-            file.visititems(
-                lambda name, item: (
-                    found.update({name: item}) if isinstance(item, h5py.Dataset) else None
-                )
-            )
+            file.visititems(collect)
             # HDF5 makes up what was never written, unpacks filters, and lets a thousand names share
             # the same bytes.
-            size, needed = os.path.getsize(plain), sum(item.nbytes for item in found.values())
+            size = os.path.getsize(plain)
+            needed = sum(item.nbytes for item in datasets.values())
             if needed > size:
                 raise WeightsError(
                     f"{path} has arrays of {needed:,} bytes in {size:,}. Save it again, "
                     "uncompressed."
                 )
-            if foreign := [
-                name for name, x in found.items() if x.dtype.hasobject or x.is_virtual or x.external
-            ]:
-                raise WeightsError(
-                    f"{path} keeps {foreign[0]} elsewhere than in an array. Save it again with "
-                    "Keras."
-                )
-            return {name: item[()] for name, item in found.items()}
+            for name, item in datasets.items():
+                if item.dtype.hasobject or item.is_virtual or item.external:
+                    raise WeightsError(
+                        f"{path} keeps {name} elsewhere than in an array. Save it again with Keras."
+                    )
+            return {name: item[()] for name, item in datasets.items()}
 
 
 def fill_model(
-    places: dict[str, tuple],
+    variables: dict[str, tuple],
     arrays: dict[str, np.ndarray],
     *,
     unused: Sequence[str] = (),
-    missing: Sequence[str] = (),
+    keep_head: bool = False,
 ) -> pd.DataFrame:
-    """Give each weight of a model the array that Keras would; nothing is changed if one is left
-    over or missing.
+    """Assign to each weight of a model its array of a Keras file, all of them or none.
 
     Where a file's first kernel takes one grey channel and the model's takes three, a third of it
     goes to each.
 
     Parameters
     ----------
-    places : the model's `layout`
+    variables : the model's `layout`
     arrays : as `read_arrays` gives them
-    unused : patterns of arrays, by their names in the file or the layers they are for, that may be
-        left out
-    missing : patterns of layers that keep the weights they have
+    unused : patterns of arrays, by their names in the file, that may be left out
+    keep_head : bool
+        Leave the head as it is.
 
     Returns
     -------
     DataFrame
-        A row a weight of the model, and a row an array left out: tensor, layer, weight, shape,
+        A row per weight of the model, and a row per array left out: tensor, layer, weight, shape,
         fate.
 
     Raises
     ------
     WeightsError
-        An array that is missing, left over, or of another shape.
+        An array that is missing, left over, not finite or of another shape. Nothing is changed.
     """
-    rows, values, wrong = [], [], []
-    for name, (layer, weight, variable) in places.items():
-        array = arrays.get(name)
-        shape = None if array is None else array.shape
-        if named(layer, missing):
-            rows.append((name if array is not None else "", layer, weight, shape, "kept as it was"))
+    rows, values, faults = [], [], []
+    for name, (layer, weight, variable) in variables.items():
+        value = arrays.get(name)
+        shape = None if value is None else value.shape
+        if layer == HEAD and keep_head:
+            rows.append(("" if value is None else name, layer, weight, shape, "kept as it was"))
             continue
-        fate, value = "loaded", array
-        if (
-            array is not None
-            and array.ndim == 4
-            and shape[CHANNELS] == 1
-            and variable.shape[CHANNELS] == 3
-        ):
-            fate, value = (
-                "loaded, grey spread over three channels",
-                np.repeat(array / 3, 3, axis=CHANNELS),
-            )
-        if value is None or value.shape != tuple(variable.shape):
-            found = "nothing" if array is None else str(shape)
-            wrong.append(
-                f"{layer}/{weight} needs {tuple(variable.shape)} and the file has {found} ({name})"
-            )
+        fate = "loaded"
+        if value is not None and _is_grey(value, variable):
+            fate = "loaded, grey spread over three channels"
+            value = np.repeat(value / 3, 3, axis=CHANNELS)
+        needed = tuple(variable.shape)
+        if value is None or value.shape != needed:
+            given = "nothing" if value is None else str(shape)
+            faults.append(f"{layer}/{weight} needs {needed} and the file has {given} ({name})")
         elif not np.isfinite(value).all():
-            wrong.append(f"{layer}/{weight} is not finite ({name})")
+            faults.append(f"{layer}/{weight} is not finite ({name})")
         values.append((variable, value))
         rows.append((name, layer, weight, shape, fate))
-    left = sorted(arrays.keys() - places.keys())
-    wrong += [
-        f"{name} of shape {arrays[name].shape} is left over"
-        for name in left
-        if not named(name, unused)
-    ]
-    if wrong:
+    for name in sorted(arrays.keys() - variables.keys()):
+        rows.append((name, "", "", arrays[name].shape, "left out"))
+        if not matches(name, unused):
+            faults.append(f"{name} of shape {arrays[name].shape} is left over")
+    if faults:
+        others = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
         raise WeightsError(
-            f"{wrong[0]}{f', and {len(wrong) - 1} more' if len(wrong) > 1 else ''}; the file has "
-            f"{len(arrays)} arrays and the model {len(places)} weights"
+            f"{faults[0]}{others}; the file has {len(arrays)} arrays and the model "
+            f"{len(variables)} weights"
         )
     for variable, value in values:
         variable.assign(value.astype(np.float32))
-    rows += [(name, "", "", arrays[name].shape, "left out") for name in left]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+def _is_grey(kernel: np.ndarray, variable) -> bool:
+    """Whether a kernel is for one channel where the model's is for three."""
+    return kernel.ndim == 4 and kernel.shape[CHANNELS] == 1 and variable.shape[CHANNELS] == 3
+
+
 def layout(model) -> dict[str, tuple[str, str, object]]:
-    """Where Keras writes each weight of a model: name in the file -> (layer, weight, variable).
+    """Find where Keras writes each weight of a model: name in the file -> (layer, weight, variable).
 
     Keras names arrays by their place in the network. It is asked: a model each of whose weights
     holds its own number is saved, and read back.
@@ -152,21 +144,23 @@ def layout(model) -> dict[str, tuple[str, str, object]]:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "layout.weights.h5"
             model.save_weights(file)
-            numbers = {name: int(array.flat[0]) for name, array in read_arrays(file).items()}
+            arrays = read_arrays(file)
     finally:
         model.set_weights(before)
-    variables = model.weights
-    return {name: (*owners[variables[i].path], variables[i]) for name, i in numbers.items()}
+    variables = {}
+    for name, array in arrays.items():
+        variable = model.weights[int(array.flat[0])]
+        variables[name] = (*owners[variable.path], variable)
+    return variables
 
 
-def head_differs(places: dict[str, tuple], arrays: dict[str, np.ndarray]) -> bool:
+def head_differs(variables: dict[str, tuple], arrays: dict[str, np.ndarray]) -> bool:
     """Whether the file's head has another number of outputs, and takes the same features."""
-    for name, (layer, weight, variable) in places.items():
+    for name, (layer, weight, variable) in variables.items():
         if (layer, weight) == (HEAD, "kernel") and name in arrays:
+            features, outputs = variable.shape
             shape = arrays[name].shape
-            return (
-                len(shape) == 2 and shape[0] == variable.shape[0] and shape[1] != variable.shape[1]
-            )
+            return len(shape) == 2 and shape[0] == features and shape[1] != outputs
     return False
 
 
@@ -176,6 +170,6 @@ def leaves(model):
         yield from leaves(layer) if hasattr(layer, "layers") else [layer]
 
 
-def named(name: str, patterns: Sequence[str]) -> bool:
-    """Whether one of the patterns is of this name."""
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name fits one of the patterns, such as `classifier.*`."""
     return any(fnmatch(name, pattern) for pattern in patterns)

@@ -24,7 +24,7 @@ import pandas as pd
 
 from chexlib.errors import WeightsError
 from chexlib.findings import ALIASES, FINDINGS
-from chexlib.models.arrays import COLUMNS, leaves, named
+from chexlib.models.arrays import COLUMNS, HEAD, leaves, matches
 
 # Outputs of torchxrayvision's DenseNets, its `default_pathologies`: give them as `findings`.
 TORCHXRAYVISION = (
@@ -70,10 +70,9 @@ def load_torch_weights(
     *,
     findings: Sequence[str] | None = None,
     unused: Sequence[str] = (),
-    missing=(),
+    keep_head: bool = False,
 ) -> pd.DataFrame:
-    """Fill a DenseNet-121 of `build_model` from a PyTorch state dict, so that it gives the same
-    probabilities.
+    """Fill a DenseNet-121 from a PyTorch state dict: the model gives the same probabilities.
 
     Every tensor of the file and every weight of the model is accounted for; nothing is changed if
     that fails.
@@ -88,17 +87,15 @@ def load_torch_weights(
         What the file's outputs are, in its order. Default: the JSON list `findings` in the file's
         metadata, else CheXNet's order, which is that of `FINDINGS`.
     unused : sequence of str
-        Tensors and outputs of the file that may be left out, as patterns: `op_threshs`, `Fracture`,
-        `classifier.*`.
-    missing : sequence of str
-        Layers of the model that may keep the weights they have, as patterns: `findings` is the
-        head.
+        Tensors and outputs of the file that may be left out, as patterns: `op_threshs`, `Fracture`.
+    keep_head : bool
+        Leave the model's head as it is, and the file's out.
 
     Returns
     -------
     DataFrame
-        A row for each weight of the model and for each tensor or output left over: tensor (its name
-        in torchvision), layer, weight, shape in the file, fate.
+        A row per weight of the model and per tensor or output left out: tensor (its name in
+        torchvision), layer, weight, shape in the file, fate.
 
     Raises
     ------
@@ -117,72 +114,67 @@ def load_torch_weights(
             f"{path}: {model.name} is not the DenseNet-121 that such weights are for. Use "
             "densenet121."
         )
-    kept = {key for key in plan if named(key[0], missing)}
+    kept = [key for key in plan if keep_head and key[0] == HEAD]
     wanted = {key: tensor for key, tensor in plan.items() if key not in kept}
     if lacking := sorted(set(wanted.values()) - tensors.keys()):
-        layer = next(layer for (layer, _), tensor in wanted.items() if tensor == lacking[0])
         raise WeightsError(
-            f"{path} lacks {len(lacking)} tensors of a DenseNet-121, first {lacking[0]!r}, which "
-            f"fills {layer!r}. Name a whole state dict, or leave such layers as they are: "
-            f"missing=[{layer!r}, ...]."
+            f"{path} lacks {len(lacking)} tensors of a DenseNet-121, first {lacking[0]!r}. Name a "
+            "file with a whole state dict."
         )
-    outputs = (
-        []
-        if ("findings", "kernel") in kept
-        else _outputs(tensors["classifier.weight"], findings, metadata, path)
-    )
-    left = sorted(tensors.keys() - wanted.values()) + [
-        name for name in outputs if name not in FINDINGS
-    ]
-    if refused := [name for name in left if not named(name, (*unused, COUNTER))]:
+    outputs = []
+    if keep_head:
+        unused = (*unused, "classifier.*")
+    else:
+        outputs = _outputs(tensors["classifier.weight"], findings, metadata, path)
+    left = sorted(tensors.keys() - wanted.values())
+    left += [name for name in outputs if name not in FINDINGS]
+    if refused := [name for name in left if not matches(name, (*unused, COUNTER))]:
         raise WeightsError(
             f"{path} has {len(refused)} tensors or outputs that this model does not, first "
             f"{refused[0]!r}. If they may be left out, name them: unused=[{refused[0]!r}, ...]."
         )
     values = {key: _convert(key, tensor, tensors, model, outputs) for key, tensor in wanted.items()}
     for key, value in values.items():
-        if value.shape != tuple(weights[key].shape) or not np.isfinite(value).all():
+        needed = tuple(weights[key].shape)
+        if value.shape != needed or not np.isfinite(value).all():
             raise WeightsError(
                 f"{path}: {wanted[key]!r} of shape {tensors[wanted[key]].shape} does not fit "
-                f"{'/'.join(key)} of shape {tuple(weights[key].shape)}, or is not finite. Name a "
-                "state dict of torchvision's DenseNet-121."
+                f"{'/'.join(key)} of shape {needed}, or is not finite. Name a state dict of "
+                "torchvision's DenseNet-121."
             )
     for key, value in values.items():
         weights[key].assign(value.astype(np.float32))
     rows = [(tensor, *key, tensors[tensor].shape, "loaded") for key, tensor in wanted.items()]
-    rows += [("", *key, (), "kept as it was") for key in plan if key in kept]
-    rows += [
-        (name, "", "", tensors[name].shape if name in tensors else (), "left out") for name in left
-    ]
+    rows += [("", *key, (), "kept as it was") for key in kept]
+    for name in left:
+        shape = tensors[name].shape if name in tensors else ()
+        rows.append((name, "", "", shape, "left out"))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _plan() -> Iterator[tuple[str, str, str]]:
     """(layer, weight, tensor) of the whole network: names in Keras and in torchvision."""
-    # (Keras' stem, convolution, batch norm).
+    # (name in Keras, convolution and batch norm in torchvision)
     modules = [("conv1", "features.conv0", "features.norm0")]
     for b, count in enumerate(BLOCKS, start=1):
         for i in range(1, count + 1):
-            ours, theirs = f"conv{b + 1}_block{i}", f"features.denseblock{b}.denselayer{i}"
-            modules += [
-                (f"{ours}_0", "", f"{theirs}.norm1"),
-                (f"{ours}_1", f"{theirs}.conv1", f"{theirs}.norm2"),
-            ]
-            modules += [(f"{ours}_2", f"{theirs}.conv2", "")]
+            keras, torch = f"conv{b + 1}_block{i}", f"features.denseblock{b}.denselayer{i}"
+            modules.append((f"{keras}_0", "", f"{torch}.norm1"))
+            modules.append((f"{keras}_1", f"{torch}.conv1", f"{torch}.norm2"))
+            modules.append((f"{keras}_2", f"{torch}.conv2", ""))
         if b < len(BLOCKS):
-            modules += [
-                (f"pool{b + 1}", f"features.transition{b}.conv", f"features.transition{b}.norm")
-            ]
-    for ours, convolution, norm in [*modules, ("", "", "features.norm5")]:
+            transition = f"features.transition{b}"
+            modules.append((f"pool{b + 1}", f"{transition}.conv", f"{transition}.norm"))
+    modules.append(("", "", "features.norm5"))
+    for keras, convolution, norm in modules:
         if convolution:
-            yield f"{ours}_conv", "kernel", f"{convolution}.weight"
+            yield f"{keras}_conv", "kernel", f"{convolution}.weight"
         if norm:
-            yield from (
-                (f"{ours}_bn".lstrip("_"), mine, f"{norm}.{their}")
-                for mine, their in BATCH_NORM.items()
-            )
-    yield "findings", "kernel", "classifier.weight"
-    yield "findings", "bias", "classifier.bias"
+            layer = f"{keras}_bn".lstrip("_")
+            for weight, tensor in BATCH_NORM.items():
+                yield layer, weight, f"{norm}.{tensor}"
+    yield HEAD, "kernel", "classifier.weight"
+    yield HEAD, "bias", "classifier.bias"
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -192,22 +184,22 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         with safe_open(path, framework="numpy") as file:
             names = list(file.keys())
-            found = {name: file.get_tensor(name) for name in names}
+            stored = {name: file.get_tensor(name) for name in names}
             metadata = file.metadata() or {}
     except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
         raise WeightsError(
             f"{path} is not a readable safetensors file ({error}). A PyTorch file becomes one, "
             f"where PyTorch is, by {TO_SAFETENSORS}."
         ) from error
-    stem = next((name for name in found if name.endswith("features.conv0.weight")), None)
+    stem = next((name for name in stored if name.endswith("features.conv0.weight")), None)
     if stem is None:
         raise WeightsError(
-            f"{path} is not of a torchvision DenseNet-121: none of its {len(found)} tensors is "
-            f"named features.conv0.weight (first {next(iter(found), 'none')!r}). Other topologies "
+            f"{path} is not of a torchvision DenseNet-121: none of its {len(stored)} tensors is "
+            f"named features.conv0.weight (first {next(iter(stored), 'none')!r}). Other topologies "
             "are not converted."
         )
     prefix, tensors = stem.removesuffix("features.conv0.weight"), {}
-    for name, tensor in found.items():
+    for name, tensor in stored.items():
         plain = re.sub(r"\b(norm|conv)\.([12])\.", r"\1\2.", name.removeprefix(prefix))
         plain = re.sub(r"^classifier\.0\.", "classifier.", plain)
         if plain in tensors:
@@ -229,8 +221,8 @@ def _outputs(kernel, findings, metadata, path) -> list[str]:
     if len(names) != len(kernel):
         raise WeightsError(
             f"{path} has {len(kernel)} outputs, and {len(names)} names were given for them. Say "
-            "what they are, in the file's order, with findings=[...], or keep a fresh head: "
-            "missing=['findings'], unused=['classifier.*']."
+            "what they are, in the file's order, with findings=[...], or start with a new head: "
+            "fresh_head=true."
         )
     if wrong := [name for name in FINDINGS if names.count(name) != 1]:
         raise WeightsError(
@@ -241,20 +233,19 @@ def _outputs(kernel, findings, metadata, path) -> list[str]:
 
 
 def _convert(key, name, tensors, model, outputs) -> np.ndarray:
-    """The value of one weight of ours, float64."""
+    """The value of one weight of the model, float64."""
     layer, weight = key
     value = tensors[name].astype(np.float64)
-    if layer == "findings":
+    if layer == HEAD:
         order = [outputs.index(finding) for finding in FINDINGS]
         return value[order].T if len(value) == len(outputs) else value[:0]
-    if weight == "gamma":  # so that a gain over the deviation is the same with Keras' epsilon
+    if weight == "gamma":
         variance = tensors[name.removesuffix("weight") + "running_var"].astype(np.float64)
-        ours = next(leaf.epsilon for leaf in leaves(model) if leaf.name == layer)
-        return (
-            value * np.sqrt((variance + ours) / (variance + EPSILON))
-            if variance.shape == value.shape
-            else variance
-        )
+        if variance.shape != value.shape:
+            return variance  # refused by its shape
+        # So that gamma over the deviation is the same with Keras' epsilon.
+        epsilon = next(leaf.epsilon for leaf in leaves(model) if leaf.name == layer)
+        return value * np.sqrt((variance + epsilon) / (variance + EPSILON))
     if weight != "kernel":
         return value
     if layer == "conv1_conv" and value.shape[1:2] == (1,):
@@ -263,10 +254,10 @@ def _convert(key, name, tensors, model, outputs) -> np.ndarray:
 
 
 def _grey(model) -> np.ndarray:
-    """Weights of our three normalised channels whose sum is torchxrayvision's grey, 2048 x / 255 -
-    1024.
+    """Weights of the model's three normalised channels that sum to torchxrayvision's grey.
+
+    That is 2048 x / 255 - 1024 of a pixel x in 0..255.
     """
     normal = model.get_layer("imagenet_normalization")
-    return np.linalg.lstsq(
-        np.array([normal.scale, normal.offset]), np.array([2048 / 255, -1024.0]), rcond=None
-    )[0]
+    channels = np.array([normal.scale, normal.offset])
+    return np.linalg.lstsq(channels, np.array([2048 / 255, -1024.0]), rcond=None)[0]

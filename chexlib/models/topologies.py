@@ -110,8 +110,7 @@ def build_model(
         raise ConfigError(f"blocks={blocks} is not accepted. Use 1 or more, or 0 for all blocks.")
     import keras
 
-    from chexlib.models.convolution import Conv2D
-    from chexlib.models.normalization import STATISTICS, FusedBatchNormalization
+    from chexlib.models.layers import STATISTICS, Conv2D, FusedBatchNormalization
 
     if norm not in NORMS or (norm == "ghost") != (ghost_size > 0):
         raise ConfigError(

@@ -19,13 +19,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from chexlib.errors import ChexlibError, WeightsError
+from chexlib.errors import ChexlibError, ConfigError, WeightsError
 from chexlib.files import atomic_write
 from chexlib.findings import FINDINGS
-from chexlib.models.arrays import HEAD, fill_model, head_differs, layout, read_arrays
-from chexlib.models.cards import CARD, config_of, extend_card, find_weights, first_line, read_card  # noqa: F401
+from chexlib.models.arrays import fill_model, head_differs, layout, read_arrays
 from chexlib.models.topologies import NORMALIZATION, TOPOLOGIES, WIDTHS, build_model
 
+CARD = "chexlib.json"  # the member of the archive
+LARGEST_CARD = 16 * 2**20  # bytes
+LARGEST_SIZE = 1024  # px a side: that of the NIH release
+MEMBER = "member_"  # a model in a model of models is called so, and numbered
 ENSEMBLE = "ensemble"  # the topology of several models in one
 LEAST_MEMBER = 2**24  # bytes at width 1: the smallest topology, DenseNet-121, has 28 million
 # The network of a card that names none, as chexlib 0.1 wrote it.
@@ -88,10 +91,8 @@ def load_weights(
     *,
     fresh_head: bool = False,
     unused: Sequence[str] = (),
-    missing: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """Fill a model of `build_model` from a file, and account for every array in it and every weight
-    of the model.
+    """Load weights from a file into a model of `build_model`, and account for every array.
 
     The head stays as it was drawn if the file's findings are others. A first kernel for one grey
     channel fills that for three. The size of the input is free: no weight depends on it.
@@ -103,8 +104,7 @@ def load_weights(
         run's folder
     fresh_head : bool
         Leave the head as it is, although the file has one for our findings.
-    unused : patterns of arrays in the file that may be left out
-    missing : patterns of layers that may keep the weights they have, such as `conv1_*`
+    unused : patterns of arrays in the file that may be left out, such as `optimizer/*`
 
     Returns
     -------
@@ -122,20 +122,16 @@ def load_weights(
     if path.suffix == ".safetensors":
         from chexlib.models.convert import load_torch_weights
 
-        head = {"missing": (*missing, HEAD), "unused": (*unused, "classifier.*")}
-        report = load_torch_weights(
-            model, path, **(head if fresh_head else {"missing": missing, "unused": unused})
-        )
+        report = load_torch_weights(model, path, unused=unused, keep_head=fresh_head)
     else:
         if path.suffix == ".keras":
             card = read_card(path, any_findings=True)
             _require_network(path, card, topology, **_stem_of(model))
             fresh_head |= card["findings"] != list(FINDINGS)
-        arrays, places = _arrays(path, topology), layout(model)
-        if fresh_head or head_differs(places, arrays):
-            missing = (*missing, HEAD)
+        arrays, variables = _arrays(path, topology), layout(model)
+        keep_head = fresh_head or head_differs(variables, arrays)
         try:
-            report = fill_model(places, arrays, unused=unused, missing=missing)
+            report = fill_model(variables, arrays, unused=unused, keep_head=keep_head)
         except WeightsError as error:
             raise _misfit(path, topology, str(error)) from error
     fates = ", ".join(f"{count} {fate}" for fate, count in report["fate"].value_counts().items())
@@ -183,8 +179,6 @@ def _build(path: Path, card: dict):
     """The network that a card describes, with the weights that it is drawn with."""
     if card.get("topology") != ENSEMBLE:
         return _build_one(path, card)
-    from chexlib.models.combine import combine_models
-
     members, size = card.get("members"), card["size"]
     listed = isinstance(members, list) and all(isinstance(member, dict) for member in members)
     # Each is built before its weights are looked for.
@@ -293,3 +287,161 @@ def _misfit(path: Path, topology: str, why: str) -> WeightsError:
         f"the weights in {path} do not fit {topology}: {why}. Choose the topology they were "
         "trained with."
     )
+
+
+def combine_models(models: list):
+    """Ensemble of models: the mean of their probabilities.
+
+    Parameters
+    ----------
+    models : list of keras.Model
+        Each from pixels (batch, size, size, 1) to probabilities (batch, findings), as the ensemble.
+
+    Raises
+    ------
+    ConfigError
+        No models, or models of different sizes.
+    """
+    import keras
+
+    if len({model.input_shape for model in models}) != 1:
+        sizes = sorted({model.input_shape[1] for model in models})
+        raise ConfigError(f"{len(models)} models of sizes {sizes} are no ensemble.")
+    pixels = keras.Input(models[0].input_shape[1:], name="radiograph")
+    members = [
+        keras.Model(model.inputs[0], model.outputs[0], name=f"{MEMBER}{i}")
+        for i, model in enumerate(models)
+    ]
+    mean = keras.layers.Average(dtype="float32", name="mean")
+    return keras.Model(pixels, mean([member(pixels) for member in members]), name="ensemble")
+
+
+def read_card(path, *, any_findings: bool = False) -> dict:
+    """What a `.keras` file that `save_model` wrote says of itself; no TensorFlow is needed.
+
+    Parameters
+    ----------
+    path : of the file, or of a run's folder
+    any_findings : bool
+        Accept a model of other findings than ours, of which the head is of no use here.
+
+    Raises
+    ------
+    WeightsError
+        No such file, not a model of this project, or other findings; a size outside 32 to 1024 px.
+    """
+    path = find_weights(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # Keras and save_model store members as they are, so that a small file cannot hold a
+            # large one.
+            if packed := [
+                item.filename
+                for item in archive.infolist()
+                if item.compress_type != zipfile.ZIP_STORED
+            ]:
+                raise ValueError(f"{packed[0]!r} in it is compressed")
+            if (length := archive.getinfo(CARD).file_size) > LARGEST_CARD:
+                raise ValueError(f"its card has {length:,} bytes")
+            card = json.loads(archive.read(CARD))
+        findings = card["findings"]
+    except (
+        zipfile.BadZipFile,
+        KeyError,
+        ValueError,
+        TypeError,
+        OSError,
+        RuntimeError,
+        RecursionError,
+    ) as error:
+        raise WeightsError(
+            f"{path} is not a model written by chexlib ({first_line(error)}). Name the model.keras "
+            "of a run, for instance runs/latest/03_train_baseline/model.keras."
+        ) from error
+    if findings != list(FINDINGS) and not any_findings:
+        raise WeightsError(
+            f"{path} predicts {findings!s:.300}; expected the 14 findings {list(FINDINGS)}."
+        )
+    if not isinstance(size := card.get("size"), int) or not 32 <= size <= LARGEST_SIZE:
+        raise WeightsError(
+            f"{path} is for images of {size!r:.80} px. Accepted: 32 to {LARGEST_SIZE}."
+        )
+    return card
+
+
+def extend_card(path, **facts) -> dict:
+    """Add facts to the card of a `.keras` file, or replace them, atomically; gives the new card.
+
+    "calibration" and "operating_points" are where `python -m chexlib card` looks for those.
+    """
+    path = find_weights(path).resolve()
+    card = {**read_card(path), **facts}
+    with zipfile.ZipFile(path) as old, atomic_write(path) as file, zipfile.ZipFile(file, "w") as new:
+        for item in old.infolist():
+            if item.filename != CARD:
+                with old.open(item) as source, new.open(item, "w") as copy:
+                    shutil.copyfileobj(source, copy)
+        new.writestr(CARD, json.dumps(card, indent=1))
+    return card
+
+
+def find_weights(weights: str | Path) -> Path:
+    """The weights file that a path means: the file itself, or the `model.keras` of a run's folder.
+
+    Raises
+    ------
+    WeightsError
+        There is none, or more than one.
+    """
+    path = Path(weights)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise WeightsError(
+            f"there is no weights file {path}. Accepted: a .keras, .weights.h5 or .safetensors "
+            "file, a run's folder, 'imagenet', or none at all."
+        )
+    found = [f for f in (path / "model.keras", *sorted(path.glob("*/model.keras"))) if f.is_file()]
+    if len(found) == 1 or (found and found[0].parent == path):
+        return found[0]
+    kept = found or sorted(path.glob("snapshots/*.keras"))
+    several = (
+        f"holds several: {', '.join(str(f.relative_to(path)) for f in kept[:9])}"
+        if kept
+        else "has none"
+    )
+    raise WeightsError(
+        f"{path} is no folder of one model.keras: it {several}. Name a weights file, or one run."
+    )
+
+
+def config_of(path, card: dict) -> dict:
+    """The settings of the training that a card tells of.
+
+    Raises
+    ------
+    WeightsError
+        They are no table of names and values.
+    """
+    config = card.get("config") or {}
+    if not isinstance(config, dict):
+        raise WeightsError(
+            f"{path} has the config {config!r:.80}, no settings by name. Use a file that chexlib "
+            "wrote."
+        )
+    return config
+
+
+def split_of(card: dict) -> str:
+    """ "patient split 70e7a9376113": where a card, or what was found of a model, says what it was
+    trained on.
+    """
+    split = card.get("split") if isinstance(card.get("split"), dict) else {}
+    return f"{split.get('name', 'unknown')!s:.80} split {split.get('digest') or 'without digest'!s:.80}"
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's text, at most 200 characters: for a message of one line."""
+    return next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )[:200]

@@ -13,63 +13,22 @@ that each next file starts from: 4.8 x 402 / 7594 = 0.254, 1.6 x 10920 / 17160 =
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 from chexlib.errors import ConfigError
 from chexlib.training.schedules import RULES, Schedule
 
-IMAGENET = 1_281_167  # images of ImageNet-1K's training part
-LOW, MIDDLE = 5e-5, 1e-4  # weight decay of the study's solver files
+RECIPES = Path(__file__).with_name("recipes.json")  # as published
 
 
-def _nodes_448(count: str, zero: int) -> list[dict]:
-    return [
-        {"kind": "warmup", "length": 446, "start": 0.1, "rate": 4.8, "weight_decay": LOW},
-        {
-            "kind": "polynomial",
-            "length": 7192,
-            "rate": 4.8,
-            "zero": zero,
-            "count": count,
-            "weight_decay": LOW,
-        },
-        {"kind": "collapse", "length": 402, "rate": 0.254, "weight_decay": MIDDLE, "fresh": True},
-    ]
-
-
-def _nodes_64(count: str, zero: int) -> list[dict]:
-    again = {
-        "kind": "cycle",
-        "length": 4750,
-        "warmup": 1000,
-        "power": 2,
-        "zero": 7500,
-        "count": count,
-        "fresh": True,
-    }
-    first = {
-        "kind": "cycle",
-        "length": 3750,
-        "power": 2,
-        "zero": 7500,
-        "count": count,
-        "fresh": True,
-    }
-    phases = [
-        {"kind": "warmup", "length": 1560, "start": 0.1, "rate": 1.6},
-        {"kind": "polynomial", "length": 6240, "rate": 1.6, "zero": zero, "count": count},
-        {**first, "rate": 1.02, "name": "cycle 1"},
-        {**again, "start": 0.255, "rate": 0.764, "name": "cycle 2"},
-        {**again, "start": 0.19, "rate": 0.572, "name": "cycle 3"},
-    ]
-    collapse = {
-        "kind": "collapse",
-        "length": 1560,
-        "rate": 0.143,
-        "weight_decay": 2e-4,
-        "fresh": True,
-    }
-    return [*({**phase, "weight_decay": LOW} for phase in phases), collapse]
+def _read(group: str) -> dict[str, Schedule]:
+    """The schedules of one group of `RECIPES`, by name."""
+    recipes = json.loads(RECIPES.read_text(encoding="utf-8"))[group]
+    for recipe in recipes.values():
+        recipe.pop("source", None)  # where it is published: for readers of the file
+    return {name: Schedule.from_dict(recipe) for name, recipe in recipes.items()}
 
 
 def _stretch(schedule: Schedule, steps: int) -> Schedule:
@@ -91,76 +50,18 @@ def _stretch(schedule: Schedule, steps: int) -> Schedule:
     return dataclasses.replace(schedule, phases=tuple(phases), decay=decay, unit="steps")
 
 
-def _large(batch: int, **settings) -> Schedule:
-    return Schedule(images=IMAGENET, global_batch=batch, **settings)
-
-
-_WARMUP = {"kind": "warmup", "length": 5, "start": 0.1, "rate": 4.8}
-_DECAYED = {"kind": "polynomial", "length": 85, "rate": 4.8}
-_STEPS = {"kind": "step", "length": 90, "rate": 4.8, "at": (30, 60, 80)}
-# At 0, 1/4, 1/2 and 0.65 of all epochs.
-_SCALED = ((0, 5e-5), (22.5, 1e-4), (45, 2e-4), (58.5, 4e-4))
-
 # The study's ladder, rung by rung, at equal epochs and one peak. Each has what the one before has,
 # and one part more.
-LADDER = {
-    "step decay": _large(14336, unit="epochs", decay=((0, LOW),), phases=[_STEPS]),
-    "+ warm-up": _large(
-        14336, unit="epochs", decay=((0, LOW),), phases=[_WARMUP, {**_STEPS, "length": 85}]
-    ),
-    "+ polynomial decay": _large(
-        14336, unit="epochs", decay=((0, LOW),), phases=[_WARMUP, _DECAYED]
-    ),
-    "+ weight-decay scaling": _large(
-        14336, unit="epochs", decay=_SCALED, phases=[_WARMUP, _DECAYED]
-    ),
-    "+ collapse": _large(
-        14336,
-        unit="epochs",
-        decay=_SCALED,
-        phases=[
-            _WARMUP,
-            {**_DECAYED, "length": 80.5, "zero": 85},
-            {"kind": "collapse", "length": 4.5, "weight_decay": 8e-4, "fresh": True},
-        ],
-    ),
-}
-
-PRESETS = {
-    # Solver files resnet50_448nodes: batch 14,336, 76.1 % with the collapse.
-    "448-nodes-coded": _large(14336, phases=_nodes_448("stage", 8040)),
-    "448-nodes-meant": _large(14336, phases=_nodes_448("phase", 7594)),
-    # Solver files resnet50_custom_lr: batch 4,096, 72 epochs, 76.3 %.
-    "64-nodes-coded": _large(4096, phases=_nodes_64("stage", 18720)),
-    "64-nodes-meant": _large(4096, phases=_nodes_64("phase", 17160)),
-    # The same without its end: for an ensemble of collapses from each part of it.
-    "64-nodes-cycles": _large(4096, phases=_nodes_64("phase", 17160)[:-1]),
-    # Published are batch, 2,100 iterations and accuracy (about 74 %): shape of the 448 nodes, peak
-    # by the square root.
-    "64k": _stretch(_large(65536, phases=_nodes_448("phase", 7594)), 2100).multiply(
-        math.sqrt(65536 / 14336)
-    ),
-    # Goyal et al. 2017, sections 2 and 5.1: 0.1 for 256 images, 5 epochs of warm-up, a tenth at 30,
-    # 60 and 80 of 90.
-    "goyal-2017": _large(
-        8192,
-        unit="epochs",
-        decay=((0, 1e-4),),
-        phases=[
-            {"kind": "warmup", "length": 5, "start": 0.1, "rate": 3.2},
-            {"kind": "step", "length": 85, "rate": 3.2, "at": (30, 60, 80)},
-        ],
-    ),
-    # Rajpurkar et al. 2017, section 3.1: constant for Adam; a tenth on each plateau of the
-    # validation loss.
-    "chexnet": Schedule(
-        unit="epochs",
-        phases=[{"kind": "constant", "length": 10, "rate": 1e-3, "augment": False}],
-        images=78_468,
-        global_batch=16,
-        plateau=True,
-    ),
-}
+LADDER = _read("ladder")
+PRESETS = _read("presets")
+# Without its end: for an ensemble of collapses from each part of it.
+PRESETS["64-nodes-cycles"] = dataclasses.replace(
+    PRESETS["64-nodes-meant"], phases=PRESETS["64-nodes-meant"].phases[:-1]
+)
+# Published are batch, 2,100 iterations and accuracy (about 74 %): the shape of the 448 nodes, its
+# peak by the square root.
+_OF_448 = dataclasses.replace(PRESETS["448-nodes-meant"], global_batch=65536)
+PRESETS["64k"] = _stretch(_OF_448, 2100).multiply(math.sqrt(65536 / 14336))
 PRESETS = {name: dataclasses.replace(made, name=name) for name, made in PRESETS.items()}
 
 

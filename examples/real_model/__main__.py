@@ -46,7 +46,7 @@ def main(folders, out, quick, settings):
     import_tensorflow()
     from chexlib.app.runs import show_log
     from chexlib.files import ROOT, plain
-    from chexlib.models.cards import split_of
+    from chexlib.models.weights import split_of
     from examples.real_model.training import QUICK, RealModel, train_real_model
 
     base = QUICK if quick else RealModel()

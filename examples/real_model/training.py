@@ -24,9 +24,8 @@ from chexlib.evaluation.ensembles import save_ensemble
 from chexlib.evaluation.intervals import with_interval
 from chexlib.files import atomic_write, file_lock, write_json
 from chexlib.machine import environment
-from chexlib.models.cards import split_of
 from chexlib.models.topologies import NORMALIZATION
-from chexlib.models.weights import extend_card, save_model
+from chexlib.models.weights import extend_card, save_model, split_of
 from chexlib.phantom.write import write_phantom
 from chexlib.studies.transfer import fine_schedule, finetune, pretrain
 from chexlib.training.callbacks import snapshots_of
