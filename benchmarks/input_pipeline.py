@@ -127,9 +127,9 @@ def training(source, asked, *, skip: int, steps: int) -> dict:
     import tensorflow as tf
 
     from chexlib.collectives import World
+    from chexlib.models.data_parallel import DataParallelTrainer
     from chexlib.models.weights import create_model
     from chexlib.training.optimizers import FusedAdam
-    from chexlib.training.trainer import DataParallelTrainer
 
     batch, size = asked.batch_per_rank, asked.size
     trainer = DataParallelTrainer(

@@ -7,8 +7,10 @@ it on to the ranks.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 
 SIGNAL = signal.SIGUSR1
 _requested = threading.Event()
@@ -26,10 +28,18 @@ def request() -> None:
 
 
 def requested() -> bool:
-    """Whether a stop was requested since `clear`."""
+    """Whether a stop was requested since the last training ended."""
     return _requested.is_set()
 
 
-def clear() -> None:
-    """Forget the request, as the training has ended."""
-    _requested.clear()
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Listen for the time of a training; the request is cleared when it has ended.
+
+    A stop that was requested before, while the training was prepared, holds.
+    """
+    listen()
+    try:
+        yield
+    finally:
+        _requested.clear()

@@ -124,8 +124,8 @@ def twenty_steps(data_dir):
     from chexlib.data.cache import ImageStore
     from chexlib.data.nih import load_radiographs
     from chexlib.data.pipeline import training_batches
+    from chexlib.models.data_parallel import DataParallelTrainer
     from chexlib.studies.steps import checksum
-    from chexlib.training.trainer import DataParallelTrainer
 
     world, radiographs = join_world(), load_radiographs(data_dir)
     keras.utils.set_random_seed(world.rank)

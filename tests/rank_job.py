@@ -16,9 +16,9 @@ from chexlib.collectives import join_world
 from chexlib.data.cache import ImageStore
 from chexlib.data.nih import load_radiographs
 from chexlib.data.pipeline import training_batches
+from chexlib.models.data_parallel import DataParallelTrainer
 from chexlib.models.weights import create_model
 from chexlib.training.optimizers import FusedAdam
-from chexlib.training.trainer import DataParallelTrainer
 
 
 def train(

@@ -44,9 +44,7 @@ def test_channels_first_is_convolved_along_rows_and_columns(side, monkeypatch):
     monkeypatch.setattr(layers, "processor_flags", lambda: frozenset({"avx2"}))
     rng = np.random.default_rng(side)
     images, kernel = rng.normal(size=(2, 4, 6, 4)), rng.normal(size=(side, side, 4, 3))
-    layer = layers.Conv2D(
-        3, side, padding="same", data_format="channels_first", use_bias=False
-    )
+    layer = layers.Conv2D(3, side, padding="same", data_format="channels_first", use_bias=False)
     layer.build(images.shape)
     layer.kernel.assign(kernel)
     pad = side // 2

@@ -192,7 +192,7 @@ class Halves(World):
         super().__init__(0, 2)
         object.__setattr__(self, "other", other)
 
-    def sum(self, tensors):
+    def allreduce(self, tensors):
         object.__setattr__(self, "gave", tensors)
         return [a + b for a, b in zip(tensors, self.other or tensors, strict=True)]
 

@@ -204,7 +204,7 @@ def test_a_stream_that_goes_on_for_more_epochs_draws_no_image_twice(
 
 def test_ranks_that_do_not_agree_are_named_with_the_variable():
     class OtherRanks(World):
-        def gather(self, value):
+        def allgather_object(self, value):
             return [value, value, [value[0], value[1] ^ 1]]
 
     variables = {"conv/kernel": tf.Variable([1.0, 2.0]), "conv/moving_mean": tf.Variable([0.0])}

@@ -270,8 +270,8 @@ def serve(settings: dict) -> None:
     from chexlib.collectives import World, join_world, seconds_of_sums
     from chexlib.data.cache import ImageStore
     from chexlib.data.pipeline import training_batches
+    from chexlib.models.data_parallel import DataParallelTrainer
     from chexlib.models.weights import create_model
-    from chexlib.training.trainer import DataParallelTrainer
 
     class Observed(DataParallelTrainer):
         """Notes when it had its batch."""

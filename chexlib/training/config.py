@@ -87,7 +87,7 @@ class TrainConfig:
     the field, the value and what to use instead.
     """
 
-    # --- data ---
+    # Data:
     # Folder in the NIH layout.
     data_dir: str = _path()
     # "auto", "official", "patient", "image", or a fold of a cross-validation: "fold-1-of-5".
@@ -118,7 +118,7 @@ class TrainConfig:
     # Control: the training labels are permuted, so that there is nothing to learn.
     shuffle_labels: bool = _flag(False)
 
-    # --- model ---
+    # Model:
     topology: str = _choice(TOPOLOGIES, "densenet121")
     # Share of the published channels, see models/topologies.py.
     width: float = _number(
@@ -147,7 +147,7 @@ class TrainConfig:
     # Type of the backbone's computations; "auto" is what this processor is made for.
     precision: str = _choice((*PRECISIONS, "auto"), "auto")
 
-    # --- optimizer ---
+    # Optimizer:
     optimizer: str = _choice(OPTIMIZERS, "adam")
     learning_rate: float = _number("above 0", lambda value: value > 0, 1e-3)
     # L2 of kernels in sgd, nesterov and lars; apart from the gradient in adamw and lamb.
@@ -160,7 +160,7 @@ class TrainConfig:
     # Micro-batches per rank and step. The global batch is ranks x accumulation x batch_size.
     accumulation: int = _whole(1, 1)
 
-    # --- schedule ---
+    # Schedule:
     epochs: int = _whole(1, 10)
     # Steps per epoch at most. 0: every image once.
     max_steps: int = _whole(0, 0)
@@ -170,7 +170,7 @@ class TrainConfig:
     schedule: str | dict = ""
     plateau_factor: float = _number("above 0 and up to 1", lambda value: 0 < value <= 1, 0.1)
 
-    # --- run ---
+    # Run:
     # Folder for model, history, predictions and checkpoints.
     run_dir: str = _path()
     # Seed of weights, order, mirroring and crops; and of the split, where split_seed is None.

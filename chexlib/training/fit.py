@@ -1,5 +1,4 @@
-"""`fit(config)`: one training, the same function in a notebook, under `mpiexec -n N` and on MPI
-engines.
+"""`fit(config)`: one training, in a notebook, under `mpiexec -n N` and on MPI engines alike.
 
 python -m chexlib train --config config.json                 # 1 process
 mpiexec -n 2 python -m chexlib train --config config.json    # 2 ranks
@@ -8,6 +7,7 @@ fit(config, engines=engines, restarts=1)                     # on a notebook's e
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -15,14 +15,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from chexlib import stopping
-from chexlib.collectives import join_world
-from chexlib.data.nih import data_name
+from chexlib.collectives import World, join_world
+from chexlib.data.nih import Radiographs, data_name
 from chexlib.data.pipeline import generator_for
+from chexlib.data.splits import Split
 from chexlib.errors import ClusterError, ConfigError, WeightsError
 from chexlib.files import atomic_write
+from chexlib.models.data_parallel import DataParallelTrainer
 from chexlib.models.statistics import recalibrate
 from chexlib.models.topologies import NORMALIZATION
 from chexlib.models.weights import save_model
@@ -53,7 +56,7 @@ class TrainResult:
     config: dict
     ranks: int
     split: dict  # name, digest, images per part
-    # A row an epoch: epoch, loss, val_loss, val_auroc, learning_rate, images_per_second, skew.
+    # A row per epoch: epoch, loss, val_loss, val_auroc, learning_rate, images_per_second, skew.
     history: list[dict]
     best_epoch: int  # counted from 0; the saved weights are of this epoch
     seconds: float
@@ -61,11 +64,43 @@ class TrainResult:
     predictions: str
     resumed_from: str | None = None  # name of the checkpoint
     stopped: bool = False  # ended early because it was asked to; the checkpoint is of the very step
-    measured: dict | None = None  # what `measure` found, where it was asked for
+    measured: dict | None = None
 
     def to_dict(self) -> dict:
         """Plain values, for `metrics.json`."""
         return asdict(self)
+
+
+@dataclass
+class Training:
+    """A training that has ended, in memory on every rank: the network has its last weights."""
+
+    config: TrainConfig
+    world: World
+    trainer: DataParallelTrainer
+    split: Split
+    parts: dict[str, Radiographs]  # train, validation, test
+    history: list[dict]  # as in `TrainResult`
+    steps: list[list]  # a row per step, see `Progress.STEP_COLUMNS`
+    best_epoch: int
+    best_weights: list | None  # None where no epoch was validated
+    seconds: float
+    resumed_from: str | None
+    stopped: bool
+
+    @property
+    def model(self):
+        """The network, a keras.Model."""
+        return self.trainer.model
+
+    def score(self, part: str, *, predict: Callable | None = None, batch: int = 64) -> np.ndarray:
+        """Probabilities of a part's images, (n, 14) float32, the same on every rank.
+
+        `predict` is `trainer.infer`, or another function from pixels to probabilities.
+        """
+        predict = predict or self.trainer.infer
+        size = self.config.size
+        return pooled_scorer(predict, self.parts, self.world, size=size, batch=batch)(part)
 
 
 def fit(
@@ -78,8 +113,7 @@ def fit(
     reuse: Reuse | None = None,
     measure: Callable[..., dict] | None = None,
 ) -> TrainResult:
-    """Train on the train part, choose by the validation part, score validation and test with the
-    best weights.
+    """Train on the train part, choose the epoch by the validation part, and write the results.
 
     Parameters
     ----------
@@ -89,24 +123,14 @@ def fit(
     restarts : int
         How often engines may be started again after a fault; the training goes on from its last
         checkpoint.
-    report : callable, optional
-        Called on the first rank, or here if there are engines, with a dict of live numbers: epoch,
-        epochs, step, steps, loss (of the epoch so far), step_loss, images_per_second, busy (seconds
-        of compute by rank), and history (a dict for each epoch that has ended).
-    verbose : 0, 1, 2 or "auto"
-        Keras' progress bar, on the first rank.
-    reuse : Reuse, optional
-        Of one process: takes over what an earlier training built, and keeps it for the next.
-    measure : callable, optional
-        Called on every rank as `measure(trainer, parts, world)` with the weights of the last epoch,
-        instead of scoring and writing the best ones: for grids of trainings that leave numbers
-        only. Not with engines.
+    report, verbose, reuse
+        As for `learn`; `report` is called here if there are engines, and `reuse` is of one process.
 
     Returns
     -------
     TrainResult
-        The first rank has written `model.keras`, `history.parquet` and `predictions.parquet` to
-        `run_dir`.
+        The first rank has written `model.keras`, `history.parquet`, `steps.parquet` and
+        `predictions.parquet` (validation and test) to `run_dir`, all by the best epoch's weights.
 
     Raises
     ------
@@ -121,93 +145,121 @@ def fit(
     """
     if engines is not None:
         return _fit_on(engines, config, restarts=restarts, report=report)
-    stopping.listen()
-    try:
-        return _fit_here(config, report, verbose, reuse or Reuse(), measure)
-    finally:
-        stopping.clear()  # not at the start: a stop may be asked for while everything is got ready
+    with stopping.listening():
+        training = learn(config, report=report, verbose=verbose, reuse=reuse)
+        if measure is not None:
+            measured = (
+                measure(training.trainer, training.parts, training.world)
+                if not training.stopped
+                else None
+            )
+            return dataclasses.replace(_result_of(training), measured=measured)
+        if training.best_weights is not None:
+            training.model.set_weights(training.best_weights)
+        predictions = pd.concat(
+            predictions_of(training.parts[part], training.score(part), part)
+            for part in ("validation", "test")
+        )
+        result = _result_of(training)
+        training.world.broadcast_object(lambda: _write(result, training, predictions))
+        return result
 
 
-def _fit_here(
-    config: TrainConfig, report, verbose: int | str, reuse: Reuse, measure
-) -> TrainResult:
+def learn(
+    config: TrainConfig,
+    *,
+    report: Callable[[dict], None] | None = None,
+    verbose: int | str = 0,
+    reuse: Reuse | None = None,
+) -> Training:
+    """Train a network on the ranks of this process' world, and write nothing but checkpoints.
+
+    Parameters
+    ----------
+    config : TrainConfig
+    report : callable, optional
+        Called on the first rank with a dict of live numbers: epoch, epochs, step, steps, loss (of
+        the epoch so far), step_loss, images_per_second, busy (seconds of compute by rank), and
+        history (a dict per epoch that has ended).
+    verbose : 0, 1, 2 or "auto"
+        Keras' progress bar, on the first rank.
+    reuse : Reuse, optional
+        Takes over what an earlier training of this process built, and keeps it for the next.
+
+    Raises
+    ------
+    DataError, ConfigError, WeightsError, ClusterError
+        As `fit`.
+    """
     began = time.perf_counter()
-    world = join_world()
-    split, parts = divide(config)
-    train = parts["train"]
-    if (ranks := world.ranks * config.accumulation) > len(train):
-        raise ConfigError(
-            f"{ranks} ranks cannot share {len(train)} images. Use at most {len(train)} engines."
-        )
-    if world.first:  # above the lines of the epochs, which have an AUROC
-        counts = ", ".join(f"{len(part):,} {name}" for name, part in parts.items())
-        log.info("%s split %s: %s images", split.name, split.digest, counts)
-    world.broadcast_object(lambda: _prepare(config))
+    with stopping.listening():
+        world = join_world()
+        split, parts = divide(config)
+        train, ranks = parts["train"], world.ranks * config.accumulation
+        if ranks > len(train):
+            raise ConfigError(
+                f"{ranks} ranks cannot share {len(train)} images. Use at most {len(train)} engines."
+            )
+        if world.first:  # above the lines of the epochs, which have an AUROC
+            counts = ", ".join(f"{len(part):,} {name}" for name, part in parts.items())
+            log.info("%s split %s: %s images", split.name, split.digest, counts)
+        world.broadcast_object(lambda: _prepare(config))
 
-    trainer = reuse.trainer(config, world)
-    model = trainer.model
-    labels = train.labels
-    start_head_at_prevalence(model, labels)
-    if config.shuffle_labels:
-        labels = generator_for("control", seed=config.seed).permutation(labels)
-    world.broadcast([*model.variables, *trainer.optimizer.variables])
+        trainer = (reuse or Reuse()).trainer(config, world)
+        model, labels = trainer.model, train.labels
+        start_head_at_prevalence(model, labels)
+        if config.shuffle_labels:
+            labels = generator_for("control", seed=config.seed).permutation(labels)
+        world.broadcast([*model.variables, *trainer.optimizer.variables])
 
-    global_batch = config.batch_size * ranks
-    images = config.stream_images or len(train)
-    at = Position(global_batch, min(images, config.max_steps * global_batch or images))
-    score = pooled_scorer(trainer.infer, parts, world, size=config.size)
-    validation = PooledValidation(
-        score, parts["validation"].labels, choose=not config.shuffle_labels
-    )
-    plateau = Plateau(1 if trainer.optimizer.tables else config.plateau_factor)
-    progress = Progress(report if world.first else None, at, epochs=config.epochs)
-    saver = Saver(config, world, at, (validation, plateau, progress), facts={"split": split.digest})
-    resumed = saver.restore(trainer) if config.resume else None
-    values = guide(trainer.optimizer, config, at, anew=resumed is None)
-    feed = Feed(config, world, train, labels)
-    if config.recalibrate and resumed is None:
-        recalibrate(model, feed.first(config.recalibrate), world, forward=trainer.infer_by_batch)
-    callbacks = [validation, plateau, progress, saver]
-    if config.snapshots and world.first:
-        callbacks.append(Snapshots(config, at))
-    # Once, or twice if resumed within an epoch.
-    while at.epoch < config.epochs and not saver.stopped:
-        batches = feed.batches(at, when=values and values.augment[at.step :])
-        trainer.fit(
-            batches,
-            initial_epoch=at.epoch,
-            epochs=at.epoch + 1 if at.image else config.epochs,
-            steps_per_epoch=at.steps_left,
-            callbacks=callbacks,
-            verbose=verbose if world.first else 0,
-            shuffle=False,
+        global_batch = config.batch_size * ranks
+        images = config.stream_images or len(train)
+        at = Position(global_batch, min(images, config.max_steps * global_batch or images))
+        validation = PooledValidation(
+            pooled_scorer(trainer.infer, parts, world, size=config.size),
+            parts["validation"].labels,
+            choose=not config.shuffle_labels,
         )
-    world.average(model.non_trainable_variables)  # stopped within an epoch, each rank has its own
-    if measure is None and validation.best_weights is not None:
-        model.set_weights(validation.best_weights)
-    result = TrainResult(
-        config=config.to_dict(),
-        ranks=world.ranks,
-        split={
-            "name": split.name,
-            "digest": split.digest,
-            "images": {name: len(part) for name, part in parts.items()},
-        },
+        plateau = Plateau(1 if trainer.optimizer.tables else config.plateau_factor)
+        progress = Progress(report if world.first else None, at, epochs=config.epochs)
+        watchers = (validation, plateau, progress)
+        saver = Saver(config, world, at, watchers, facts={"split": split.digest})
+        resumed = saver.restore(trainer) if config.resume else None
+        values = guide(trainer.optimizer, config, at, anew=resumed is None)
+        feed = Feed(config, world, train, labels)
+        if config.recalibrate and resumed is None:
+            sample = feed.first(config.recalibrate)
+            recalibrate(model, sample, world, forward=trainer.infer_by_batch)
+        callbacks = [*watchers, saver]
+        if config.snapshots and world.first:
+            callbacks.append(Snapshots(config, at))
+        # Once, or twice if resumed within an epoch.
+        while at.epoch < config.epochs and not saver.stopped:
+            trainer.fit(
+                feed.batches(at, when=values and values.augment[at.step :]),
+                initial_epoch=at.epoch,
+                epochs=at.epoch + 1 if at.image else config.epochs,
+                steps_per_epoch=at.steps_left,
+                callbacks=callbacks,
+                verbose=verbose if world.first else 0,
+                shuffle=False,
+            )
+        # Stopped within an epoch, each rank has moving statistics of its own.
+        world.average(model.non_trainable_variables)
+    return Training(
+        config=config,
+        world=world,
+        trainer=trainer,
+        split=split,
+        parts=parts,
         history=progress.rows,
+        steps=progress.step_rows,
         best_epoch=validation.best_epoch,
+        best_weights=validation.best_weights,
         seconds=time.perf_counter() - began,
-        model=str(Path(config.run_dir) / "model.keras"),
-        predictions=str(Path(config.run_dir) / "predictions.parquet"),
         resumed_from=resumed,
         stopped=saver.stopped,
-        measured=measure(trainer, parts, world) if measure and not saver.stopped else None,
     )
-    if measure is None:
-        predictions = pd.concat(
-            [predictions_of(parts[part], score(part), part) for part in ("validation", "test")]
-        )
-        world.broadcast_object(lambda: _write(result, model, predictions, progress.step_rows))
-    return result
 
 
 def _fit_on(engines, config: TrainConfig, *, restarts: int, report) -> TrainResult:
@@ -240,27 +292,45 @@ def _prepare(config: TrainConfig) -> None:
         ) from error
 
 
-def _write(result: TrainResult, model, predictions: pd.DataFrame, steps: list) -> None:
-    card = {**TrainConfig.from_dict(result.config).network(), "split": result.split}
-    facts = {"ranks": result.ranks, "config": result.config, "best_epoch": result.best_epoch}
-    facts |= {
-        "normalization": NORMALIZATION[card["topology"]],
-        "data": data_name(Path(result.config["data_dir"])),
-    }
-    run_dir = Path(result.config["run_dir"])
-    facts |= {
-        "run": "/".join(run_dir.absolute().parts[-2:]),
+def _result_of(training: Training) -> TrainResult:
+    run_dir = Path(training.config.run_dir)
+    images = {name: len(part) for name, part in training.parts.items()}
+    return TrainResult(
+        config=training.config.to_dict(),
+        ranks=training.world.ranks,
+        split={"name": training.split.name, "digest": training.split.digest, "images": images},
+        history=training.history,
+        best_epoch=training.best_epoch,
+        seconds=training.seconds,
+        model=str(run_dir / "model.keras"),
+        predictions=str(run_dir / "predictions.parquet"),
+        resumed_from=training.resumed_from,
+        stopped=training.stopped,
+    )
+
+
+def _write(result: TrainResult, training: Training, predictions: pd.DataFrame) -> None:
+    config = training.config
+    run_dir = Path(config.run_dir)
+    card = {
+        **config.network(),
+        "split": result.split,
+        "ranks": result.ranks,
+        "config": result.config,
+        "best_epoch": result.best_epoch,
+        "normalization": NORMALIZATION[config.topology],
+        "data": data_name(Path(config.data_dir)),
+        "run": "/".join(run_dir.parts[-2:]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+    steps = pd.DataFrame(training.steps, columns=Progress.STEP_COLUMNS)
     tables = {
         "history": pd.DataFrame(result.history),
-        "steps": pd.DataFrame(steps, columns=Progress.STEP_COLUMNS).astype(
-            {"epoch": int, "step": int}
-        ),
+        "steps": steps.astype({"epoch": int, "step": int}),
         "predictions": predictions,
     }
     try:
-        save_model(model, result.model, card={**card, **facts})
+        save_model(training.model, result.model, card=card)
         for name, table in tables.items():
             with atomic_write(run_dir / f"{name}.parquet") as file:
                 table.to_parquet(file, index=False)
