@@ -1,9 +1,12 @@
 """Imports between the rooms of chexlib point one way, and no room is crowded."""
 
 import ast
+import re
 from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 from chexlib.files import ROOT
 
@@ -64,3 +67,18 @@ def test_no_room_has_more_than_ten_files():
         room_of(module) for module, path in FILES.items() if path.name != "__init__.py"
     )
     assert {room: files for room, files in crowds.items() if files > 10} == {}
+
+
+WALKS = ("A radiograph, from PNG to AUROC", "A gradient, from `train_step` to the updated weight")
+
+
+@pytest.mark.parametrize("title", WALKS)
+def test_a_walk_of_the_map_names_files_once_and_enters_no_room_twice(title):
+    text = (ROOT / "chexlib" / "README.md").read_text(encoding="utf-8")
+    section = text.split(f"## {title}")[1].split("\n## ")[0]
+    files = re.findall(r"^\d+\. `([\w/]+\.py)`", section, re.MULTILINE)
+    assert len(files) >= 5 and len(set(files)) == len(files)
+    assert all((ROOT / "chexlib" / file).is_file() for file in files)
+    rooms = [file.rpartition("/")[0] for file in files]
+    entered = [room for room, before in zip(rooms, [None, *rooms], strict=False) if room != before]
+    assert len(set(entered)) == len(entered)
