@@ -154,7 +154,7 @@ def test_labels_of_the_control_are_not_dealt_in_the_order_of_an_epoch(
 @pytest.mark.parametrize("factor", [0.1, 0.5, 0.51, 0.8, 0.99, 1])
 def test_a_plateau_multiplies_the_rate_by_the_factor_that_was_asked_for(factor):
     optimizer = keras.optimizers.SGD(0.1)
-    plateau = Plateau(factor, patience=1)
+    plateau = Plateau(factor)
     plateau.set_model(SimpleNamespace(optimizer=optimizer))
     rates = []
     for epoch, loss in enumerate([3.0, 2.0, 2.0, 2.5, 1.0]):

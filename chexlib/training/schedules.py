@@ -87,12 +87,9 @@ class Phase:
             self, kind=KINDS, count=COUNTS, augment=(None, True, False), fresh=(True, False)
         )
         object.__setattr__(self, "at", rising("a phase's at", self.at))
-        named = [
-            n
-            for n in ("rate", "start", "power", "zero", "weight_decay")
-            if getattr(self, n) is not None
-        ]
-        require_amounts(self, "length", "warmup", "end", "factor", *named)
+        optional = ("rate", "start", "power", "zero", "weight_decay")
+        given = [name for name in optional if getattr(self, name) is not None]
+        require_amounts(self, "length", "warmup", "end", "factor", *given)
         for name in ("length", "power", "zero"):
             if getattr(self, name) == 0:
                 raise ConfigError(f"a phase's {name}=0 is not accepted. Use a number above 0.")
@@ -102,13 +99,10 @@ class Phase:
                 "shorter."
             )
         collapse = self.kind == "collapse"
-        for name, value in (
-            ("power", 1 + collapse),
-            ("augment", not collapse),
-            ("name", self.kind),
-        ):
+        defaults = {"power": 2 if collapse else 1, "augment": not collapse, "name": self.kind}
+        for name, default in defaults.items():
             if getattr(self, name) in (None, ""):
-                object.__setattr__(self, name, value)
+                object.__setattr__(self, name, default)
 
 
 @dataclass(frozen=True)
@@ -240,51 +234,74 @@ class Schedule:
         """
         scale = steps_per_epoch if self.unit == "epochs" else 1.0
         parts = [part for phase in self.phases for part in _parts(phase)]
-        ends = np.round(np.cumsum([p.length for p in parts]) * scale).astype(int)
-        if ends[-1] < len(parts):
-            raise ConfigError(
-                f"{ends[-1]} steps are too few for {len(parts)} phases. Train longer, or in "
-                "smaller batches."
-            )
-        for i in range(len(ends)):  # every phase has a step, and leaves one to each that follows
-            ends[i] = min(
-                max(ends[i], (ends[i - 1] if i else 0) + 1), ends[-1] - (len(ends) - 1 - i)
-            )
-        starts = np.concatenate([[0], ends[:-1]])
-        rates, momenta, last, stage = [], [], 0.0, 0
+        ends = _ends_of(parts, scale)
+        starts = [0, *ends[:-1]]
+        steps = ends[-1]
+        rates, momenta = [], []
+        fresh = np.zeros(steps, bool)
+        stage = 0  # the step at which the stage began
+        last = 0.0  # the rate that the next phase goes on from
         risen = 0.0  # rate of the last step of a warm-up that has just ended
         for part, first, after in zip(parts, starts, ends, strict=True):
-            stage = first if part.fresh else stage
+            if part.fresh:
+                stage, fresh[first] = first, True
             rate = _rate(part, after - first, first - stage, scale, last)
             momentum = np.full(len(rate), self.momentum)
-            if part.kind == "warmup":
-                momentum[1:] *= np.divide(
-                    rate[1:], rate[:-1], out=np.ones(len(rate) - 1), where=rate[:-1] > 0
-                )
             if risen and not part.fresh and part.count != "stage":
                 momentum[0] *= rate[0] / risen
-            risen = rate[-1] if part.kind == "warmup" else 0.0
-            # A warm-up ends one step short of its peak, from where the next phase goes on.
-            last = rate[-1] if part.kind != "warmup" or part.rate is None else part.rate
+            risen = 0.0
+            last = rate[-1]
+            if part.kind == "warmup":
+                growth = np.ones(len(rate) - 1)
+                np.divide(rate[1:], rate[:-1], out=growth, where=rate[:-1] > 0)
+                momentum[1:] *= growth
+                risen = rate[-1]
+                # A warm-up ends one step short of its peak, from where the next phase goes on.
+                last = rate[-1] if part.rate is None else part.rate
             rates.append(rate)
             momenta.append(momentum)
-        phase = np.repeat(np.arange(len(parts)), ends - starts)
-        places = np.round([place * scale for place, _ in self.decay])
-        common = np.array([v for _, v in self.decay])[
-            np.searchsorted(places, np.arange(ends[-1]), side="right") - 1
-        ]
-        own = np.array([np.nan if p.weight_decay is None else p.weight_decay for p in parts])[phase]
-        fresh = np.zeros(ends[-1], bool)
-        fresh[[first for part, first in zip(parts, starts, strict=True) if part.fresh]] = True
+        phase = np.repeat(np.arange(len(parts)), np.subtract(ends, starts))
         return Values(
             rate=np.concatenate(rates),
             momentum=np.concatenate(momenta),
-            weight_decay=np.where(np.isnan(own), common, own),
-            augment=np.array([p.augment for p in parts])[phase],
+            weight_decay=self._weight_decay(parts, phase, scale),
+            augment=np.array([part.augment for part in parts])[phase],
             fresh=fresh,
             phase=phase,
-            names=tuple(p.name for p in parts),
+            names=tuple(part.name for part in parts),
         )
+
+    def _weight_decay(self, parts: list[Phase], phase: np.ndarray, scale: float) -> np.ndarray:
+        """Weight decay of each step: that of its phase, or else what `decay` says of its place."""
+        places = np.round([place * scale for place, _ in self.decay])
+        values = np.array([value for _, value in self.decay])
+        latest = np.searchsorted(places, np.arange(len(phase)), side="right") - 1
+        of_parts = [np.nan if part.weight_decay is None else part.weight_decay for part in parts]
+        of_phase = np.array(of_parts)[phase]
+        return np.where(np.isnan(of_phase), values[latest], of_phase)
+
+
+def _ends_of(parts: list[Phase], scale: float) -> list[int]:
+    """The step after the last one of each phase; every phase has at least one.
+
+    Raises
+    ------
+    ConfigError
+        There are fewer steps than phases.
+    """
+    lengths = np.cumsum([part.length for part in parts])
+    ends = np.round(lengths * scale).astype(int)
+    steps = ends[-1]
+    if steps < len(parts):
+        raise ConfigError(
+            f"{steps} steps are too few for {len(parts)} phases. Train longer, or in smaller "
+            "batches."
+        )
+    before = 0
+    for i, end in enumerate(ends):
+        left = len(ends) - 1 - i  # phases that follow
+        ends[i] = before = min(max(end, before + 1), steps - left)
+    return ends.tolist()
 
 
 def _parts(phase: Phase) -> tuple[Phase, ...]:
@@ -302,22 +319,21 @@ def _rate(phase: Phase, n: int, before: int, scale: float, last: float) -> np.nd
     """Rates of the n steps of a phase that has `before` steps of its stage before it; `last` is the
     rate until then.
     """
-    j = np.arange(n, dtype=np.float64)
+    step = np.arange(n, dtype=np.float64)
     base = last if phase.rate is None else phase.rate
     if phase.kind == "warmup":  # Caffe's GetWarmUpLR
-        return (j * base + (n - j) * (last if phase.start is None else phase.start)) / n
-    counted, zero = (
-        j + before * (phase.count == "stage"),
-        n if phase.zero is None else phase.zero * scale,
-    )
+        start = last if phase.start is None else phase.start
+        return (step * base + (n - step) * start) / n
     if phase.kind == "step":
-        return base * phase.factor ** np.searchsorted(
-            np.round(np.array(phase.at) * scale), j + before, side="right"
-        )
+        places = np.round(np.array(phase.at) * scale)
+        passed = np.searchsorted(places, step + before, side="right")
+        return base * phase.factor**passed
     if phase.kind == "cosine":
-        return phase.end + (base - phase.end) * (1 + np.cos(np.pi * j / n)) / 2
+        return phase.end + (base - phase.end) * (1 + np.cos(np.pi * step / n)) / 2
     if phase.kind == "constant":
         return np.full(n, float(base))
+    counted = step + before if phase.count == "stage" else step
+    zero = n if phase.zero is None else phase.zero * scale
     return base * np.maximum(1 - counted / zero, 0) ** phase.power
 
 
