@@ -376,7 +376,11 @@ def extend_card(path, **facts) -> dict:
     """
     path = find_weights(path).resolve()
     card = {**read_card(path), **facts}
-    with zipfile.ZipFile(path) as old, atomic_write(path) as file, zipfile.ZipFile(file, "w") as new:
+    with (
+        zipfile.ZipFile(path) as old,
+        atomic_write(path) as file,
+        zipfile.ZipFile(file, "w") as new,
+    ):
         for item in old.infolist():
             if item.filename != CARD:
                 with old.open(item) as source, new.open(item, "w") as copy:

@@ -1,6 +1,4 @@
-"""What a training eats: the images of its training part, or the phantom stream; and where its head
-starts.
-"""
+"""Input data of a training run: its training images, or the phantom stream, and the head's start."""
 
 from __future__ import annotations
 
