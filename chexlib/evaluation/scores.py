@@ -63,66 +63,61 @@ def _matched(path: Path, radiographs: Radiographs, part: str) -> tuple[pd.DataFr
     """As `read_scores`, and what was left out: number and first names of images, and columns."""
     table = _read(path)
     if "part" in table:
-        rows = table[table["part"] == part]
-        if rows.empty:
-            parts = first_few(table["part"].unique())
+        parts = first_few(table["part"].unique())
+        table = table[table["part"] == part]
+        if table.empty:
             raise DataError(
                 f"{path} has no rows of part {part!r} (parts: {parts}). Name one of these."
             )
-        table = rows
     column = next((name for name in IMAGE_COLUMNS if name in table), table.columns[0])
     images = table[column].map(lambda name: "" if pd.isna(name) else base_name(str(name)))
-    place = pd.Index(radiographs.listed["image"]).get_indexer(pd.Index(images, dtype=object))
-    known = place >= 0
-    if not known.any():
+    index = pd.Index(images, dtype=object)
+    rows = pd.Index(radiographs.listed["image"]).get_indexer(index)
+    listed = rows >= 0
+    if not listed.any():
         raise DataError(
             f"{path}: none of {len(images):,} images is in the label file of {radiographs.root}: "
             f"{first_few(images.tolist())}. Image names are expected in column {column!r}."
         )
-    strangers = images[~known].tolist()
-    table, images, place = table[known], images[known], place[known]
-    if len(twice := images[images.duplicated()].unique()):
+    if len(twice := index[listed & index.duplicated()].unique()):
         raise DataError(
             f"{path}: {len(twice)} images occur twice: {first_few(twice)}. Accepted: one row an "
             "image."
         )
-    listed = radiographs.listed.iloc[place].reset_index(drop=True)
-    labels = listed[list(FINDINGS)].to_numpy()
-    columns, unused = _columns_of_findings(
-        path, [str(name) for name in table if name not in (column, "part")]
-    )
-    scores = table[columns].apply(_numbers).to_numpy(float)
+    truth = radiographs.listed.iloc[rows[listed]].reset_index(drop=True)
+    labels = truth[list(FINDINGS)].to_numpy()
+    others = [str(name) for name in table if name not in (column, "part")]
+    columns, unused = _columns_of_findings(path, others)
+    scores = table.loc[listed, columns].apply(_numbers).to_numpy(float)
     if missing := int(np.isnan(scores).sum()):
         raise DataError(
             f"{path}: {missing:,} scores are missing or no numbers. Give every image all 14 scores."
         )
-    also = (
-        f" These columns look like findings and are not used: {first_few(unused, 14)}."
-        if unused
-        else ""
-    )
-    if copied := _labels_among(scores, labels):
+    also = ""
+    if unused:
+        also = f" These columns look like findings and are not used: {first_few(unused, 14)}."
+    if copied := [columns[k] for k in _labels_among(scores, labels)]:
         raise DataError(
-            f"{path}: the columns {first_few([columns[k] for k in copied], 3)} are the labels, not "
+            f"{path}: the columns {first_few(copied, 3)} are the labels, not "
             f"scores.{also} Name the columns of scores as the findings, with a prefix or without, "
             "and leave the labels out."
         )
     if also:
         _log.warning("%s:%s", path, also)
-    if strangers:
-        named = first_few([name or "(no name)" for name in strangers])
+    unlisted = images[~listed].tolist()
+    if unlisted:
         _log.warning(
             "%s: %s of %s rows are left out, as the label file of %s does not have their images: %s",
             path,
-            f"{len(strangers):,}",
-            f"{len(known):,}",
+            f"{len(unlisted):,}",
+            f"{len(listed):,}",
             radiographs.root,
-            named,
+            first_few([name or "(no name)" for name in unlisted]),
         )
-    frame = listed[["image", "patient"]].assign(part=part)
+    frame = truth[["image", "patient"]].assign(part=part)
     frame[[f"label_{f}" for f in FINDINGS]] = labels
     frame[[f"score_{f}" for f in FINDINGS]] = scores
-    return frame, {"images": len(strangers), "first": strangers[:5], "columns": unused}
+    return frame, {"images": len(unlisted), "first": unlisted[:5], "columns": unused}
 
 
 def _labels_among(scores: np.ndarray, labels: np.ndarray) -> list[int]:
@@ -132,18 +127,21 @@ def _labels_among(scores: np.ndarray, labels: np.ndarray) -> list[int]:
     more than half of the findings. A model that decides, with few images, may be right on all of a
     finding.
     """
-    copied, enough, told = [], False, 0
+    copied, sure, with_both = [], False, 0
     for k, has in enumerate(labels.T == 1):
-        if has.all() or not has.any():
+        positives, negatives = has.sum(), (~has).sum()
+        if not positives or not negatives:
             continue
-        told += 1
+        with_both += 1
         values = np.unique(scores[:, k])
-        high = scores[:, k] == values[-1]
-        agreed = np.array([high[has].mean(), 1 - high[~has].mean()])
-        if len(values) == 2 and (agreed.min() >= MOST_ALIKE or agreed.max() <= 1 - MOST_ALIKE):
+        if len(values) != 2:
+            continue
+        high = scores[:, k] == values[1]
+        agreed = high[has].mean(), 1 - high[~has].mean()
+        if min(agreed) >= MOST_ALIKE or max(agreed) <= 1 - MOST_ALIKE:
             copied.append(k)
-            enough |= min(has.sum(), (~has).sum()) >= FEWEST_ALIKE
-    return copied if enough or 2 * len(copied) > told else []
+            sure |= min(positives, negatives) >= FEWEST_ALIKE
+    return copied if sure or 2 * len(copied) > with_both else []
 
 
 def where_from(predictions: pd.DataFrame, radiographs: Radiographs) -> dict:
@@ -172,9 +170,7 @@ def where_from(predictions: pd.DataFrame, radiographs: Radiographs) -> dict:
     }
 
 
-def evaluate(
-    path: str | Path, data_dir: str | Path, *, against: str | Path = "", part="test", seed: int = 0
-) -> dict:
+def evaluate(path: str | Path, data_dir: str | Path, *, against: str | Path = "", part="test"):
     """Judge a file of scores, alone or beside another one of the same images.
 
     Returns
@@ -186,13 +182,12 @@ def evaluate(
     """
     radiographs = load_radiographs(data_dir, require_images=False)
     scores, left_out = _matched(Path(path), radiographs, part)
-    found = {"split": where_from(scores, radiographs), "left_out": left_out}
-    found["auroc"] = judge(scores, part=part, seed=seed)
+    judged = {"split": where_from(scores, radiographs), "left_out": left_out}
+    judged["auroc"] = judge(scores, part=part)
     if against:
-        found["difference"] = compare(
-            scores, read_scores(against, radiographs, part=part), part=part, seed=seed
-        )
-    return found
+        others = read_scores(against, radiographs, part=part)
+        judged["difference"] = compare(scores, others, part=part)
+    return judged
 
 
 def judged_in(run: str | Path | None, data: str) -> dict[str, dict]:
@@ -202,17 +197,24 @@ def judged_in(run: str | Path | None, data: str) -> dict[str, dict]:
     `data` is the name that `data_name` gives. Of those with different splits the first and its like
     are taken.
     """
-    found = {}
+    judged = {}
     for folder in sorted(Path(run).iterdir()) if run else ():
         files = [folder / name for name in ("metrics.json", "config.json", "predictions.parquet")]
         if not all(os.path.isfile(file) for file in files):  # False where one may not look
             continue
-        metrics, config = (json.loads(file.read_text()) for file in files[:2])
-        first = next(iter(found.values()), metrics)
-        if metrics["data"] == data and metrics["split"]["digest"] == first["split"]["digest"]:
-            own = {"folder": folder, "split": metrics["split"], "config": config}
-            found[folder.name] = {**own, "predictions": pd.read_parquet(files[2])}
-    return found
+        metrics, config = json.loads(files[0].read_text()), json.loads(files[1].read_text())
+        split = metrics["split"]
+        first = next(iter(judged.values()), {"split": split})
+        if metrics["data"] != data or split["digest"] != first["split"]["digest"]:
+            continue
+        predictions = pd.read_parquet(files[2])
+        judged[folder.name] = {
+            "folder": folder,
+            "split": split,
+            "config": config,
+            "predictions": predictions,
+        }
+    return judged
 
 
 def _read(path: Path) -> pd.DataFrame:
@@ -259,47 +261,44 @@ def _columns_of_findings(path: Path, columns: list[str]) -> tuple[list[str], lis
 
     And the columns that look like findings and are not used.
     """
-    found: dict[str, dict[str, list[str]]] = {}
+    by_prefix: dict[str, dict[str, list[str]]] = {}
     for column in columns:
         name = column.strip()
         for spelling in (*FINDINGS, *ALIASES):
             prefix = name.removesuffix(spelling)
             if name.endswith(spelling) and prefix != TRUTH:
-                found.setdefault(prefix, {}).setdefault(ALIASES.get(spelling, spelling), []).append(
-                    column
-                )
-    if not found:
+                finding = ALIASES.get(spelling, spelling)
+                by_prefix.setdefault(prefix, {}).setdefault(finding, []).append(column)
+    if not by_prefix:
         raise DataError(
             f"{path} has no column of a finding (columns: {first_few(columns)}). Needed, with or "
             f"without a common prefix: {', '.join(FINDINGS)}."
         )
-    whole = [prefix for prefix, by_finding in found.items() if len(by_finding) == len(FINDINGS)]
+    prefix = max(by_prefix, key=lambda prefix: len(by_prefix[prefix]))
+    by_finding = by_prefix[prefix]
+    whole = [prefix for prefix, named in by_prefix.items() if len(named) == len(FINDINGS)]
     if len(whole) > 1:
         raise DataError(
             f"{path} has several columns a finding, with the prefixes {first_few(whole)}. Leave "
             "one of each."
         )
-    prefix = whole[0] if whole else max(found, key=lambda p: len(found[p]))
-    if missing := [finding for finding in FINDINGS if finding not in found[prefix]]:
-        raise DataError(
-            f"{path} has no column {first_few([prefix + f for f in missing], 14)}. Needed: one a "
-            "finding."
-        )
-    if twice := [columns for columns in found[prefix].values() if len(columns) > 1]:
+    if missing := [prefix + finding for finding in FINDINGS if finding not in by_finding]:
+        raise DataError(f"{path} has no column {first_few(missing, 14)}. Needed: one a finding.")
+    if twice := [columns for columns in by_finding.values() if len(columns) > 1]:
         raise DataError(
             f"{path} has two columns for one finding: {first_few(twice[0])}. Leave one of them."
         )
-    used = [found[prefix][finding][0] for finding in FINDINGS]
-    ours = {TRUTH + finding for finding in FINDINGS}
-    return used, [
-        name for name in columns if name not in used and name not in ours and _like_a_finding(name)
-    ]
+    used = [by_finding[finding][0] for finding in FINDINGS]
+    labels = [TRUTH + finding for finding in FINDINGS]
+    unused = [name for name in columns if name not in used and name not in labels]
+    return used, [name for name in unused if _like_a_finding(name)]
 
 
 def _like_a_finding(column: str) -> bool:
-    plain, findings = (
-        [re.sub("[^a-z]", "", name.lower()) for name in names]
-        for names in ([column], (*FINDINGS, *ALIASES))
-    )
-    within = any(finding in plain[0] for finding in findings)
-    return within or bool(difflib.get_close_matches(plain[0], findings, 1, 0.8))
+    name, *findings = (_letters(name) for name in (column, *FINDINGS, *ALIASES))
+    within = any(finding in name for finding in findings)
+    return within or bool(difflib.get_close_matches(name, findings, 1, 0.8))
+
+
+def _letters(name: str) -> str:
+    return re.sub("[^a-z]", "", name.lower())

@@ -121,9 +121,16 @@ def _table(min_prevalence):
     """
     with open(Path(__file__).with_name("nih_label_combinations.csv"), newline="") as file:
         rows = list(csv.DictReader(file))
-    pairs = [(tuple(r["Finding Labels"].split("|")), view) for view in ("PA", "AP") for r in rows]
-    weight = np.array([float(r[view]) for view in ("PA", "AP") for r in rows])
-    has = np.array([[f in labels for f in FINDINGS] for labels, _ in pairs])
+    pairs, films = [], []
+    for view in ("PA", "AP"):
+        for row in rows:
+            labels = row["Finding Labels"].split("|")
+            pairs.append((tuple(label for label in labels if label != NO_FINDING), view))
+            films.append(float(row[view]))
+    weight, has = (
+        np.array(films),
+        np.array([[f in labels for f in FINDINGS] for labels, _ in pairs]),
+    )
     weight /= weight.sum()
     for _ in range(2000):
         low = weight @ has < min_prevalence
@@ -131,14 +138,14 @@ def _table(min_prevalence):
             break
         for k in np.flatnonzero(low):
             now = weight[has[:, k]].sum()
-            weight[has[:, k]] *= (min_prevalence + 1e-6) * (1 - now) / (now * (1 - min_prevalence))
+            raised = (min_prevalence + 1e-6) * (1 - now)
+            weight[has[:, k]] *= raised / (now * (1 - min_prevalence))
             weight /= weight.sum()
     else:
         raise ConfigError(
             f"min_prevalence={min_prevalence}: the NIH combinations cannot be re-weighted that far "
             f"(reached {(weight @ has).min():.3f}). Use a smaller value."
         )
-    pairs = [(tuple(f for f in labels if f != NO_FINDING), view) for labels, view in pairs]
     return pairs, np.cumsum(weight), weight @ has
 
 
@@ -154,22 +161,20 @@ def sample_patient(
     level = level_of(difficulty)
     pairs, cumulative, prevalence = _table(float(min_prevalence))
     rng = stream(seed, patient, 5)
-    films = 1 + int(np.searchsorted(np.cumsum(FILMS), rng.random() * sum(FILMS), side="right"))
+    patient_number = rng.random() * sum(FILMS)
+    films = 1 + int(np.searchsorted(np.cumsum(FILMS), patient_number, side="right"))
     sex = "M" if rng.random() < 0.58 else "F"
     age, gap = float(np.clip(rng.normal(46.6, 16.6), 1, 95)), rng.exponential(0.4)
     described, pair = [], None
     for follow_up in range(films):
         repeat, pick, flips = rng.random(), rng.random(), rng.random(len(FINDINGS))
         if pair is None or repeat >= REPEAT:
-            pair = pairs[min(int(np.searchsorted(cumulative, pick, side="right")), len(pairs) - 1)]
+            row = int(np.searchsorted(cumulative, pick, side="right"))
+            pair = pairs[min(row, len(pairs) - 1)]
         labels, view = pair
-        limit = [
-            1 - level.absent if f in labels else level.unlabelled * prevalence[k]
-            for k, f in enumerate(FINDINGS)
-        ]
-        shown = tuple(
-            f for f, flip, bound in zip(FINDINGS, flips, limit, strict=True) if flip < bound
-        )
+        labelled = np.array([finding in labels for finding in FINDINGS])
+        limits = np.where(labelled, 1 - level.absent, level.unlabelled * prevalence)
+        shown = tuple(FINDINGS[k] for k in np.flatnonzero(flips < limits))
         years = int(min(age + gap * follow_up, 95))
         described.append(Description(seed, patient, follow_up, sex, years, view, labels, shown))
     return described

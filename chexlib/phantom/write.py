@@ -1,9 +1,8 @@
 """Synthetic frontal chest radiographs in the layout of the NIH release, so that everything runs
 with no data.
 
-Who is on the films is sampled after the NIH table (`population.py`). Pictures are drawn
-(`radiograph.py`, from `thorax.py` and `signs.py`), not learnt: they show no person, and say nothing
-about one.
+Who is on the films is sampled after the NIH table (`population.py`). Pictures are drawn (`film.py`,
+from `anatomy.py` and `signs.py`), not learnt: they show no person, and say nothing about one.
 """
 
 import json
@@ -127,14 +126,10 @@ def write_phantom(
         "n_images": int(n_images),
         "size": int(size),
         "seed": int(seed),
-    }
-    parameters |= {
         "min_prevalence": float(min_prevalence),
-        "difficulty": difficulty,
+        "difficulty": "custom" if isinstance(difficulty, Difficulty) else difficulty,
         "knobs": asdict(level),
     }
-    if isinstance(difficulty, Difficulty):
-        parameters["difficulty"] = "custom"
     directory = Path(directory)
     if _holds(directory, parameters):
         return directory
@@ -162,16 +157,14 @@ def _holds(directory, parameters):
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
     try:
-        found = json.loads((directory / "phantom.json").read_text())["parameters"]
+        made_with = json.loads((directory / "phantom.json").read_text())["parameters"]
     except (OSError, ValueError, KeyError, TypeError):
-        found = None
-    if found == parameters:
+        made_with = None
+    if made_with == parameters:
         return True
-    what = (
-        "something other than a phantom"
-        if found is None
-        else f"a phantom made with {found}, not {parameters}"
-    )
+    what = f"a phantom made with {made_with}, not {parameters}"
+    if made_with is None:
+        what = "something other than a phantom"
     raise DataError(
         f"{directory} already holds {what}. Name another folder, or remove this one first."
     )
@@ -225,31 +218,26 @@ def _draw_in_processes(parts, pictures, size, difficulty, workers):
 
 
 def _write_tables(folder, films, boxes, parameters):
-    # Mm: a film is about 35 cm wide.
-    size, spacing = parameters["size"], round(350 / parameters["size"], 4)
+    size = parameters["size"]
+    spacing = round(350 / size, 4)  # mm: a film is about 35 cm wide
     rows = [COLUMNS]
     for d in films:
         labels = "|".join(d.findings) or NO_FINDING
         who = f"{d.follow_up},{d.patient},{d.age},{d.sex},{d.view}"
         rows.append(f"{d.image},{labels},{who},{size},{size},{spacing},{spacing}")
+    _write(folder / "Data_Entry_2017_v2020.csv", rows)
     # The release's box file says `Infiltrate`, and its header names three columns that hold
     # nothing.
-    spelling = {"Infiltration": "Infiltrate"}
-    frames = ["Image Index,Finding Label,Bbox [x,y,w,h],,,"]
+    rows = ["Image Index,Finding Label,Bbox [x,y,w,h],,,"]
     for image, finding, *box in boxes:
+        label = "Infiltrate" if finding == "Infiltration" else finding
         corner = ",".join(f"{1024 * side:.4f}" for side in box)
-        frames.append(f"{image},{spelling.get(finding, finding)},{corner},,,")
-    patients = stream(parameters["seed"], 0, 6).permutation(films[-1].patient) + 1
-    films_of, test = Counter(d.patient for d in films), set()
-    room = round(TEST_SHARE * len(films))
-    for patient in patients.tolist():
-        if films_of[patient] <= room:
-            test.add(patient)
-            room -= films_of[patient]
-    for name, wanted in (("train_val_list.txt", False), ("test_list.txt", True)):
-        _write(folder / name, [d.image for d in films if (d.patient in test) == wanted])
-    _write(folder / "Data_Entry_2017_v2020.csv", rows)
-    _write(folder / "BBox_List_2017.csv", frames)
+        rows.append(f"{image},{label},{corner},,,")
+    _write(folder / "BBox_List_2017.csv", rows)
+    test = _test_patients(films, parameters["seed"])
+    training = [d.image for d in films if d.patient not in test]
+    _write(folder / "train_val_list.txt", training)
+    _write(folder / "test_list.txt", [d.image for d in films if d.patient in test])
     about = {
         "what": "Synthetic chest radiographs drawn by chexlib: they show no person. Not for "
         "clinical use.",
@@ -259,6 +247,18 @@ def _write_tables(folder, films, boxes, parameters):
         "labelled": {f: sum(f in d.findings for d in films) for f in FINDINGS},
     }
     _write(folder / "phantom.json", [json.dumps(about, indent=2)])
+
+
+def _test_patients(films, seed) -> set[int]:
+    """Patients of the test list: `TEST_SHARE` of the films, as nearly as whole patients allow."""
+    films_of, test = Counter(d.patient for d in films), set()
+    room = round(TEST_SHARE * len(films))
+    patients = stream(seed, 0, 6).permutation(films[-1].patient) + 1
+    for patient in patients.tolist():
+        if films_of[patient] <= room:
+            test.add(patient)
+            room -= films_of[patient]
+    return test
 
 
 def _write(path, lines):
