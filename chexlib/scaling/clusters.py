@@ -33,8 +33,8 @@ import pandas as pd
 from chexlib.scaling.model import Cluster, Horovod, Job, hardware_efficiency, project
 from chexlib.scaling.network import Fabric, Link
 from chexlib.scaling.workload import Workload
-from chexlib.training.recipes import IMAGENET
 
+IMAGENET = 1_281_167  # images of ImageNet-1K's training part
 # The study's, of ResNet-50 for 90 epochs of ImageNet: 10 GFLOP an image, `workload` has 23.
 FLOP_90_EPOCHS = 1.152e18
 OMNI_PATH = Link(latency=1e-6, bandwidth=12.5e9)
