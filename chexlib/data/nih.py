@@ -75,7 +75,7 @@ class Radiographs:
     def select(self, images: Iterable[str]) -> "Radiographs":
         """Only these images, in the table's order; DataError for one that is not present."""
         wanted = set(images)
-        if missing := sorted(wanted.difference(self.table["image"])):
+        if missing := sorted(wanted.difference(self.table["image"].tolist())):
             raise DataError(
                 f"Not present in {self.root}: {first_few(missing)}. Select names of "
                 "`table['image']`."
@@ -130,7 +130,7 @@ def load_radiographs(
             f"{root / 'images*'}. Put them in images_001/images, say. {NEXT_STEP}"
         )
     _log.info("%s: %d of %d images present", root, len(table), len(listed))
-    present = set(table["image"])
+    present = set(table["image"].tolist())
     if unlisted := sorted(files.keys() - present):
         named = first_few(unlisted)
         _log.warning("%d images have no row in %s: %s", len(unlisted), csv.name, named)
@@ -228,7 +228,7 @@ def base_name(text: str) -> str:
 def rows_of(images: Iterable[str], table: pd.DataFrame) -> pd.DataFrame:
     """The rows of a table with an ``image`` column that are of these images (faster than `isin`)."""
     wanted = set(images)
-    rows = np.array([image in wanted for image in table["image"]], bool)
+    rows = np.array([image in wanted for image in table["image"].tolist()], bool)
     return table[rows].reset_index(drop=True)
 
 

@@ -147,13 +147,14 @@ def audit(
     if not parts or not all(parts.values()):
         sizes = {name: len(images) for name, images in parts.items()}
         raise DataError(f"No part may be empty: {sizes}. Add image names.")
-    listed = radiographs.listed
+    row_of = {image: row for row, image in enumerate(radiographs.listed["image"].tolist())}
     patients: dict[str, pd.Series] = {}
     unknown: dict[str, int] = {}
     prevalence, positives = pd.DataFrame(), pd.DataFrame()
     for name, images in parts.items():
-        position = _positions(images, radiographs, where=name)
-        rows = listed.iloc[position[position >= 0]]
+        rows = radiographs.listed.iloc[[row_of[image] for image in images if image in row_of]]
+        if rows.empty:
+            raise _none_listed(images, radiographs, name)
         labels = rows[list(FINDINGS)]
         patients[name] = rows["patient"]
         unknown[name] = len(images) - len(rows)
@@ -190,7 +191,7 @@ def _shared_patients(patients: Mapping[str, pd.Series]) -> pd.DataFrame:
     """`Audit.shared`, from the patient of each image of each part."""
     pairs = []
     for a, b in itertools.combinations(patients, 2):
-        shared = set(patients[a]) & set(patients[b])
+        shared = set(patients[a].tolist()) & set(patients[b].tolist())
         images_a = int(patients[a].isin(shared).sum())
         images_b = int(patients[b].isin(shared).sum())
         pairs.append((a, b, len(shared), images_a, images_b))
@@ -227,9 +228,9 @@ def _official_split(radiographs: Radiographs, lists: Sequence, seed: int) -> Spl
         _log.warning("%d present images are in neither official list: left out", unlisted)
     part = stratify_patients(rest, (1 - OFFICIAL_VALIDATION, OFFICIAL_VALIDATION), seed)
     parts = {
-        "train": tuple(rest["image"][part == 0]),
-        "validation": tuple(rest["image"][part == 1]),
-        "test": tuple(test["image"]),
+        "train": tuple(rest["image"][part == 0].tolist()),
+        "validation": tuple(rest["image"][part == 1].tolist()),
+        "test": tuple(test["image"].tolist()),
     }
     if empty := [name for name in PARTS if not parts[name]]:
         raise DataError(
@@ -349,7 +350,9 @@ def make_split(radiographs: Radiographs, *, kind: str = "auto", seed: int = 0) -
 
 def _assemble(name: str, seed: int, images: pd.Series, part: np.ndarray) -> Split:
     """A split from the index into `PARTS`, (images,) int, of every image."""
-    return Split(name, seed, {key: tuple(images[part == i]) for i, key in enumerate(PARTS)})
+    return Split(
+        name, seed, {key: tuple(images[part == i].tolist()) for i, key in enumerate(PARTS)}
+    )
 
 
 def _require_three(n: int, unit: str, radiographs: Radiographs) -> None:
@@ -412,8 +415,8 @@ def read_list(path: str | Path, radiographs: Radiographs | None = None) -> tuple
     lines = [line.strip() for line in lines if line.strip()]
     listed = set() if radiographs is None else set(radiographs.listed["image"].tolist())
     names = tuple(line if line in listed else _name_in(line) for line in lines)
-    if names and radiographs is not None:
-        _positions(names, radiographs, where=path)
+    if names and radiographs is not None and listed.isdisjoint(names):
+        raise _none_listed(names, radiographs, path)
     return names
 
 
@@ -428,17 +431,10 @@ def _name_in(line: str) -> str:
     return base_name(without_labels.strip("\"'"))
 
 
-def _positions(names: Sequence[str], radiographs: Radiographs, *, where) -> np.ndarray:
-    """Rows of `radiographs.listed` that have these names, -1 for a name it does not have.
-
-    DataError, which names `where` they come from, if it has none of them.
-    """
-    listed = pd.Index(radiographs.listed["image"])
-    position = listed.get_indexer(pd.Index(names, dtype=object))
-    if not (position >= 0).any():
-        raise DataError(
-            f"{where}: none of its {len(names):,} images is in the label file of "
-            f"{radiographs.root}: {first_few(names)}. Names such as {listed[0]!r} are expected. "
-            "Put them right, or remove the list."
-        )
-    return position
+def _none_listed(names: Sequence[str], radiographs: Radiographs, where: object) -> DataError:
+    """The error for names of which the label file has none; `where` is the list or part."""
+    return DataError(
+        f"{where}: none of its {len(names):,} images is in the label file of {radiographs.root}: "
+        f"{first_few(names)}. Names such as {radiographs.listed['image'].iloc[0]!r} are expected. "
+        "Put them right, or remove the list."
+    )
