@@ -27,7 +27,7 @@ def epoch_of(n, *, ranks=1, epoch=0, seed=0, global_batch=8, mirror=False):
 
 
 def order_of(shares):
-    """(images, mirrored) of each step over all ranks, sorted by image; stand-ins left out."""
+    """(images, mirrored) of each step over all ranks, sorted by image; padding left out."""
     steps = []
     for parts in zip(*shares, strict=True):
         images = np.concatenate([part.indices[part.weights > 0] for part in parts])
@@ -188,7 +188,7 @@ def test_an_epoch_cut_short_ends_there_also_when_it_goes_on_in_larger_batches(fi
         np.testing.assert_array_equal(y, labels[images])
 
 
-def test_a_rank_without_an_image_gets_a_stand_in_that_counts_nothing(files):
+def test_a_rank_without_an_image_gets_padding_that_counts_nothing(files):
     # 11 images in batches of 10 leave one image for 3 ranks.
     order = {"global_batch": 10, "seed": 0, "ranks": 3, "mirror": False}
     last = [batches_of(files, 2, rank=rank, **order)[2][1] for rank in range(3)]
@@ -198,7 +198,7 @@ def test_a_rank_without_an_image_gets_a_stand_in_that_counts_nothing(files):
 
 @pytest.mark.parametrize(
     "n", [37, 26]
-)  # in global batches of 12 with a last one of 1 and of 2 images: stand-ins
+)  # in global batches of 12 with a last one of 1 and of 2 images: padding
 def test_a_rank_with_virtual_ranks_has_their_shares_one_after_the_other(n):
     order = dict(global_batch=12, epoch=1, seed=3, mirror=True)
     four = [list(partition(n, rank=rank, ranks=4, **order)) for rank in range(4)]
