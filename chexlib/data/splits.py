@@ -329,13 +329,15 @@ def make_split(radiographs: Radiographs, *, kind: str = "auto", seed: int = 0) -
         raise ConfigError(
             f"There is no split of kind {kind!r}. Use one of auto, {', '.join(makers)}."
         )
-    lists = []
+    lists, missing = [], []
     for name in LISTS:
         if (radiographs.root / name).is_file():
             lists.append(read_list(radiographs.root / name, radiographs))
+        else:
+            missing.append(name)
     try:
-        if len(lists) < len(LISTS):
-            raise DataError(f"{radiographs.root} lacks {' or '.join(LISTS)}")
+        if missing:
+            raise DataError(f"{radiographs.root} has no {' and no '.join(missing)}")
         split = _official_split(radiographs, lists, seed)
         share = radiographs.select(split.images("test")).labels.mean(axis=0)
         if ((share > 0) & (share < 1)).sum() >= 2:
