@@ -123,7 +123,8 @@ class Film:
                 setattr(g, name, value.tolist())
         self.g, self.size = g, size
         x, y = _pixels(size)
-        x, y = (x - g.shift[0]) / g.zoom, (y - g.shift[1]) / g.zoom
+        x = (x - g.shift[0]) / g.zoom
+        y = (y - g.shift[1]) / g.zoom
         c, s = np.cos(g.tilt), np.sin(g.tilt)
         v = (c * y - s * x + 0.5).astype(np.float32)
         u = (c * x + s * y - g.bend * (v - 0.4) ** 2).astype(np.float32)
@@ -135,8 +136,10 @@ class Film:
         fall = g.angle * (np.abs(d) / (g.width - 0.16)) ** 2.6
         rise = 0.03 * (d / 0.16) ** 2
         self.floor = np.where(self.left, left_dome, right_dome) + np.where(d > 0, fall, rise)
-        self.wall = soft(self.lateral - a, 0.012) * soft(v - g.top, 0.02)
-        self.lung = self.wall * soft(a - self.medial, 0.012) * soft(self.floor - v, 0.01)
+        self.wall = soft(self.lateral - a, 0.012)
+        self.wall *= soft(v - g.top, 0.02)
+        self.lung = self.wall * soft(a - self.medial, 0.012)
+        self.lung *= soft(self.floor - v, 0.01)
         self.heart = _heart(g, u, v)
         self.air = self.lung * (1 - 0.9 * self.heart)
         self.vessels = np.ones_like(self.air)
@@ -175,11 +178,12 @@ class Film:
         """
         g, oversampling = self.g, 2 if self.size >= 128 else 4
         scale = self.size * oversampling
-        v = paths[..., 1]
-        u, v = paths[..., 0] + g.bend * (v - 0.4) ** 2, v - 0.5
+        u, v = np.moveaxis(paths, -1, 0)
+        u, v = u + g.bend * (v - 0.4) ** 2, v - 0.5
         c, s = np.cos(g.tilt), np.sin(g.tilt)
-        x = ((c * u - s * v) * g.zoom + g.shift[0] + 0.5) * scale
-        y = ((s * u + c * v) * g.zoom + g.shift[1] + 0.5) * scale
+        across, down = c * u - s * v, s * u + c * v
+        x = (across * g.zoom + g.shift[0] + 0.5) * scale
+        y = (down * g.zoom + g.shift[1] + 0.5) * scale
         points = np.stack([x, y], -1).reshape(len(paths), -1).tolist()
         pixels = widths * scale * g.zoom
         # A line thinner than a pixel is drawn one pixel wide, and fainter.
@@ -207,7 +211,8 @@ def _heart(g, u, v):
     left_border = (0.045 + (left - 0.045) * bulge) * apex
     down = np.clip((v - 0.42) / 0.3, 0, 1)
     right_border = 0.048 + (right - 0.048) * np.sin(down * np.float32(np.pi))
-    heart = soft(left_border - u, 0.014) * soft(u + right_border, 0.014)
+    heart = soft(left_border - u, 0.014)
+    heart *= soft(u + right_border, 0.014)
     heart *= soft(v - 0.3, 0.05) * soft(base + 0.1 - v, 0.06)
     return heart
 
@@ -255,8 +260,12 @@ def _ribs(film):
     anterior = (v + 0.24 * r - 0.02) / (g.rib * 1.12) + phase
     bones = _bars(posterior, 0.25) * (soft(0.93 - r, 0.12) + 0.35)
     bones += 0.75 * soft(r - 0.45, 0.15) * _bars(anterior, 0.35)
-    cage = soft(film.lateral + 0.025 - a, 0.012) * soft(v - g.top + 0.02, 0.02)
-    return bones * cage * soft(film.floor + 0.03 - v, 0.08) * soft(a - 0.04, 0.012)
+    cage = soft(film.lateral + 0.025 - a, 0.012)
+    cage *= soft(v - g.top + 0.02, 0.02)
+    bones *= cage
+    bones *= soft(film.floor + 0.03 - v, 0.08)
+    bones *= soft(a - 0.04, 0.012)
+    return bones
 
 
 def _bars(turns, low):
@@ -268,12 +277,19 @@ def _bars(turns, low):
 def _soft_tissue(film):
     """Chest wall, mediastinum, hila, breasts and belly, and where the body is (0..1)."""
     g, u, v, a = film.g, film.u, film.v, film.a
-    shoulder = 0.03 + 0.13 * soft(a - 0.27, 0.17) - 0.5 * soft(0.095 - a, 0.05)
-    trunk = g.trunk + 0.12 * bell(v, 0.28, 0.17) + 0.02 * soft(v - 0.8, 0.3)
-    body = soft(v - shoulder, 0.03) * soft(trunk - a, 0.025)
-    belly = soft(v - film.floor + 0.06, 0.16) * (1 - 1.6 * a * a)
-    grey = 0.5 + 0.07 * soft(v - 0.2, 0.2) + 0.24 * belly - 0.1 * soft(a - trunk + 0.07, 0.07)
-    spine = 0.09 * bell(u, 0, 0.075) * soft(v - 0.05, 0.1)
+    shoulder = 0.03 + 0.13 * soft(a - 0.27, 0.17)
+    shoulder -= 0.5 * soft(0.095 - a, 0.05)  # the neck
+    trunk = g.trunk + 0.12 * bell(v, 0.28, 0.17)
+    trunk += 0.02 * soft(v - 0.8, 0.3)
+    body = soft(v - shoulder, 0.03)
+    body *= soft(trunk - a, 0.025)
+    belly = soft(v - film.floor + 0.06, 0.16)
+    belly *= 1 - 1.6 * a * a
+    grey = 0.5 + 0.07 * soft(v - 0.2, 0.2)
+    grey += 0.24 * belly
+    grey -= 0.1 * soft(a - trunk + 0.07, 0.07)
+    spine = 0.09 * bell(u, 0, 0.075)
+    spine *= soft(v - 0.05, 0.1)
     grey += spine + 0.075 * film.heart * soft(v - 0.44, 0.14)
     grey += 0.075 * film.ellipse(KNOB, g.top + 0.185, g.knob, g.knob * 1.25, edge=0.5)
     left_hilum = 0.08 * film.glow(0.075, 0.4, 0.035, 0.05)
@@ -292,10 +308,15 @@ def _bones(film):
     discs = np.cos(v * np.float32(2 * np.pi / 0.047))  # a vertebra every 0.047
     bones += 0.035 * soft(0.03 - a, 0.008) * (1 + 0.35 * discs)
     run = (a - 0.03) / 0.25  # along the clavicle
-    collar = g.clavicle - 0.05 * run + 0.016 * np.sin(run * 6.3) + 0.012 * g.ap * run
-    bar = soft(0.014 - np.abs(v - collar), 0.007) * soft(a - 0.03, 0.01) * soft(0.33 - a, 0.03)
+    collar = g.clavicle - 0.05 * run
+    collar += 0.016 * np.sin(run * 6.3)
+    collar += 0.012 * g.ap * run
+    bar = soft(0.014 - np.abs(v - collar), 0.007)
+    bar *= soft(a - 0.03, 0.01)
+    bar *= soft(0.33 - a, 0.03)
     bones += 0.09 * bar * (1 + 0.5 * (1 - bar))
-    blade = g.scapula + 0.12 * (v - 0.2) - 0.6 * np.clip(v - 0.36, 0, 1)
+    blade = g.scapula + 0.12 * (v - 0.2)
+    blade -= 0.6 * np.clip(v - 0.36, 0, 1)
     scapula = 0.055 * soft(a - blade, 0.008)
     scapula *= soft(v - 0.14, 0.03)
     scapula *= soft(0.46 - v, 0.05)
@@ -316,18 +337,33 @@ def expose(film, rng, patient_rng):
     """
     g, u, v, a = film.g, film.u, film.v, film.a
     grey, body = _soft_tissue(film)
-    deep = 0.72 + 0.28 * soft(film.lateral - a - 0.05, 0.06) - 0.1 * soft(v - 0.6, 0.12)
+    deep = 0.72 + 0.28 * soft(film.lateral - a - 0.05, 0.06)
+    deep -= 0.1 * soft(v - 0.6, 0.12)
     grey -= g.depth * film.air * deep
-    windpipe = soft(0.017 - np.abs(u + 0.004), 0.007) * soft(0.36 - v, 0.02)
-    bronchi = soft(0.01 - np.abs(v - 0.355 - 0.55 * a), 0.006) * soft(0.085 - a, 0.02)
+    windpipe = soft(0.017 - np.abs(u + 0.004), 0.007)
+    windpipe *= soft(0.36 - v, 0.02)
+    bronchi = soft(0.01 - np.abs(v - 0.355 - 0.55 * a), 0.006)
+    bronchi *= soft(0.085 - a, 0.02)
     grey -= 0.075 * np.maximum(windpipe, 0.35 * bronchi) * body
     grey += _bones(film)
-    grey += 0.17 * _vessels(film, patient_rng) * film.air * film.vessels * soft(0.24 - a, 0.16)
-    grey += 0.011 * cloud(rng, film.size, 48) * film.air * film.vessels
+    markings = 0.17 * _vessels(film, patient_rng)
+    grain = 0.011 * cloud(rng, film.size, 48)
+    for texture in (markings, grain):
+        texture *= film.air
+        texture *= film.vessels
+    markings *= soft(0.24 - a, 0.16)
+    grey += markings
+    grey += grain
     if g.calcified:
         ring = film.disc(KNOB, g.top + 0.185, g.knob * 0.9)
-        grey += 0.08 * soft(0.18 - np.abs(ring - 1), 0.12) * soft(g.top + 0.19 - v, 0.02)
+        calcium = 0.08 * soft(0.18 - np.abs(ring - 1), 0.12)
+        calcium *= soft(g.top + 0.19 - v, 0.02)
+        grey += calcium
     if g.stomach:
         gas = film.ellipse(0.15, g.dome[1] + 0.045, *g.bubble, edge=0.6, tilt=-0.1)
         grey -= 0.15 * gas * soft(v - film.floor - 0.012, 0.008)
-    return (grey + film.extra + 0.04 * cloud(rng, film.size, 3)) * body + film.over
+    grey += film.extra
+    grey += 0.04 * cloud(rng, film.size, 3)
+    grey *= body
+    grey += film.over
+    return grey

@@ -64,8 +64,10 @@ def atelectasis(film, rng, strength):
         disc = film.disc(x, y, length, thickness, tilt=rng.uniform(-0.4, 0.4))
         plates = np.maximum(plates, soft(1.1 - disc, 0.5))
     below = film.v - dome_of(film.g, side) + 0.1 + 0.5 * (film.a - 0.1)
-    loss = soft(below, 0.05) * film.side(side) * rng.uniform(0.2, 0.7)
-    return [film.fill(np.clip(0.75 * strength * np.maximum(plates, loss), 0, 0.95))]
+    loss = soft(below, 0.05) * film.side(side)
+    loss *= rng.uniform(0.2, 0.7)
+    opacity = 0.75 * strength * np.maximum(plates, loss)
+    return [film.fill(np.clip(opacity, 0, 0.95))]
 
 
 def cardiomegaly(film, rng, strength):
@@ -93,7 +95,9 @@ def infiltration(film, rng, strength):
         region = region + film.glow(x, y, rng.uniform(0.07, 0.12))
     grains = cloud(rng, film.size, 18) + 0.5 * cloud(rng, film.size, 9)
     patches = soft(grains + 0.4, 1.3)
-    return [film.fill(np.clip(0.75 * strength * np.minimum(region, 1) * patches, 0, 0.8))]
+    opacity = 0.75 * strength * np.minimum(region, 1)
+    opacity *= patches
+    return [film.fill(np.clip(opacity, 0, 0.8))]
 
 
 def _ball(film, x, y, radius, rng, *, lobes, edge):
@@ -131,7 +135,9 @@ def pneumonia(film, rng, strength):
     steps = np.linspace(0.25, 1.15, 5)[None, :, None]
     paths = hilum + steps * (ends[:, None] - hilum)
     bronchi = film.strokes(paths, np.full((7, 4), 0.009), [1.0] * 7)
-    return [film.fill(np.clip(0.8 * strength * focus, 0, 0.9) * (1 - 0.75 * bronchi))]
+    opacity = np.clip(0.8 * strength * focus, 0, 0.9)
+    opacity *= 1 - 0.75 * bronchi
+    return [film.fill(opacity)]
 
 
 def pneumothorax(film, rng, strength):
@@ -145,7 +151,10 @@ def pneumothorax(film, rng, strength):
     here = film.side(side)
     gas = (1 - soft(depth, thin)) * film.lung * here
     film.vessels *= 1 - gas
-    film.extra += 0.10 * min(0.5 + strength, 1.3) * bell(depth, 0, thin) * film.lung * here
+    pleura = 0.10 * min(0.5 + strength, 1.3) * bell(depth, 0, thin)
+    pleura *= film.lung
+    pleura *= here
+    film.extra += pleura
     film.extra -= 0.10 * min(0.3 + strength, 1.4) * gas
     film.fill(0.12 * strength * film.lung * here * (1 - gas))
     return [gas]
@@ -157,11 +166,14 @@ def consolidation(film, rng, strength):
     fissure = FISSURE + 0.1 * (a - 0.2) + 0.015 * rng.normal()
     sharp, blurred = 0.006, 0.06
     if kind == 0:  # upper lobe above the horizontal fissure
-        lobe = soft(fissure - v, sharp) * soft(v - fissure + rng.uniform(0.12, 0.25), blurred)
+        lobe = soft(fissure - v, sharp)
+        lobe *= soft(v - fissure + rng.uniform(0.12, 0.25), blurred)
     elif kind == 1:  # middle lobe or lingula below it
-        lobe = soft(v - fissure, sharp) * soft(fissure + rng.uniform(0.12, 0.18) - v, blurred)
+        lobe = soft(v - fissure, sharp)
+        lobe *= soft(fissure + rng.uniform(0.12, 0.18) - v, blurred)
     else:  # lower lobe
-        lobe = soft(v - fissure - 0.14 + 0.2 * a, blurred) * soft(a - 0.1, 0.05)
+        lobe = soft(v - fissure - 0.14 + 0.2 * a, blurred)
+        lobe *= soft(a - 0.1, 0.05)
     lobe *= film.side(side)
     lobe *= soft(a - rng.uniform(0.05, 0.12), 0.05)
     lobe *= 0.92 + 0.08 * cloud(rng, film.size, 8)
@@ -209,7 +221,9 @@ def pleural_thickening(film, rng, strength):
     span = soft(v - top - begin + 0.04, 0.05)
     span *= soft(top + begin + rng.uniform(0.2, 0.4) - v, 0.06)
     depth = np.minimum(film.lateral - film.a, (v - top) * 0.9)
-    rind = soft(thickness - depth, 0.007) * span * film.side(side)
+    rind = soft(thickness - depth, 0.007)
+    rind *= span
+    rind *= film.side(side)
     film.extra += 0.11 * strength * rind * film.lung
     return [film.fill(np.clip((0.35 + 0.6 * strength) * rind, 0, 0.95))]
 
@@ -224,7 +238,9 @@ def hernia(film, rng, strength):
     gas, density = soft(0.85 - disc, 0.2), min(0.7 + 0.5 * strength, 1.4)
     film.fill(0.8 * sac)
     film.extra += density * (0.08 * sac + 0.03 * wall)
-    film.extra -= 0.26 * density * gas * soft(level - film.v, 0.006)
+    bubble = 0.26 * density * gas
+    bubble *= soft(level - film.v, 0.006)
+    film.extra -= bubble
     return [sac]
 
 
