@@ -14,9 +14,9 @@ from chexlib.collectives import World
 from chexlib.errors import ConfigError
 from chexlib.evaluation.intervals import over_seeds
 from chexlib.models.weights import load_model
-from chexlib.studies import batch_norm as norm_study
+from chexlib.studies import judge
 from chexlib.studies.batch_norm import (
-    TERMS,
+    CAUSES,
     decompose,
     norm_grid,
     remedies,
@@ -123,11 +123,11 @@ def test_the_causes_are_those_built_in_and_add_up_to_the_loss():
     rows = study("densenet121", 0.70, 0.76, (0.60, 0.73)) + study("vgg16", 0.70, None, (0.65, 0.65))
     terms = decompose(pd.DataFrame(rows))
     assert len(terms) == 6
-    np.testing.assert_allclose(terms["total"], terms[list(TERMS[1:])].sum(axis=1), atol=1e-12)
+    np.testing.assert_allclose(terms["total"], terms[CAUSES].sum(axis=1), atol=1e-12)
     first = terms.iloc[0]
     assert first["topology"] == "densenet121"
     expected = {"total": 0.20, "updates": 0.10, "lag": 0.13, "local batch": 0.03, "rest": -0.06}
-    assert first[list(TERMS)].to_dict() == pytest.approx(expected)
+    assert first[["total", *CAUSES]].to_dict() == pytest.approx(expected)
     vgg = terms[terms["topology"] == "vgg16"].iloc[0]
     assert (
         vgg["local batch"] == 0
@@ -248,14 +248,15 @@ def test_the_population_is_a_random_part_of_the_images_and_not_the_lowest_patien
     monkeypatch,
 ):
     seen = []
-    monkeypatch.setattr(norm_study, "ImageStore", lambda paths, **_: Places(len(paths)))
+    monkeypatch.setattr(judge, "POPULATION", 1000)
+    monkeypatch.setattr(judge, "ImageStore", lambda paths, **_: Places(len(paths)))
     monkeypatch.setattr(
-        norm_study, "recalibrate", lambda model, batches, *_, **__: seen.append(list(batches))
+        judge, "recalibrate", lambda model, batches, *_, **__: seen.append(list(batches))
     )
     part = SimpleNamespace(table=pd.DataFrame({"path": range(4000)}))
     trainer = SimpleNamespace(model=None, infer_by_batch=None)
     for world in (World(), World(), World(0, 2), World(1, 2)):
-        norm_study.recalibrate_on(part, trainer, world, size=32, images=1000)
+        judge.recalibrate_on(part, trainer, world, size=32)
     whole, again, *halves = [np.concatenate(batches).ravel() for batches in seen]
     assert len(set(whole)) == 1000
     assert stats.kstest(whole / 4000, "uniform").pvalue > 0.001

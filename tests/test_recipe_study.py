@@ -17,12 +17,14 @@ from chexlib.errors import ConfigError, WeightsError
 from chexlib.figures import recipe_figures
 from chexlib.ledger.published import published_collapses, published_ladder
 from chexlib.machine import BATCH
-from chexlib.studies.collapse_study import collapse_gains, diversity_matrix, measure_collapses
 from chexlib.studies.grid import point_key
-from chexlib.studies.recipe_study import (
+from chexlib.studies.recipes import (
     batch_losses,
     best_peak_loss,
+    collapse_gains,
+    diversity_matrix,
     ladder_gains,
+    measure_collapses,
     peaks_tried,
     read_peaks,
     recipe_grid,
@@ -31,6 +33,7 @@ from chexlib.training.fit import fit
 from chexlib.training.recipes import LADDER, PRESETS, preset, resolve
 
 GRID = dict(
+    rungs=list(LADDER),
     batches=[16, 128, 1024],
     local_batch=16,
     peak=0.05,

@@ -14,11 +14,11 @@ from chexlib.app.cli import main
 from chexlib.data.nih import load_radiographs
 from chexlib.data.splits import LISTS, audit, read_list
 from chexlib.errors import DataError
-from chexlib.evaluation.auroc import bootstrap_auroc, judge, subgroup_auroc, traits_of
+from chexlib.evaluation.auroc import bootstrap_auroc, compare, judge, subgroup_auroc, traits_of
 from chexlib.evaluation.scores import evaluate, judged_in, read_scores, where_from
 from chexlib.findings import FINDINGS
 from chexlib.phantom.write import write_phantom
-from chexlib.studies.leakage import leakage_gain, leaking_configs, leaking_lists
+from chexlib.studies.leakage import leaking_configs, leaking_lists
 from chexlib.training.fit import fit
 
 
@@ -519,7 +519,8 @@ def test_the_gain_is_measured_on_the_same_images_by_two_trainings_of_one_config(
     assert different == {"data_dir", "run_dir"}
     results = {name: fit(config) for name, config in configs.items()}
     assert results["by image"].split["digest"] != results["by patient"].split["digest"]
-    gain = leakage_gain(results, resamples=20)
+    scored = [pd.read_parquet(results[name].predictions) for name in ("by image", "by patient")]
+    gain = compare(*scored, resamples=20)
     for column, name in (("auroc", "by image"), ("other", "by patient")):
         own = judge(pd.read_parquet(results[name].predictions), resamples=2)
         np.testing.assert_allclose(gain[column], own["auroc"], atol=1e-12)

@@ -32,6 +32,6 @@ def test_a_grid_of_trainings_gives_epochs_and_seconds(phantom, tmp_path):
         for auroc in (0.01, 0.999)
     ]
     measure = functools.partial(measure_solution, data=phantom)
-    rows = run_grid(points, tmp_path / "grid.parquet", measure, progress=False)
+    rows = run_grid(points, tmp_path / "grid.parquet", measure)
     assert rows["epochs"].iloc[0] == 1 and rows["seconds"].iloc[0] > 0
     assert rows.loc[1, ["epochs", "seconds"]].isna().all()

@@ -35,8 +35,8 @@ def counted(calls):
 
 def test_a_row_is_measured_once_and_rows_come_in_the_order_asked_for(tmp_path):
     calls, table = [], tmp_path / "made" / "grid.parquet"
-    first = run_grid(POINTS[3:], table, counted(calls), progress=False)
-    rows = run_grid([*POINTS, {"seed": 0, "batch": 16}], table, counted(calls), progress=False)
+    first = run_grid(POINTS[3:], table, counted(calls))
+    rows = run_grid([*POINTS, {"seed": 0, "batch": 16}], table, counted(calls))
     assert calls == POINTS[3:] + POINTS[:3] and len(first) == 3
     assert rows[["batch", "seed"]].to_dict("records") == POINTS
     assert list(rows["auroc"]) == [p["batch"] / 100 + p["seed"] for p in POINTS]
@@ -47,11 +47,9 @@ def test_a_row_is_measured_once_and_rows_come_in_the_order_asked_for(tmp_path):
 
 def test_grids_with_other_settings_share_a_table_and_keep_their_types(tmp_path):
     table = tmp_path / "grid.parquet"
-    ours = run_grid([{"seed": 1}], table, lambda point, folder: {"steps": 7}, progress=False)
-    theirs = run_grid(
-        [{"rate": 0.1, "norm": None}], table, lambda point, folder: {"auroc": 0.5}, progress=False
-    )
-    again = run_grid([{"seed": 1}], table, None, progress=False)
+    ours = run_grid([{"seed": 1}], table, lambda point, folder: {"steps": 7})
+    theirs = run_grid([{"rate": 0.1, "norm": None}], table, lambda point, folder: {"auroc": 0.5})
+    again = run_grid([{"seed": 1}], table, None)
     pd.testing.assert_frame_equal(ours, again)
     assert list(theirs) == ["key", "rate", "norm", "auroc", *MADE_BY]
     assert list(again) == ["key", "seed", "steps", *MADE_BY]
@@ -66,14 +64,13 @@ def test_a_row_that_was_stopped_is_not_kept_and_ends_the_grid(tmp_path):
         (folder / "checkpoint").touch()
         return None if len(calls) == 3 else {"auroc": 0.5}
 
-    rows = run_grid(POINTS, table, stopped_at_the_third, progress=False)
+    rows = run_grid(POINTS, table, stopped_at_the_third)
     assert len(rows) == 2 and len(calls) == 3
     found = []
     run_grid(
         POINTS,
         table,
         lambda point, folder: {"there": found.append(os.listdir(folder))},
-        progress=False,
     )
     assert (
         found[0] == ["checkpoint"] and found[1:] == [[]] * 3
@@ -83,16 +80,12 @@ def test_a_row_that_was_stopped_is_not_kept_and_ends_the_grid(tmp_path):
 
 def test_results_that_hide_a_setting_and_files_that_are_no_grid_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="seed"):
-        run_grid(
-            POINTS, tmp_path / "grid.parquet", lambda point, folder: {"seed": 3}, progress=False
-        )
+        run_grid(POINTS, tmp_path / "grid.parquet", lambda point, folder: {"seed": 3})
     with pytest.raises(ConfigError, match="commit"):
-        run_grid(
-            POINTS, tmp_path / "grid.parquet", lambda point, folder: {"commit": "a"}, progress=False
-        )
+        run_grid(POINTS, tmp_path / "grid.parquet", lambda point, folder: {"commit": "a"})
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "other.parquet")
     with pytest.raises(ConfigError, match=r"other\.parquet is no table of a grid"):
-        run_grid(POINTS, tmp_path / "other.parquet", counted([]), progress=False)
+        run_grid(POINTS, tmp_path / "other.parquet", counted([]))
 
 
 def test_a_row_of_another_training_version_or_precision_is_trained_anew_and_told_in_one_line(
@@ -101,23 +94,21 @@ def test_a_row_of_another_training_version_or_precision_is_trained_anew_and_told
     calls, table = [], tmp_path / "grid.parquet"
     caplog.set_level("INFO", logger="chexlib")
     monkeypatch.setattr(sweep, "native_precision", lambda: "float32")
-    first = run_grid(POINTS, table, counted(calls), progress=False)
+    first = run_grid(POINTS, table, counted(calls))
     assert set(first["training_version"]) == {sweep.TRAINING_VERSION} and set(
         first["precision"]
     ) == {"float32"}
     named = [
         {**point, "precision": "float32"} for point in POINTS
     ]  # what they were trained in, by name
-    assert list(run_grid(named, table, counted(calls), progress=False)["key"]) == list(first["key"])
+    assert list(run_grid(named, table, counted(calls))["key"]) == list(first["key"])
     assert len(calls) == 6 and "not of training version" not in caplog.text
     monkeypatch.setattr(sweep, "native_precision", lambda: "mixed_bfloat16")  # another processor
-    assert set(run_grid(POINTS, table, counted(calls), progress=False)["precision"]) == {
-        "mixed_bfloat16"
-    }
+    assert set(run_grid(POINTS, table, counted(calls))["precision"]) == {"mixed_bfloat16"}
     assert len(calls) == 12
     monkeypatch.setattr(sweep, "TRAINING_VERSION", 99)
     caplog.clear()
-    again = run_grid(POINTS[:2], table, counted(calls), progress=False)
+    again = run_grid(POINTS[:2], table, counted(calls))
     assert len(calls) == 14 and set(again["training_version"]) == {99}
     told = [message for message in caplog.messages if "not of training version" in message]
     assert told == [
@@ -138,7 +129,7 @@ def test_rows_that_name_no_version_are_stale(tmp_path, caplog):
     frame.assign(row=[json.dumps({**row, "auroc": 0.1}) for row in old]).to_parquet(
         table, index=False
     )
-    rows = run_grid(POINTS, table, counted(calls), progress=False)
+    rows = run_grid(POINTS, table, counted(calls))
     assert len(calls) == 6 and (rows["auroc"] != 0.1).all()
     assert (
         sum("6 of 6 rows are not of training version" in message for message in caplog.messages)
@@ -153,10 +144,10 @@ def test_commit_and_machine_are_told_in_a_row_and_are_no_part_of_its_key(tmp_pat
         {"processor": "A", "cores": 2, "commit": "abc"},
     )
     monkeypatch.setattr("chexlib.studies.grid.environment", lambda: about)
-    (row,) = run_grid(POINTS[:1], table, counted(calls), progress=False).to_dict("records")
+    (row,) = run_grid(POINTS[:1], table, counted(calls)).to_dict("records")
     assert (row["commit"], row["machine"]) == ("abc", "A, 2 cores")
     about.update(commit="def", processor="B")
-    (again,) = run_grid(POINTS[:1], table, counted(calls), progress=False).to_dict("records")
+    (again,) = run_grid(POINTS[:1], table, counted(calls)).to_dict("records")
     assert again == row and len(calls) == 1
 
 
@@ -253,7 +244,7 @@ def first_grid(notebook, phantom, folder, edit=""):
     (path,) = (ROOT / "notebooks").glob(f"{notebook}.ipynb")
     for cell in nbformat.read(path, 4).cells:
         if cell.cell_type != "code" or (
-            "save_figure" in cell.source or "TOPOLOGIES}" in cell.source
+            "save_figure" in cell.source or "build_model(name" in cell.source
         ):
             continue
         source = cell.source
@@ -301,7 +292,7 @@ def row(point, folder):
     result = fit(config, reuse=reuse, measure=last)
     return {**result.measured, "loss": result.history[-1]["loss"], "auroc": result.history[-1]["val_auroc"]}
 
-run_grid([{"seed": seed, "accumulation": a} for a, seed in ((1, 0), (1, 1), (2, 0))], table, row, progress=False)
+run_grid([{"seed": seed, "accumulation": a} for a, seed in ((1, 0), (1, 1), (2, 0))], table, row)
 """
 
 
@@ -365,7 +356,7 @@ def measure(point, folder):
     time.sleep(pause)
     return {"auroc": point["seed"] / 10}
 
-print(len(run_grid([{"seed": seed} for seed in range(12)], table, measure, progress=False)))
+print(len(run_grid([{"seed": seed} for seed in range(12)], table, measure)))
 """
 
     def start(pause):
@@ -394,9 +385,9 @@ print(len(run_grid([{"seed": seed} for seed in range(12)], table, measure, progr
 
 def test_a_table_that_another_process_replaces_again_and_again_is_read_whole(tmp_path):
     table, points = tmp_path / "grid.parquet", [{"name": "a"}, {"name": "b"}]
-    run_grid(points, table, lambda point, folder: {"value": 1}, progress=False)
+    run_grid(points, table, lambda point, folder: {"value": 1})
     shutil.copy(table, tmp_path / "short")
-    run_grid([{"name": 99 * "long"}], table, lambda point, folder: {"value": 1}, progress=False)
+    run_grid([{"name": 99 * "long"}], table, lambda point, folder: {"value": 1})
     shutil.copy(table, tmp_path / "long")
     code = """
 import os, shutil, sys
@@ -408,7 +399,7 @@ while True:
     other = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
     try:
         for _ in range(300):
-            assert list(run_grid(points, table, None, progress=False)["name"]) == ["a", "b"]
+            assert list(run_grid(points, table, None)["name"]) == ["a", "b"]
     finally:
         other.kill()
         other.wait()

@@ -12,7 +12,7 @@ from chexlib.collectives import World
 from chexlib.data.stream import stream_images
 from chexlib.errors import ConfigError, DataError, WeightsError
 from chexlib.models.weights import load_model
-from chexlib.studies.transfer import fine_schedule, finetune, pretrain
+from chexlib.studies.transfer import fine_schedule, pretrain
 from chexlib.training.callbacks import Position, snapshots_of
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
@@ -102,52 +102,7 @@ def test_a_stream_needs_a_phantom_to_be_like(tiny_nih, tmp_path):
         TrainConfig(data_dir="d", run_dir="r", stream_images=8, augment="radiograph")
 
 
-def test_finetuning_starts_at_the_checkpoints_rate_or_the_given_one(pretrained, phantom, tmp_path):
-    second = snapshots_of(pretrained).iloc[1]
-    config = config_for(phantom, tmp_path / "fine", epochs=1, max_steps=1)
-    reuse = Reuse()
-    result = finetune(second["path"], config, warmup=0, reuse=reuse)
-    assert result.config["schedule"]["phases"][0]["rate"] == pytest.approx(second["learning_rate"])
-    assert result.config["weights"] == second["path"]
-    given = finetune(second["path"], config, warmup=0, rate=7e-5, reuse=reuse)
-    assert given.config["schedule"]["phases"][0]["rate"] == 7e-5
-    # A run's folder: its newest checkpoint, whose rate is that of the last step.
-    state = finetune(pretrained, config, warmup=0, reuse=reuse)
-    assert state.config["schedule"]["phases"][0]["rate"] == pytest.approx(1e-4 / 6)
-    assert (
-        differ(
-            weights_of(tmp_path / "fine" / "start.keras"),
-            weights_of(snapshots_of(pretrained)["path"][2]),
-        )
-        == []
-    )
-
-
-def test_a_rate_that_means_something_else_is_not_taken_over(
-    pretrained, vgg_file, phantom, tmp_path
-):
-    config = config_for(phantom, tmp_path)
-    with pytest.raises(ConfigError, match="Name one with rate="):
-        finetune(vgg_file, config)
-    with pytest.raises(ConfigError, match="sgd cannot go on"):
-        finetune(snapshots_of(pretrained)["path"][0], config.replace(optimizer="sgd"))
-    with pytest.raises(ConfigError, match="beside finetune"):
-        finetune(vgg_file, config.replace(schedule=FALL), rate=1e-4)
-
-
-def test_warmup_is_in_proportion_to_the_global_batch(vgg_file, phantom, tmp_path):
-    lengths, reuse = {}, Reuse(accumulates=True)
-    for batch, accumulation in ((8, 1), (8, 2)):
-        config = config_for(
-            phantom, tmp_path, epochs=2, max_steps=1, batch_size=batch, accumulation=accumulation
-        )
-        phases = finetune(vgg_file, config, rate=1e-4, warmup=8.0, reuse=reuse).config["schedule"][
-            "phases"
-        ]
-        lengths[accumulation] = phases[0]["length"]
-        assert [p["kind"] for p in phases] == ["warmup", "cosine"]
-        assert sum(p["length"] for p in phases) == 2
-    assert lengths == {1: 8.0 * 8 / 256, 2: 8.0 * 16 / 256}
+def test_a_warmup_takes_half_of_the_epochs_at_most():
     values = Schedule.from_dict(fine_schedule(0.1, epochs=4, warmup=99)).compile(steps_per_epoch=10)
     assert (
         values.rate.argmax() == 20

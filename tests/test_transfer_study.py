@@ -10,9 +10,11 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
+from chexlib.errors import DivergedError
 from chexlib.figures import transfer_figures
-from chexlib.studies import transfer_study as study
+from chexlib.studies import transfer as study
 from chexlib.studies.grid import point_key
+from chexlib.training.config import TrainConfig
 
 GRID = dict(seeds=[0, 1, 2], batch=64, warmup_epochs=1.0)
 
@@ -32,22 +34,33 @@ def test_the_grid_has_each_snapshot_at_both_rates_with_and_without_warmup():
     points = study.transfer_grid(6, **GRID)
     assert len(points) == 6 * 2 * 2 * 3 == len({point_key(point) for point in points})
     assert {p["warmup"] * p["batch"] / 256 for p in points} == {1.0, 0.0}  # epochs at this batch
-    alone = study.scratch_grid(**GRID)
-    assert {(p["snapshot"], p["rate"]) for p in alone} == {(0, study.DEFAULT)} and [
-        p["seed"] for p in alone
-    ] == [
-        0,
-        1,
-        2,
+
+
+def test_a_finetuning_starts_at_its_rate_and_warms_up_in_proportion_to_the_batch(monkeypatch):
+    asked = []
+
+    def diverge(config, **_):
+        asked.append(config)
+        raise DivergedError("for this test")
+
+    monkeypatch.setattr(study, "fit", diverge)
+    snapshots = pd.DataFrame({"path": ["a", "b"], "learning_rate": [3e-4, 1e-4], "images": [8, 16]})
+    base = TrainConfig(data_dir="d", run_dir="r", epochs=4, batch_size=8)
+    point = {"snapshot": 2, "rate": study.OWN, "warmup": 8.0, "batch": 8, "seed": 3}
+    changes = [{}, {"batch": 32, "rate_batch": 8}, {"snapshot": 0, "rate": study.DEFAULT}]
+    rows = [
+        study.measure_transfer(base, {**point, **change}, snapshots, default=1e-3)
+        for change in changes
     ]
-    assert {p["warmup"] for p in alone} == {p["warmup"] for p in points} - {0.0}
-    like = {"snapshot": 2, "rate": study.DEFAULT, "warmup": 4.0, "batch": 64}
-    batches = study.batch_grid([16, 256], like=like, seeds=[0])
-    assert [p["warmup"] * p["batch"] / 256 for p in batches] == [
-        0.25,
-        4.0,
-    ]  # in proportion to the batch
-    assert [p["rate_batch"] for p in batches] == [64, 64]
+    assert rows[0] == {"diverged": True, "highest": 1e-4, "images": 16}
+    assert [row["highest"] for row in rows] == pytest.approx([1e-4, 2e-4, 1e-3])
+    assert [config.weights for config in asked] == ["b", "b", base.weights]
+    assert [config.batch_size * config.accumulation for config in asked] == [8, 32, 8]
+    for config, row, warmup in zip(asked, rows, (0.25, 1.0, 0.25), strict=True):
+        rise, fall = config.schedule["phases"]
+        assert (rise["kind"], fall["kind"]) == ("warmup", "cosine")
+        assert rise["length"] == warmup and rise["length"] + fall["length"] == 4
+        assert rise["rate"] == fall["rate"] == row["highest"]
 
 
 def test_a_rule_is_reproduced_contradicted_or_undecided_as_its_interval_lies():
@@ -216,8 +229,8 @@ def test_what_a_batch_loses_of_the_skill_is_told_beside_its_auroc():
 
 def test_the_figures_show_the_rows():
     rows = rows_of(lambda p: 0.7 + 0.01 * p["snapshot"])
-    curve = study.along(rows)
-    assert curve.index.tolist() == [100, 200, 300, 400, 500, 600] and curve.shape[1] == 4
+    arm = rows["rate"] + rows["warmup"].gt(0).map({True: ", warm-up", False: ""})
+    curve = rows.assign(arm=arm).pivot_table(index="images", columns="arm", values="auroc")
     drawn = transfer_figures.along(curve, 0.55)
     assert any(
         line.get_ydata()[0] == 0.55 and "random" in line.get_label() for line in drawn.axes[0].lines

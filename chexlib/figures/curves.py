@@ -1,37 +1,13 @@
-"""Curves of trainings: what is drawn while one runs, and several beside each other."""
+"""Curves of a training, drawn while it runs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
 
-from chexlib.figures.plots import LINES, MARKERS, SMALL
-
-
-def loss_curves(curves: pd.DataFrame, *, resumed_after: int) -> Figure:
-    """Loss by step, a column a training; a line marks the step after which all but the first were
-    resumed.
-    """
-    fig, ax = plt.subplots(figsize=(9, 3.2))
-    for i, (name, values) in enumerate(curves.items()):
-        ax.plot(
-            values.index,
-            values,
-            LINES[i % len(LINES)],
-            marker=MARKERS[i],
-            markersize=3,
-            lw=1.2,
-            label=name,
-        )
-    ax.axvline(resumed_after + 0.5, color="0.4", linestyle=":", label="resumed here")
-    ax.set(xlabel="step", ylabel="binary cross-entropy of the step")
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, **SMALL)
-    plt.close(fig)
-    return fig
+from chexlib.figures.plots import LINES, SMALL
 
 
 def strip(points: Sequence[Mapping]) -> Figure:

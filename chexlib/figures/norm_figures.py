@@ -14,7 +14,7 @@ from chexlib.figures.plots import HATCHES, LINES, MARKERS, SMALL
 
 
 def norm_report(report) -> Figure:
-    """Of a `chexlib.studies.population.NormReport`: AUROC by statistics, drift and disagreement by
+    """Of a `chexlib.studies.judge.NormReport`: AUROC by statistics, drift and disagreement by
     depth.
     """
     fig, (area, drift) = plt.subplots(1, 2, figsize=(10, 3.4), width_ratios=[1, 2])

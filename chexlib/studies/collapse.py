@@ -75,11 +75,18 @@ def collapse(
         "power": 2.0,
         "weight_decay": RAISED * decay,
     }
-    settings = {"run_dir": str(run_dir), "epochs": epochs, "resume": False, "weight_decay": 0.0}
-    # What the training did to the weights that it began with.
-    settings |= {"fresh_head": False, "recalibrate": 0}
-    schedule, start = {"unit": "epochs", "phases": [phase]}, str(Path(run_dir) / "start.keras")
-    config = config.replace(schedule=schedule, weights=start, **{**settings, **changes})
+    settings = {
+        "run_dir": str(run_dir),
+        "schedule": {"unit": "epochs", "phases": [phase]},
+        "weights": str(Path(run_dir) / "start.keras"),
+        "epochs": epochs,
+        "resume": False,
+        "weight_decay": 0.0,
+        # What the training did to the weights that it began with.
+        "fresh_head": False,
+        "recalibrate": 0,
+    }
+    config = config.replace(**{**settings, **changes})
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     card = {**config.network(), "checkpoint": path.name, "position": facts["position"]}
     save_model(model_of(config, arrays), config.weights, card=card)
@@ -101,11 +108,8 @@ def score_checkpoints(checkpoints: Sequence[str | Path]) -> list[pd.DataFrame]:
     tables = []
     for checkpoint in checkpoints:
         _fill(model, read_state(Path(checkpoint))[1])
-        tables.append(
-            pd.concat(
-                [predictions_of(parts[part], score(part), part) for part in ("validation", "test")]
-            )
-        )
+        scored = [predictions_of(parts[p], score(p), p) for p in ("validation", "test")]
+        tables.append(pd.concat(scored))
     return tables
 
 
@@ -118,8 +122,11 @@ def epoch_ends(folder: Path, *, epochs: int) -> dict[int, Path]:
     WeightsError
         One is not there.
     """
-    places = {path: load_checkpoint(path)[1]["position"] for path in checkpoint_files(folder)}
-    ends = {place["epoch"]: path for path, place in places.items() if not place["image"]}
+    ends = {}
+    for path in checkpoint_files(folder):
+        position = load_checkpoint(path)[1]["position"]
+        if not position["image"]:
+            ends[position["epoch"]] = path
     if missing := [str(epoch) for epoch in range(1, epochs + 1) if epoch not in ends]:
         raise WeightsError(
             f"{folder} has no checkpoint of the end of epoch {', '.join(missing)}, from where to "
@@ -132,12 +139,12 @@ def read_state(path: Path) -> tuple[Path, dict, dict]:
     """A checkpoint, or the newest of a run's folder: its file, arrays and facts."""
     if path.is_file():
         return path, *load_checkpoint(path)
-    found = newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
-    if found is None:
+    newest = newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
+    if newest is None:
         raise WeightsError(
             f"there is no checkpoint in {path}. Train with keep_checkpoints of 1 or more."
         )
-    return found
+    return newest
 
 
 def rate_reached(config: TrainConfig, arrays: dict, facts: dict) -> tuple[float, float]:

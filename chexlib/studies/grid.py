@@ -25,7 +25,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from chexlib.errors import ConfigError
+from chexlib.errors import ConfigError, DivergedError
 from chexlib.files import atomic_write, file_lock
 from chexlib.machine import environment, native_precision
 from chexlib.training import TRAINING_VERSION
@@ -39,17 +39,15 @@ def run_grid(
     points: Sequence[Mapping],
     table: str | Path,
     measure: Callable[[dict, Path], Mapping | None],
-    *,
-    progress: bool = True,
 ) -> pd.DataFrame:
     """Measure every point that `table` does not hold yet, and return the rows of all points in
     their order.
 
     Each row is written when it is measured. The file may hold rows of other grids too: a point is
-    known by `point_key`, so its settings must name all that decides its outcome: data, seed, and
-    what `deciding_settings` has of a config. Rows of another version of the training stay in the
-    file, unused, and are counted in the log. A point that another process is measuring is left to
-    it, waited for, and taken over if that process ends without it.
+    identified by `point_key`, so its settings must name all that decides its outcome: data, seed,
+    and what `deciding_settings` has of a config. Rows of another version of the training stay in
+    the file, unused, and are counted in the log. A point that another process is measuring is left
+    to it, waited for, and taken over if that process ends without it.
 
     Parameters
     ----------
@@ -61,8 +59,6 @@ def run_grid(
         grid ends there. What it keeps in `folder`, such as a training's checkpoints, is there again
         when a killed grid goes on with this point, and removed when its row is written. With `fit`:
         `config.replace(run_dir=folder, resume=True)`.
-    progress : bool
-        A bar over the points that are missing.
 
     Returns
     -------
@@ -78,69 +74,64 @@ def run_grid(
     table, wanted = Path(table), {point_key(point): dict(point) for point in points}
     table.parent.mkdir(parents=True, exist_ok=True)
     work = table.with_name(f".{table.stem}-work")
-    known = _known(table)
-    missing = [key for key in wanted if key not in known]
-    stale = sum(row.get("training_version") != TRAINING_VERSION for row in known.values())
+    rows = _read_rows(table)
+    missing = [key for key in wanted if key not in rows]
+    stale = sum(row.get("training_version") != TRAINING_VERSION for row in rows.values())
     if missing and stale:
         log.info(
             "%s: %d of %d rows are not of training version %d and are not used; %d to be trained",
-            *(table.stem, stale, len(known), TRAINING_VERSION, len(missing)),
+            *(table.stem, stale, len(rows), TRAINING_VERSION, len(missing)),
         )
-    settings = list(dict.fromkeys(name for point in wanted.values() for name in point))
-    varied = [name for name in settings if len({str(p.get(name)) for p in wanted.values()}) > 1]
     for key in set(wanted) - set(missing):  # killed between writing the row and removing the folder
         shutil.rmtree(work / key, ignore_errors=True)
+    settings = pd.DataFrame(list(wanted.values())).astype(str)
+    varied = [name for name in settings if len(settings[name].unique()) > 1]
     began = time.monotonic()
-    bar = tqdm(
-        total=len(missing),
-        desc=table.stem,
-        unit="row",
-        disable=not (progress and missing),
-        leave=False,
-    )
-    with bar, contextlib.closing(_unmeasured(missing, table, work, bar)) as ours:
-        for key in ours:
-            point = wanted[key]
+    bar = tqdm(total=len(missing), desc=table.stem, unit="row", disable=not missing, leave=False)
+    with bar, contextlib.closing(_unmeasured(missing, table, work, bar)) as keys:
+        for key in keys:
+            point, folder = wanted[key], work / key
             bar.set_postfix_str(", ".join(f"{k}={point[k]}" for k in varied if k in point)[:80])
-            (work / key).mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             with _only_warnings():
-                found = measure(dict(point), work / key)
-            if found is None:
+                results = measure(dict(point), folder)
+            if results is None:
                 log.info(
                     "%s was stopped with %d rows to go: run it again to go on",
                     table,
                     len(missing) - bar.n,
                 )
                 break
-            if clash := sorted({"key", *point, *MADE_BY} & set(found)):
+            if clash := sorted({"key", *point, *MADE_BY} & set(results)):
                 raise ConfigError(f"results may not be named as settings are: {', '.join(clash)}.")
             with file_lock(work / "table.lock"):
-                known = _append(table, {"key": key, **point, **found, **_made_by(point)})
-            shutil.rmtree(work / key, ignore_errors=True)
-            done = sum(key in known for key in missing)
-            rest = round((time.monotonic() - began) / done * (len(missing) - done) / 60)
-            unit = "minute" if rest == 1 else "minutes"
+                rows = _append(table, {"key": key, **point, **results, **_made_by(point)})
+            shutil.rmtree(folder, ignore_errors=True)
+            done = sum(key in rows for key in missing)
+            left = len(missing) - done
+            minutes = round((time.monotonic() - began) / done * left / 60)
+            unit = "minute" if minutes == 1 else "minutes"
             log.info(
-                "%s: row %d of %d, about %d %s to go", table.stem, done, len(missing), rest, unit
+                "%s: row %d of %d, about %d %s to go", table.stem, done, len(missing), minutes, unit
             )
-    rows = _known(table)
+    rows = _read_rows(table)
     shown = [rows[key] for key in wanted if key in rows]
     return pd.DataFrame(shown, columns=list(dict.fromkeys(name for row in shown for name in row)))
 
 
 def _unmeasured(keys: Sequence[str], table: Path, work: Path, bar) -> Iterator[str]:
-    """Each key that has no row and is in no other process' hands, in ours until the next; ends when
-    all have rows.
+    """Each key without a row that no other process holds, locked until the next; ends when all
+    have rows.
     """
     work.mkdir(exist_ok=True)
     left = list(keys)
     while left:
         for key in left:
-            with file_lock(work / f"{key}.lock", wait=False) as mine:
-                if mine and key not in _known(table):
+            with file_lock(work / f"{key}.lock", wait=False) as locked:
+                if locked and key not in _read_rows(table):
                     yield key
-            bar.update(len(set(keys) & set(_known(table))) - bar.n)
-        before, left = left, [key for key in left if key not in _known(table)]
+            bar.update(len(set(keys) & set(_read_rows(table))) - bar.n)
+        before, left = left, [key for key in left if key not in _read_rows(table)]
         if left == before:
             bar.set_postfix_str(f"{len(left)} rows are in the hands of other processes")
             time.sleep(1)
@@ -151,13 +142,33 @@ def _only_warnings() -> Iterator[None]:
     """Within the block chexlib logs nothing below a warning: a grid tells of rows, not of what each
     training reads.
     """
-    own = logging.getLogger("chexlib")
-    before = own.level
-    own.setLevel(logging.WARNING)
+    logger = logging.getLogger("chexlib")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        own.setLevel(before)
+        logger.setLevel(before)
+
+
+def measure_training(train: Callable, columns: Callable[..., dict]) -> dict | None:
+    """The row of one training: "diverged", and `columns` of its result if it did not diverge.
+
+    Parameters
+    ----------
+    train : `train()` gives a `TrainResult`
+    columns : `columns(result)` gives what the row holds
+
+    Returns
+    -------
+    dict or None
+        None if the training was stopped, as `run_grid` takes it.
+    """
+    try:
+        result = train()
+    except DivergedError:
+        return {"diverged": True}
+    return None if result.stopped else {"diverged": False, **columns(result)}
 
 
 def deciding_settings(config: TrainConfig) -> dict:
@@ -167,15 +178,11 @@ def deciding_settings(config: TrainConfig) -> dict:
     Left out is what `TrainConfig.require_same` lets a resumed training change, but for epochs and
     batches: folders, checkpoints, how to resume.
     """
-    decide = {"epochs", "batch_size", "accumulation"}
-    found = {
-        name: value
-        for name, value in config.to_dict().items()
-        if name in decide or name not in FREE
-    }
-    if isinstance(found["schedule"], dict):
-        found["schedule"] = json.dumps(found["schedule"], sort_keys=True)
-    return found
+    free = set(FREE) - {"epochs", "batch_size", "accumulation"}
+    settings = {name: value for name, value in config.to_dict().items() if name not in free}
+    if isinstance(settings["schedule"], dict):
+        settings["schedule"] = json.dumps(settings["schedule"], sort_keys=True)
+    return settings
 
 
 def point_key(point: Mapping) -> str:
@@ -201,16 +208,15 @@ def _precision(point: Mapping) -> str:
 def _made_by(point: Mapping) -> dict:
     """`MADE_BY` of a row that is measured now."""
     about = environment()
-    values = (
-        TRAINING_VERSION,
-        _precision(point),
-        about["commit"],
-        f"{about['processor']}, {about['cores']} cores",
-    )
-    return dict(zip(MADE_BY, values, strict=True))
+    return {
+        "training_version": TRAINING_VERSION,
+        "precision": _precision(point),
+        "commit": about["commit"],
+        "machine": f"{about['processor']}, {about['cores']} cores",
+    }
 
 
-def _known(table: Path) -> dict[str, dict]:
+def _read_rows(table: Path) -> dict[str, dict]:
     """The rows of a table by key, in the order in which they were written, each with its own
     columns.
     """
@@ -229,7 +235,8 @@ def _known(table: Path) -> dict[str, dict]:
 
 def _append(table: Path, row: dict) -> dict[str, dict]:
     """Add a row, and return all of them by key."""
-    rows = {**_known(table), row["key"]: row}  # read anew: another notebook may have written since
+    # Read anew: another notebook may have written since.
+    rows = {**_read_rows(table), row["key"]: row}
     frame = pd.DataFrame(list(rows.values())).drop(columns="row", errors="ignore")
     # As it was, where the columns of others make NaN and floats.
     frame["row"] = [json.dumps(row) for row in rows.values()]

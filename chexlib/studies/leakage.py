@@ -4,16 +4,13 @@ one that has not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from chexlib.data.nih import EDITIONS, Radiographs, load_radiographs
 from chexlib.data.splits import LISTS
 from chexlib.errors import DataError
-from chexlib.evaluation.auroc import compare
 from chexlib.training.config import TrainConfig
 
 HELD_OUT = 0.4  # of the images: half of them test, the other half leaks
@@ -76,17 +73,6 @@ def leaking_configs(config: TrainConfig, *, seed: int = 0) -> dict[str, TrainCon
         changes = {"split": "official", "max_images": 0, "allow_leak": True}
         configs[name] = config.replace(data_dir=str(data), run_dir=str(run_dir), **changes)
     return configs
-
-
-def leakage_gain(results: Mapping, *, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """How much better the leaking training looks: `compare` of the test scores that `fit` gave for
-    `leaking_configs`.
-
-    The column `auroc` is the leaking training's, `other` the honest one's. The interval covers
-    which patients were tested, not how another start of the trainings would have ended.
-    """
-    scored = [pd.read_parquet(results[name].predictions) for name in ("by image", "by patient")]
-    return compare(*scored, resamples=resamples, seed=seed)
 
 
 def _folder(folder: Path, radiographs: Radiographs, lists: dict[str, list[str]]) -> Path:

@@ -27,7 +27,7 @@ from chexlib.machine import environment
 from chexlib.models.topologies import NORMALIZATION
 from chexlib.models.weights import extend_card, save_model, split_of
 from chexlib.phantom.write import write_phantom
-from chexlib.studies.transfer import fine_schedule, finetune, pretrain
+from chexlib.studies.transfer import fine_schedule, pretrain
 from chexlib.training.callbacks import snapshots_of
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
@@ -132,10 +132,13 @@ def train_real_model(
 
     def from_phantom(config, *, measure):
         config = config.replace(
-            stage_rate=s.stage_rate, fresh_head=s.fresh_head, recalibrate=s.recalibrate
+            weights=start,
+            schedule=fine_schedule(s.rate, epochs=s.epochs, warmup=warmup),
+            stage_rate=s.stage_rate,
+            fresh_head=s.fresh_head,
+            recalibrate=s.recalibrate,
         )
-        settings = {"rate": s.rate, "warmup": s.warmup, "measure": measure, "reuse": reuse[PHANTOM]}
-        return finetune(start, config, **settings)
+        return fit(config, measure=measure, reuse=reuse[PHANTOM])
 
     digest = Split("all", None, {"all": tuple(radiographs.table["image"])}).digest
     told = {"data": digest, **asdict(s)}
