@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import tensorflow as tf
 
 from chexlib.collectives import World
@@ -15,9 +14,9 @@ from chexlib.models.weights import create_model, save_model
 from chexlib.training.callbacks import Position, pooled_scorer
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import TrainResult, fit
-from chexlib.training.input import divide, predictions_of
+from chexlib.training.input import divide
 from chexlib.training.optimizers import has_table, values_at
-from chexlib.training.state import checkpoint_files, load_checkpoint, newest_checkpoint
+from chexlib.training.state import checkpoint_files, load_checkpoint
 
 # Weight decay of the collapse over that before it: 5e-5 -> 1e-4 in solver_collapse.prototxt of 448
 # nodes.
@@ -42,7 +41,7 @@ def collapse(
     Parameters
     ----------
     checkpoint : path
-        A checkpoint, or a run's folder, or its folder of checkpoints: then the newest.
+        A checkpoint's file.
     run_dir : path
         For what the collapse leaves; `start.keras` there is the model it began with.
     epochs : int
@@ -52,15 +51,17 @@ def collapse(
     Raises
     ------
     WeightsError
-        There is no sound checkpoint.
+        The file is no sound checkpoint.
     ConfigError
         The training's rate has come to 0; or a setting is not accepted.
 
     Examples
     --------
-    >>> collapse("runs/latest/03_train_baseline", run_dir="runs/collapsed", epochs=2)
+    >>> file = "runs/latest/03_train_baseline/checkpoints/step-000000100.npz"
+    >>> collapse(file, run_dir="runs/collapsed", epochs=2)
     """
-    path, arrays, facts = read_state(Path(checkpoint))
+    path = Path(checkpoint)
+    arrays, facts = load_checkpoint(path)
     config = TrainConfig.from_dict(facts["config"])
     rate, decay = rate_reached(config, arrays, facts)
     if not rate > 0:
@@ -93,24 +94,23 @@ def collapse(
     return fit(config)
 
 
-def score_checkpoints(checkpoints: Sequence[str | Path]) -> list[pd.DataFrame]:
-    """What each of a training's checkpoints says of validation and test, as `predictions.parquet`
-    holds it.
+def score_checkpoints(checkpoints: Sequence[Path]) -> np.ndarray:
+    """Scores of the test part by each of a training's checkpoints, (checkpoints, n, 14) float32.
 
     The settings are those of the first one; moving statistics are averaged over ranks, as at the
     end of an epoch.
     """
-    _, arrays, facts = read_state(Path(checkpoints[0]))
+    arrays, facts = load_checkpoint(checkpoints[0])
     config = TrainConfig.from_dict(facts["config"])
     parts, model = divide(config)[1], model_of(config, arrays)
     predict = tf.function(lambda pixels: model(pixels, training=False))
     score = pooled_scorer(predict, parts, World(), size=config.size)
-    tables = []
+    scores = []
     for checkpoint in checkpoints:
-        _fill(model, read_state(Path(checkpoint))[1])
-        scored = [predictions_of(parts[p], score(p), p) for p in ("validation", "test")]
-        tables.append(pd.concat(scored))
-    return tables
+        arrays, _ = load_checkpoint(checkpoint)
+        _fill(model, arrays)
+        scores.append(score("test"))
+    return np.stack(scores)
 
 
 def epoch_ends(folder: Path, *, epochs: int) -> dict[int, Path]:
@@ -133,18 +133,6 @@ def epoch_ends(folder: Path, *, epochs: int) -> dict[int, Path]:
             f"collapse. Remove {folder.parent}, and train anew."
         )
     return {epoch: ends[epoch] for epoch in range(1, epochs + 1)}
-
-
-def read_state(path: Path) -> tuple[Path, dict, dict]:
-    """A checkpoint, or the newest of a run's folder: its file, arrays and facts."""
-    if path.is_file():
-        return path, *load_checkpoint(path)
-    newest = newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
-    if newest is None:
-        raise WeightsError(
-            f"there is no checkpoint in {path}. Train with keep_checkpoints of 1 or more."
-        )
-    return newest
 
 
 def rate_reached(config: TrainConfig, arrays: dict, facts: dict) -> tuple[float, float]:

@@ -315,14 +315,13 @@ def measure_collapses(config: TrainConfig, *, ensemble: Path) -> dict | None:
         collapsed[epoch] = pd.read_parquet(folder / "predictions.parquet")
     validation, labels, _ = stack(collapsed, part="validation")
     test, test_labels, patients = stack(collapsed, part="test")
-    scores_before, _, _ = stack(dict(enumerate(before)), part="test")
     chosen = choose(validation, labels)
     together, best = test[chosen].mean(axis=0), chosen[0]
     members = [work / f"collapse-{i + 1}" / "model.keras" for i in chosen]
     ensemble.parent.mkdir(parents=True, exist_ok=True)
     save_ensemble(members, ensemble)
     row = {"chosen": ",".join(str(i + 1) for i in chosen), "best_member": best + 1}
-    row |= _aurocs("before", test_labels, scores_before)
+    row |= _aurocs("before", test_labels, before)
     row |= _aurocs("after", test_labels, test)
     row |= _aurocs("validation", labels, validation)
     gains = paired_difference(test_labels, together, test[best], patients)
