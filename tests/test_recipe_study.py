@@ -22,7 +22,6 @@ from chexlib.studies.recipes import (
     batch_losses,
     best_peak_loss,
     collapse_gains,
-    diversity_matrix,
     ladder_gains,
     measure_collapses,
     peaks_tried,
@@ -261,7 +260,7 @@ def test_the_figures_name_phases_rungs_and_batches():
     assert plt.get_fignums() == []
 
 
-def test_collapses_are_from_the_ends_of_epochs_and_their_diversity_is_a_matrix(
+def test_collapses_are_from_the_ends_of_epochs_and_each_two_have_a_diversity(
     phantom, tmp_path, monkeypatch
 ):
     with_a_tiny_network(monkeypatch)
@@ -279,17 +278,8 @@ def test_collapses_are_from_the_ends_of_epochs_and_their_diversity_is_a_matrix(
     assert {f"{name}_{i}" for name in ("before", "after", "validation") for i in (1, 2, 3)} <= set(
         found
     )
-    table = diversity_matrix(found)
-    assert (
-        table.shape == (3, 3) and (table == table.T).all(axis=None) and (np.diag(table) == 0).all()
-    )
     pairs = [found[f"diversity_{pair}"] for pair in ("1_2", "1_3", "2_3")]
-    assert found["diversity"] == pytest.approx(np.mean(pairs)) and table.loc[1, 3] == pairs[1]
+    assert found["diversity"] == pytest.approx(np.mean(pairs))
     (tmp_path / "run" / "checkpoints" / "step-000000006.npz").unlink()
     with pytest.raises(WeightsError, match="epoch 2"):
         measure_collapses(config, ensemble=tmp_path / "ensemble.keras")
-
-
-def test_a_row_without_diversities_of_pairs_says_so():
-    with pytest.raises(ConfigError, match="diversity_1_2"):
-        diversity_matrix({"diversity": 0.5})

@@ -5,7 +5,7 @@ and their ensemble, and the tables of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -374,27 +374,3 @@ def collapse_gains(rows: pd.DataFrame) -> pd.DataFrame:
         }
         gains.append(row)
     return pd.DataFrame(gains, index=pd.Index(epochs, name="epoch"))
-
-
-def diversity_matrix(row: Mapping) -> pd.DataFrame:
-    """How unlike the members of each two epochs are, from a row of `measure_collapses`: symmetric,
-    0 on the diagonal.
-
-    Raises
-    ------
-    ConfigError
-        The row has no diversity of pairs.
-    """
-    table = pd.DataFrame(dtype=float)
-    for name, value in dict(row).items():
-        # Rows of fewer epochs have NaN where others of one table have pairs.
-        if name.startswith("diversity_") and not pd.isna(value):
-            i, j = (int(epoch) for epoch in name.split("_")[1:])
-            table.loc[i, j] = table.loc[j, i] = value
-            table.loc[i, i] = table.loc[j, j] = 0.0
-    if table.empty:
-        raise ConfigError(
-            "the row has no diversity_1_2 and so on: it is of one epoch, or older. Measure it anew."
-        )
-    table = table.sort_index().sort_index(axis=1)
-    return table.rename_axis("epoch")
