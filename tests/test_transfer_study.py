@@ -1,5 +1,7 @@
 """The grid of notebook 07 names every fine-tuning once, and its verdicts are what the rows say."""
 
+from pathlib import Path
+
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -54,7 +56,8 @@ def test_a_finetuning_starts_at_its_rate_and_warms_up_in_proportion_to_the_batch
     ]
     assert rows[0] == {"diverged": True, "highest": 1e-4, "images": 16}
     assert [row["highest"] for row in rows] == pytest.approx([1e-4, 2e-4, 1e-3])
-    assert [config.weights for config in asked] == ["b", "b", base.weights]
+    names = [Path(config.weights).name if config.weights else "" for config in asked]
+    assert names == ["b", "b", ""]
     assert [config.batch_size * config.accumulation for config in asked] == [8, 32, 8]
     for config, row, warmup in zip(asked, rows, (0.25, 1.0, 0.25), strict=True):
         rise, fall = config.schedule["phases"]
