@@ -10,7 +10,7 @@ import pytest
 
 from chexlib.files import ROOT
 from chexlib.models.topologies import build_model
-from chexlib.scaling.throughput import training_gflop
+from chexlib.scaling.workload import training_gflop
 
 pytestmark = pytest.mark.cores
 

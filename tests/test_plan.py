@@ -1,38 +1,26 @@
-"""A plan for a reader's cluster: what is said of a node, and what each of its ranks gets."""
+"""A plan for a cluster: what is accepted of a node, and what each of its ranks gets."""
 
 import pytest
 
 from chexlib.errors import ConfigError
-from chexlib.scaling.model import Horovod, Job, project
-from chexlib.scaling.plan import deal_out, read_quantities
+from chexlib.scaling.model import Cluster, Fabric, Horovod, Job, Link, deal_out, project
 
-NODE = "48 cores, 5.99 TFLOP/s, 300 W, 58 images/s, 100 Gbit/s, 1 us"
-
-
-def test_numbers_are_told_apart_by_their_units():
-    assert read_quantities(NODE, like=NODE) == [48, 5.99, 300, 58, 100, 1]
-    turned = "1 us, 1e2 Gbit/s, 58 images/s, 300 W, 5.99  TFLOP/s,48 cores"
-    assert read_quantities(turned, like=NODE) == [48, 5.99, 300, 58, 100, 1]
-    assert read_quantities("2 ranks a node", like="4 ranks a node") == [2]
+WIRE = Link(latency=1e-6, bandwidth=12.5e9)
+NODE = {"cores": 48, "peak": 5.99e12, "watts": 300.0, "fabric": Fabric(WIRE, WIRE)}
+JOB = {"speed": 58.0, "per_node": 2, "batch": 32, "images": 1000, "epochs": 1}
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("48 cores", "2 x 24 cores"),
-        ("58 images/s", "1,000 images/s"),
-        ("5.99 TFLOP/s", "5990 GFLOP/s"),
-        ("1 us", "1 us."),
-        ("1 us", "1 us, 2 us"),
-        ("300 W, ", ""),
-        ("100 Gbit/s", "0 Gbit/s"),
-        ("58 images/s", "-58 images/s"),
-    ],
-)
-def test_a_node_that_cannot_be_read_is_refused_with_what_is_accepted(old, new):
-    with pytest.raises(ConfigError, match=r"not accepted\. Write it like") as error:
-        read_quantities(NODE.replace(old, new), like=NODE)
-    assert new in str(error.value) and NODE in str(error.value)
+@pytest.mark.parametrize("wrong", [0, -58.0, float("nan")])
+@pytest.mark.parametrize("name", ["cores", "peak", "watts", "bandwidth", "speed", "batch"])
+def test_a_node_of_no_size_or_speed_is_refused_with_what_is_accepted(name, wrong):
+    with pytest.raises(ConfigError, match=r"Use a number above 0\.") as error:
+        if name == "bandwidth":
+            Link(latency=1e-6, bandwidth=wrong)
+        elif name in NODE:
+            Cluster("yours", **{**NODE, name: wrong})
+        else:
+            Job(None, **{**JOB, name: wrong})
+    assert f"{name}={wrong!r}" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -35,15 +35,17 @@ from chexlib.scaling.clusters import (
 )
 from chexlib.scaling.model import (
     Cluster,
+    Fabric,
     Horovod,
     Job,
+    Link,
+    allreduce_seconds,
     communication_left,
     expected_slowest,
     hardware_efficiency,
     project,
 )
-from chexlib.scaling.network import Fabric, Link, allreduce_seconds, hierarchical_seconds
-from chexlib.scaling.timeline import read_timeline
+from chexlib.scaling.throughput import read_timeline
 from chexlib.scaling.workload import Workload, workload_of
 
 FABRIC = Fabric(Link(2e-6, 4e9), Link(30e-6, 1e9))
@@ -138,21 +140,6 @@ def test_an_allreduce_takes_what_its_messages_take(algorithm, simulate, nodes, p
     )  # it is an allreduce
     place = {"nodes": nodes, "per_node": per_node, "fabric": FABRIC, "algorithm": algorithm}
     assert allreduce_seconds(size, **place) == pytest.approx(world.clocks.max(), rel=0.01)
-
-
-def test_two_levels_send_the_gradients_over_the_card_once():
-    alone = allreduce_seconds(1e8, nodes=4, per_node=1, fabric=FABRIC)
-    inside = allreduce_seconds(1e8, nodes=1, per_node=8, fabric=FABRIC)
-    assert hierarchical_seconds(1e8, nodes=4, per_node=8, fabric=FABRIC) == pytest.approx(
-        alone + inside
-    )
-    slow = dataclasses.replace(FABRIC, copying=1e-9)  # once into the fusion buffer and back
-    assert hierarchical_seconds(1e8, nodes=4, per_node=8, fabric=slow) == pytest.approx(
-        alone + inside + 0.1
-    )
-    assert hierarchical_seconds(1e8, nodes=1, per_node=8, fabric=slow) == pytest.approx(
-        inside + 0.1
-    )
 
 
 @pytest.mark.parametrize("wrong", [{"algorithm": "gossip"}, {"nodes": 0}])
@@ -308,7 +295,7 @@ def test_the_studys_hardware_efficiencies_follow_from_its_minutes_within_their_r
 
 def test_nothing_in_the_presets_was_taken_from_an_efficiency_that_is_predicted():
     assert study_speed() == pytest.approx(90 * 1_281_167 / (58 * 60 * 448))
-    assert set(study_clusters()) == {"MareNostrum 4", "Stampede2", "Zenith"}
+    assert set(study_clusters()) == {"MareNostrum 4", "Stampede2"}
     workload = Workload("flat", 1.0, (1e6,) * 100, tuple(np.linspace(0.4, 1, 100)))
     hits = {
         name: project(

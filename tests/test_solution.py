@@ -6,7 +6,7 @@ import functools
 
 import pytest
 
-from chexlib.scaling.solution import measure_solution, time_to
+from chexlib.scaling.tune import measure_solution, time_to
 from chexlib.studies.grid import run_grid
 
 

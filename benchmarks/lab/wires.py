@@ -30,8 +30,7 @@ from benchmarks.lab.emulated import EmulatedHosts, why_not
 from chexlib.errors import ClusterError
 from chexlib.machine import cores, hardware
 from chexlib.mpi import find_mpi, thread_environment
-from chexlib.scaling.model import Horovod, communication_left
-from chexlib.scaling.network import Fabric, Link
+from chexlib.scaling.model import Fabric, Horovod, Link, communication_left
 from chexlib.scaling.workload import Workload
 from chexlib.studies.grid import run_grid
 

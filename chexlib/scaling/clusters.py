@@ -2,13 +2,10 @@
 
 Processors and fabric
     MareNostrum 4 (BSC's user guide) and Stampede2's Skylake partition (TACC's user guide): nodes of
-    two Xeon Platinum 8160, 48 cores, Omni-Path 100. Zenith (Dell EMC): two Xeon Gold 6148, 40
-    cores, Omni-Path 100. TDP of both processors: 150 W (ark.intel.com); memory, fans and switches
-    come on top.
+    two Xeon Platinum 8160, 48 cores, Omni-Path 100. TDP of the processor: 150 W (ark.intel.com);
+    memory, fans and switches come on top.
 Peak
-    Of the 8160, the deck's own: 2682 TF on 448 nodes. Of the 6148: 2 sockets x 20 cores x 64 FLOP a
-    cycle at 2.2 GHz, its turbo with AVX-512 on all cores (Intel's specification update for the
-    family).
+    The deck's own: 2682 TF on 448 nodes.
 Network
     Omni-Path's data sheet: 100 Gbit/s, 12.5 GB/s each way; MPI latency about 1 us. Inside a node
     messages go through memory, at 5 GB/s for a pair of ranks and 0.5 us: a round number for this
@@ -30,9 +27,8 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from chexlib.scaling.model import Cluster, Horovod, Job, hardware_efficiency, project
-from chexlib.scaling.network import Fabric, Link
-from chexlib.scaling.workload import Workload
+from chexlib.scaling.model import Cluster, Fabric, Horovod, Job, Link, hardware_efficiency, project
+from chexlib.scaling.workload import Workload, workload_of
 
 IMAGENET = 1_281_167  # images of ImageNet-1K's training part
 # The study's, of ResNet-50 for 90 epochs of ImageNet: 10 GFLOP an image, `workload` has 23.
@@ -62,12 +58,8 @@ PEAK_RUNS = (
 )
 
 
-def _fabric(copying: float) -> Fabric:
-    return Fabric(_MEMORY, OMNI_PATH, copying=copying)
-
-
 def study_clusters(copying: float = 0.0) -> dict[str, Cluster]:
-    """The three clusters by name.
+    """The clusters by name: nodes of 2 x Xeon Platinum 8160, joined by Omni-Path 100.
 
     Parameters
     ----------
@@ -75,24 +67,17 @@ def study_clusters(copying: float = 0.0) -> dict[str, Cluster]:
         Seconds a byte for fusion buffer and addition, as measured here: the study says nothing of
         it.
     """
-    peak = PEAK_RUNS[0].peak / PEAK_RUNS[0].nodes
-    skylake = {
-        "cores": 48,
-        "peak": peak,
-        "watts": 300.0,
-        "fabric": _fabric(copying),
-        "spread": SPREAD,
-    }
-    zenith = {**skylake, "cores": 40, "peak": 2 * 20 * 64 * 2.2e9}
-    return {
-        "MareNostrum 4": Cluster(
-            "MareNostrum 4", **skylake, source="2 x Xeon Platinum 8160, Omni-Path 100"
-        ),
-        "Stampede2": Cluster(
-            "Stampede2", **skylake, source="2 x Xeon Platinum 8160, Omni-Path 100"
-        ),
-        "Zenith": Cluster("Zenith", **zenith, source="2 x Xeon Gold 6148, Omni-Path 100"),
-    }
+    clusters = {}
+    for name in ("MareNostrum 4", "Stampede2"):
+        clusters[name] = Cluster(
+            name,
+            cores=48,
+            peak=PEAK_RUNS[0].peak / PEAK_RUNS[0].nodes,
+            watts=300.0,
+            fabric=Fabric(_MEMORY, OMNI_PATH, copying=copying),
+            spread=SPREAD,
+        )
+    return clusters
 
 
 def study_speed() -> float:
@@ -104,8 +89,6 @@ def study_speed() -> float:
 def study_workload() -> Workload:
     """ResNet-50 as the study trained it: 1,000 classes, 224 px, no biases before batch norm."""
     import keras
-
-    from chexlib.scaling.workload import workload_of
 
     network = keras.applications.ResNet50(weights=None, input_shape=(224, 224, 3))
     return workload_of(network, "resnet50", biases=False)
@@ -145,17 +128,12 @@ def published_scaling(alone: float) -> pd.DataFrame:
     alone : float
         Images/s of one node: for Stampede2 the deck has no efficiency over one node, only speeds.
     """
+    over_one = "printed speed over our one node"
     rows = [
         ("MareNostrum 4", 256, 15_170, 0.90, "printed, over one node"),
         ("MareNostrum 4", 512, None, 0.90 * 0.85, "at least: printed over 85 % from 256"),
-        ("Stampede2", 256, 16_400, 16_400 / 256 / alone, "printed speed over our one node"),
-        (
-            "Stampede2",
-            512,
-            26_700,
-            26_700 / 512 / alone,
-            "printed speed over our one node; 81 % from 256",
-        ),
+        ("Stampede2", 256, 16_400, 16_400 / 256 / alone, over_one),
+        ("Stampede2", 512, 26_700, 26_700 / 512 / alone, f"{over_one}; 81 % from 256"),
     ]
     return pd.DataFrame(rows, columns=["system", "nodes", "images_per_second", "efficiency", "how"])
 
@@ -169,12 +147,13 @@ def study_claims(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     DataFrame
         By claim: published, model, miss (points).
     """
-    ours, theirs = tables["MareNostrum 4"]["efficiency"], tables["Stampede2"]["images_per_second"]
+    efficiency = tables["MareNostrum 4"]["efficiency"]
+    speed = tables["Stampede2"]["images_per_second"]
     rows = {
-        "MareNostrum 4, 1 to 256 nodes": (90.0, 100 * ours[256]),
+        "MareNostrum 4, 1 to 256 nodes": (90.0, 100 * efficiency[256]),
         "Stampede2, 256 to 512 nodes": (
             100 * 26_700 / 2 / 16_400,
-            100 * theirs[512] / 2 / theirs[256],
+            100 * speed[512] / 2 / speed[256],
         ),
     }
     table = pd.DataFrame(rows, index=["published", "model"]).T
@@ -199,24 +178,21 @@ def study_sensitivity(workload: Workload, *, copying: float, request: float) -> 
     for name, usual in study_horovod(request).items():
         batches, factors = ((16, 32, 64), (1, 0.5, 2)) if usual.request else ((16,), (1,))
         for batch, factor, share in itertools.product(batches, factors, (1, 0.5)):
-            there = replace(study_clusters(copying)[name], spread=share * SPREAD)
+            cluster = replace(study_clusters(copying)[name], spread=share * SPREAD)
             horovod = replace(usual, request=factor * usual.request)
-            found = project(
-                study_job(workload, batch=batch), there, horovod=horovod, nodes=(256, 512)
-            )
+            job = study_job(workload, batch=batch)
+            table = project(job, cluster, horovod=horovod, nodes=(256, 512))
             row = {
                 "system": name,
                 "images_a_rank": batch,
                 "request": horovod.request,
-                "spread": there.spread,
+                "spread": cluster.spread,
             }
-            for value, nodes in itertools.product(
-                ("images_per_second", "efficiency", "solution_hours"), (256, 512)
-            ):
-                row[f"{value}_{nodes}"] = found.loc[nodes, value]
-            rows.append(
-                {**row, "further": row["images_per_second_512"] / row["images_per_second_256"] / 2}
-            )
+            for value in ("images_per_second", "efficiency", "solution_hours"):
+                for nodes in (256, 512):
+                    row[f"{value}_{nodes}"] = table.loc[nodes, value]
+            row["further"] = row["images_per_second_512"] / row["images_per_second_256"] / 2
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -224,17 +200,11 @@ def peak_shares() -> pd.DataFrame:
     """Share of the peak in percent by run: printed, by the formula, and low and high for minutes
     rounded to whole.
     """
-
-    def share(run: Published, minutes: float) -> float:
-        return 100 * hardware_efficiency(1, FLOP_90_EPOCHS, 60 * minutes, run.peak)
-
-    rows = {
-        run.system: {
-            "printed": 100 * run.efficiency,
-            "formula": share(run, run.minutes),
-            "low": share(run, run.minutes + 0.5),
-            "high": share(run, run.minutes - 0.5),
-        }
-        for run in PEAK_RUNS
-    }
-    return pd.DataFrame(rows).T
+    rows = {}
+    for run in PEAK_RUNS:
+        row = {"printed": 100 * run.efficiency}
+        for name, off in {"formula": 0, "low": 0.5, "high": -0.5}.items():
+            seconds = 60 * (run.minutes + off)
+            row[name] = 100 * hardware_efficiency(1, FLOP_90_EPOCHS, seconds, run.peak)
+        rows[run.system] = row
+    return pd.DataFrame.from_dict(rows, orient="index")

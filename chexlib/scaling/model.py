@@ -1,5 +1,10 @@
 """Seconds of a data-parallel training step on 1 to 1,024 nodes, and what follows from them.
 
+A message of m bytes takes alpha + m/bandwidth (Hockney 1994; for collectives Thakur, Rabenseifner
+and Gropp 2005). A fabric has two levels: ranks of one node speak through its memory, and all ranks
+of a node share its network card. In each round of an allreduce all ranks wait for the slowest
+message.
+
 A step is the compute of the slowest rank, and what is left of Horovod's allreduces when it ends.
 Horovod (Sergeev and Del Balso 2018) looks every cycle for gradients that all ranks have, packs them
 into its fusion buffer and reduces one buffer after the other, beside the backward pass that makes
@@ -12,7 +17,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +26,127 @@ import pandas as pd
 from scipy import integrate, stats
 
 from chexlib.errors import ConfigError
-from chexlib.scaling.network import Fabric, allreduce_seconds, hierarchical_seconds
 from chexlib.scaling.workload import Workload
 
 NODES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+def _check_above_zero(**values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise ConfigError(f"{name}={value!r} is not accepted. Use a number above 0.")
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a message crosses."""
+
+    latency: float  # seconds a message, alpha
+    bandwidth: float  # bytes a second, each way
+
+    def __post_init__(self):
+        _check_above_zero(bandwidth=self.bandwidth)
+
+
+@dataclass(frozen=True)
+class Fabric:
+    """Two levels, and what the processor does for each byte: `handling` beside the wire, `copying`
+    after it.
+    """
+
+    inside: Link  # between ranks of a node
+    between: Link  # a node's network card
+    # Processor's seconds a byte sent, for the network protocol, while the wire is busy.
+    handling: float = 0.0
+    # Processor's seconds a byte of an allreduce, for fusion buffer and addition.
+    copying: float = 0.0
+
+
+@dataclass(frozen=True)
+class Round:
+    """Messages that are sent at once: `inside` a node, and by how many ranks of a node, at most, to
+    `outside`.
+    """
+
+    size: float  # bytes of each message
+    inside: bool
+    outside: int
+    times: int = 1
+
+
+def ring(size: float, nodes: int, per_node: int) -> Iterator[Round]:
+    """Each rank sends a P-th to its neighbour, P-1 times to add up, P-1 times to hand round
+    (Patarasuk, Yuan 2009).
+    """
+    ranks = nodes * per_node
+    if ranks > 1:
+        yield Round(size / ranks, per_node > 1, int(nodes > 1), 2 * (ranks - 1))
+
+
+def recursive_doubling(size: float, nodes: int, per_node: int) -> Iterator[Round]:
+    """Pairs at distances 1, 2, 4, ... exchange all they have; ranks beyond a power of two hand in
+    and get back.
+    """
+    ranks = nodes * per_node
+    power = 2 ** int(math.log2(ranks))
+    extra = ranks - power
+    active = [*range(1, 2 * extra, 2), *range(2 * extra, ranks)]
+    if extra:
+        yield _round(size, per_node, [(2 * i, 2 * i + 1) for i in range(extra)], times=2)
+    for bit in range(int(math.log2(power))):
+        pairs = [(rank, active[i ^ 2**bit]) for i, rank in enumerate(active)]
+        yield _round(size, per_node, pairs)
+
+
+def _round(size: float, per_node: int, pairs: Sequence[tuple[int, int]], times: int = 1) -> Round:
+    """Of messages from one rank to another, ranks being numbered node by node."""
+    nodes = [(a // per_node, b // per_node) for a, b in pairs]
+    leaving = Counter(a for a, b in nodes if a != b)
+    return Round(size, any(a == b for a, b in nodes), max(leaving.values(), default=0), times)
+
+
+ALGORITHMS = {"ring": ring, "recursive doubling": recursive_doubling}
+
+
+def allreduce_seconds(
+    size: float, *, nodes: int, per_node: int, fabric: Fabric, algorithm: str = "ring"
+) -> float:
+    """Seconds of one allreduce.
+
+    Parameters
+    ----------
+    size : float
+        Bytes that each rank holds.
+    nodes, per_node : int
+        Nodes, and ranks on each; ranks are numbered node by node.
+    algorithm : "ring" or "recursive doubling"
+
+    Examples
+    --------
+    >>> wire = Link(latency=0.001, bandwidth=1e6)
+    >>> allreduce_seconds(4e6, nodes=4, per_node=1, fabric=Fabric(wire, wire))  # 6 rounds of 1 ms + 1 MB / 1 MB/s
+    6.006
+    """
+    if algorithm not in ALGORITHMS:
+        raise ConfigError(
+            f"algorithm={algorithm!r} is not known. Use one of {', '.join(ALGORITHMS)}."
+        )
+    if nodes < 1 or per_node < 1:
+        raise ConfigError(
+            f"{nodes} nodes of {per_node} ranks are not accepted. Use at least 1 of each."
+        )
+    if nodes * per_node == 1:
+        return 0.0
+    total = fabric.copying * size
+    for step in ALGORITHMS[algorithm](size, nodes, per_node):
+        seconds = 0.0
+        if step.inside:
+            seconds = fabric.inside.latency + step.size / fabric.inside.bandwidth
+        if step.outside:
+            wire = step.outside * step.size / fabric.between.bandwidth
+            seconds = max(seconds, fabric.between.latency + max(wire, fabric.handling * step.size))
+        total += step.times * seconds
+    return total
 
 
 @dataclass(frozen=True)
@@ -40,7 +163,6 @@ class Horovod:
     # Seconds that rank 0 takes for one gradient of one rank; 0: answers are kept.
     request: float = 0.0
     algorithm: str = "ring"
-    hierarchical: bool = False  # first inside each node
 
 
 @dataclass(frozen=True)
@@ -54,7 +176,9 @@ class Cluster:
     fabric: Fabric
     spread: float = 0.0  # standard deviation of the processors' speeds over their mean
     processors: int = 2  # of a node, each with a speed of its own
-    source: str = ""
+
+    def __post_init__(self):
+        _check_above_zero(cores=self.cores, peak=self.peak, watts=self.watts)
 
 
 @dataclass(frozen=True)
@@ -67,7 +191,9 @@ class Job:
     batch: int  # images a rank
     images: int  # of an epoch
     epochs: float
-    fixed: float = 0.0  # seconds of a step's compute that do not depend on the batch
+
+    def __post_init__(self):
+        _check_above_zero(speed=self.speed, batch=self.batch)
 
 
 def hardware_efficiency(images: float, flop_per_image: float, seconds: float, peak: float) -> float:
@@ -80,10 +206,12 @@ def expected_slowest(n: int) -> float:
     """Mean of the largest of `n` standard normal numbers: by so many deviations the slowest of `n`
     is behind.
     """
-    density = stats.norm.pdf
-    return integrate.quad(
-        lambda z: n * z * density(z) * stats.norm.cdf(z) ** (n - 1), -8, 10, limit=200
-    )[0]
+
+    def weighted(z: float) -> float:
+        return n * z * stats.norm.pdf(z) * stats.norm.cdf(z) ** (n - 1)
+
+    mean, _ = integrate.quad(weighted, -8, 10, limit=200)
+    return mean
 
 
 def communication_left(
@@ -102,28 +230,35 @@ def communication_left(
     compute : float
         Seconds of the step's compute, the same on all ranks.
     """
-    ranks, n = nodes * per_node, len(workload.sizes)
+    ranks, gradients = nodes * per_node, len(workload.sizes)
     if ranks == 1:
         return 0.0
-    place = {"nodes": nodes, "per_node": per_node, "fabric": fabric, "algorithm": horovod.algorithm}
-    reduce = functools.partial(
-        hierarchical_seconds if horovod.hierarchical else allreduce_seconds, **place
-    )
     latency = (fabric.between if nodes > 1 else fabric.inside).latency
     asking = ranks * latency if horovod.request else 2 * math.ceil(math.log2(ranks)) * latency
-    ready = np.array(workload.ready) * compute if horovod.overlap else np.full(n, compute)
-    clock, looked, i = 0.0, -math.inf, 0
-    while i < n:
+    ready = np.full(gradients, compute)
+    if horovod.overlap:
+        ready = np.array(workload.ready) * compute
+    clock, looked, done = 0.0, -math.inf, 0
+    while done < gradients:
         # Horovod sleeps for what is left of the cycle since it looked last: half of one in the mean
         # after idling.
-        idle = ready[i] > max(clock, looked + horovod.cycle)
-        clock = looked = (
-            ready[i] + horovod.cycle / 2 if idle else max(clock, looked + horovod.cycle)
-        )
+        clock = max(clock, looked + horovod.cycle)
+        if ready[done] > clock:
+            clock = ready[done] + horovod.cycle / 2
+        looked = clock
         until = int(np.searchsorted(ready, clock, side="right"))
-        clock += asking + horovod.request * ranks * (until - i)
-        clock += sum(map(reduce, _buffers(workload.sizes[i:until], horovod)))
-        i = until
+        clock += asking + horovod.request * ranks * (until - done)
+        clock += sum(
+            allreduce_seconds(
+                size,
+                nodes=nodes,
+                per_node=per_node,
+                fabric=fabric,
+                algorithm=horovod.algorithm,
+            )
+            for size in _buffers(workload.sizes[done:until], horovod)
+        )
+        done = until
     return clock - compute
 
 
@@ -175,19 +310,25 @@ def project(
 
 def _row(job: Job, cluster: Cluster, horovod: Horovod, nodes: int) -> dict:
     ranks = nodes * job.per_node
-    batch = job.batch
-    compute = job.fixed + batch * job.per_node / job.speed
+    compute = job.batch * job.per_node / job.speed
     waiting = compute * cluster.spread * expected_slowest(nodes * cluster.processors)
-    place = {"nodes": nodes, "per_node": job.per_node, "fabric": cluster.fabric, "horovod": horovod}
-    left = communication_left(job.workload, compute + waiting, **place)
+    left = communication_left(
+        job.workload,
+        compute + waiting,
+        nodes=nodes,
+        per_node=job.per_node,
+        fabric=cluster.fabric,
+        horovod=horovod,
+    )
     step = compute + waiting + left
-    speed = ranks * batch / step
+    speed = ranks * job.batch / step
     seconds = job.images / speed * job.epochs
+    images, flop = job.images * job.epochs, job.workload.gflop * 1e9
     return {
         "nodes": nodes,
         "ranks": ranks,
-        "batch": batch,
-        "global_batch": ranks * batch,
+        "batch": job.batch,
+        "global_batch": ranks * job.batch,
         "step_seconds": step,
         "compute": compute,
         "waiting": waiting,
@@ -195,9 +336,25 @@ def _row(job: Job, cluster: Cluster, horovod: Horovod, nodes: int) -> dict:
         "images_per_second": speed,
         "epoch_seconds": job.images / speed,
         "solution_hours": seconds / 3600,
-        "hardware_efficiency": hardware_efficiency(
-            job.images * job.epochs, job.workload.gflop * 1e9, seconds, nodes * cluster.peak
-        ),
+        "hardware_efficiency": hardware_efficiency(images, flop, seconds, nodes * cluster.peak),
         "core_hours": nodes * cluster.cores * seconds / 3600,
         "kwh": nodes * cluster.watts * seconds / 3.6e6,
     }
+
+
+def deal_out(cores: int, ranks: int) -> tuple[int, int]:
+    """Threads of each rank of a node, and cores that it leaves to its communication: two, as the
+    study did, or fewer.
+
+    Raises
+    ------
+    ConfigError
+        More ranks than cores, or no whole number of them.
+    """
+    if ranks % 1 or not 1 <= ranks <= cores:
+        raise ConfigError(
+            f"{ranks:g} ranks on a node of {cores:g} cores are not accepted. Use 1 to {cores:g}."
+        )
+    each = int(cores // ranks)
+    spare = min(2, each - 1)
+    return each - spare, spare

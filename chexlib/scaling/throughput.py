@@ -1,7 +1,6 @@
-"""What a training step costs, counted and measured.
+"""What a training step costs, measured.
 
-python -m chexlib.scaling.throughput '{"topology": "densenet121", "size": 224, "batch_per_rank":
-16}'
+python -m chexlib.scaling.throughput '{"topology": "densenet121", "size": 224, "batch_per_rank": 16}'
 
 is a rank (under mpiexec: ranks) that reads numbers of steps from its input, 0 being the end, takes
 them with `DataParallelTrainer.fit` on random radiographs or on `paths`, and answers with the
@@ -28,66 +27,16 @@ from chexlib.errors import ClusterError, ConfigError
 from chexlib.files import ROOT
 from chexlib.machine import import_tensorflow
 from chexlib.mpi import find_mpi, thread_environment
-from chexlib.scaling.timeline import read_timeline
+from chexlib.scaling.workload import training_gflop
 
-
-def training_gflop(model) -> float:
-    """Floating-point operations of one training step for one image, in 10^9, a multiply-add being
-    two.
-
-    Those of convolutions and dense layers, forward and backward: the gradient of the inputs and
-    that of the kernel cost as much as the forward pass each, but the first convolution has no
-    gradient of its inputs. What else there is (normalisation, activations, pooling) is under 2 % in
-    these networks.
-
-    Parameters
-    ----------
-    model : keras.Model
-        Built for images of a fixed size.
-    """
-    return sum(forward + backward for _, forward, backward in layer_costs(model)) / 1e9
-
-
-def layer_costs(model) -> list[tuple]:
-    """The layers of a network in the order of its forward pass, with what each costs a step.
-
-    Returns
-    -------
-    list of (keras.Layer, float, float)
-        Operations for one image, forward and backward. The backward pass of the first layer that
-        has any is that of its kernel alone: nothing needs the gradient of the pixels.
-    """
-    costs = [(layer, *layer_flops(layer)) for layer in _ordered_layers(model)]
-    for place, (layer, forward, backward) in enumerate(costs):
-        if forward:
-            costs[place] = (layer, forward, backward - forward)
-            break
-    return costs
-
-
-def _ordered_layers(model):
-    """The layers of a network, those of a network inside it in its place.
-
-    Keras' own `_flatten_layers` gives the layers of a network inside another one last layer first.
-    """
-    for layer in model.layers:
-        if hasattr(layer, "layers"):
-            yield from _ordered_layers(layer)
-        else:
-            yield layer
-
-
-def layer_flops(layer) -> tuple[float, float]:
-    """Operations of one Keras layer for one image, forward and backward; 0 of what is no
-    convolution and not dense.
-    """
-    import keras
-
-    if not isinstance(layer, keras.layers.Conv2D | keras.layers.Dense):
-        return 0.0, 0.0
-    *places, _ = layer.output.shape[1:]
-    forward = 2.0 * math.prod(layer.kernel.shape) * math.prod(places)
-    return forward, 2 * forward
+TIMEOUT = 900  # seconds for the steps of one measurement
+# Of Horovod's timeline.
+_PHASES = {
+    "MEMCPY_IN_FUSION_BUFFER": "copy_in",
+    "MPI_ALLREDUCE": "allreduce",
+    "MEMCPY_OUT_FUSION_BUFFER": "copy_out",
+}
+_BYTES = {"float32": 4, "float16": 2, "float64": 8, "int32": 4, "int64": 8, "uint8": 1}
 
 
 def command(settings: dict, *, ranks: int, threads: int) -> tuple[list[str], dict[str, str]]:
@@ -106,13 +55,7 @@ def command(settings: dict, *, ranks: int, threads: int) -> tuple[list[str], dic
 
 
 def measure(
-    settings: dict,
-    *,
-    ranks: int,
-    threads: int,
-    steps: int = 6,
-    timeout: float = 900,
-    **environment: str,
+    settings: dict, *, ranks: int, threads: int, steps: int = 6, **environment: str
 ) -> dict:
     """Images per second of a layout on this host, the median over `steps` after two that do not
     count.
@@ -129,20 +72,26 @@ def measure(
     ClusterError
         The ranks ended, or did not answer in time; the message has their last words.
     """
-    words, own = command(settings, ranks=ranks, threads=threads)
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    process = subprocess.Popen(words, env={**os.environ, **own, **environment}, text=True, **pipes)
+    words, variables = command(settings, ranks=ranks, threads=threads)
+    process = subprocess.Popen(
+        words,
+        env={**os.environ, **variables, **environment},
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     layout = f"{ranks} ranks x {threads} threads, {settings}"
     try:
-        said, errors = process.communicate(f"2\n{steps}\n0\n", timeout=timeout)
+        output, errors = process.communicate(f"2\n{steps}\n0\n", timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
         raise ClusterError(
-            f"{layout}: no answer within {timeout:g} s. Try smaller images or batches."
+            f"{layout}: no answer within {TIMEOUT:g} s. Try smaller images or batches."
         ) from None
     finally:
         process.terminate()
         process.wait()
-    answers = [json.loads(line) for line in said.splitlines() if line.startswith(("[", "{"))]
+    answers = [json.loads(line) for line in output.splitlines() if line.startswith(("[", "{"))]
     if process.returncode or len(answers) != 3:
         raise ClusterError(
             f"{layout}: the ranks ended with status {process.returncode}. {errors[-1500:]}"
@@ -155,13 +104,7 @@ def measure(
 
 
 def observe(
-    settings: dict,
-    *,
-    ranks: int,
-    threads: int,
-    steps: int = 6,
-    timeout: float = 900,
-    **environment: str,
+    settings: dict, *, ranks: int, threads: int, steps: int = 6, **environment: str
 ) -> dict:
     """Where the time of a step goes on this host, the median over `steps`; names that follow are
     the ranks' variables.
@@ -180,56 +123,121 @@ def observe(
     ClusterError
         As `measure`.
     """
+    layout = {"ranks": ranks, "threads": threads}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "timeline.json"
-        own = {**environment, **({"HOROVOD_TIMELINE": str(file)} if ranks > 1 else {})}
-        found = measure(
-            {**settings, "detail": True},
-            ranks=ranks,
-            threads=threads,
-            steps=steps,
-            timeout=timeout,
-            **own,
-        )
-        if ranks > 1 and not found["sums"] and not file.exists():
+        if ranks > 1:
+            environment["HOROVOD_TIMELINE"] = str(file)
+        found = measure({**settings, "detail": True}, **layout, steps=steps, **environment)
+        if file.exists():
+            reduced, request = read_timeline(file)
+        elif ranks > 1 and not found["sums"]:
             raise ClusterError(f"Horovod wrote no timeline to {file}. Is there room in {folder}?")
-        reduced, request = (
-            read_timeline(file) if file.exists() else (pd.DataFrame(found["sums"]), math.nan)
-        )
+        else:
+            reduced, request = pd.DataFrame(found["sums"]), math.nan
+    step = statistics.median(found["seconds"])
     busy = np.array(found["busy"])
-    seen = {
-        "step": statistics.median(found["seconds"]),
+    mean = busy.mean(axis=1)
+    parts = {
         "input_wait": statistics.median(found["wait"]),
-    }
-    seen |= {"compute": float(np.median(busy.mean(axis=1)))}
-    seen |= {
-        "skew": float(np.median(busy.max(axis=1) - busy.mean(axis=1))),
+        "compute": float(np.median(mean)),
+        "skew": float(np.median(busy.max(axis=1) - mean)),
         "allreduce": 0.0,
         "copy": 0.0,
     }
     counts = {"allreduces": 0, "allreduce_bytes": 0}
     if ranks > 1:
         # Keras' and ours, not what is shared besides.
-        mine = reduced[reduced["bytes"] > found["gradient_bytes"] / 100]
-        each = mine.iloc[2 * len(mine) // (steps + 2) :]  # the first two steps do not count
-        seen["allreduce"] = float(each["allreduce"].sum()) / steps
-        seen["copy"] = float((each["copy_in"] + each["copy_out"]).sum()) / steps
-        counts = {
-            "allreduces": len(each) / steps,
-            "allreduce_bytes": float(each["bytes"].sum()) / steps,
-        }
-    seen["rest"] = seen["step"] - sum(value for name, value in seen.items() if name != "step")
-    speed = ranks * settings["batch_per_rank"] / seen["step"]
-    told = {"images_per_second": speed, "gflop_per_image": found["gflop_per_image"]}
+        gradients = reduced[reduced["bytes"] > found["gradient_bytes"] / 100]
+        counted = gradients.iloc[2 * len(gradients) // (steps + 2) :]  # after the first two steps
+        parts["allreduce"] = float(counted["allreduce"].sum()) / steps
+        parts["copy"] = float((counted["copy_in"] + counted["copy_out"]).sum()) / steps
+        counts["allreduces"] = len(counted) / steps
+        counts["allreduce_bytes"] = float(counted["bytes"].sum()) / steps
     return {
         **settings,
-        "ranks": ranks,
-        "threads": threads,
-        **seen,
+        **layout,
+        "step": step,
+        **parts,
+        "rest": step - sum(parts.values()),
         **counts,
         "request": request,
-        **told,
+        "images_per_second": ranks * settings["batch_per_rank"] / step,
+        "gflop_per_image": found["gflop_per_image"],
     }
+
+
+def read_timeline(path: str | Path) -> tuple[pd.DataFrame, float]:
+    """Horovod's timeline (HOROVOD_TIMELINE=FILE), as rank 0 writes it.
+
+    Returns
+    -------
+    allreduces : DataFrame
+        A row each: start (seconds), tensors (how many were fused), bytes, and seconds of copy_in,
+        allreduce, copy_out.
+    request : float
+        Seconds that rank 0 took for one gradient of one rank, the median over requests that came
+        together; NaN if none did.
+    """
+    text = Path(path).read_text().rstrip().rstrip(",")
+    if not text.endswith("]"):  # of a job that was killed
+        text += "]"
+    events = [event for event in json.loads(text) if event]
+    return _allreduces(events), _request(events)
+
+
+def _phases(events: list[dict]) -> tuple[pd.DataFrame, dict[int, int]]:
+    """The phases of every tensor (its pid), in the order of their ends, and the bytes of each."""
+    begun, sizes, rows = {}, {}, []
+    for event in events:
+        tensor = event.get("pid")
+        if event.get("ph") == "B":
+            begun.setdefault(tensor, []).append((event["name"], event["ts"]))
+        elif event.get("ph") == "E" and begun.get(tensor):
+            name, begin = begun[tensor].pop()
+            if shape := event.get("args", {}).get("shape"):
+                sides = [int(side) for side in shape.strip("[]").replace(",", " ").split()]
+                sizes[tensor] = math.prod(sides) * _BYTES[event["args"]["dtype"]]
+            if name in _PHASES:
+                rows.append((tensor, _PHASES[name], begin, event["ts"]))
+    phases = pd.DataFrame(rows, columns=["tensor", "phase", "begin", "end"])
+    phases["turn"] = phases.groupby(["tensor", "phase"]).cumcount()
+    return phases, sizes
+
+
+def _allreduces(events: list[dict]) -> pd.DataFrame:
+    phases, sizes = _phases(events)
+    sent = phases[phases["phase"] == "allreduce"]
+    # Tensors of one buffer begin and end together, to the writer's few microseconds.
+    starts, until = [], -math.inf
+    for begin, end in zip(sent["begin"], sent["end"], strict=True):
+        if begin > until:
+            start, until = begin, end
+        starts.append(start)
+    sent = sent.assign(start=starts, bytes=[sizes.get(tensor, 0) for tensor in sent["tensor"]])
+    table = sent.groupby("start").agg(tensors=("tensor", "size"), bytes=("bytes", "sum"))
+    in_buffers = phases.merge(sent[["tensor", "turn", "start"]], on=["tensor", "turn"])
+    spans = in_buffers.groupby(["start", "phase"]).agg(begin=("begin", "max"), end=("end", "min"))
+    for phase in _PHASES.values():
+        rows = spans[spans.index.get_level_values("phase") == phase].droplevel("phase")
+        seconds = (rows["end"] - rows["begin"]) / 1e6
+        table[phase] = seconds.reindex(table.index).fillna(0.0)
+    table.insert(0, "start", table.index / 1e6)
+    return table.reset_index(drop=True)
+
+
+def _request(events: list[dict]) -> float:
+    """Requests of one rank come in one message, and are gone through one after the other."""
+    marks = [(event["name"], event["ts"]) for event in events if event.get("ph") == "X"]
+    noted = pd.DataFrame(marks, columns=["rank", "time"])
+    another_rank = noted["rank"] != noted["rank"].shift()
+    message = (another_rank | (noted["time"].diff() > 1000)).cumsum()
+    each = noted.groupby(message)["time"].agg(["count", "min", "max"])
+    each = each[each["count"] >= 20]
+    if each.empty:
+        return math.nan
+    gaps = (each["max"] - each["min"]) / (each["count"] - 1)
+    return float(gaps.median()) / 1e6
 
 
 def horovod_costs(observed: dict) -> tuple[float, float, str]:
@@ -261,6 +269,30 @@ def horovod_costs(observed: dict) -> tuple[float, float, str]:
     return observed["request"], observed["copy"] / observed["allreduce_bytes"], source
 
 
+def _batches(settings: dict, world):
+    """Batches of one rank: of the images at `paths`, or the same random one again and again."""
+    import tensorflow as tf
+
+    from chexlib.data.cache import ImageStore
+    from chexlib.data.pipeline import training_batches
+
+    size, batch = settings["size"], settings["batch_per_rank"]
+    rng = np.random.default_rng(world.rank)
+    if paths := settings.get("paths"):
+        labels = rng.random((len(paths), 14)) > 0.9
+        return training_batches(
+            ImageStore(paths, size=size, gather=world.allgather_object),
+            labels,
+            global_batch=batch * world.ranks,
+            seed=0,
+            rank=world.rank,
+            ranks=world.ranks,
+        )
+    pixels = tf.constant(rng.uniform(0, 255, (batch, size, size, 1)), tf.float32)
+    labels = tf.constant(rng.random((batch, 14)) > 0.9, tf.float32)
+    return tf.data.Dataset.from_tensors((pixels, labels, tf.ones(batch))).cache().repeat()
+
+
 def serve(settings: dict) -> None:
     """Be such a rank."""
     import_tensorflow()
@@ -268,85 +300,69 @@ def serve(settings: dict) -> None:
     import tensorflow as tf
 
     from chexlib.collectives import World, join_world, seconds_of_sums
-    from chexlib.data.cache import ImageStore
-    from chexlib.data.pipeline import training_batches
     from chexlib.models.data_parallel import DataParallelTrainer
     from chexlib.models.weights import create_model
 
-    class Observed(DataParallelTrainer):
+    class ObservedTrainer(DataParallelTrainer):
         """Notes when it had its batch."""
+
+        def __init__(self, model, world):
+            super().__init__(model, world)
+            self.fed = tf.Variable(0.0, trainable=False, dtype=tf.float64)
+            self.compile(optimizer=keras.optimizers.SGD(1e-3, momentum=0.9), jit_compile=False)
 
         def train_step(self, data):
             with tf.control_dependencies([data[0]]):
                 self.fed.assign(tf.timestamp())
             return super().train_step(data)
 
-    world, size, batch = join_world(), settings["size"], settings["batch_per_rank"]
-    model = create_model(
-        settings["topology"], size=size, precision=settings.get("precision", "float32")
-    )
+    class StepTimes(keras.callbacks.Callback):
+        """Begin and end of each step, what it was busy, and how long it waited for its batch."""
 
-    def trainer_in(place):
-        trainer = Observed(model, place)
-        trainer.fed = tf.Variable(0.0, trainable=False, dtype=tf.float64)
-        trainer.compile(optimizer=keras.optimizers.SGD(1e-3, momentum=0.9), jit_compile=False)
-        return trainer
+        def __init__(self, trainer):
+            super().__init__()
+            self.trainer, self.begins, self.ends = trainer, [], [time.perf_counter()]
+            self.busy, self.wait = [], []
 
-    together, alone = trainer_in(world), trainer_in(World())
-    rng = np.random.default_rng(world.rank)
-    if paths := settings.get("paths"):
-        labels = rng.random((len(paths), 14)) > 0.9
-        store = ImageStore(paths, size=size, gather=world.allgather_object)
-        share = {
-            "global_batch": batch * world.ranks,
-            "seed": 0,
-            "rank": world.rank,
-            "ranks": world.ranks,
-        }
-        data = training_batches(store, labels, **share)
-    else:
-        pixels = tf.constant(rng.uniform(0, 255, (batch, size, size, 1)), tf.float32)
-        labels = tf.constant(rng.random((batch, 14)) > 0.9, tf.float32)
-        data = tf.data.Dataset.from_tensors((pixels, labels, tf.ones(batch))).cache().repeat()
-    began, ends, busy, wait = [], [], [], []
-
-    def note(trainer):
-        def begin(step, logs=None):
-            if trainer is alone:
+        def on_train_batch_begin(self, batch, logs=None):
+            if self.trainer is alone:
                 world.barrier()  # ranks that share processors share them in a step
-            began.append((time.perf_counter(), time.time()))
+            self.began = time.time()
+            self.begins.append(time.perf_counter())
 
-        def end(step, logs=None):
-            ends.append(time.perf_counter())
-            busy.append(trainer.told()["busy"])
-            wait.append(float(trainer.fed.numpy()) - began[-1][1])
+        def on_train_batch_end(self, batch, logs=None):
+            self.ends.append(time.perf_counter())
+            self.busy.append(self.trainer.told()["busy"])
+            self.wait.append(float(self.trainer.fed.numpy()) - self.began)
 
-        return keras.callbacks.LambdaCallback(on_train_batch_begin=begin, on_train_batch_end=end)
-
+    world = join_world()
+    precision = settings.get("precision", "float32")
+    model = create_model(settings["topology"], size=settings["size"], precision=precision)
+    together, alone = ObservedTrainer(model, world), ObservedTrainer(model, World())
+    data = _batches(settings, world)
     if world.first:
         gradients = 4 * sum(v.value.shape.num_elements() for v in model.trainable_variables)
         facts = {"gflop_per_image": training_gflop(model), "gradient_bytes": gradients}
         print(json.dumps(facts), flush=True)
     while steps := world.broadcast_object(lambda: int(sys.stdin.readline() or 0)):
         trainer = together if steps > 0 else alone
-        began[:], ends[:], busy[:], wait[:] = [], [time.perf_counter()], [], []
-        trainer.fit(
-            data, steps_per_epoch=abs(steps), callbacks=[note(trainer)], verbose=0, shuffle=False
-        )
+        times = StepTimes(trainer)
+        trainer.fit(data, steps_per_epoch=abs(steps), callbacks=[times], verbose=0, shuffle=False)
         # From one end of a step to the next the wait for the batch is counted too.
-        seconds = np.diff(ends)
+        seconds = np.diff(times.ends)
         if steps < 0:
-            seconds = np.max(
-                world.allgather_object(np.subtract(ends[1:], [start for start, _ in began])), axis=0
-            )
-        if world.first:
-            detail = {
-                "seconds": seconds.tolist(),
-                "busy": busy,
-                "wait": wait,
+            each = world.allgather_object(np.subtract(times.ends[1:], times.begins))
+            seconds = np.max(each, axis=0)
+        answer = seconds.tolist()
+        if settings.get("detail"):
+            answer = {
+                "seconds": answer,
+                "busy": times.busy,
+                "wait": times.wait,
                 "sums": seconds_of_sums(),
             }
-            print(json.dumps(detail if settings.get("detail") else seconds.tolist()), flush=True)
+        if world.first:
+            print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

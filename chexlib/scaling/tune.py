@@ -1,5 +1,5 @@
-"""Which ranks x threads, batch and precision train fastest on this machine: measured, kept, and
-made a profile.
+"""Measured on this machine: which ranks x threads, batch and precision train fastest, kept and made
+a profile; and the time to solution of a training.
 """
 
 from __future__ import annotations
@@ -7,7 +7,8 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
@@ -74,28 +75,25 @@ def tune(
             batch_size=batch,
             precision=precision,
         )
-    path = Path(sweep or SWEEP)
-    known = _points(path)
-    wanted = [
-        dict(zip(KEYS, (topology, size, precision, batch, *layout), strict=True))
-        for precision, batch, layout in itertools.product(precisions, batches, layouts())
-    ]
-    here = hardware()
-    measured = [row for row in known if row["images_per_second"] and row["steps"] >= steps]
-    missing = [point for point in wanted if not any(_same(row, point, here) for row in measured)]
+    path, here = Path(sweep or SWEEP), hardware()
+    rows = _points(path)
+    points = []
+    for precision, batch, layout in itertools.product(precisions, batches, layouts()):
+        points.append(dict(zip(KEYS, (topology, size, precision, batch, *layout), strict=True)))
+    measured = [row for row in rows if row["images_per_second"] and row["steps"] >= steps]
+    missing = [point for point in points if _newest(measured, {**point, **here}) is None]
     for point in tqdm(missing, desc="layouts", unit="layout", disable=not progress, leave=False):
         settings = {name: point[name] for name in KEYS[:4]}
         try:
-            found = measure(settings, ranks=point["ranks"], threads=point["threads"], steps=steps)
+            speed = measure(settings, ranks=point["ranks"], threads=point["threads"], steps=steps)
         except ClusterError as error:
             log.warning("%s", error)
-            found = {"images_per_second": None, "gflop_per_image": None, "seconds": []}
-        known = _add(path, {**point, **here, "steps": steps, **found})
-    rows = [next(row for row in reversed(known) if _same(row, point, here)) for point in wanted]
-    table = pd.DataFrame(rows)[[*KEYS, "images_per_second", "gflop_per_image"]].astype(
-        {"images_per_second": float}
-    )
-    table["gflops"] = table["images_per_second"] * table.pop("gflop_per_image").astype(float)
+            speed = {"images_per_second": None, "gflop_per_image": None, "seconds": []}
+        rows = _add(path, {**point, **here, "steps": steps, **speed})
+    table = pd.DataFrame([_newest(rows, {**point, **here}) for point in points])
+    speeds = table["images_per_second"].astype(float)
+    gflops = speeds * table["gflop_per_image"].astype(float)
+    table = table[KEYS].assign(images_per_second=speeds, gflops=gflops)
     return table.sort_values("images_per_second", ascending=False, kind="stable", ignore_index=True)
 
 
@@ -139,5 +137,56 @@ def _add(path: Path, point: dict) -> list[dict]:
     return points
 
 
-def _same(row: dict, point: dict, here: dict) -> bool:
-    return all(row.get(name) == value for name, value in {**point, **here}.items())
+def _newest(rows: list[dict], settings: dict) -> dict | None:
+    """The last row of these settings, if there is one."""
+    for row in reversed(rows):
+        if settings.items() <= row.items():
+            return row
+    return None
+
+
+def measure_solution(point: Mapping, folder: Path, *, data: Path) -> dict:
+    """Time to solution of one point of a grid, for `chexlib.studies.grid.run_grid`: `time_to` an
+    AUROC, and the day of it.
+
+    Parameters
+    ----------
+    point : with topology, size, most_epochs, seed and auroc, the mean validation AUROC that counts
+        as the solution
+    folder : of checkpoints: a killed training goes on from them
+    data : folder in the NIH layout
+    """
+    from chexlib.studies.batch_norm import RATES
+    from chexlib.training.fit import fit
+    from chexlib.training.input import divide
+
+    config = TrainConfig(
+        data_dir=str(data),
+        run_dir=str(folder),
+        topology=point["topology"],
+        size=point["size"],
+        epochs=point["most_epochs"],
+        seed=point["seed"],
+        learning_rate=RATES[point["topology"]],
+        resume=True,
+    )
+    images = len(divide(config)[1]["train"])
+    reached = time_to(fit(config).history, images=images, auroc=point["auroc"])
+    return {**reached, "measured": f"{datetime.now(UTC):%Y-%m-%d}"}
+
+
+def time_to(history: Sequence[dict], *, images: int, auroc: float) -> dict:
+    """Epochs and seconds of training after which validation first reached an AUROC, or None; and
+    images of an epoch.
+
+    Parameters
+    ----------
+    history : of `TrainResult`, a row an epoch, with val_auroc and images_per_second
+    images : of an epoch
+    """
+    seconds = 0.0
+    for epoch, row in enumerate(history, start=1):
+        seconds += images / row["images_per_second"]
+        if row["val_auroc"] >= auroc:
+            return {"epochs": epoch, "seconds": seconds, "images": images}
+    return {"epochs": None, "seconds": None, "images": images}
