@@ -18,6 +18,7 @@ from scipy import stats
 
 from chexlib.files import ROOT, write_json
 from chexlib.findings import FINDINGS
+from chexlib.ledger import answers
 from chexlib.ledger.answers import VERDICTS, build_ledger, count_verdicts, ledger, verdict
 from chexlib.ledger.counterparts import COUNTERPARTS
 from chexlib.ledger.published import claims, published_auroc, published_collapses, published_ladder
@@ -385,23 +386,24 @@ def test_an_auroc_is_compared_on_the_release_and_a_split_of_its_kind_alone(chang
     assert (own["verdict"] == "not comparable") == (why != "interval")
 
 
-def test_what_this_run_has_comes_before_reference_results_which_are_named(tmp_path):
+def test_what_this_run_has_comes_before_reference_results_which_are_named(tmp_path, monkeypatch):
     kept = {name: results(seed)["03"] for name, seed in (("run", 1), ("reference", 2))}
     names = ("metrics", "params", "environment")
     for file in (
-        tmp_path / "reference" / "03_train.json",
-        tmp_path / "reference" / "06_recipes.json",
+        tmp_path / "data" / "reference" / "03_train.json",
+        tmp_path / "data" / "reference" / "06_recipes.json",
     ):
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         own = kept["reference"] if file.stem == "03_train" else results(2)["06"]
         write_json(file, {name: getattr(own, name) for name in names})
     run = tmp_path / "run" / "03_train"
     run.mkdir(parents=True)
-    alone = build_ledger(tmp_path / "run", reference=tmp_path / "reference")
+    monkeypatch.setattr(answers, "ROOT", tmp_path)
+    alone = build_ledger(tmp_path / "run")
     assert set(alone.loc[alone["ours"].notna(), "origin"]) == {"reference results"}
     for name in names:
         write_json(run / f"{name}.json", getattr(kept["run"], name))
-    both = build_ledger(tmp_path / "run", reference=tmp_path / "reference")
+    both = build_ledger(tmp_path / "run")
     assert both.loc["auroc/CheXNet/Mass", "ours"] == kept["run"].metrics["auroc"]["Mass"]["auroc"]
     assert both.loc["auroc/CheXNet/Mass", "origin"] == "this run"
     assert both.loc["ladder/+ warm-up", "origin"] == "reference results"

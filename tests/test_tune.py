@@ -28,8 +28,9 @@ from chexlib.scaling.tune import layouts, save_winner, tune
         (6, [(1, 1), (1, 2), (1, 4), (1, 6), (2, 1), (2, 2), (4, 1), (6, 1)]),
     ],
 )
-def test_layouts_use_no_more_processors_than_there_are(processors, expected):
-    assert layouts(processors) == expected
+def test_layouts_use_no_more_processors_than_there_are(monkeypatch, processors, expected):
+    monkeypatch.setattr(module, "cores", lambda: processors)
+    assert layouts() == expected
 
 
 @pytest.fixture
@@ -54,19 +55,19 @@ import sys
 from chexlib.scaling import tune
 tune.measure = lambda settings, **layout: {"images_per_second": 1.0, "gflop_per_image": 2.0}
 tune.layouts = lambda: [(1, threads) for threads in range(1, 31)]
-tune.tune(sweep=sys.argv[1], batches=(int(sys.argv[2]),), progress=False)
+tune.tune(sweep=sys.argv[1], batches=(int(sys.argv[2]),))
 """
 
 
 def test_every_layout_is_measured_once_and_the_fastest_comes_first(measured, tmp_path):
-    table = tune(sweep=tmp_path / "sweep.json", progress=False)
+    table = tune(sweep=tmp_path / "sweep.json")
     assert len(measured) == 3
     assert table[["ranks", "threads"]].to_numpy().tolist() == [[2, 1], [1, 2], [1, 1]]
     assert table["images_per_second"].tolist() == [37, 28, 27]
     assert table["gflops"].tolist() == [74, 56, 54]
-    again = tune(sweep=tmp_path / "sweep.json", progress=False)
+    again = tune(sweep=tmp_path / "sweep.json")
     assert len(measured) == 3 and again.equals(table)
-    tune(sweep=tmp_path / "sweep.json", batches=(16, 8), progress=False)
+    tune(sweep=tmp_path / "sweep.json", batches=(16, 8))
     assert len(measured) == 6 and {call[0] for call in measured[3:]} == {8}
 
 
@@ -80,10 +81,10 @@ def test_an_interrupted_sweep_goes_on_where_it_was(measured, tmp_path, monkeypat
 
     monkeypatch.setattr(module, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        tune(sweep=sweep, progress=False)
+        tune(sweep=sweep)
     assert len(json.loads(sweep.read_text())) == 2
     monkeypatch.setattr(module, "measure", whole)
-    assert len(tune(sweep=sweep, progress=False)) == 3 == len(measured)
+    assert len(tune(sweep=sweep)) == 3 == len(measured)
 
 
 def test_sweeps_at_the_same_time_keep_each_others_points(tmp_path):
@@ -98,17 +99,17 @@ def test_sweeps_at_the_same_time_keep_each_others_points(tmp_path):
 
 def test_points_of_fewer_steps_do_not_count(measured, tmp_path):
     for steps, calls in [(2, 3), (6, 6), (2, 6)]:
-        tune(sweep=tmp_path / "sweep.json", steps=steps, progress=False)
+        tune(sweep=tmp_path / "sweep.json", steps=steps)
         assert len(measured) == calls
 
 
 def test_points_of_another_machine_do_not_count(measured, tmp_path):
-    tune(sweep=tmp_path / "sweep.json", progress=False)
+    tune(sweep=tmp_path / "sweep.json")
     rows = json.loads((tmp_path / "sweep.json").read_text())
     (tmp_path / "sweep.json").write_text(
         json.dumps([{**row, "processor": "another"} for row in rows])
     )
-    tune(sweep=tmp_path / "sweep.json", progress=False)
+    tune(sweep=tmp_path / "sweep.json")
     assert len(measured) == 6
 
 
@@ -121,14 +122,14 @@ def test_a_layout_that_fails_is_left_out_and_said(measured, tmp_path, monkeypatc
         return whole(settings, ranks=ranks, threads=threads, steps=steps)
 
     monkeypatch.setattr(module, "measure", failing)
-    table = tune(sweep=tmp_path / "sweep.json", progress=False)
+    table = tune(sweep=tmp_path / "sweep.json")
     assert "no memory for two" in caplog.text
     assert table["images_per_second"].isna().tolist() == [False, False, True]
     assert save_winner(table, tmp_path / "tuned.yaml") == {"engines": 1, "threads": 2}
     monkeypatch.setattr(
         module, "measure", whole
     )  # it was a bad hour: what failed is measured again, no more
-    assert tune(sweep=tmp_path / "sweep.json", progress=False)["images_per_second"].notna().all()
+    assert tune(sweep=tmp_path / "sweep.json")["images_per_second"].notna().all()
     assert len(measured) == 3
     with pytest.raises(ConfigError, match="no layout"):
         save_winner(table[2:], tmp_path / "other.yaml")
@@ -139,7 +140,6 @@ def test_the_winner_is_a_profile_of_what_was_compared(measured, tmp_path):
         sweep=tmp_path / "sweep.json",
         batches=(8, 32),
         precisions=("float32", "mixed_bfloat16"),
-        progress=False,
     )
     assert len(table) == 12
     save_winner(table, tmp_path / "tuned.yaml")
@@ -158,7 +158,7 @@ def test_the_winner_is_a_profile_of_what_was_compared(measured, tmp_path):
 )
 def test_impossible_settings_are_refused_before_anything_is_measured(measured, tmp_path, wrong):
     with pytest.raises(ConfigError):
-        tune(sweep=tmp_path / "sweep.json", progress=False, **wrong)
+        tune(sweep=tmp_path / "sweep.json", **wrong)
     assert not measured
 
 

@@ -66,14 +66,13 @@ COLUMNS = [
 ]
 
 
-def build_ledger(run: str | Path, *, reference: str | Path = "") -> pd.DataFrame:
+def build_ledger(run: str | Path) -> pd.DataFrame:
     """Set every published figure beside what a run found; where it found nothing, beside the
     reference results.
 
     Parameters
     ----------
     run : folder of a run, with one folder a notebook
-    reference : folder of the reference results; empty for `data/reference` of the project
 
     Returns
     -------
@@ -83,15 +82,15 @@ def build_ledger(run: str | Path, *, reference: str | Path = "") -> pd.DataFrame
         in `our unit`, in which the published figure comes to `compared with`; origin: "this run",
         "reference results" or ""; verdict: one of `VERDICTS`; why.
     """
-    return ledger(find_results(run, reference=reference))
+    return ledger(find_results(run))
 
 
-def find_results(run: str | Path, *, reference: str | Path = "") -> dict[str, Results]:
+def find_results(run: str | Path) -> dict[str, Results]:
     """What each notebook found, by its number: in this run, or else when the reference results were
     made.
     """
     results = {}
-    for file in sorted(Path(reference or ROOT / "data" / "reference").glob("[0-9]*.json")):
+    for file in sorted((ROOT / "data" / "reference").glob("[0-9]*.json")):
         kept = json.loads(file.read_text())
         parts = (kept["metrics"], kept["params"], kept["environment"])
         results[file.stem[:2]] = Results(file.stem, *parts, origin="reference results")

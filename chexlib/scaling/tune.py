@@ -27,11 +27,11 @@ KEYS = ["topology", "size", "precision", "batch_per_rank", "ranks", "threads"]
 log = logging.getLogger(__name__)
 
 
-def layouts(processors: int | None = None) -> list[tuple[int, int]]:
+def layouts() -> list[tuple[int, int]]:
     """(ranks, threads) worth measuring: powers of two and all processors, no more of both than
     there are.
     """
-    processors = processors or cores()
+    processors = cores()
     sizes = sorted({2**i for i in range(processors.bit_length())} | {processors})
     return [(r, t) for r in sizes for t in sizes if r * t <= processors]
 
@@ -44,7 +44,6 @@ def tune(
     precisions: Sequence[str] = ("float32",),
     steps: int = 6,
     sweep: str | Path = "",
-    progress: bool = True,
 ) -> pd.DataFrame:
     """Measure the training step in every layout, batch and precision that `sweep` does not hold
     yet.
@@ -82,7 +81,7 @@ def tune(
         points.append(dict(zip(KEYS, (topology, size, precision, batch, *layout), strict=True)))
     measured = [row for row in rows if row["images_per_second"] and row["steps"] >= steps]
     missing = [point for point in points if _newest(measured, {**point, **here}) is None]
-    for point in tqdm(missing, desc="layouts", unit="layout", disable=not progress, leave=False):
+    for point in tqdm(missing, desc="layouts", unit="layout", leave=False):
         settings = {name: point[name] for name in KEYS[:4]}
         try:
             speed = measure(settings, ranks=point["ranks"], threads=point["threads"], steps=steps)
