@@ -95,6 +95,11 @@ def write_json(path: Path, values) -> None:
         file.write(json.dumps(plain(values), indent=1, allow_nan=False).encode())
 
 
+def read_json(path: Path):
+    """The values of a JSON file, or an empty dict where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def plain(value):
     """Values for JSON: NaN and infinity become null, NumPy and pandas values plain ones, a table a
     row a key.

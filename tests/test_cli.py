@@ -224,7 +224,7 @@ def test_audit_of_the_official_lists_ends_with_0(lists):
     assert "train: 15 images of 7 patients" in answer.output
     assert "test: 9 images of 3 patients" in answer.output
     assert "LEAK" not in answer.output
-    assert "No patient is shared" in answer.output
+    assert "No leak: no patient is in two parts" in answer.output
     (hernia,) = [line for line in answer.output.splitlines() if line.startswith("Hernia")]
     assert hernia.split() == ["Hernia", "0.00", "%", "33.33", "%"]
 
@@ -240,9 +240,9 @@ def test_audit_ends_with_1_on_a_leak_with_the_numbers(lists):
     assert answer.exit_code == 1, answer.output
     leaks = [line for line in answer.output.splitlines() if line.startswith("LEAK")]
     assert leaks == [
-        "LEAK: 2 patients are in both train and test; they have 3 images in train and 4 in test",
+        "LEAK: train and test share 2 patients (3 of 4 images in train, 4 of 5 in test)"
     ]
-    assert "No patient is shared" not in answer.output
+    assert "no patient is in two parts" not in answer.output
 
 
 def test_audit_names_an_image_that_is_listed_twice(lists):
@@ -264,7 +264,8 @@ def test_audit_counts_images_that_the_labels_do_not_have(lists):
     )
     answer = call("audit", "--data", folder, train, write("test", names(2, 0)))
     assert answer.exit_code == 0, answer.output
-    assert "train: 2 images of 1 patients, and 3 that the labels do not have" in answer.output
+    assert "train: 2 images of 1 patients\n" in answer.output
+    assert "not checked, as the label file does not have them: 3 in train" in answer.output
     assert "test: 1 images of 1 patients\n" in answer.output
     answer = call(
         "audit", "--data", folder, write("train", names(99, 0, 1)), write("test", names(2, 0))

@@ -470,8 +470,9 @@ def test_every_notebook_has_seed_data_and_run_folder_and_a_help_on_each_paramete
 def test_a_run_ends_when_told_by_force_if_need_be_and_then_says_where_it_was(number, stubborn):
     script = (
         "import subprocess, sys, time\n"
-        "from chexlib.app.execute import end_when_told\n"
-        "end_when_told(patience=1)\n"
+        "from chexlib.app import execute\n"
+        "execute.PATIENCE = 1\n"
+        "execute.end_when_told()\n"
         "child = subprocess.Popen(['sleep', '100'])\n"
         "def wait_for_ever():\n"
         "    while True:\n"

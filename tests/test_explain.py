@@ -13,8 +13,7 @@ from scipy.stats import norm
 from chexlib.data.nih import load_radiographs
 from chexlib.errors import ConfigError, DataError
 from chexlib.evaluation.explain import METHODS, heat_maps, judge_boxes, localize, score_boxes
-from chexlib.figures.heat_files import HeatMapFiles
-from chexlib.figures.overlays import heat_figure, pointing_bars
+from chexlib.figures.judgement import HeatMapFiles, heat_figure, pointing_bars
 from chexlib.findings import FINDINGS
 from chexlib.models.topologies import TOPOLOGIES, build_model
 from chexlib.models.weights import combine_models, load_model
@@ -326,7 +325,7 @@ def test_titles_of_heat_maps_have_the_calibrated_probabilities_and_say_so(
     scores, titles = np.full((1, 14), 0.1, np.float32), []
     scores[0, FINDINGS.index("Mass")], scores[0, FINDINGS.index("Hernia")] = 0.9, 0.8
     draw = lambda images, maps, names: titles.append(names) or heat_figure(images, maps, names)  # noqa: E731
-    monkeypatch.setattr("chexlib.figures.overlays.heat_figure", draw)
+    monkeypatch.setattr("chexlib.figures.judgement.heat_figure", draw)
     falls = {"Mass": {"scores": [0, 1], "probabilities": [0, 0.2]}}  # 0.9 becomes 0.18
     for card in ({}, {"calibration": {"method": "isotonic", "curves": falls}}):
         write = HeatMapFiles(tmp_path / "maps", count=2, card=card)

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from chexlib import figures
 from chexlib.data.nih import load_radiographs
 from chexlib.data.splits import audit, patient_split
 from chexlib.evaluation.auroc import bootstrap_auroc
-from chexlib.figures import judgement_plots, plots
 from chexlib.findings import FINDINGS
 from chexlib.ledger.published import beside_published, published_auroc, published_splits
 
@@ -38,20 +38,20 @@ def judged():
 
 def test_every_figure_is_closed_and_has_units_on_its_axes(radiographs):
     table, labels = radiographs.table, radiographs.labels
-    figures = [
-        plots.finding_counts({"here": labels, "listed": radiographs.listed}),
-        plots.cooccurrence(labels),
-        plots.images_per_patient(table["patient"]),
-        plots.ages(table),
-        plots.prevalence_by_part(audit(patient_split(radiographs), radiographs)),
-        plots.imbalance(labels),
-        plots.history(
+    drawn = [
+        figures.finding_counts({"here": labels, "listed": radiographs.listed}),
+        figures.cooccurrence(labels),
+        figures.images_per_patient(table["patient"]),
+        figures.ages(table),
+        figures.prevalence_by_part(audit(patient_split(radiographs), radiographs)),
+        figures.imbalance(labels),
+        figures.history(
             [{"epoch": e, "loss": 1 / (e + 1), "val_loss": 1.0, "val_auroc": 0.6} for e in range(3)]
         ),
-        plots.auroc_bars(judged(), title="a title"),
+        figures.auroc_bars(judged(), title="a title"),
     ]
     assert not plt.get_fignums()
-    for figure in figures:
+    for figure in drawn:
         axes = [ax for ax in figure.axes if ax.axison]
         assert any(ax.get_xlabel() or ax.get_ylabel() for ax in axes)
 
@@ -61,7 +61,7 @@ def test_radiographs_are_grey_with_boxes_and_their_names():
     box = pd.DataFrame(
         [("Mass", 0.1, 0.2, 0.3, 0.4)], columns=["finding", "x", "y", "width", "height"]
     )
-    figure = plots.radiographs(
+    figure = figures.radiographs(
         images, ["one", "two", "three"], boxes=[box, box[:0], box[:0]], columns=2
     )
     shown = [ax.images[0] for ax in figure.axes if ax.images]
@@ -73,7 +73,7 @@ def test_radiographs_are_grey_with_boxes_and_their_names():
 def test_auroc_bars_name_every_finding_with_its_positives_and_the_undefined_one():
     table = judged()
     text = words(
-        plots.auroc_bars(table, published={"CheXNet": published_auroc()["CheXNet"].to_dict()})
+        figures.auroc_bars(table, published={"CheXNet": published_auroc()["CheXNet"].to_dict()})
     )
     for finding in FINDINGS:
         assert f"{finding.replace('_', ' ')} ({table.loc[finding, 'positives']})" in text
@@ -90,7 +90,7 @@ def test_a_forest_says_where_there_is_no_interval_and_fills_what_is_claimed():
     )
     table.index = ["Mass", "Pleural_Thickening", "Hernia"]
     style = {"xlabel": "difference of AUROC", "line": 0}
-    figure = judgement_plots.forest(table, "difference", filled=table["low"] > 0, **style)
+    figure = figures.forest(table, "difference", filled=table["low"] > 0, **style)
     text = words(figure)
     assert (
         "Pleural Thickening" in text
@@ -101,14 +101,14 @@ def test_a_forest_says_where_there_is_no_interval_and_fills_what_is_claimed():
     filled, open_ = figure.axes[0].lines[1:3]
     assert filled.get_ydata() == [0] and len(open_.get_ydata()) == 0
     assert figure.axes[0].get_ylim()[0] > figure.axes[0].get_ylim()[1]  # the first row is on top
-    findings = judgement_plots.forest(judged(), "auroc", **style).axes[0].get_yticklabels()
+    findings = figures.forest(judged(), "auroc", **style).axes[0].get_yticklabels()
     assert findings[0].get_text() == "mean"
     assert findings[1].get_text() == judged()["auroc"].iloc[:14].idxmax().replace("_", " ")
 
 
 def test_reliability_shows_every_curve_also_where_nothing_was_positive():
     curve = pd.DataFrame({"predicted": [0.01, 0.2], "observed": [0.0, 0.3]})
-    figure = judgement_plots.reliability({"as trained": curve, "isotonic": curve / 2})
+    figure = figures.reliability({"as trained": curve, "isotonic": curve / 2})
     assert {"as", "trained", "isotonic"} <= set(words(figure).split())
     drawn = [y for line in figure.axes[0].lines for y in line.get_ydata()]
     assert min(drawn) > 0 and "log" in figure.axes[0].get_xlabel()

@@ -13,8 +13,8 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
+from chexlib import figures
 from chexlib.errors import ConfigError, WeightsError
-from chexlib.figures import recipe_figures
 from chexlib.ledger.published import published_collapses, published_ladder
 from chexlib.machine import BATCH
 from chexlib.studies.grid import point_key
@@ -220,9 +220,7 @@ def test_collapse_gains_are_paired_by_seed():
 @pytest.mark.parametrize("batch", [4, 16, 48])
 def test_the_workbench_opens_at_any_batch(batch, monkeypatch):
     monkeypatch.delenv(BATCH, raising=False)
-    bench = recipe_figures.workbench(
-        [*PRESETS, *LADDER], resolve, images=2000, batch=batch, epochs=6
-    )
+    bench = figures.workbench([*PRESETS, *LADDER], images=2000, batch=batch, epochs=6)
     (slider,) = (
         child for child in bench.children if getattr(child, "description", "") == "global_batch"
     )
@@ -237,7 +235,7 @@ def test_the_figures_name_phases_rungs_and_batches():
     def words(figure):
         return " ".join(t.get_text() for t in figure.findobj(matplotlib.text.Text))
 
-    drawn = recipe_figures.schedule(preset("64-nodes-coded").compile(), title="64 nodes")
+    drawn = figures.schedule(preset("64-nodes-coded").compile(), title="64 nodes")
     for word in (
         "learning rate",
         "momentum",
@@ -252,9 +250,9 @@ def test_the_figures_name_phases_rungs_and_batches():
     rows = pd.DataFrame(
         [{"rung": r, "seed": s, "auroc": 0.6 + 0.01 * s} for r in LADDER for s in (0, 1)]
     )
-    ladder = recipe_figures.ladder(ladder_gains(rows), pd.Series(published_ladder()).diff())
+    ladder = figures.ladder(ladder_gains(rows), pd.Series(published_ladder()).diff())
     assert all(rung in words(ladder) for rung in list(LADDER)[1:])
-    collapses = recipe_figures.collapse_curve(published_collapses(), published_collapses())
+    collapses = figures.collapse_curve(published_collapses(), published_collapses())
     assert "before the collapse" in words(collapses)
     assert published_collapses()["gain"].iloc[[0, -1]].tolist() == [7.17, 2.32]
     assert plt.get_fignums() == []

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from small_training import config_for, with_a_tiny_network
 
+from chexlib import figures
 from chexlib.errors import ConfigError, WeightsError
-from chexlib.figures import recipe_figures
 from chexlib.models.predict import predict
 from chexlib.models.weights import load_model
 from chexlib.mpi import find_mpi, thread_environment
@@ -161,7 +161,7 @@ def test_a_preset_scaled_to_the_data_is_drawn_and_trains_through_all_its_phases(
     result = fit(config)
     values = values_at(config, Position(batch, min(result.split["images"]["train"], batch * steps)))
     assert len(values) == 6 * steps and len(set(values.phase)) == 8
-    drawn = recipe_figures.schedule(values, steps_per_epoch=steps)
+    drawn = figures.schedule(values, steps_per_epoch=steps)
     np.testing.assert_array_equal(drawn.axes[0].lines[0].get_ydata(), values.rate)
     told = [row["learning_rate"] for row in result.history]
     assert told == pytest.approx(values.rate[[*range(steps, 6 * steps, steps), -1]])

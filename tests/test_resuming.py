@@ -31,8 +31,7 @@ from chexlib.app.reference import (
     estimates,
     keep_reference,
 )
-from chexlib.app.resuming import finished, run_folder
-from chexlib.app.runs import start
+from chexlib.app.runs import finished, run_folder, start
 from chexlib.errors import ConfigError
 from chexlib.files import ROOT, write_json
 

@@ -12,8 +12,8 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
+from chexlib import figures
 from chexlib.errors import DivergedError
-from chexlib.figures import transfer_figures
 from chexlib.studies import transfer as study
 from chexlib.studies.grid import point_key
 from chexlib.training.config import TrainConfig
@@ -234,19 +234,18 @@ def test_the_figures_show_the_rows():
     rows = rows_of(lambda p: 0.7 + 0.01 * p["snapshot"])
     arm = rows["rate"] + rows["warmup"].gt(0).map({True: ", warm-up", False: ""})
     curve = rows.assign(arm=arm).pivot_table(index="images", columns="arm", values="auroc")
-    drawn = transfer_figures.along(curve, 0.55)
+    drawn = figures.along(curve, 0.55)
     assert any(
         line.get_ydata()[0] == 0.55 and "random" in line.get_label() for line in drawn.axes[0].lines
     )
     np.testing.assert_allclose(drawn.axes[0].lines[0].get_ydata(), curve.iloc[:, 0])
     words = " ".join(
-        t.get_text()
-        for t in transfer_figures.rules(study.rule_effects(rows)).findobj(matplotlib.text.Text)
+        t.get_text() for t in figures.rules(study.rule_effects(rows)).findobj(matplotlib.text.Text)
     )
     assert "do not take the last checkpoint: contradicted" in words
     lost = {"effect": [0.0, -0.1], "low": [0.0, -0.3], "high": [0.0, 0.1]}
     table = pd.DataFrame({"updates": [40, 10], "auroc": [0.7, 0.6]} | lost, index=[16, 1024])
-    drawn = transfer_figures.updates(table)
+    drawn = figures.updates(table)
     texts = [t.get_text() for t in drawn.findobj(matplotlib.text.Text)]
     assert {"1,024", "40", "10"} <= set(texts)
     bars = drawn.axes[0].collections[0].get_segments()
@@ -254,5 +253,5 @@ def test_the_figures_show_the_rows():
     kept = pd.DataFrame(
         {"images": [10, 20], "val_auroc": [0.5, 0.6], "learning_rate": [1e-3, 1e-4]}
     )
-    assert transfer_figures.pretraining(kept).axes[1].get_yscale() == "log"
+    assert figures.pretraining(kept).axes[1].get_yscale() == "log"
     assert plt.get_fignums() == []

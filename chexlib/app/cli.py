@@ -1,4 +1,7 @@
-"""The command line: `python -m chexlib --help`. A thin layer over the notebooks and rooms."""
+"""The command line: `python -m chexlib --help`. A thin layer over the notebooks and rooms.
+
+What takes long to import is imported by the command that needs it, so that help comes at once.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,10 @@ import json
 import logging
 import os
 import sys
+from pathlib import Path
 
 import click
 
-from chexlib.app.commands import clean, predict
-from chexlib.app.reference import compare
 from chexlib.errors import ChexlibError, ConfigError
 
 
@@ -41,6 +43,19 @@ def main():
     """
 
 
+labels_option = click.option(
+    "--data", "data_dir", required=True, help="Folder in the NIH layout; the labels are enough."
+)
+
+
+def _number(value: float) -> str:
+    """A number of a printed table."""
+    return f"{value:.3f}"
+
+
+# --- notebooks and their runs
+
+
 @main.command()
 @click.argument("notebooks", nargs=-1)
 @click.option(
@@ -50,9 +65,7 @@ def main():
     metavar="NAME[,NAME]",
     help="Parameters from notebooks/profiles/NAME.yaml; of several the last one counts.",
 )
-@click.option(
-    "--data", "data_dir", default="", help="Folder in the NIH layout; without it a phantom is made."
-)
+@click.option("--data", "data_dir", help="Folder in the NIH layout; without it a phantom is made.")
 @click.option("--engines", type=int, help="MPI engines of the distributed notebooks.")
 @click.option(
     "-p",
@@ -71,7 +84,7 @@ def main():
     is_flag=True,
     help="Go on with the newest run of the same settings, if it is not finished.",
 )
-def run(notebooks, profile, data_dir, engines, parameters, **settings):
+def run(notebooks, data_dir, engines, parameters, **settings):
     """Execute notebooks headless and write the run's report.
 
     NOTEBOOKS: names or numbers; all without.
@@ -79,45 +92,64 @@ def run(notebooks, profile, data_dir, engines, parameters, **settings):
     from chexlib.app.execute import end_when_told, execute
 
     end_when_told()
-    named = {"engines": engines, "data_dir": data_dir or None}
-    chosen = {
-        **dict(parameters),
-        **{name: value for name, value in named.items() if value is not None},
-    }
-    failed, report = execute(notebooks, profile=profile, parameters=chosen, **settings)
+    chosen = dict(parameters)
+    if engines is not None:
+        chosen["engines"] = engines
+    if data_dir:
+        chosen["data_dir"] = data_dir
+    failed, report = execute(notebooks, parameters=chosen, **settings)
     click.echo(f"Report: {report}")
     sys.exit(1 if failed else 0)
 
 
 @main.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False))
 @click.option(
-    "--topology", default="densenet121", show_default=True, help="densenet121, resnet50 or vgg16."
+    "--all", "every", is_flag=True, help="Show every figure, not only those that are apart."
 )
-@click.option("--size", default=224, show_default=True, help="Side of the input in pixels.")
-@click.option(
-    "--batch",
-    "batches",
-    multiple=True,
-    type=int,
-    help="Images a rank; several to compare.  [default: 16]",
-)
-@click.option(
-    "--precision", "precisions", multiple=True, help="float32 or mixed_bfloat16; both are compared."
-)
-@click.option("--steps", default=6, show_default=True, help="Steps of each measurement.")
-def tune(topology, size, batches, precisions, steps):
-    """Measure which ranks x threads train fastest here, and save it: `run --profile quick,tuned`
-    uses it.
-    """
-    from chexlib.machine import native_precision
-    from chexlib.scaling.tune import PROFILE, save_winner
-    from chexlib.scaling.tune import tune as measure
+def compare(run, every):
+    """Compare RUN, a run's folder, with the reference results.
 
-    what = {"batches": batches or (16,), "precisions": precisions or (native_precision(),)}
-    table = measure(topology=topology, size=size, steps=steps, **what)
-    click.echo(table.round(2).to_string(index=False))
-    save_winner(table)
-    click.echo(f"The fastest is kept in {PROFILE}.")
+    Exits with 1 if a figure is shown to differ.
+    """
+    from chexlib.app.reference import APART, VERDICTS, compare_run
+
+    differs = False
+    for notebook, compared in compare_run(run).items():
+        table = compared["estimates"]
+        counts = table["verdict"].value_counts()
+        told = ", ".join(f"{counts[name]} {name}" for name in VERDICTS if name in counts)
+        told = told or "no figure with an interval"
+        click.echo(f"{notebook}, reference of profile {compared['profile']}: {told}")
+        for name, (then, now) in compared["parameters"].items():
+            click.echo(f"  {name}: {then} then, {now} now")
+        shown = table if every else table[table["verdict"] == APART]
+        if len(shown):
+            click.echo(shown.to_string(float_format=_number, na_rep="-"))
+        differs |= APART in counts
+    sys.exit(1 if differs else 0)
+
+
+@main.command()
+@click.argument("run", type=click.Path())
+def card(run):
+    """Write MODEL_CARD.md into RUN, a folder with a model.keras, from what the run's files say."""
+    from chexlib.app.report import write_card
+
+    click.echo(write_card(run))
+
+
+@main.command()
+def clean():
+    """End the engines and controllers of all notebooks of this project that are yours, running ones
+    too.
+    """
+    from chexlib.cluster.cleanup import PREFIX, end_members
+
+    click.echo(f"{end_members(PREFIX)} processes ended")
+
+
+# --- data
 
 
 @main.command()
@@ -156,26 +188,20 @@ def fetch(directory, parts):
     from chexlib.app.runs import show_log
     from chexlib.data.fetch import fetch as download
 
-    try:
-        chosen = (
-            None
-            if not parts
-            else ()
-            if parts == "none"
-            else [int(part) for part in parts.split(",")]
-        )
-    except ValueError:
-        raise ConfigError(
-            f"--parts {parts!r} is not a list of numbers. Write for instance --parts 1,2."
-        ) from None
+    numbers = None
+    if parts:
+        try:
+            numbers = [] if parts == "none" else [int(part) for part in parts.split(",")]
+        except ValueError:
+            raise ConfigError(
+                f"--parts {parts!r} is not a list of numbers. Write for instance --parts 1,2."
+            ) from None
     show_log()
-    click.echo(download(directory, parts=chosen))
+    click.echo(download(directory, parts=numbers))
 
 
 @main.command()
-@click.option(
-    "--data", "data_dir", required=True, help="Folder in the NIH layout; the labels are enough."
-)
+@labels_option
 @click.argument("parts", nargs=-1, required=True, metavar="PART=LIST...")
 def audit(data_dir, parts):
     """Check that no patient is shared between parts, for instance train=train.txt test=test.txt.
@@ -188,8 +214,8 @@ def audit(data_dir, parts):
 
     paths = {}
     for item in parts:
-        name, equals, path = item.partition("=")
-        if not equals or not name or not path:
+        name, _, path = item.partition("=")
+        if not name or not path:
             raise ConfigError(
                 f"{item!r} is not PART=LIST. Write for instance train=train_list.txt."
             )
@@ -198,71 +224,15 @@ def audit(data_dir, parts):
         paths[name] = path
     radiographs = load_radiographs(data_dir, require_images=False)
     lists = {name: read_list(path, radiographs) for name, path in paths.items()}
-    found = check(lists, radiographs, allow_leak=True)
-    for part, images in found.images.items():
-        unknown = found.unknown[part]
-        more = f", and {unknown} that the labels do not have" if unknown else ""
-        click.echo(f"{part}: {images} images of {found.patients[part]} patients{more}")
-    click.echo((100 * found.prevalence).round(2).to_string(float_format=lambda x: f"{x:.2f} %"))
-    for row in found.shared[found.shared["patients"] > 0].itertuples():
-        click.echo(
-            f"LEAK: {row.patients} patients are in both {row.part_a} and {row.part_b}; they have "
-            f"{row.images_a} images in {row.part_a} and {row.images_b} in {row.part_b}"
-        )
-    if found.duplicates:
-        click.echo(
-            f"LEAK: {len(found.duplicates)} images are listed more than once: "
-            f"{', '.join(found.duplicates[:5])}"
-        )
-    click.echo("The parts leak." if found.leaks else "No patient is shared between parts.")
-    sys.exit(1 if found.leaks else 0)
+    checked = check(lists, radiographs, allow_leak=True)
+    for part, images in checked.images.items():
+        click.echo(f"{part}: {images} images of {checked.patients[part]} patients")
+    click.echo((100 * checked.prevalence).to_string(float_format=lambda x: f"{x:.2f} %"))
+    click.echo(f"{'LEAK' if checked.leaks else 'No leak'}: {checked}")
+    sys.exit(1 if checked.leaks else 0)
 
 
-@main.command()
-@click.argument("run", type=click.Path())
-def card(run):
-    """Write MODEL_CARD.md into RUN, a folder with a model.keras, from what the run's files say."""
-    from chexlib.app.card import write_card
-
-    click.echo(write_card(run))
-
-
-@main.command()
-@click.argument("predictions", type=click.Path())
-@click.option(
-    "--data", "data_dir", required=True, help="Folder in the NIH layout; the labels are enough."
-)
-@click.option(
-    "--against", type=click.Path(), help="Other scores of the same images: a paired comparison."
-)
-@click.option(
-    "--part",
-    default="test",
-    show_default=True,
-    help="Rows to judge, if the file has a column `part`.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def evaluate(predictions, data_dir, against, part, as_json):
-    """Judge PREDICTIONS, a CSV or Parquet file of scores: AUROC and average precision, intervals
-    over patients.
-
-    A row an image (column `image`), a column a finding, with or without a common prefix.
-    """
-    from chexlib.evaluation.scores import evaluate as judge_file
-    from chexlib.files import plain
-
-    found = judge_file(predictions, data_dir, against=against or "", part=part)
-    if as_json:
-        click.echo(
-            json.dumps({"predictions": predictions, "against": against, **plain(found)}, indent=1)
-        )
-        return
-    split = found["split"]
-    size = f"{split['images']:,} images, {split['patients']:,} patients"
-    click.echo(f"{split['name']} (digest {split['digest']}): {size}")
-    for name in ("auroc", "difference"):
-        if name in found:
-            click.echo(found[name].to_string(float_format=lambda x: f"{x:.3f}", na_rep="-"))
+# --- training, scores
 
 
 @main.command()
@@ -275,8 +245,6 @@ def train(config_file, resume):
 
     SIGUSR1: stop, keep a checkpoint.
     """
-    from pathlib import Path
-
     from chexlib.machine import import_tensorflow
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -297,18 +265,157 @@ def train(config_file, resume):
     config = TrainConfig.from_dict(values)
     result = fit(config.replace(resume=resume or config.resume), report=LiveLine())
     if join_world().first:
-        done = {
-            name: getattr(result, name)
-            for name in ("model", "ranks", "best_epoch", "resumed_from", "stopped")
+        names = ("model", "ranks", "best_epoch", "resumed_from", "stopped")
+        click.echo(json.dumps({name: getattr(result, name) for name in names}))
+
+
+@main.command()
+@click.option(
+    "--topology", default="densenet121", show_default=True, help="densenet121, resnet50 or vgg16."
+)
+@click.option("--size", default=224, show_default=True, help="Side of the input in pixels.")
+@click.option(
+    "--batch",
+    "batches",
+    multiple=True,
+    type=int,
+    help="Images a rank; several to compare.  [default: 16]",
+)
+@click.option(
+    "--precision", "precisions", multiple=True, help="float32 or mixed_bfloat16; both are compared."
+)
+@click.option("--steps", default=6, show_default=True, help="Steps of each measurement.")
+def tune(batches, precisions, **settings):
+    """Measure which ranks x threads train fastest here, and save it: `run --profile quick,tuned`
+    uses it.
+    """
+    from chexlib.machine import native_precision
+    from chexlib.scaling.tune import PROFILE, save_winner
+    from chexlib.scaling.tune import tune as measure
+
+    precisions = precisions or (native_precision(),)
+    table = measure(batches=batches or (16,), precisions=precisions, **settings)
+    click.echo(table.round(2).to_string(index=False))
+    save_winner(table)
+    click.echo(f"The fastest is kept in {PROFILE}.")
+
+
+@main.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path())
+@click.option(
+    "--weights", help="A model.keras file, or the folder of its run.  [default: the newest]"
+)
+@click.option(
+    "--json",
+    "form",
+    flag_value="json",
+    help="Print JSON: probabilities, doubts and errors by image.",
+)
+@click.option(
+    "--csv", "form", flag_value="csv", help="Print CSV: a row an image, a column a finding."
+)
+@click.option(
+    "--heatmaps", metavar="DIR", help="Write where the network looked to DIR, a PNG an image."
+)
+def predict(images, weights, form, heatmaps):
+    """Print the probability of each of the 14 findings for every image, calibrated if the weights
+    know how.
+
+    JSON also has the findings called at each operating point that the weights carry. Not for
+    clinical use.
+
+    IMAGES are PNG, JPEG or DICOM files, folders of them, or quoted patterns such as
+    'films/**/*.dcm'. Exits with 1 if some could not be read, 2 if none could.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import pandas as pd
+
+    from chexlib.evaluation.operating import read_by_card
+    from chexlib.files import ROOT
+    from chexlib.findings import FINDINGS
+    from chexlib.machine import import_tensorflow
+    from chexlib.models.predict import newest_weights, predict_all
+    from chexlib.models.weights import find_weights, read_card, split_of
+
+    weights = find_weights(weights or newest_weights(ROOT / "runs"))
+    card = read_card(weights)
+    # What is wrong is told before any scoring.
+    read_by_card(pd.DataFrame(columns=FINDINGS), card, weights=weights)
+    draw = None
+    if heatmaps:
+        from chexlib.figures.judgement import HeatMapFiles
+
+        draw = HeatMapFiles(heatmaps, card=card)
+    import_tensorflow()
+    predicted = predict_all(images, weights=weights, each=draw)
+    for error in predicted.errors.values():
+        click.echo(f"Error: {error}", err=True)
+    scores, called = read_by_card(predicted.probabilities, card)
+    predicted.probabilities = scores
+    calibration = (card.get("calibration") or {}).get("method")
+    if form == "json":
+        probabilities = {}
+        for image, row in scores.iterrows():
+            probabilities[image] = {finding: round(float(p), 6) for finding, p in row.items()}
+        answer = {
+            "weights": str(weights),
+            "split": card.get("split"),
+            "calibration": calibration,
+            "probabilities": probabilities,
+            "called": called,
+            "doubts": predicted.doubts,
+            "errors": predicted.errors,
         }
-        click.echo(json.dumps(done))
+        click.echo(json.dumps(answer, indent=1))
+    elif form == "csv":
+        click.echo(predicted.to_table().to_csv(index=False, float_format="%.6f"), nl=False)
+    elif not scores.empty:
+        told = f"calibrated by {calibration}" if calibration else "not calibrated"
+        click.echo(f"Weights: {weights} (trained on the {split_of(card)}; {told})")
+        click.echo(scores.T.to_string(float_format=_number))
+    if form != "csv":  # which has a column for it
+        for image, doubt in predicted.doubts.items():
+            click.echo(f"Doubtful: {image}: {doubt}.", err=True)
+    sys.exit(2 if scores.empty else 1 if predicted.errors else 0)
 
 
-main.add_command(clean)
-main.add_command(predict)
+@main.command()
+@click.argument("predictions", type=click.Path())
+@labels_option
+@click.option(
+    "--against",
+    default="",
+    type=click.Path(),
+    help="Other scores of the same images: a paired comparison.",
+)
+@click.option(
+    "--part",
+    default="test",
+    show_default=True,
+    help="Rows to judge, if the file has a column `part`.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def evaluate(predictions, as_json, **settings):
+    """Judge PREDICTIONS, a CSV or Parquet file of scores: AUROC and average precision, intervals
+    over patients.
 
+    A row an image (column `image`), a column a finding, with or without a common prefix.
+    """
+    from chexlib.evaluation.scores import evaluate as judge_file
+    from chexlib.files import plain
 
-main.add_command(compare)
+    judged = judge_file(predictions, **settings)
+    if as_json:
+        files = {"predictions": predictions, "against": settings["against"] or None}
+        click.echo(json.dumps({**files, **plain(judged)}, indent=1))
+        return
+    split = judged["split"]
+    size = f"{split['images']:,} images, {split['patients']:,} patients"
+    click.echo(f"{split['name']} (digest {split['digest']}): {size}")
+    for name in ("auroc", "difference"):
+        if name in judged:
+            click.echo(judged[name].to_string(float_format=_number, na_rep="-"))
+
 
 if __name__ == "__main__":
     main(prog_name="chexlib")

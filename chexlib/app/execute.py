@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import faulthandler
-import json
 import logging
 import os
 import signal
@@ -21,10 +20,9 @@ import psutil
 from chexlib import collectives
 from chexlib.app.reference import keep_reference
 from chexlib.app.report import build_report
-from chexlib.app.resuming import asked_of, finished, run_folder
-from chexlib.app.runs import point_latest, show_log
+from chexlib.app.runs import ASKED, finished, point_latest, run_folder, show_log
 from chexlib.errors import ConfigError
-from chexlib.files import ROOT
+from chexlib.files import ROOT, read_json
 from chexlib.machine import BATCH, cores
 from chexlib.mpi import thread_environment
 
@@ -36,6 +34,7 @@ TOGETHER = (("00", "01", "02"), ("05", "09", "07", "06"))
 # take elsewhere.
 QUICK_SECONDS = dict(zip(range(11), (3, 5, 4, 63, 112, 34, 14, 17, 65, 23, 5), strict=True))
 READERS = ("09", "10")  # notebooks that read what others of their run found
+PATIENCE = 20.0  # seconds that notebooks have to end when they are told to
 log = logging.getLogger(__name__)
 
 
@@ -79,8 +78,10 @@ def execute(
     DataError
         The data folder cannot be used. All of these before anything is made.
     """
+    import papermill
+
     paths = find_notebooks(notebooks)
-    accepted = {path: _parameters_of(path) for path in paths}
+    accepted = {path: papermill.inspect_notebook(path) for path in paths}
     chosen = _checked(dict(parameters or {}), accepted)
     settings = {"engines": 1, "data_dir": "", **_profile(profile), **chosen}
     _refuse_what_cannot_work(settings)
@@ -93,15 +94,13 @@ def execute(
         carrier, why = collectives.expected_carrier()
         if why:
             log.info("%s carries what the ranks tell each other: %s.", carrier, why)
-        progress, done = (
-            _Progress(run, asked),
-            {path.stem for path in paths if finished(run / path.stem)},
-        )
+        progress = _Progress(run, asked)
+        done = {path.stem for path in paths if finished(run / path.stem)}
 
         def take(path: Path) -> tuple[Path, bool]:
             log.info("%s %s ...", path.stem, progress.before(path.stem))
-            own = {name: value for name, value in settings.items() if name in accepted[path]}
-            return path, _execute_one(path, run / path.stem, own)
+            given = {name: value for name, value in settings.items() if name in accepted[path]}
+            return path, _execute_one(path, run / path.stem, given)
 
         for group in _groups(paths):
             for path in group:
@@ -186,20 +185,20 @@ class _Progress:
             name: QUICK_SECONDS.get(int(name[:2])) for name in self.names if profile == "quick"
         }
         kept = [(ROOT / "data" / "reference" / f"{name}.json", name) for name in self.names]
-        made = [(past / name / "metrics.json", name) for past in earlier for name in self.names
-                if asked_of(past).get("profile") == profile]  # fmt: skip
+        made = []
+        for past in earlier:
+            if read_json(past / ASKED).get("profile") == profile:
+                made += [(past / name / "metrics.json", name) for name in self.names]
         for file, name in kept + made:  # the newest counts
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                found = json.loads(file.read_text())
-                if found.get("profile", profile) == profile:
-                    self.seconds[name] = float(found.get("metrics", found)["seconds"])
+                told = read_json(file)
+                if told.get("profile", profile) == profile:
+                    self.seconds[name] = float(told.get("metrics", told)["seconds"])
 
     def before(self, name: str) -> str:
         """In words, before the notebook of this name is executed."""
-        spent, done = (
-            time.monotonic() - self.began,
-            sum(self.seconds.get(other) or 0 for other in self.begun),
-        )
+        spent = time.monotonic() - self.began
+        done = sum(self.seconds.get(other) or 0 for other in self.begun)
         left = [other for other in self.names if other not in self.begun]
         self.begun.append(name)
         words = f"{len(self.names) - len(left) + 1} of {len(self.names)}; {_minutes(spent)} so far"
@@ -275,12 +274,12 @@ def _headless(log_file: Path, *, threads: int = 0) -> Iterator[None]:
         os.environ.update(before)
 
 
-def end_when_told(patience: float = 20.0) -> None:
+def end_when_told() -> None:
     """Let Ctrl-C and SIGTERM end this process as Python does, by KeyboardInterrupt, and by force if
     that takes longer.
 
     papermill waits for its kernel to shut down, and has been seen to wait for ever. After
-    `patience` seconds the children (kernels, whose watchdogs end their engines) are killed, and the
+    `PATIENCE` seconds the children (kernels, whose watchdogs end their engines) are killed, and the
     process ends with status 130, telling on standard error where it was.
     """
 
@@ -292,7 +291,7 @@ def end_when_told(patience: float = 20.0) -> None:
         os._exit(130)
 
     def told(number, frame) -> None:
-        timer = threading.Timer(patience, give_up)
+        timer = threading.Timer(PATIENCE, give_up)
         timer.daemon = True  # an end in time needs it no more
         timer.start()
         raise KeyboardInterrupt
@@ -306,25 +305,15 @@ def find_notebooks(names: Sequence[str] = ()) -> list[Path]:
     is named.
     """
     every = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
-    found = []
+    chosen = []
     for name in names:
-        wanted = Path(name).name.removesuffix(".ipynb")
-        matches = [
-            path for path in every if path.stem == wanted or path.stem.split("_")[0] == wanted
-        ]
+        stem = Path(name).name.removesuffix(".ipynb")
+        matches = [path for path in every if stem in (path.stem, path.stem.split("_")[0])]
         if not matches:
-            raise ConfigError(
-                f"there is no notebook {name!r}. There are: "
-                f"{', '.join(path.stem for path in every)}."
-            )
-        found += [path for path in matches if path not in found]
-    return found or every
-
-
-def _parameters_of(path: Path) -> dict:
-    import papermill
-
-    return papermill.inspect_notebook(path)
+            stems = ", ".join(path.stem for path in every)
+            raise ConfigError(f"there is no notebook {name!r}. There are: {stems}.")
+        chosen += [path for path in matches if path not in chosen]
+    return chosen or every
 
 
 def _profile(names: str) -> dict:
@@ -333,14 +322,15 @@ def _profile(names: str) -> dict:
     """
     import yaml
 
-    folder, found = ROOT / "notebooks" / "profiles", {}
+    folder, parameters = ROOT / "notebooks" / "profiles", {}
     for name in names.split(","):
-        if not (folder / f"{name}.yaml").exists():
-            known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        file = folder / f"{name}.yaml"
+        if not file.exists():
+            profiles = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
             step = " `python -m chexlib tune` makes it." if name == "tuned" else ""
-            raise ConfigError(f"there is no profile {name!r}. There are: {known}.{step}")
-        found |= yaml.safe_load((folder / f"{name}.yaml").read_text()) or {}
-    return found
+            raise ConfigError(f"there is no profile {name!r}. There are: {profiles}.{step}")
+        parameters |= yaml.safe_load(file.read_text()) or {}
+    return parameters
 
 
 def _note_death(made: Path, source: Path, error: Exception) -> None:
@@ -377,8 +367,11 @@ def _checked(parameters: dict, accepted: dict[Path, dict]) -> dict:
     """Refuse what no notebook takes; give text from the command line its type, and the data folder
     its full path.
     """
-    # That one is execute's.
-    names = sorted({name for own in accepted.values() for name in own} - {"run_dir"})
+    kinds = {}
+    for declared in accepted.values():
+        for name, parameter in declared.items():
+            kinds.setdefault(name, parameter["inferred_type_name"])
+    names = sorted(kinds.keys() - {"run_dir"})  # that one is execute's
     checked = {}
     for name, value in parameters.items():
         if name not in names:
@@ -388,8 +381,7 @@ def _checked(parameters: dict, accepted: dict[Path, dict]) -> dict:
                 f"no notebook of this run has a parameter {name!r}.{hint} Accepted: "
                 f"{', '.join(names)}."
             )
-        kind = next(own[name]["inferred_type_name"] for own in accepted.values() if name in own)
-        checked[name] = _typed(name, value, kind)
+        checked[name] = _typed(name, value, kinds[name])
     if checked.get("data_dir"):
         # The kernels work in another folder.
         checked["data_dir"] = str(Path(checked["data_dir"]).absolute())

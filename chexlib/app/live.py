@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from chexlib.figures.curves import strip
 from chexlib.machine import BATCH
 
 log = logging.getLogger(__name__)
@@ -96,9 +95,12 @@ class LiveView:
 
     def draw(self) -> None:
         """Draw the plot anew."""
+        # Loads matplotlib, which a training outside of a notebook does not need.
+        from chexlib.figures.training import progress
+
         self.drawn = time.monotonic()
         picture = io.BytesIO()
-        strip(self.points).savefig(picture, format="png", dpi=90)
+        progress(self.points).savefig(picture, format="png", dpi=90)
         self.plot.value, self.plot.layout.visibility = picture.getvalue(), "visible"
 
     def close(self) -> None:

@@ -11,13 +11,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
+import numpy as np
+import pandas as pd
+
+# Of Student's t: a hundred times as fast as scipy.stats.
+from scipy.special import logit, stdtr, stdtrit
 
 from chexlib.errors import ConfigError
-from chexlib.files import ROOT, write_json
+from chexlib.evaluation.intervals import holm
+from chexlib.files import ROOT, read_json, write_json
 from chexlib.machine import command
 
-ALIKE, APART, UNKNOWN = "no difference shown", "DIFFERENT", "no interval"
+VERDICTS = ALIKE, APART, UNKNOWN = "no difference shown", "DIFFERENT", "no interval"
 COLUMNS = ["reference", "low", "high", "run", "run low", "run high", "p"]
 COUNTS = ("seeds", "rounds", "positives", "patients")  # of what an interval was made of
 # Three seeds of one training had mean AUROCs with a standard deviation of 0.012, beside a standard
@@ -58,14 +63,9 @@ class Estimate:
         """Standard error on the side of larger values, or of smaller ones, over patients and
         trainings.
         """
-        from scipy.special import stdtrit  # of Student's t; a hundred times as fast as scipy.stats
-
         reach = self.high - self.value if upwards else self.value - self.low
-        return (
-            max(reach, 0.0)
-            / stdtrit(self.freedom, 0.975)
-            * math.sqrt(1 if self.repeated else 1 + TRAINING)
-        )
+        error = max(reach, 0.0) / stdtrit(self.freedom, 0.975)
+        return error if self.repeated else error * math.sqrt(1 + TRAINING)
 
     @property
     def freedom(self) -> float:
@@ -80,41 +80,41 @@ def keep_reference(folder: Path, profile: str, *, root: Path = ROOT) -> None:
     A run that differs from the one kept by its seed alone does not replace it: its figures are
     added to `seeds`, from which `compare_run` takes how far two seeds are apart.
     """
-    found = {
-        name: json.loads((folder / f"{name}.json").read_text())
-        for name in ("metrics", "params", "environment")
-    }
-    found["environment"]["command"] = command()  # not the kernel's, which says nothing
+    results = {}
+    for name in ("metrics", "params", "environment"):
+        results[name] = json.loads((folder / f"{name}.json").read_text())
+    results["environment"]["command"] = command()  # not the kernel's, which says nothing
     target = root / "data" / "reference" / f"{folder.name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    kept = json.loads(target.read_text()) if target.exists() else None
-    again = kept is not None and _is_of_one_code(kept, found, profile)
-    if again and kept["params"].get("seed") != found["params"].get("seed"):
-        own = {name: estimate.value for name, estimate in estimates(found["metrics"])}
-        kept.setdefault("seeds", {})[str(found["params"]["seed"])] = own
+    kept = read_json(target)
+    again = bool(kept) and _is_of_one_code(kept, results, profile)
+    seed = results["params"].get("seed")
+    if again and kept["params"].get("seed") != seed:
+        values = {name: estimate.value for name, estimate in estimates(results["metrics"])}
+        kept.setdefault("seeds", {})[str(seed)] = values
         write_json(target, kept)
         return
-    seeds = {"seeds": kept["seeds"]} if again and "seeds" in kept else {}
-    write_json(target, {"notebook": folder.name, "profile": profile, **found, **seeds})
+    if again and "seeds" in kept:
+        results["seeds"] = kept["seeds"]
+    write_json(target, {"notebook": folder.name, "profile": profile, **results})
     if (figure := folder / "figures" / "auroc.png").exists():
         shutil.copyfile(figure, target.with_suffix(".png"))
 
 
-def _is_of_one_code(kept: Mapping, found: Mapping, profile: str) -> bool:
+def _is_of_one_code(kept: Mapping, results: Mapping, profile: str) -> bool:
     """Whether two runs are of one known code and one setting, seeds apart."""
+    commit = results["environment"].get("commit")
+    if commit is None or commit.endswith("-dirty"):
+        return False
+    if commit != kept["environment"].get("commit") or profile != kept["profile"]:
+        return False
+    return _without_seeds(kept["params"]) == _without_seeds(results["params"])
 
-    def setting(params):
-        if isinstance(params, Mapping):
-            return {name: setting(value) for name, value in params.items() if name != "seed"}
+
+def _without_seeds(params):
+    if not isinstance(params, Mapping):
         return params
-
-    commits = {run["environment"].get("commit") for run in (kept, found)}
-    known = len(commits) == 1 and not any(
-        commit is None or commit.endswith("-dirty") for commit in commits
-    )
-    return (
-        known and kept["profile"] == profile and setting(kept["params"]) == setting(found["params"])
-    )
+    return {name: _without_seeds(value) for name, value in params.items() if name != "seed"}
 
 
 def compare_run(run: str | Path, *, reference: str | Path = "") -> dict[str, dict]:
@@ -145,53 +145,49 @@ def compare_run(run: str | Path, *, reference: str | Path = "") -> dict[str, dic
     ConfigError
         No notebook is in both.
     """
-    import numpy as np
-    import pandas as pd
-
-    from chexlib.evaluation.intervals import holm
-
     folder = Path(reference or ROOT / "data" / "reference")
-    found = {}
+    compared = {}
     for file in sorted(Path(run).glob("[0-9]*/metrics.json")):
-        if not (target := folder / f"{file.parent.name}.json").exists():
+        kept = read_json(folder / f"{file.parent.name}.json")
+        if not kept:
             continue
-        kept = json.loads(target.read_text())
-        theirs, ours = (
-            dict(estimates(metrics)) for metrics in (kept["metrics"], json.loads(file.read_text()))
-        )
-        rows = {}
-        for name in (name for name in theirs if name in ours):
-            one, other = theirs[name], ours[name]
-            seeds = [
-                own[name] for own in kept.get("seeds", {}).values() if own.get(name) is not None
-            ]
-            p = difference_p(one, other, seeds)
-            rows[name] = [one.value, one.low, one.high, other.value, other.low, other.high, p]
-        table = pd.DataFrame.from_dict(rows, orient="index", columns=COLUMNS)
         before, now = kept["params"], json.loads((file.parent / "params.json").read_text())
-        others = {
-            n: (before.get(n), now.get(n)) for n in {**before, **now} if before.get(n) != now.get(n)
-        }
-        found[file.parent.name] = {
+        parameters = {}
+        for name in {**before, **now}:
+            if before.get(name) != now.get(name):
+                parameters[name] = (before.get(name), now.get(name))
+        compared[file.parent.name] = {
             "profile": kept["profile"],
-            "parameters": others,
-            "estimates": table,
+            "parameters": parameters,
+            "estimates": _side_by_side(kept, json.loads(file.read_text())),
         }
-    if not found:
-        known = ", ".join(file.stem for file in sorted(folder.glob("*.json"))) or "none"
+    if not compared:
+        names = ", ".join(file.stem for file in sorted(folder.glob("*.json"))) or "none"
         raise ConfigError(
-            f"{run} has results of no notebook that has reference results. These have: {known}."
+            f"{run} has results of no notebook that has reference results. These have: {names}."
         )
-    corrected = holm(
-        np.concatenate([own["estimates"]["p"].to_numpy(float) for own in found.values()])
-    )
-    for own in found.values():
-        table = own["estimates"]
-        table["p"], corrected = corrected[: len(table)], corrected[len(table) :]
-        table["verdict"] = np.select(
-            [table["p"].isna(), table["p"] < ERROR], [UNKNOWN, APART], ALIKE
-        )
-    return found
+    tables = [notebook["estimates"] for notebook in compared.values()]
+    corrected = holm(np.concatenate([table["p"].to_numpy(float) for table in tables]))
+    ends = np.cumsum([len(table) for table in tables])
+    for table, p in zip(tables, np.split(corrected, ends[:-1]), strict=True):
+        table["p"] = p
+        table["verdict"] = np.select([np.isnan(p), p < ERROR], [UNKNOWN, APART], ALIKE)
+    return compared
+
+
+def _side_by_side(kept: Mapping, metrics: Mapping) -> pd.DataFrame:
+    """Figures that are in the reference results and in a run's metrics, with p uncorrected."""
+    reference, fresh = dict(estimates(kept["metrics"])), dict(estimates(metrics))
+    seeds = kept.get("seeds", {}).values()
+    rows = {}
+    for name, then in reference.items():
+        if name not in fresh:
+            continue
+        now = fresh[name]
+        others = [values[name] for values in seeds if values.get(name) is not None]
+        p = difference_p(then, now, others)
+        rows[name] = [then.value, then.low, then.high, now.value, now.low, now.high, p]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=COLUMNS)
 
 
 def difference_p(one: Estimate, other: Estimate, seeds: list[float]) -> float:
@@ -200,20 +196,13 @@ def difference_p(one: Estimate, other: Estimate, seeds: list[float]) -> float:
 
     `seeds` are values of the first one with other seeds.
     """
-    import numpy as np
-    from scipy.special import logit, stdtr
-
     if len(seeds) >= 2:
         values, value = np.array([one.value, *seeds]), other.value
-        if (
-            one.known
-            and one.low > 0
-            and one.high < 1
-            and min(*values, value) > 0
-            and max(*values, value) < 1
-        ):
+        inside = all(0 < v < 1 for v in (*values, value))
+        if inside and one.known and one.low > 0 and one.high < 1:
             values, value = logit(values), logit(value)  # where those of an AUROC near 1 lie evenly
-        apart, errors = value - values.mean(), [values.std(ddof=1) * np.sqrt(1 + 1 / len(values))]
+        apart = value - values.mean()
+        errors = [values.std(ddof=1) * np.sqrt(1 + 1 / len(values))]
         freedoms = [len(values) - 1]
     elif one.known and other.known:
         apart = other.value - one.value
@@ -254,34 +243,32 @@ def estimates(metrics, path: str = "") -> Iterator[tuple[str, Estimate]]:
 def _intervals(row: Mapping) -> Iterator[tuple[str, str, str]]:
     """Names of each figure of a row and of the ends of its interval."""
     names = list(row)
-    for place, low in enumerate(names):
+    for index, low in enumerate(names):
         words = low.split("_")
         if "low" not in words:
             continue
         at = words.index("low")
-        high, own = (
-            "_".join([*words[:at], "high", *words[at + 1 :]]),
-            "_".join(words[:at] + words[at + 1 :]),
-        )
+        high = "_".join([*words[:at], "high", *words[at + 1 :]])
+        base = "_".join(words[:at] + words[at + 1 :])
         if high not in row:
             continue
-        if own in row:
-            before = [own]
-        else:
-            before = [
-                name for name in names[:place][::-1] if not {"low", "high"} & set(name.split("_"))
-            ]
-            before = [name for name in before if not isinstance(row[name], int)]  # counts
-        if None in (row[low], row[high]):
-            before = before[:1]
-        elif own not in row:
-            before = [
-                name
-                for name in before
-                if _is_number(row[name]) and row[low] <= row[name] <= row[high]
-            ]
-        if before and _is_number(row[before[0]]):
-            yield before[0], low, high
+        no_interval = None in (row[low], row[high])
+        candidates = [base]
+        if base not in row:
+            candidates = [name for name in names[:index][::-1] if _may_be_a_figure(name, row[name])]
+            if not no_interval:
+                candidates = [n for n in candidates if _lies_between(row[low], row[n], row[high])]
+        if candidates and _is_number(row[candidates[0]]):
+            yield candidates[0], low, high
+
+
+def _may_be_a_figure(name: str, value) -> bool:
+    """Whether it is no end of an interval and no count."""
+    return not {"low", "high"} & set(name.split("_")) and not isinstance(value, int)
+
+
+def _lies_between(low: float, value, high: float) -> bool:
+    return _is_number(value) and low <= value <= high
 
 
 def _is_number(value) -> bool:
@@ -293,51 +280,20 @@ def _labels(rows: list) -> list[str]:
     by their place.
     """
     for kinds in ((str, int, list), (str, int, list, float)):
-        labels = [_label(row, place, kinds) for place, row in enumerate(rows)]
+        labels = [_label(row, kinds) or str(index) for index, row in enumerate(rows)]
         if len(set(labels)) == len(labels):
             return labels
-    return [f"{label}, {place}" for place, label in enumerate(labels)]
+    return [f"{label}, {index}" for index, label in enumerate(labels)]
 
 
-def _label(row, place: int, kinds: tuple) -> str:
+def _label(row, kinds: tuple) -> str:
+    """Settings of a row, "" if it has none."""
     if not isinstance(row, Mapping):
-        return str(place)
-    figures = [list(row).index(name) for name, _, _ in _intervals(row)]
-    own = {
-        k: row[k]
-        for k in list(row)[: min(figures, default=None)]
-        if isinstance(row[k], kinds) and k != "seeds"
-    }
-    return ", ".join(f"{name} {value}" for name, value in own.items()) or str(place)
-
-
-@click.command()
-@click.argument("run", type=click.Path(exists=True, file_okay=False))
-@click.option(
-    "--all", "every", is_flag=True, help="Show every figure, not only those that are apart."
-)
-def compare(run, every):
-    """Compare RUN, a run's folder, with the reference results.
-
-    Exits with 1 if a figure is shown to differ.
-    """
-    worst = 0
-    for notebook, found in compare_run(run).items():
-        table = found["estimates"]
-        counts = table["verdict"].value_counts()
-        told = ", ".join(
-            f"{counts[verdict]} {verdict}"
-            for verdict in (ALIKE, APART, UNKNOWN)
-            if verdict in counts
-        )
-        click.echo(
-            f"{notebook}, reference of profile {found['profile']}: "
-            f"{told or 'no figure with an interval'}"
-        )
-        for name, (then, now) in found["parameters"].items():
-            click.echo(f"  {name}: {then} then, {now} now")
-        shown = table if every else table[table["verdict"] == APART]
-        if len(shown):
-            click.echo(shown.to_string(float_format=lambda x: f"{x:.3f}", na_rep="-"))
-        worst = max(worst, counts.get(APART, 0))
-    raise SystemExit(1 if worst else 0)
+        return ""
+    names = list(row)
+    first_figure = min((names.index(name) for name, _, _ in _intervals(row)), default=None)
+    settings = []
+    for name in names[:first_figure]:
+        if isinstance(row[name], kinds) and name != "seeds":
+            settings.append(f"{name} {row[name]}")
+    return ", ".join(settings)

@@ -1,16 +1,42 @@
-"""`runs/<id>/index.html`: the page a person opens after a run. It needs no network."""
+"""Reports that a person opens after a run: `index.html`, a page of each notebook, model cards.
+
+They need no network, fit a phone, and can be read by a screen reader.
+"""
 
 from __future__ import annotations
 
 import base64
-import json
 import math
+import re
 from collections.abc import Collection
 from pathlib import Path
 
-from chexlib.app.notebook_page import caption, write_page
-from chexlib.files import atomic_write
+import jinja2
+import nbformat
+import pandas as pd
+from PIL import Image
+
+from chexlib.data.nih import data_name
+from chexlib.errors import DataError, WeightsError
+from chexlib.evaluation.auroc import in_words, judge
+from chexlib.files import atomic_write, read_json
 from chexlib.findings import FINDINGS
+from chexlib.ledger.answers import VERDICTS, build_ledger, count_verdicts
+from chexlib.models.weights import config_of, find_weights, read_card
+
+TEMPLATES = Path(__file__).parent / "templates"
+JINJA = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(TEMPLATES),
+    autoescape=jinja2.select_autoescape(),  # of HTML, not of the model card
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+# What TensorFlow 2.21 says at its start, before it reads TF_CPP_MIN_LOG_LEVEL.
+START = re.compile(
+    r"WARNING: All log messages before absl::InitializeLog.*\n?|I\d{4} \d\d:.*oneDNN custom "
+    r"operations.*\n?"
+)
 
 
 def build_report(run: Path, only: Collection[str] | None = None) -> Path:
@@ -32,39 +58,32 @@ def build_report(run: Path, only: Collection[str] | None = None) -> Path:
     Path
         The page.
     """
-    import jinja2
-
-    from chexlib.ledger.answers import VERDICTS, build_ledger, count_verdicts
-
-    folders = [folder for folder in sorted(run.iterdir()) if (folder / "notebook.ipynb").exists()]
+    folders = [file.parent for file in sorted(run.glob("*/notebook.ipynb"))]
     pages = [_page(folder) for folder in folders if only is None or folder.name in only]
-    judged = {
-        page["title"]: page["metrics"]["auroc"] for page in pages if "auroc" in page["metrics"]
-    }
-    environment = next((page["environment"] for page in pages if page["environment"]), {})
+    judged, environments = {}, []
+    for page in pages:
+        if "auroc" in page["metrics"]:
+            judged[page["title"]] = page["metrics"]["auroc"]
+        environments.append(page["environment"])
+    asked, names = read_json(run / "run.json"), {page["name"] for page in pages}
     table = build_ledger(run)
-    asked, there = _read(run / "run.json"), {page["name"] for page in pages}
-    topics = {topic: own.to_dict("records") for topic, own in table.groupby("topic", sort=False)}
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    jinja = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    jinja.filters["figure"] = figure
-    text = jinja.get_template("report.html").render(
+    topics = {topic: rows.to_dict("records") for topic, rows in table.groupby("topic", sort=False)}
+    JINJA.filters["figure"] = figure
+    return _write(
+        run / "index.html",
+        "report.html",
         run=run.name,
         asked=asked,
         pages=pages,
-        links=there,
-        waiting=[name for name in asked.get("notebooks", []) if name not in there],
+        links=names,
+        waiting=[name for name in asked.get("notebooks", []) if name not in names],
         judged=judged,
         findings=[*FINDINGS, "mean"],
-        environment=environment,
+        environment=next(filter(None, environments), {}),
         topics=topics,
         counts=count_verdicts(table).to_dict("index"),
         verdicts=VERDICTS,
     )
-    index = run / "index.html"
-    with atomic_write(index) as file:
-        file.write(text.encode())
-    return index
 
 
 def figure(value: float | None, unit: str) -> str:
@@ -78,59 +97,192 @@ def figure(value: float | None, unit: str) -> str:
     return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:,.4g}"
 
 
-def _page(folder: Path) -> dict:
-    """What the report shows of one notebook."""
-    import nbformat
+def _write(path: Path, template: str, **values) -> Path:
+    text = JINJA.get_template(template).render(values)
+    with atomic_write(path) as file:
+        file.write(text.encode())
+    return path
 
-    notebook = nbformat.read(folder / "notebook.ipynb", as_version=4)
-    first = next(
-        (
-            c.source
-            for c in notebook.cells
-            if c.cell_type == "markdown" and c.source.startswith("# ")
-        ),
-        "# ?",
-    )
-    title, written = first.splitlines()[0].removeprefix("# "), folder / "notebook.html"
-    if (
-        not written.exists()
-        or written.stat().st_mtime_ns <= (folder / "notebook.ipynb").stat().st_mtime_ns
-    ):
+
+def _page(folder: Path) -> dict:
+    """What the report shows of one notebook, of which the page is written."""
+    source, written = folder / "notebook.ipynb", folder / "notebook.html"
+    notebook = nbformat.read(source, as_version=4)
+    title, error = "?", None
+    for cell in reversed(notebook.cells):  # so that the first of each counts
+        if cell.cell_type == "markdown" and cell.source.startswith("# "):
+            title = cell.source.splitlines()[0].removeprefix("# ")
+        for output in cell.get("outputs", []):
+            if output.output_type == "error":
+                error = f"{output.ename}: {output.evalue}"
+    if not written.exists() or written.stat().st_mtime_ns <= source.stat().st_mtime_ns:
         write_page(notebook, written, title=title)
     return {
         "name": folder.name,
         "title": title,
-        "error": _error(notebook),
+        "error": error,
         "seconds": notebook.metadata.get("papermill", {}).get("duration"),
-        "metrics": _read(folder / "metrics.json"),
-        "parameters": _read(folder / "params.json"),
-        "environment": _read(folder / "environment.json"),
+        "metrics": read_json(folder / "metrics.json"),
+        "parameters": read_json(folder / "params.json"),
+        "environment": read_json(folder / "environment.json"),
         "figures": [_figure(path) for path in sorted((folder / "figures").glob("[!.]*.png"))],
     }
 
 
-def _error(notebook) -> str | None:
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            if output.output_type == "error":
-                return f"{output.ename}: {output.evalue}"
-    return None
-
-
 def _figure(path: Path) -> dict:
-    from PIL import Image
-
+    """A figure for the page, with the caption that `Run.save_figure` has put into its file."""
     with Image.open(path) as image:
         width, height = image.size
+        caption = image.info.get("Description", path.stem)
     data = base64.b64encode(path.read_bytes()).decode()
-    return {
-        "name": path.stem,
-        "caption": caption(path),
-        "width": width,
-        "height": height,
-        "data": data,
+    return {"caption": caption, "width": width, "height": height, "data": data}
+
+
+# --- a notebook's page
+
+
+def write_page(notebook, path: Path, *, title: str) -> None:
+    """Write `notebook.html`; pictures are described by the captions of the figures that their cells
+    saved.
+
+    Parameters
+    ----------
+    notebook : nbformat.NotebookNode
+    path : where to write; the figures are in `figures` beside it
+    title : of the page
+    """
+    from bs4 import BeautifulSoup
+    from nbconvert import HTMLExporter
+
+    _prepare(notebook, path.parent / "figures")
+    exporter = HTMLExporter(
+        template_name="notebook",
+        extra_template_basedirs=[str(TEMPLATES)],
+        embed_images=True,
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+    )
+    page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})
+    soup = BeautifulSoup(page, "html.parser")
+    for number, table in enumerate(soup.find_all("table"), 1):
+        about = {"tabindex": "0", "role": "region", "aria-label": f"Table {number}"}
+        table.wrap(soup.new_tag("div", attrs={"class": "scroll", **about}))
+        for header in table.find_all("th"):
+            if not header.get_text(strip=True):  # the corner of a data frame
+                header.name = "td"
+    for wrapper in soup.select(".jp-Cell-inputWrapper[tabindex]"):
+        del wrapper["tabindex"]  # nothing in it is operated: only links and tables are stopped at
+    # To another notebook: its page, if it is here.
+    for link in soup.find_all("a", href=re.compile(r"^\d\w*\.ipynb$")):
+        name = link["href"].removesuffix(".ipynb")
+        if (path.parent.parent / name).exists():
+            link["href"] = f"../{name}/notebook.html"
+        else:
+            link.unwrap()
+    path.write_text(str(soup))
+
+
+def _prepare(notebook, figures: Path) -> None:
+    """Drop TensorFlow's greetings, and give pictures the text that the template describes them by."""
+    heading = "the beginning"
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            heading = (re.findall(r"^#+ (.+)", cell.source, re.M) or [heading])[-1]
+        if cell.cell_type != "code":
+            continue
+        text, outputs = f"Figure under “{heading}”", []
+        for name in re.findall(r'save_figure\(\s*\w+,\s*"(\w+)"', cell.source)[:1]:
+            if (figures / f"{name}.png").exists():
+                text = _figure(figures / f"{name}.png")["caption"]
+        for output in cell.outputs:
+            if output.get("name") == "stderr":
+                output["text"] = START.sub("", output["text"])
+            if "data" in output:
+                output.metadata["alt"] = text
+            if output.get("text", "shown"):
+                outputs.append(output)
+        cell.outputs = outputs
+
+
+# --- a model card
+
+
+def write_card(run: str | Path) -> Path:
+    """Write the model card `MODEL_CARD.md` beside a `model.keras` and the `predictions.parquet` of
+    its training, from what these files say.
+
+    Parameters
+    ----------
+    run : path
+        A folder with both, or one with a single such folder in it.
+
+    Returns
+    -------
+    Path
+        The card.
+
+    Raises
+    ------
+    WeightsError, DataError
+        No model, or more than one; predictions that are missing or cannot be judged.
+    """
+    weights = find_weights(run).resolve()
+    folder, facts = weights.parent, read_card(weights)
+    config = config_of(folder, facts)
+    # No paths of this machine.
+    config["weights"] = Path(config.get("weights") or "random weights").name
+    try:
+        predictions = pd.read_parquet(folder / "predictions.parquet")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{folder}/predictions.parquet cannot be read ({error}). Name the folder of a run."
+        ) from error
+    judged = judge(predictions)
+    aurocs, few = [], []
+    for name, row in judged.iterrows():
+        name, text = name.replace("_", " "), in_words(row)
+        aurocs.append((name, text, int(row["positives"])))
+        if name != "mean" and "to" not in text.split():
+            few.append(name)
+    told = read_json(folder / "metrics.json").get("data") or facts.get("data")
+    data = told or data_name(Path(config.get("data_dir", "unknown")))
+    settings = {
+        name: value
+        for name, value in sorted(config.items())
+        if not name.endswith("_dir") and name != "resume"
     }
+    parts = ("calibration", "operating_points")
+    try:
+        return _write(
+            folder / "MODEL_CARD.md",
+            "MODEL_CARD.md",
+            facts=facts,
+            config=settings,
+            data=data,
+            synthetic="synthetic" in data,
+            aurocs=aurocs,
+            few=few,
+            test=predictions[predictions["part"] == "test"],
+            environment=read_json(folder / "environment.json"),
+            run="/".join(folder.parts[-2:]),
+            details={name: _lines(facts[name]) for name in parts if facts.get(name)},
+        )
+    except jinja2.UndefinedError as error:
+        raise WeightsError(
+            f"the card in {weights} lacks something: {error}. Name the folder of a training, or "
+            "add it with `extend_card`."
+        ) from error
 
 
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
+def _lines(value, name: str = "") -> list[str]:
+    """A plain value as lines "a, b: 0.5", numbers to four digits."""
+    if isinstance(value, dict):
+        lines = []
+        for key, inner in value.items():
+            lines += _lines(inner, f"{name}, {key}" if name else str(key))
+        return lines
+    values = value if isinstance(value, list) else [value]
+    if len(values) > 8:
+        return [f"{name}: {len(values)} values"]
+    numbers = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
+    return [f"{name}: {', '.join(numbers)}"]

@@ -6,21 +6,25 @@ training wrote; `runs/latest` points to the newest run.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from chexlib.errors import ConfigError
-from chexlib.files import ROOT, atomic_write, plain, write_json
+from chexlib.files import ROOT, atomic_write, plain, read_json, write_json
 from chexlib.machine import environment
 
 PHANTOM_SIZE = 128  # side in pixels of the phantoms that notebooks make
 # Least prevalence of each finding in them; in the NIH release the rarest has 0.002.
 PHANTOM_PREVALENCE = 0.04
+ASKED = "run.json"  # what the run was asked for: notebooks, profile, settings
 log = logging.getLogger(__name__)
 
 
@@ -38,6 +42,56 @@ def new_run(runs_dir: str | Path = "") -> Path:
             raise _unwritable(path, error) from error
         return path
     raise ConfigError(f"{parent} has a hundred runs of this second. Name the folder yourself.")
+
+
+def finished(folder: Path) -> bool:
+    """Whether a notebook came to its end here: it left its metrics, and papermill noted its end and
+    no error.
+    """
+    try:
+        noted = json.loads((folder / "notebook.ipynb").read_text())["metadata"]["papermill"]
+    except (OSError, ValueError, KeyError):  # ValueError: killed while it was written
+        return False
+    return bool(noted["end_time"]) and not noted["exception"] and (folder / "metrics.json").exists()
+
+
+@contextlib.contextmanager
+def run_folder(
+    asked: Mapping, *, runs_dir: str | Path = "", resume: bool = False
+) -> Iterator[Path]:
+    """A folder for a run, locked against other processes while the block lasts.
+
+    Parameters
+    ----------
+    asked : dict
+        notebooks, a list of names, and whatever else makes a run another one; plain values.
+    runs_dir : where runs go; empty for `runs/` of the project
+    resume : bool
+        Go on in the newest run that was asked for the same, if not all of its notebooks are
+        finished.
+
+    Raises
+    ------
+    ConfigError
+        The run to go on with is being executed by another process.
+    """
+    asked, parent = plain(dict(asked)), Path(runs_dir or ROOT / "runs").absolute()
+    run = None
+    if resume:
+        same = [file.parent for file in parent.glob(f"[0-9]*/{ASKED}") if read_json(file) == asked]
+        run = max(same, default=None, key=lambda path: path.name)
+    if run is None or all(finished(run / name) for name in asked["notebooks"]):
+        run = new_run(runs_dir)
+        write_json(run / ASKED, asked)
+    with open(run / ASKED) as held:
+        try:
+            # Given back by the system, however this process ends.
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{run} is being executed. Wait for its end, or begin a new run without resume."
+            ) from None
+        yield run
 
 
 def latest_run(runs_dir: str | Path = "") -> Path | None:
@@ -73,10 +127,10 @@ class Run:
         """Whether a file lies below this folder or, where that is `<run>/<notebook>`, beside
         another of the run's.
         """
-        mine, path = self.path.resolve(), Path(path).resolve()
-        return path.is_relative_to(mine) or (
-            mine.name == self.notebook and path.parent.parent == mine.parent
-        )
+        folder, path = self.path.resolve(), Path(path).resolve()
+        if path.is_relative_to(folder):
+            return True
+        return folder.name == self.notebook and path.parent.parent == folder.parent
 
     def finish(self, record=None, /, **metrics) -> Path:
         """Write `metrics.json`, undefined numbers as null; if the run is our own, point `latest`
@@ -133,7 +187,7 @@ def _began_before(path: Path, parameters: dict) -> bool:
     file = path / "params.json"
     if (path / "metrics.json").exists() or not file.exists():
         return False
-    return json.loads(file.read_text()) == json.loads(json.dumps(plain(parameters)))
+    return read_json(file) == json.loads(json.dumps(plain(parameters)))
 
 
 def data_folder(data_dir: str = "", *, images: int, difficulty: str, seed: int) -> Path:

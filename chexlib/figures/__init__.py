@@ -1,1 +1,30 @@
+"""Figures of the notebooks: `from chexlib import figures`, then `figures.auroc_bars(table)`.
 
+Each function draws what it is given and returns a matplotlib Figure, so that a cell that ends with
+it shows it once. No reading depends on colour alone.
+"""
+
+# ruff: noqa: F401
+from chexlib.figures.data import (
+    ages,
+    cooccurrence,
+    finding_counts,
+    images_per_patient,
+    imbalance,
+    prevalence_by_part,
+    radiographs,
+)
+from chexlib.figures.judgement import auroc_bars, forest, heat_figure, pointing_bars, reliability
+from chexlib.figures.scaling import layouts, projection, step_parts, time_and_cost, wires
+from chexlib.figures.studies import (
+    along,
+    by_setting,
+    collapse_curve,
+    decomposition,
+    ladder,
+    norm_report,
+    rules,
+    updates,
+)
+from chexlib.figures.style import NAMES, set_theme
+from chexlib.figures.training import history, pretraining, schedule, workbench

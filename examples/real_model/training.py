@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from chexlib.app.card import write_card
+from chexlib.app.report import write_card
 from chexlib.data.nih import Radiographs, load_radiographs
 from chexlib.data.splits import Split
 from chexlib.evaluation.ensembles import save_ensemble
