@@ -34,9 +34,9 @@ def as_before():
     """`run` takes SIGINT and SIGTERM over, and commands show the log."""
     logger = logging.getLogger("chexlib")
     handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    for number, handler in handlers.items():
+    for number, handler in signals.items():
         signal.signal(number, handler)
     logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
 
