@@ -191,7 +191,7 @@ def fetch(directory, parts):
     numbers = None
     if parts:
         try:
-            numbers = [] if parts == "none" else [int(part) for part in parts.split(",")]
+            numbers = () if parts == "none" else [int(part) for part in parts.split(",")]
         except ValueError:
             raise ConfigError(
                 f"--parts {parts!r} is not a list of numbers. Write for instance --parts 1,2."

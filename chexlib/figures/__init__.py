@@ -26,5 +26,5 @@ from chexlib.figures.studies import (
     rules,
     updates,
 )
-from chexlib.figures.style import NAMES, set_theme
+from chexlib.figures.style import set_theme
 from chexlib.figures.training import history, pretraining, schedule, workbench
