@@ -254,9 +254,15 @@ def test_the_population_is_a_random_part_of_the_images_and_not_the_lowest_patien
         judge, "recalibrate", lambda model, batches, *_, **__: seen.append(list(batches))
     )
     part = SimpleNamespace(table=pd.DataFrame({"path": range(4000)}))
-    trainer = SimpleNamespace(model=None, infer_by_batch=None)
+    training = SimpleNamespace(
+        model=None,
+        parts={"train": part},
+        config=SimpleNamespace(size=32),
+        trainer=SimpleNamespace(infer_by_batch=None),
+    )
     for world in (World(), World(), World(0, 2), World(1, 2)):
-        judge.recalibrate_on(part, trainer, world, size=32)
+        training.world = world
+        judge.recalibrate_on_train(training)
     whole, again, *halves = [np.concatenate(batches).ravel() for batches in seen]
     assert len(set(whole)) == 1000
     assert stats.kstest(whole / 4000, "uniform").pvalue > 0.001

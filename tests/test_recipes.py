@@ -20,7 +20,7 @@ from chexlib.mpi import find_mpi, thread_environment
 from chexlib.phantom.write import write_phantom
 from chexlib.studies.collapse import collapse
 from chexlib.training.callbacks import Position
-from chexlib.training.fit import fit
+from chexlib.training.fit import fit, learn
 from chexlib.training.optimizers import values_at
 from chexlib.training.state import checkpoint_files, load_checkpoint
 from chexlib.training.trainer import Reuse
@@ -111,7 +111,7 @@ def through_all_phases(request, phantom, tmp_path_factory):
     reuse = Reuse()
     with pytest.MonkeyPatch.context() as patch:
         with_a_tiny_network(patch)
-        return config, fit(config, reuse=reuse, measure=lambda *_: {}), reuse
+        return config, learn(config, reuse=reuse), reuse
 
 
 def state_at_the_end(config):
@@ -131,7 +131,7 @@ def test_resuming_in_the_middle_of_any_phase_continues_exactly(
     middle = int(np.argmax(values.phase == PARTS.index(part))) + 1
     file = checkpoints_of(config)[middle - 1]  # the first is of the state after one step
     again = config.replace(run_dir=only(file, tmp_path), resume=True)
-    resumed = fit(again, reuse=reuse, measure=lambda *_: {})
+    resumed = learn(again, reuse=reuse)
     assert resumed.resumed_from == file.name == f"step-{middle:09d}.npz"
     for name in ("loss", "val_loss", "val_auroc", "learning_rate"):
         assert [row[name] for row in resumed.history] == [row[name] for row in result.history]

@@ -279,7 +279,7 @@ JOB = """
 import json, sys
 from pathlib import Path
 from small_training import config_for
-from chexlib.training.fit import fit
+from chexlib.training.fit import learn
 from chexlib.training.trainer import Reuse
 from chexlib.studies.grid import run_grid
 
@@ -288,9 +288,9 @@ reuse = Reuse()
 
 def row(point, folder):
     config = config_for(data, folder, resume=True, optimizer="sgd", **point)
-    last = lambda trainer, parts, world: {"norm": float(sum(abs(w).sum() for w in trainer.model.get_weights()))}
-    result = fit(config, reuse=reuse, measure=last)
-    return {**result.measured, "loss": result.history[-1]["loss"], "auroc": result.history[-1]["val_auroc"]}
+    training = learn(config, reuse=reuse)
+    norm = float(sum(abs(w).sum() for w in training.model.get_weights()))
+    return {"norm": norm, "loss": training.history[-1]["loss"], "auroc": training.history[-1]["val_auroc"]}
 
 run_grid([{"seed": seed, "accumulation": a} for a, seed in ((1, 0), (1, 1), (2, 0))], table, row)
 """

@@ -15,7 +15,7 @@ from chexlib.models.weights import load_model
 from chexlib.studies.transfer import fine_schedule, pretrain
 from chexlib.training.callbacks import Position, snapshots_of
 from chexlib.training.config import TrainConfig
-from chexlib.training.fit import fit
+from chexlib.training.fit import fit, learn
 from chexlib.training.input import Feed, divide, drawing_of
 from chexlib.training.schedules import Schedule
 from chexlib.training.trainer import Reuse
@@ -148,19 +148,14 @@ def test_recalibration_gives_the_statistics_of_the_new_images_before_the_first_s
     config = config_for(phantom, tmp_path, epochs=1, batch_size=128, learning_rate=1e-12)
     train = divide(config)[1]["train"]
     seen = {}
-
-    def look(trainer, parts, world):
-        norm = next(n for n in trainer.model._flatten_layers() if n.name == "conv1_bn")
-        seen[bool(seen)] = norm.moving_mean.numpy()
-        if len(seen) == 2:
-            model = trainer.model
-            stem = keras.Model(model.input, model.get_layer("conv1_conv").output)
-            pixels = Feed(config, World(), train, train.labels).store.take(range(len(train)))
-            seen["mean"] = np.mean(stem(pixels[..., None].astype(np.float32)), axis=(0, 1, 2))
-        return {}
-
     for images in (0, 10**6):
-        fit(config.replace(mirror=False, recalibrate=images), measure=look)
+        training = learn(config.replace(mirror=False, recalibrate=images))
+        model = training.model
+        norm = next(layer for layer in model._flatten_layers() if layer.name == "conv1_bn")
+        seen[images > 0] = norm.moving_mean.numpy()
+    stem = keras.Model(model.input, model.get_layer("conv1_conv").output)
+    pixels = Feed(config, World(), train, train.labels).store.take(range(len(train)))
+    seen["mean"] = np.mean(stem(pixels[..., None].astype(np.float32)), axis=(0, 1, 2))
     np.testing.assert_allclose(seen[False], 0.1 * seen["mean"], rtol=1e-3, atol=1e-3)
     # Batches of 128 are more images than there are: the population is the one batch.
     np.testing.assert_allclose(seen[True], seen["mean"], rtol=1e-3, atol=1e-3)

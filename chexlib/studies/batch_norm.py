@@ -27,10 +27,9 @@ from chexlib.evaluation.intervals import (
 from chexlib.findings import FINDINGS
 from chexlib.models.statistics import kept_statistics
 from chexlib.studies.grid import measure_training
-from chexlib.studies.judge import EVALUATED, judge_scores, recalibrate_on
-from chexlib.training.callbacks import pooled_scorer
+from chexlib.studies.judge import EVALUATED, judge_scores, recalibrate_on_train
 from chexlib.training.config import TrainConfig
-from chexlib.training.fit import TrainResult, fit
+from chexlib.training.fit import Training
 from chexlib.training.trainer import Reuse
 
 # Adam's; without batch norm a network bears less.
@@ -165,18 +164,16 @@ def measure_norms(config: TrainConfig, *, reuse: Reuse) -> dict | None:
         stopped.
     """
 
-    def look(trainer, parts, world):
-        model, labels = trainer.model, parts["test"].labels
-
-        def score(predict, batch=EVALUATED):
-            return pooled_scorer(predict, parts, world, size=config.size, batch=batch)("test")
-
-        scores = {"moving": score(trainer.infer)}
-        with kept_statistics(model):
-            scores["batch"] = score(trainer.infer_by_batch)
-        recalibrate_on(parts["train"], trainer, world, size=config.size)
-        scores["recalibrated"] = score(trainer.infer)
-        row = {}
+    def columns(training: Training) -> dict:
+        infer, infer_by_batch = training.trainer.infer, training.trainer.infer_by_batch
+        scores = {"moving": training.score("test", predict=infer, batch=EVALUATED)}
+        with kept_statistics(training.model):
+            scores["batch"] = training.score("test", predict=infer_by_batch, batch=EVALUATED)
+        recalibrate_on_train(training)
+        scores["recalibrated"] = training.score("test", predict=infer, batch=EVALUATED)
+        labels = training.parts["test"].labels
+        speed = max(epoch["images_per_second"] for epoch in training.history)
+        row = {"updates": config.epochs * config.max_steps, "ms_per_image": 1000 / speed}
         for kind, values in scores.items():
             judged = judge_scores(labels, values)
             row |= {f"auroc_{kind}": judged["auroc"], f"loss_{kind}": judged["loss"]}
@@ -184,12 +181,7 @@ def measure_norms(config: TrainConfig, *, reuse: Reuse) -> dict | None:
             row[f"auroc_{finding}"] = auroc(y, p)
         return row
 
-    def columns(result: TrainResult) -> dict:
-        speed = max(epoch["images_per_second"] for epoch in result.history)
-        updates = config.epochs * config.max_steps
-        return {"updates": updates, "ms_per_image": 1000 / speed, **result.measured}
-
-    return measure_training(lambda: fit(config, reuse=reuse, measure=look), columns)
+    return measure_training(config, columns, reuse=reuse)
 
 
 def decompose(rows: pd.DataFrame) -> pd.DataFrame:

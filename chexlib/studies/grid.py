@@ -30,6 +30,8 @@ from chexlib.files import atomic_write, file_lock
 from chexlib.machine import environment, native_precision
 from chexlib.training import TRAINING_VERSION
 from chexlib.training.config import FREE, TrainConfig
+from chexlib.training.fit import Training, learn
+from chexlib.training.trainer import Reuse
 
 MADE_BY = ("training_version", "precision", "commit", "machine")  # what a row tells of its training
 log = logging.getLogger(__name__)
@@ -151,13 +153,16 @@ def _only_warnings() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def measure_training(train: Callable, columns: Callable[..., dict]) -> dict | None:
-    """The row of one training: "diverged", and `columns` of its result if it did not diverge.
+def measure_training(
+    config: TrainConfig, columns: Callable[[Training], dict], *, reuse: Reuse | None = None
+) -> dict | None:
+    """Train, and return a grid's row: "diverged", and if it is false, what `columns` measures.
 
     Parameters
     ----------
-    train : `train()` gives a `TrainResult`
-    columns : `columns(result)` gives what the row holds
+    config : TrainConfig
+    columns : `columns(training)` gives what the row holds, from the last weights
+    reuse : as for `learn`
 
     Returns
     -------
@@ -165,10 +170,10 @@ def measure_training(train: Callable, columns: Callable[..., dict]) -> dict | No
         None if the training was stopped, as `run_grid` takes it.
     """
     try:
-        result = train()
+        training = learn(config, reuse=reuse)
     except DivergedError:
         return {"diverged": True}
-    return None if result.stopped else {"diverged": False, **columns(result)}
+    return None if training.stopped else {"diverged": False, **columns(training)}
 
 
 def deciding_settings(config: TrainConfig) -> dict:

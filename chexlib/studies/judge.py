@@ -21,7 +21,7 @@ from chexlib.models.statistics import (
     recalibrate,
 )
 from chexlib.training.config import TrainConfig
-from chexlib.training.fit import fit
+from chexlib.training.fit import Training, learn
 from chexlib.training.trainer import Reuse
 
 POPULATION = 1024  # training images, at most, for the statistics of the population
@@ -37,16 +37,18 @@ def judge_scores(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
     return {"auroc": mean_auroc(labels, scores), "loss": float(np.mean(losses))}
 
 
-def recalibrate_on(part, trainer, world, *, size: int) -> None:
-    """`recalibrate` a trainer's model on `POPULATION` images of a part, each rank on its share.
+def recalibrate_on_train(training: Training) -> None:
+    """`recalibrate` a training's model on `POPULATION` training images, each rank on its share.
 
-    They are drawn at random, the same ones for every training on this part.
+    They are drawn at random, the same ones for every training on these images.
     """
-    store = ImageStore(part.table["path"], size=size, gather=world.allgather_object)
+    world = training.world
+    paths = training.parts["train"].table["path"]
+    store = ImageStore(paths, size=training.config.size, gather=world.allgather_object)
     chosen = _draw_population(len(store))
     cuts = world.batches(len(chosen), batch=EVALUATED)
     batches = (store.take(chosen[cut])[..., None].astype(np.float32) for cut in cuts)
-    recalibrate(trainer.model, batches, world, forward=trainer.infer_by_batch)
+    recalibrate(training.model, batches, world, forward=training.trainer.infer_by_batch)
 
 
 def _draw_population(n: int) -> np.ndarray:
@@ -73,29 +75,25 @@ def report_after(config: TrainConfig, *, reuse: Reuse) -> NormReport:
     """Train, and look at the batch norm of the last weights: `bn_report` on the test part, by local
     batches.
     """
-    reports = []
+    training = learn(config, reuse=reuse)
+    gather = training.world.allgather_object
 
-    def look(trainer, parts, world):
-        def pixels(paths):
-            store = ImageStore(paths, size=config.size, gather=world.allgather_object)
-            return store.take(range(len(store)))[..., None].astype(np.float32)
+    def pixels(paths):
+        store = ImageStore(paths, size=config.size, gather=gather)
+        return store.take(range(len(store)))[..., None].astype(np.float32)
 
-        training = parts["train"].table["path"]
-        report = bn_report(
-            trainer.model,
-            pixels(parts["test"].table["path"]),
-            parts["test"].labels,
-            population=pixels(training.iloc[_draw_population(len(training))]),
-            batch=config.batch_size,
-            world=world,
-            infer=trainer.infer,
-            forward=trainer.infer_by_batch,
-        )
-        reports.append(report)
-        return {}
-
-    fit(config, reuse=reuse, measure=look)
-    return reports[0]
+    train, test = training.parts["train"], training.parts["test"]
+    population = train.table["path"].iloc[_draw_population(len(train))]
+    return bn_report(
+        training.model,
+        pixels(test.table["path"]),
+        test.labels,
+        population=pixels(population),
+        batch=config.batch_size,
+        world=training.world,
+        infer=training.trainer.infer,
+        forward=training.trainer.infer_by_batch,
+    )
 
 
 def bn_report(

@@ -19,10 +19,9 @@ from chexlib.evaluation.intervals import mean_of_seeds, over_seeds, percent_lost
 from chexlib.findings import FINDINGS
 from chexlib.studies.collapse import collapse, epoch_ends, score_checkpoints
 from chexlib.studies.grid import measure_training
-from chexlib.studies.judge import judge_scores, recalibrate_on
-from chexlib.training.callbacks import pooled_scorer
+from chexlib.studies.judge import judge_scores, recalibrate_on_train
 from chexlib.training.config import OPTIMIZERS, TrainConfig
-from chexlib.training.fit import fit
+from chexlib.training.fit import Training, fit
 from chexlib.training.recipes import LADDER, RULES
 from chexlib.training.trainer import Reuse
 
@@ -140,22 +139,21 @@ def measure_recipe(config: TrainConfig, *, reuse: Reuse) -> dict | None:
         validation, mean AUROC there; seconds. None if the training was stopped.
     """
 
-    def look(trainer, parts, world):
-        score = pooled_scorer(trainer.infer, parts, world, size=config.size)
-        labels = parts["test"].labels
-        moving = mean_auroc(labels, score("test"))
-        recalibrate_on(parts["train"], trainer, world, size=config.size)
-        validation = mean_auroc(parts["validation"].labels, score("validation"))
-        scores = score("test")
+    def columns(training: Training) -> dict:
+        labels = training.parts["test"].labels
+        moving = mean_auroc(labels, training.score("test"))
+        recalibrate_on_train(training)
+        validation = training.score("validation")
+        scores = training.score("test")
         row = judge_scores(labels, scores)
         for i, finding in enumerate(FINDINGS):
             row[f"auroc_{finding}"] = auroc(labels[:, i], scores[:, i])
-        return {**row, "auroc_moving": moving, "validation": validation}
+        row["auroc_moving"] = moving
+        row["validation"] = mean_auroc(training.parts["validation"].labels, validation)
+        row["seconds"] = training.seconds
+        return row
 
-    return measure_training(
-        lambda: fit(config, reuse=reuse, measure=look),
-        lambda result: {**result.measured, "seconds": result.seconds},
-    )
+    return measure_training(config, columns, reuse=reuse)
 
 
 def ladder_gains(rows: pd.DataFrame) -> pd.DataFrame:

@@ -27,9 +27,8 @@ from chexlib.evaluation.intervals import (
 )
 from chexlib.studies.grid import measure_training
 from chexlib.studies.judge import judge_scores
-from chexlib.training.callbacks import pooled_scorer
 from chexlib.training.config import TrainConfig
-from chexlib.training.fit import TrainResult, fit
+from chexlib.training.fit import Training, TrainResult, fit
 from chexlib.training.trainer import Reuse
 
 WARMUP_BATCH = 256  # images of the global batch for which a warm-up is given in epochs
@@ -149,15 +148,12 @@ def measure_transfer(
         seed=point["seed"],
     )
 
-    def look(trainer, parts, world):
-        scores = pooled_scorer(trainer.infer, parts, world, size=config.size)("test")
-        return judge_scores(parts["test"].labels, scores)
+    def columns(training: Training) -> dict:
+        judged = judge_scores(training.parts["test"].labels, training.score("test"))
+        updates = -(-len(training.parts["train"]) // point["batch"])
+        return {**judged, "updates": updates, "seconds": training.seconds}
 
-    def columns(result: TrainResult) -> dict:
-        updates = -(-result.split["images"]["train"] // point["batch"])
-        return {**result.measured, "updates": updates, "seconds": result.seconds}
-
-    row = measure_training(lambda: fit(config, measure=look, reuse=reuse), columns)
+    row = measure_training(config, columns, reuse=reuse)
     return row and {**row, "highest": rate, "images": images}
 
 

@@ -7,7 +7,6 @@ fit(config, engines=engines, restarts=1)                     # on a notebook's e
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import time
@@ -64,7 +63,6 @@ class TrainResult:
     predictions: str
     resumed_from: str | None = None  # name of the checkpoint
     stopped: bool = False  # ended early because it was asked to; the checkpoint is of the very step
-    measured: dict | None = None
 
     def to_dict(self) -> dict:
         """Plain values, for `metrics.json`."""
@@ -111,7 +109,6 @@ def fit(
     report: Callable[[dict], None] | None = None,
     verbose: int | str = 0,
     reuse: Reuse | None = None,
-    measure: Callable[..., dict] | None = None,
 ) -> TrainResult:
     """Train on the train part, choose the epoch by the validation part, and write the results.
 
@@ -147,13 +144,6 @@ def fit(
         return _fit_on(engines, config, restarts=restarts, report=report)
     with stopping.listening():
         training = learn(config, report=report, verbose=verbose, reuse=reuse)
-        if measure is not None:
-            measured = (
-                measure(training.trainer, training.parts, training.world)
-                if not training.stopped
-                else None
-            )
-            return dataclasses.replace(_result_of(training), measured=measured)
         if training.best_weights is not None:
             training.model.set_weights(training.best_weights)
         predictions = pd.concat(

@@ -13,23 +13,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from chexlib.collectives import World
 from chexlib.errors import DataError
 from chexlib.evaluation.auroc import auroc_samples, mean_auroc
 from chexlib.evaluation.ensembles import stack
 from chexlib.evaluation.intervals import paired_bootstrap
 from chexlib.files import atomic_write
 from chexlib.studies.grid import point_key, run_grid
-from chexlib.training.callbacks import pooled_scorer
 from chexlib.training.config import TrainConfig
-from chexlib.training.fit import TrainResult
+from chexlib.training.fit import Training
 from chexlib.training.input import predictions_of
 
 FEWEST = 20  # positives of a finding, below which it has no part in the mean
 
 
 def cross_validate(
-    arms: Mapping[str, Callable[..., TrainResult]],
+    arms: Mapping[str, Callable[[TrainConfig], Training]],
     config: TrainConfig,
     folder: str | Path,
     *,
@@ -45,7 +43,7 @@ def cross_validate(
 
     Parameters
     ----------
-    arms : name -> `train(config, measure=...)`, such as `fit`
+    arms : name -> `train(config)`, such as `learn`
     config : TrainConfig
         What the arms have in common; seed, split and run_dir are set here. A seed has its own folds
         too.
@@ -66,20 +64,19 @@ def cross_validate(
     (folder / "scores").mkdir(parents=True, exist_ok=True)
 
     def measure(point, work):
-        def look(trainer, parts, world: World):
-            scores = pooled_scorer(trainer.infer, parts, world, size=config.size)("test")
-            with atomic_write(folder / "scores" / f"{point_key(point)}.parquet") as file:
-                predictions_of(parts["test"], scores, "test").to_parquet(file, index=False)
-            keep(point, trainer.model)
-            return {"auroc": mean_auroc(parts["test"].labels, scores)}
-
-        settings = {
+        changes = {
             "seed": point["seed"],
             "split": f"fold-{point['fold']}-of-{folds}",
             "run_dir": str(work),
         }
-        result = arms[point["arm"]](config.replace(**settings), measure=look)
-        return None if result.stopped else {**result.measured, "seconds": result.seconds}
+        training = arms[point["arm"]](config.replace(**changes))
+        if training.stopped:
+            return None
+        test, scores = training.parts["test"], training.score("test")
+        with atomic_write(folder / "scores" / f"{point_key(point)}.parquet") as file:
+            predictions_of(test, scores, "test").to_parquet(file, index=False)
+        keep(point, training.model)
+        return {"auroc": mean_auroc(test.labels, scores), "seconds": training.seconds}
 
     points = [
         {**told, "arm": arm, "fold": fold, "folds": folds, "seed": seed}

@@ -30,7 +30,7 @@ from chexlib.phantom.write import write_phantom
 from chexlib.studies.transfer import fine_schedule, pretrain
 from chexlib.training.callbacks import snapshots_of
 from chexlib.training.config import TrainConfig
-from chexlib.training.fit import fit
+from chexlib.training.fit import learn
 from chexlib.training.trainer import Reuse
 from examples.real_model.collection import collect
 from examples.real_model.cross_validation import FEWEST, arm_gains, cross_validate, pooled
@@ -127,10 +127,10 @@ def train_real_model(
     warmup = s.warmup * s.batch_size / 256
     alone = fine_schedule(s.scratch_rate, epochs=s.epochs, warmup=warmup)
 
-    def from_scratch(config, *, measure):
-        return fit(config.replace(schedule=alone), measure=measure, reuse=reuse[SCRATCH])
+    def from_scratch(config):
+        return learn(config.replace(schedule=alone), reuse=reuse[SCRATCH])
 
-    def from_phantom(config, *, measure):
+    def from_phantom(config):
         config = config.replace(
             weights=start,
             schedule=fine_schedule(s.rate, epochs=s.epochs, warmup=warmup),
@@ -138,7 +138,7 @@ def train_real_model(
             fresh_head=s.fresh_head,
             recalibrate=s.recalibrate,
         )
-        return fit(config, measure=measure, reuse=reuse[PHANTOM])
+        return learn(config, reuse=reuse[PHANTOM])
 
     digest = Split("all", None, {"all": tuple(radiographs.table["image"])}).digest
     told = {"data": digest, **asdict(s)}
