@@ -1,4 +1,4 @@
-"""What tests/test_hosts.py runs: on engines, as the "notebook" of host A (`python hosts_job.py
+"""What tests/cluster/test_hosts.py runs: on engines, as the "notebook" of host A (`python hosts_job.py
 JOB`), and as Slurm.
 """
 

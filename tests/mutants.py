@@ -165,7 +165,7 @@ def noticed_by(tree: Path, python: Path, file: str, *, others: bool) -> str | No
     """The first test file that fails, those that name the module first, then with `others` all;
     None if all pass.
     """
-    tests = sorted((tree / "tests").glob("test_*.py"))
+    tests = sorted((tree / "tests").rglob("test_*.py"))
     uses = {test: touched.imports_of(test) for test in tests}
     module = ".".join(Path(file).with_suffix("").parts)
     stem = Path(file).stem

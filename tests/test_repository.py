@@ -98,7 +98,7 @@ def test_files_that_contributors_are_sent_to_exist(path):
 
 
 def test_names_that_contributors_are_sent_to_exist():
-    files = [*(ROOT / "chexlib").rglob("*.py"), *(ROOT / "tests").glob("*.py")]
+    files = [*(ROOT / "chexlib").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
     words = set(re.findall(r"\w+", "\n".join(path.read_text() for path in files)))
     names = re.findall(r"`([A-Z]{5,}|_[a-z_]+|[A-Z][a-z]+[A-Z]\w+|[a-z]+_\w+)`", CONTRIBUTING)
     assert len(names) > 10

@@ -2,7 +2,7 @@
 
 from touched import MOST, ROOT, touched
 
-TESTS = sorted((ROOT / "tests").glob("test_*.py"))
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 
 
 def names(*files):
@@ -11,7 +11,7 @@ def names(*files):
 
 
 def test_a_changed_test_file_is_its_own_and_no_other():
-    assert names("tests/test_plan.py") == ({"test_plan.py"}, [])
+    assert names("tests/scaling/test_plan.py") == ({"test_plan.py"}, [])
 
 
 def test_a_changed_module_has_the_tests_that_import_it_or_whose_helpers_do():

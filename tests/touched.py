@@ -2,7 +2,7 @@
 check`.
 
 A changed test file is its own; a changed module of chexlib, benchmarks or examples has the test
-files that name it, or whose helpers beside them do. Modules that more than `MOST` test files name,
+files that name it, or whose helpers in tests/ do. Modules that more than `MOST` test files name,
 such as chexlib.errors, are left to `make test`.
 """
 
@@ -41,9 +41,10 @@ def imports_of(file: Path) -> set[str]:
     for package, modules in re.findall(rf"from ((?:{packages})[\w.]*) import (.+)", text):
         named |= {f"{package}.{module.strip()}" for module in modules.split(",")}
     for helper in re.findall(r"(?m)^(?:from|import) (\w+)", text):
-        beside = file.with_name(f"{helper}.py")
-        if beside.exists() and not helper.startswith("test_"):
-            named |= imports_of(beside)
+        for folder in (file.parent, file.parent.parent):  # tests stand in folders of rooms
+            script = folder / f"{helper}.py"
+            if script.exists() and not helper.startswith("test_"):
+                named |= imports_of(script)
     return named
 
 
@@ -68,7 +69,7 @@ def touched(files: list[Path], tests: list[Path]) -> tuple[list[Path], list[str]
 
 
 if __name__ == "__main__":
-    found, too_many = touched(changed(*sys.argv[1:]), sorted((ROOT / "tests").glob("test_*.py")))
+    found, too_many = touched(changed(*sys.argv[1:]), sorted((ROOT / "tests").rglob("test_*.py")))
     for module in too_many:
         print(
             f"{module} is named by more than {MOST} test files: run `make test` for it.",

@@ -31,7 +31,7 @@ from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 
 pytestmark = pytest.mark.cores
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 TOPOLOGIES = ("densenet121", "resnet50", "vgg16")
 LONG = bool(os.environ.get("CHEXLIB_LONG"))
 

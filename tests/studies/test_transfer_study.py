@@ -45,7 +45,7 @@ def test_a_finetuning_starts_at_its_rate_and_warms_up_in_proportion_to_the_batch
         asked.append(config)
         raise DivergedError("for this test")
 
-    monkeypatch.setattr(study, "fit", diverge)
+    monkeypatch.setattr("chexlib.studies.grid.learn", diverge)
     snapshots = pd.DataFrame({"path": ["a", "b"], "learning_rate": [3e-4, 1e-4], "images": [8, 16]})
     base = TrainConfig(data_dir="d", run_dir="r", epochs=4, batch_size=8)
     point = {"snapshot": 2, "rate": study.OWN, "warmup": 8.0, "batch": 8, "seed": 3}

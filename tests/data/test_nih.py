@@ -19,7 +19,7 @@ from chexlib.data.splits import audit, image_split, make_split, patient_split
 from chexlib.errors import ConfigError, DataError
 from chexlib.findings import FINDINGS
 
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(__file__).parents[3] / "shared"
 needs_real = pytest.mark.skipif(
     not (SHARED / "nih-256").is_dir(), reason="no real radiographs beside the project"
 )

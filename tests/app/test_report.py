@@ -1,7 +1,7 @@
 """The report is a site that a person enjoys: told without the network, on a phone, to a screen
 reader, by keyboard.
 
-Run by hand with `python tests/test_report.py RUN FOLDER`, it leaves screenshots of a run's pages in
+Run by hand with `python tests/app/test_report.py RUN FOLDER`, it leaves screenshots of a run's pages in
 FOLDER.
 """
 

@@ -307,7 +307,7 @@ def test_a_grid_of_trainings_killed_three_times_gives_the_table_of_an_undisturbe
         command = [sys.executable, "-c", JOB, str(phantom), str(table)]
         place = {
             **os.environ,
-            "PYTHONPATH": str(Path(__file__).parent),
+            "PYTHONPATH": str(Path(__file__).parents[1]),
             "TF_CPP_MIN_LOG_LEVEL": "2",
         }
         return subprocess.Popen(command, env=place, stdout=subprocess.PIPE, text=True)
