@@ -20,13 +20,16 @@ def test_20_trials_have_each_kind_and_a_seed_draws_the_same_again():
     assert kinds == kinds_of(0, 20, list(KINDS)) != kinds_of(1, 20, list(KINDS))
 
 
+LONG = pytest.mark.long  # a trial takes a minute of processor
+
+
 @pytest.mark.parametrize(
     ("number", "kind", "restarts"),
     [
-        (2, "rank stalled", 1),
-        (3, "everything killed", 0),
-        (4, "checkpoint flipped", 0),
-    ],  # the last kills a rank
+        pytest.param(2, "rank stalled", 1, marks=LONG),
+        pytest.param(3, "everything killed", 0, marks=LONG),
+        (4, "checkpoint flipped", 0),  # kills a rank too
+    ],
 )
 def test_a_fault_ends_in_a_clear_error_or_in_the_same_weights_and_leaves_nothing(
     undisturbed, number, kind, restarts
