@@ -43,10 +43,11 @@ def norm_report(report) -> Figure:
     }
     layers = report.layers[[*labels]].rename(columns=labels)
     layers.index = np.arange(1, len(layers) + 1)
-    layers.plot(ax=drift, style=LINE_STYLES, markersize=3, lw=1)
+    if len(layers):
+        layers.plot(ax=drift, style=LINE_STYLES, markersize=3, lw=1)
+        drift.legend(**SMALL)
     drift.set(xlabel="batch-norm layer, from input to output", ylabel="mean over channels")
     drift.set_yscale("log")
-    drift.legend(**SMALL)
     return fig
 
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 from chexlib.collectives import World
 from chexlib.errors import ConfigError, WeightsError
 from chexlib.models.weights import create_model, save_model
-from chexlib.training.callbacks import Position, pooled_scorer
+from chexlib.training.callbacks import PooledScorer, Position
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import TrainResult, fit
 from chexlib.training.input import divide
@@ -61,6 +61,11 @@ def collapse(
     >>> collapse(file, run_dir="runs/collapsed", epochs=2)
     """
     path = Path(checkpoint)
+    if not path.is_file():
+        raise WeightsError(
+            f"there is no checkpoint {path}. Name a file such as "
+            "runs/latest/03_train_baseline/checkpoints/step-000000100.npz."
+        )
     arrays, facts = load_checkpoint(path)
     config = TrainConfig.from_dict(facts["config"])
     rate, decay = rate_reached(config, arrays, facts)
@@ -104,12 +109,12 @@ def score_checkpoints(checkpoints: Sequence[Path]) -> np.ndarray:
     config = TrainConfig.from_dict(facts["config"])
     parts, model = divide(config)[1], model_of(config, arrays)
     predict = tf.function(lambda pixels: model(pixels, training=False))
-    score = pooled_scorer(predict, parts, World(), size=config.size)
+    scorer = PooledScorer(parts, World(), size=config.size)
     scores = []
     for checkpoint in checkpoints:
         arrays, _ = load_checkpoint(checkpoint)
         _fill(model, arrays)
-        scores.append(score("test"))
+        scores.append(scorer("test", predict))
     return np.stack(scores)
 
 

@@ -173,6 +173,7 @@ def measure_training(
         training = learn(config, reuse=reuse)
     except DivergedError:
         return {"diverged": True}
+    # A stop that is asked for from here on ends the grid's next training after its first step.
     return None if training.stopped else {"diverged": False, **columns(training)}
 
 

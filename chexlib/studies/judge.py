@@ -13,6 +13,7 @@ from sklearn.metrics import log_loss
 
 from chexlib.data.cache import ImageStore
 from chexlib.data.pipeline import generator_for
+from chexlib.errors import ChexlibError
 from chexlib.evaluation.auroc import mean_auroc
 from chexlib.models.statistics import (
     kept_statistics,
@@ -76,6 +77,8 @@ def report_after(config: TrainConfig, *, reuse: Reuse) -> NormReport:
     batches.
     """
     training = learn(config, reuse=reuse)
+    if training.stopped:
+        raise ChexlibError("the training for this report was stopped. Run it again.")
     gather = training.world.allgather_object
 
     def pixels(paths):
@@ -160,8 +163,9 @@ def bn_report(
     with kept_statistics(model):
         recalibrate(model, parts, world, forward=forward)
         judged["recalibrated"] = score(infer)
-    columns = ["layer", "drift_mean", "drift_variance", "disagreement"]
-    return NormReport(pd.DataFrame(judged).T, pd.DataFrame(rows, columns=columns))
+    numbers = ["drift_mean", "drift_variance", "disagreement"]
+    table = pd.DataFrame(rows, columns=["layer", *numbers])  # without rows for VGG-16
+    return NormReport(pd.DataFrame(judged).T, table.astype(dict.fromkeys(numbers, float)))
 
 
 def _batches_of(images: np.ndarray, batch: int) -> list[np.ndarray]:

@@ -157,30 +157,41 @@ class Progress(keras.callbacks.Callback):
         self.report({**where, **self.model.told(), **numbers})
 
 
-def pooled_scorer(
-    predict: Callable, parts: dict, world: World, *, size: int, batch: int = 64
-) -> Callable:
-    """Make `score(part) -> (n, 14) float32`: each rank scores every ranks-th image, and all ranks
-    get all scores.
-    """
-    stores = {}
+class PooledScorer:
+    """Scores parts of the data over all ranks: each rank takes every ranks-th image.
 
-    def score(part: str) -> np.ndarray:
-        if part not in stores:
-            stores[part] = ImageStore(
-                parts[part].table["path"], size=size, gather=world.allgather_object
-            )
-        store = stores[part]
+    Parameters
+    ----------
+    parts : dict of name to Radiographs
+    world : World
+    size : int
+        Side of the network's input in pixels.
+    """
+
+    def __init__(self, parts: dict, world: World, *, size: int):
+        self.parts, self.world, self.size = parts, world, size
+        self._stores = {}  # each part's images, opened once
+
+    def __call__(self, part: str, predict: Callable, *, batch: int = 64) -> np.ndarray:
+        """Probabilities of a part's images, (n, 14) float32, the same on every rank.
+
+        `predict` takes (k, size, size, 1) float32 pixels, at most `batch` images at once.
+        """
+        world = self.world
+        if part not in self._stores:
+            paths = self.parts[part].table["path"]
+            store = ImageStore(paths, size=self.size, gather=world.allgather_object)
+            self._stores[part] = store
+        store = self._stores[part]
         pieces = [np.zeros((0, len(FINDINGS)), np.float32)]
-        for mine in world.batches(len(store), batch=batch):
-            if len(mine):
-                pieces.append(predict(store.take(mine)[..., None].astype(np.float32)).numpy())
+        for chosen in world.batches(len(store), batch=batch):
+            if len(chosen):
+                pixels = store.take(chosen)[..., None].astype(np.float32)
+                pieces.append(predict(pixels).numpy())
         scores = np.empty((len(store), len(FINDINGS)), np.float32)
         for rank, piece in enumerate(world.allgather_object(np.concatenate(pieces))):
             scores[rank :: world.ranks] = piece
         return scores
-
-    return score
 
 
 FACTS = ("step", "images", "learning_rate", "global_batch", "epoch", "epochs", "optimizer")

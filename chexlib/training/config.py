@@ -79,6 +79,10 @@ def _path(**settings) -> str:
     return field(metadata=check, **settings)
 
 
+# Settings of chexlib 0.1 that are gone, with the values that mean what is done now.
+RETIRED = {"plateau_patience": 1, "early_stop": 0}
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of `fit`. The defaults are CheXNet's recipe (Rajpurkar et al. 2017, section 3.1).
@@ -295,6 +299,7 @@ class TrainConfig:
             raise ConfigError(
                 f"{values!r} is no set of settings. Use an object of names and values."
             )
+        values = {name: value for name, value in values.items() if not _is_retired(name, value)}
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             accepted = ", ".join(field.name for field in dataclasses.fields(cls))
@@ -305,3 +310,8 @@ class TrainConfig:
                 f"the settings lack {', '.join(missing)}. Needed: {', '.join(needed)}."
             )
         return cls(**values)
+
+
+def _is_retired(name: str, value) -> bool:
+    """Whether a setting of an older file can be left out, as nothing else is done today."""
+    return name in RETIRED and value == RETIRED[name]

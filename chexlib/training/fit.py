@@ -30,11 +30,11 @@ from chexlib.models.topologies import NORMALIZATION
 from chexlib.models.weights import save_model
 from chexlib.training.callbacks import (
     Plateau,
+    PooledScorer,
     PooledValidation,
     Position,
     Progress,
     Snapshots,
-    pooled_scorer,
 )
 from chexlib.training.config import TrainConfig
 from chexlib.training.input import Feed, divide, predictions_of, start_head_at_prevalence
@@ -78,6 +78,7 @@ class Training:
     trainer: DataParallelTrainer
     split: Split
     parts: dict[str, Radiographs]  # train, validation, test
+    scorer: PooledScorer
     history: list[dict]  # as in `TrainResult`
     steps: list[list]  # a row per step, see `Progress.STEP_COLUMNS`
     best_epoch: int
@@ -96,9 +97,7 @@ class Training:
 
         `predict` is `trainer.infer`, or another function from pixels to probabilities.
         """
-        predict = predict or self.trainer.infer
-        size = self.config.size
-        return pooled_scorer(predict, self.parts, self.world, size=size, batch=batch)(part)
+        return self.scorer(part, predict or self.trainer.infer, batch=batch)
 
 
 def fit(
@@ -205,8 +204,9 @@ def learn(
         global_batch = config.batch_size * ranks
         images = config.stream_images or len(train)
         at = Position(global_batch, min(images, config.max_steps * global_batch or images))
+        scorer = PooledScorer(parts, world, size=config.size)
         validation = PooledValidation(
-            pooled_scorer(trainer.infer, parts, world, size=config.size),
+            lambda part: scorer(part, trainer.infer),
             parts["validation"].labels,
             choose=not config.shuffle_labels,
         )
@@ -242,6 +242,7 @@ def learn(
         trainer=trainer,
         split=split,
         parts=parts,
+        scorer=scorer,
         history=progress.rows,
         steps=progress.step_rows,
         best_epoch=validation.best_epoch,

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from chexlib.collectives import World
 from chexlib.errors import ConfigError, WeightsError
+from chexlib.figures import norm_report
 from chexlib.models.layers import FusedBatchNormalization
 from chexlib.models.statistics import (
     kept_statistics,
@@ -294,6 +295,27 @@ def test_the_report_names_lag_drift_and_what_recalibration_recovers():
     assert row["drift_mean"] == pytest.approx(50 / 5, rel=0.02)
     assert row["drift_variance"] == pytest.approx(np.log(25), rel=0.02)
     assert row["disagreement"] == pytest.approx(1 / np.sqrt(32 * 16), rel=0.6)
+
+
+def test_a_network_without_batch_norm_has_a_report_without_layers_and_a_figure_of_it():
+    model = keras.Sequential([keras.Input((4, 4, 3)), keras.layers.GlobalAveragePooling2D()])
+    x = np.random.default_rng(0).uniform(0.1, 0.9, (6, 4, 4, 3)).astype(np.float32)
+    report = bn_report(
+        model,
+        x,
+        np.tile([[0.0], [1.0]], (3, 3)),
+        population=x,
+        batch=3,
+        world=World(),
+        infer=model,
+        forward=model,
+    )
+    assert len(report.layers) == 0 and set(report.scores.index) == {
+        "moving",
+        "batch",
+        "recalibrated",
+    }
+    norm_report(report)
 
 
 def test_statistics_are_put_back_after_an_error():

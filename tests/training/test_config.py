@@ -57,6 +57,13 @@ def config(**changes):
     return TrainConfig(**{**NEEDED, **changes})
 
 
+def test_settings_of_older_files_are_left_out_where_they_mean_what_is_done_now():
+    old = {**config().to_dict(), "plateau_patience": 1, "early_stop": 0}
+    assert TrainConfig.from_dict(old) == config()
+    with pytest.raises(ConfigError, match="unknown settings early_stop"):
+        TrainConfig.from_dict({**old, "early_stop": 2})
+
+
 def test_every_setting_has_a_bad_value_here():
     assert set(BAD) == {field.name for field in dataclasses.fields(TrainConfig)}
 

@@ -300,7 +300,7 @@ def test_a_collapse_starts_from_exactly_the_weights_of_the_checkpoint(
 
 
 def test_a_collapse_from_nothing_or_from_a_rate_of_0_says_so(undisturbed, tmp_path, monkeypatch):
-    with pytest.raises(WeightsError, match="is damaged"):
+    with pytest.raises(WeightsError, match="there is no checkpoint"):
         collapse(tmp_path, run_dir=tmp_path / "run")
     config, _ = undisturbed
     zero = {"unit": "epochs", "phases": [{"kind": "constant", "length": 1, "rate": 0}]}
