@@ -226,6 +226,11 @@ def write_card(run: str | Path) -> Path:
     WeightsError, DataError
         No model, or more than one; predictions that are missing or cannot be judged.
     """
+    if not Path(run).exists():
+        raise WeightsError(
+            f"there is no folder {run}. Name the folder of one training, such as "
+            "runs/latest/03_train_baseline."
+        )
     weights = find_weights(run).resolve()
     folder, facts = weights.parent, read_card(weights)
     config = config_of(folder, facts)

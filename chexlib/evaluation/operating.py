@@ -102,6 +102,7 @@ def choose_points(
         "specificity" the lowest with at least this specificity; "youden" the one with the largest
         sum of both (Youden 1950).
     """
+    OperatingPoints(sensitivity, specificity, {})  # refuses what is no rate
     labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
     thresholds = {}
     for k in np.flatnonzero(enough_patients(labels, patients)):

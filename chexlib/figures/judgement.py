@@ -77,6 +77,7 @@ def forest(
     xlabel: str,
     line: float,
     title: str = "",
+    missing: str = "too small to speak",
     filled: pd.Series | None = None,
 ) -> Figure:
     """Forest plot: a row a value, with its interval; where there is none, the row says so.
@@ -89,6 +90,8 @@ def forest(
         Its index has the names of the rows; columns `value`, low and high.
     line : float
         Where nothing is to be seen: 0 of differences, 0.5 of AUROC.
+    missing : str
+        Why a row has no interval.
     filled : Series of bool, optional
         Indexed as the table: whose marker is filled, as what is claimed; all if not given.
     """
@@ -106,7 +109,7 @@ def forest(
     ax.plot(at[hollow], y[hollow], "o", color="C0", markerfacecolor="white", markersize=7)
     for row in y[~drawn]:
         point = "" if np.isnan(at[row]) else f"{at[row]:.3f}, "
-        ax.text(line, row, f" {point}too small to speak", va="center", color="0.3", **SMALL)
+        ax.text(line, row, f" {point}{missing}", va="center", color="0.3", **SMALL)
     ax.set(yticks=y, yticklabels=list(map(spaced, table.index)), xlabel=xlabel, title=title)
     ax.set_ylim(len(table) - 0.4, -0.6)
     ax.margins(x=0.08)

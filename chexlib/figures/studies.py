@@ -159,7 +159,9 @@ def along(table: pd.DataFrame, scratch: float) -> Figure:
 def rules(effects: pd.DataFrame) -> Figure:
     """What following each rule gains, with its interval over seeds."""
     rows = effects.set_axis(effects["rule"] + ": " + effects["verdict"])
-    return forest(rows, "effect", xlabel="gain in mean test AUROC", line=0)
+    return forest(
+        rows, "effect", xlabel="gain in mean test AUROC", line=0, missing="no interval of one seed"
+    )
 
 
 def updates(table: pd.DataFrame) -> Figure:

@@ -46,6 +46,8 @@ class Link:
 
     def __post_init__(self):
         _check_above_zero(bandwidth=self.bandwidth)
+        if not self.latency >= 0:
+            raise ConfigError(f"latency={self.latency!r} is not accepted. Use seconds, 0 or more.")
 
 
 @dataclass(frozen=True)

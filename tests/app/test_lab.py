@@ -2,7 +2,7 @@
 
 Needs Chromium.
 
-Run by hand with `python tests/app/test_lab.py FOLDER`, it leaves its screenshots in FOLDER.
+Run by hand with `PYTHONPATH=tests python tests/app/test_lab.py FOLDER`, it leaves its screenshots in FOLDER.
 """
 
 import json

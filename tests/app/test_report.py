@@ -1,8 +1,8 @@
 """The report is a site that a person enjoys: told without the network, on a phone, to a screen
 reader, by keyboard.
 
-Run by hand with `python tests/app/test_report.py RUN FOLDER`, it leaves screenshots of a run's pages in
-FOLDER.
+Run by hand with `PYTHONPATH=tests python tests/app/test_report.py RUN FOLDER`, it leaves
+screenshots of a run's pages in FOLDER.
 """
 
 import base64

@@ -12,7 +12,7 @@ from scipy.stats import binomtest, norm
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, confusion_matrix
 
-from chexlib.errors import ConfigError, WeightsError
+from chexlib.errors import ChexlibError, ConfigError, WeightsError
 from chexlib.evaluation.calibration import (
     Calibration,
     brier_difference,
@@ -304,6 +304,13 @@ def by_hand():
     scores = np.tile(np.arange(1, 11)[:, None] / 10, (1, 14))
     labels = np.isin(np.arange(1, 11), [3, 7, 8, 9, 10]).astype(float)[:, None].repeat(14, axis=1)
     return labels, scores, np.arange(10)
+
+
+@pytest.mark.parametrize("wrong", [90, 1.5, -0.1, float("nan")])
+@pytest.mark.parametrize("name", ["sensitivity", "specificity"])
+def test_a_rate_that_is_none_is_refused(name, wrong):
+    with pytest.raises(ChexlibError, match=f"{name}={wrong!r}"):
+        choose_points(*by_hand(), **{name: wrong})
 
 
 def test_operating_points_of_a_hand_worked_case():

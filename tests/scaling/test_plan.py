@@ -23,6 +23,12 @@ def test_a_node_of_no_size_or_speed_is_refused_with_what_is_accepted(name, wrong
     assert f"{name}={wrong!r}" in str(error.value)
 
 
+@pytest.mark.parametrize("wrong", [-1e-6, float("nan")])
+def test_a_latency_below_0_is_refused(wrong):
+    with pytest.raises(ConfigError, match="latency="):
+        Link(latency=wrong, bandwidth=12.5e9)
+
+
 @pytest.mark.parametrize(
     ("ranks", "expected"), [(1, (46, 2)), (2, (22, 2)), (16, (1, 2)), (24, (1, 1)), (48, (1, 0))]
 )
