@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from chexlib.errors import ChexlibError, ClusterError, ConfigError
+from chexlib.errors import FAULTS, ChexlibError, ClusterError, ConfigError
 from chexlib.machine import import_tensorflow
 
 log = logging.getLogger(__name__)
@@ -79,8 +79,8 @@ class World:
                 variable.assign(total / self.ranks)
 
     def broadcast_object(self, make: Callable[[], Any]) -> Any:
-        """What `make()` returns on rank 0, on every rank; an error of ours there is raised on every
-        rank.
+        """What `make()` returns on rank 0, on every rank; an error of ours, of a file or of the
+        machine there is raised on every rank.
         """
         if self.ranks == 1:
             return make()
@@ -88,10 +88,10 @@ class World:
         if self.first:
             try:
                 answer = make()
-            except ChexlibError as error:
+            except (ChexlibError, *FAULTS) as error:
                 answer = error
         answer = carrier().broadcast_object(answer)
-        if isinstance(answer, ChexlibError):
+        if isinstance(answer, (ChexlibError, *FAULTS)):
             raise answer
         return answer
 

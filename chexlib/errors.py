@@ -1,7 +1,14 @@
-"""Exceptions that chexlib raises.
+"""Exceptions that chexlib raises, and the one line that tells an error.
 
 A message says what is wrong, the value, what is accepted and the next step.
 """
+
+from __future__ import annotations
+
+import errno
+
+# What a file or the machine can raise at any place. The command line tells them in one line too.
+FAULTS = (OSError, EOFError, MemoryError, RecursionError)
 
 
 class ChexlibError(Exception):
@@ -26,3 +33,40 @@ class ClusterError(ChexlibError):
 
 class WeightsError(ChexlibError):
     """Weights that do not fit the model they are meant for."""
+
+
+_ROOM = "Make room, and repeat the command."
+_MINE = "Name a place that you may use, or change its permissions."
+# What helps, by the number of an OSError; any other asks for where it was.
+_STEPS = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: "Raise the limit on the size of files (ulimit -f), and repeat the command.",
+    errno.EACCES: _MINE,
+    errno.EPERM: _MINE,
+    errno.EROFS: _MINE,
+    errno.EIO: "Check this disk, or use another.",
+    errno.ENOENT: "Check the name.",
+    errno.ENOTDIR: "Check the name.",
+    errno.ENAMETOOLONG: "Use a shorter name.",
+    errno.EMFILE: "Raise the limit on open files (ulimit -n), and repeat the command.",
+    errno.ENOMEM: "Use less at a time, or a machine with more memory.",
+}
+_DEBUG = "Repeat the command with --debug to see where."
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line with the next step, whatever raised it."""
+    said = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        file, reason = error.filename or "a file", error.strerror or said
+        said = f"{file} cannot be used ({reason}). {_STEPS.get(error.errno, _DEBUG)}"
+    elif isinstance(error, MemoryError):
+        said = f"the memory is not enough ({said or 'none is left'}). {_STEPS[errno.ENOMEM]}"
+    elif isinstance(error, RecursionError):
+        said = f"something in the input is nested too deeply ({said}). {_DEBUG}"
+    elif isinstance(error, EOFError):
+        said = f"a file ends too early ({said or 'end of file'}). {_DEBUG}"
+    elif not isinstance(error, ChexlibError):
+        said = f"{type(error).__name__}: {said}"
+    return " ".join(said.split())

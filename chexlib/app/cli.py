@@ -5,26 +5,59 @@ What takes long to import is imported by the command that needs it, so that help
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import click
 
-from chexlib.errors import ChexlibError, ConfigError
+from chexlib.errors import FAULTS, ChexlibError, ConfigError, one_line
+
+
+def _set_debug(ctx, option, wanted: bool) -> None:
+    ctx.meta["debug"] = wanted or ctx.meta.get("debug", False)
 
 
 class _OneLine:
-    """Tells an error of ours in one line and exits with 2, without a traceback."""
+    """Tells an error of ours, of a file or of the machine in one line and exits with 2.
+
+    `--debug`, before or after a command's name, prints the traceback above that line.
+    """
+
+    def get_params(self, ctx):
+        debug = click.Option(
+            ["--debug"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_set_debug,
+            help="Print the traceback of an error.",
+        )
+        return [*super().get_params(ctx), debug]
 
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except ChexlibError as error:
-            click.echo(f"Error: {error}", err=True)
+        except (ChexlibError, *FAULTS) as error:
+            if getattr(error, "errno", None) == errno.EPIPE:
+                raise  # nobody reads on: click ends quietly
+            if ctx.meta.get("debug"):
+                traceback.print_exc()
+            _give_up_full_output()
+            click.echo(f"Error: {one_line(error)}", err=True)
             ctx.exit(2)
+
+
+def _give_up_full_output() -> None:
+    """Let Python end without a second error if standard output is on a full disk."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Command(_OneLine, click.Command):
@@ -33,6 +66,8 @@ class Command(_OneLine, click.Command):
 
 class _Family(_OneLine, click.Group):
     """Commands whose errors are told in one line."""
+
+    command_class = Command
 
 
 @click.group(cls=_Family, context_settings={"help_option_names": ["-h", "--help"]})

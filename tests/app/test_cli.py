@@ -2,6 +2,7 @@
 they are asked.
 """
 
+import errno
 import io
 import json
 import logging
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import click
 import numpy as np
@@ -22,6 +24,7 @@ from sklearn.metrics import roc_auc_score
 import chexlib.cluster.cleanup
 from chexlib.app.cli import main
 from chexlib.data.nih import load_radiographs, read_image
+from chexlib.errors import ConfigError
 from chexlib.findings import FINDINGS
 from chexlib.models.predict import predict
 from chexlib.models.weights import extend_card
@@ -100,6 +103,57 @@ def test_an_error_is_one_line_and_exit_code_2_in_a_real_process(tmp_path):
     assert answer.returncode == 2
     assert answer.stderr.startswith("Error: 'train' is not PART=LIST")
     assert answer.stderr.count("\n") == 1
+
+
+# What a file or the machine may raise at any place of any command.
+MACHINE_FAULTS = {
+    "disk full": (OSError(errno.ENOSPC, "No space left on device", "x/y"), "x/y", "Make room"),
+    "nameless": (OSError(errno.EIO, "Input/output error"), "Input/output error", "disk"),
+    "no number": (OSError("cannot identify"), "cannot identify", "--debug"),
+    "another number": (OSError(errno.EXDEV, "Invalid link"), "Invalid link", "--debug"),
+    "cut": (EOFError("Compressed file ended"), "ends too early", "Compressed file ended"),
+    "memory": (MemoryError("Unable to allocate 9 GiB"), "9 GiB", "more memory"),
+    "depth": (RecursionError("maximum depth"), "nested too deeply", "--debug"),
+    "two lines": (ConfigError("one\n  two."), "one two."),
+}
+
+
+@pytest.mark.parametrize("fault", MACHINE_FAULTS)
+def test_whatever_a_file_or_the_machine_raises_is_one_line(monkeypatch, fault):
+    error, *naming = MACHINE_FAULTS[fault]
+    monkeypatch.setattr(chexlib.cluster.cleanup, "end_members", mock.Mock(side_effect=error))
+    refused("clean", naming=naming)
+
+
+@pytest.mark.parametrize("words", [("--debug", "clean"), ("clean", "--debug")])
+def test_debug_shows_the_traceback_above_the_line(monkeypatch, words):
+    error = mock.Mock(side_effect=EOFError("cut"))
+    monkeypatch.setattr(chexlib.cluster.cleanup, "end_members", error)
+    answer = call(*words)
+    assert answer.exit_code == 2
+    assert answer.stderr.startswith("Traceback (most recent call last)")
+    assert answer.stderr.splitlines()[-1].startswith("Error: a file ends too early (cut)")
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(chexlib.cluster.cleanup, "end_members", mock.Mock(side_effect=KeyError))
+    assert isinstance(call("clean").exception, KeyError)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_standard_output_on_a_full_disk_is_one_line():
+    command = [sys.executable, "-m", "chexlib", "clean", "--help"]
+    with open("/dev/full", "w") as full:
+        answer = subprocess.run(command, stdout=full, stderr=-1, text=True, timeout=60)
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("Error: ")
+    assert answer.stderr.count("\n") == 1, answer.stderr
+
+
+def test_a_reader_who_stops_reading_is_no_error():
+    command = f"{sys.executable} -m chexlib --help | true"
+    answer = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert answer.stderr == ""
 
 
 # --- run
