@@ -20,7 +20,14 @@ import psutil
 from chexlib import collectives
 from chexlib.app.reference import keep_reference
 from chexlib.app.report import build_report
-from chexlib.app.runs import ASKED, finished, point_latest, run_folder, show_log
+from chexlib.app.runs import (
+    ASKED,
+    check_parameters,
+    finished,
+    point_latest,
+    run_folder,
+    show_log,
+)
 from chexlib.errors import ConfigError
 from chexlib.files import ROOT, read_json
 from chexlib.machine import BATCH, cores
@@ -82,8 +89,7 @@ def execute(
 
     paths = find_notebooks(notebooks)
     accepted = {path: papermill.inspect_notebook(path) for path in paths}
-    chosen = _checked(dict(parameters or {}), accepted)
-    settings = {"engines": 1, "data_dir": "", **_profile(profile), **chosen}
+    settings = _checked(dict(parameters or {}), _profile(profile), accepted)
     _refuse_what_cannot_work(settings)
     show_log()
 
@@ -346,34 +352,31 @@ def _note_death(made: Path, source: Path, error: Exception) -> None:
     nbformat.write(notebook, made)
 
 
-def _typed(name: str, value, kind: str):
-    """Text from the command line as the type that the notebook's annotation names."""
+def _typed(value, kind: str):
+    """Text from the command line as the type that the notebook's annotation names, if it is one."""
     makers = {
         "int": int,
         "float": float,
         "bool": lambda text: {"true": True, "false": False}[text.lower()],
     }
-    if not isinstance(value, str) or kind not in makers:
-        return value
     try:
-        return makers[kind](value)
+        return makers[kind](value) if isinstance(value, str) else value
     except (ValueError, KeyError):
-        raise ConfigError(
-            f"{name}={value!r} is not accepted. Use a value of type {kind}."
-        ) from None
+        return value
 
 
-def _checked(parameters: dict, accepted: dict[Path, dict]) -> dict:
-    """Refuse what no notebook takes; give text from the command line its type, and the data folder
-    its full path.
+def _checked(parameters: dict, profile: dict, accepted: dict[Path, dict]) -> dict:
+    """The profile's settings and, over them, these parameters: text has the type of the notebook's
+    annotation, and the data folder is a full path.
+
+    ConfigError for a parameter that no notebook has, and for a value of another type.
     """
     kinds = {}
     for declared in accepted.values():
         for name, parameter in declared.items():
             kinds.setdefault(name, parameter["inferred_type_name"])
     names = sorted(kinds.keys() - {"run_dir"})  # that one is execute's
-    checked = {}
-    for name, value in parameters.items():
+    for name in parameters:
         if name not in names:
             near = difflib.get_close_matches(name, names, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -381,11 +384,15 @@ def _checked(parameters: dict, accepted: dict[Path, dict]) -> dict:
                 f"no notebook of this run has a parameter {name!r}.{hint} Accepted: "
                 f"{', '.join(names)}."
             )
-        checked[name] = _typed(name, value, kinds[name])
-    if checked.get("data_dir"):
+    settings = {"engines": 1, "data_dir": "", **profile, **parameters}
+    kinds |= {"engines": "int", "data_dir": "str"}
+    kinds = {name: kind for name, kind in kinds.items() if name in settings}
+    settings |= {name: _typed(settings[name], kind) for name, kind in kinds.items()}
+    check_parameters(settings, kinds)
+    if settings["data_dir"]:
         # The kernels work in another folder.
-        checked["data_dir"] = str(Path(checked["data_dir"]).absolute())
-    return checked
+        settings["data_dir"] = str(Path(settings["data_dir"]).absolute())
+    return settings
 
 
 def _refuse_what_cannot_work(settings: dict) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -25,6 +26,13 @@ PHANTOM_SIZE = 128  # side in pixels of the phantoms that notebooks make
 # Least prevalence of each finding in them; in the NIH release the rarest has 0.002.
 PHANTOM_PREVALENCE = 0.04
 ASKED = "run.json"  # what the run was asked for: notebooks, profile, settings
+MOST = 2**32 - 1  # what NumPy and pandas take as a seed; no number of images comes near it
+USE = {  # of the types that a notebook's parameters are annotated with
+    "int": f"a whole number from 0 to {MOST}",
+    "float": "a number",
+    "bool": "True or False",
+    "str": "text",
+}
 log = logging.getLogger(__name__)
 
 
@@ -151,6 +159,41 @@ class Run:
 
     def _repr_html_(self) -> str:
         return f"<p>Run folder: <code>{self.path}</code></p>"
+
+
+def check_parameters(given: Mapping, kinds: Mapping | None = None) -> None:
+    """Refuse a notebook's parameter of another type than its annotation: the text "false" is true.
+
+    Parameters
+    ----------
+    given : dict
+        Values by name; in a notebook its `globals()`, which have the annotations too.
+    kinds : dict, optional
+        "int", "float", "bool" or "str" by name, instead of these annotations.
+
+    Raises
+    ------
+    ConfigError
+        A value of another type, a whole number out of bounds, or a number that is not finite.
+    """
+    if kinds is None:
+        declared = given.get("__annotations__", {}).items()
+        kinds = {name: getattr(kind, "__name__", kind) for name, kind in declared}
+    for name, kind in kinds.items():
+        if kind in USE and not _is_of(kind, value := given.get(name)):
+            how = f" (with papermill by `-r {name} TEXT`)" if kind == "str" else ""
+            raise ConfigError(f"{name}={value!r} is not accepted. Use {USE[kind]}{how}.")
+
+
+def _is_of(kind: str, value) -> bool:
+    """Whether a value is accepted where this kind of `USE` is annotated."""
+    if kind == "bool" or isinstance(value, bool):  # which Python takes for a whole number
+        return kind == "bool" and isinstance(value, bool)
+    if kind == "int":
+        return isinstance(value, int) and 0 <= value <= MOST
+    if kind == "float":
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, str)
 
 
 def start(notebook: str, *, run_dir: str = "", parameters: dict | None = None) -> Run:

@@ -20,6 +20,7 @@ TOPOLOGIES = ("densenet121", "resnet50", "vgg16")
 # nobody's, the layers being left out.
 NORMS = ("batch", "sync", "ghost", "group", "frozen", "none")
 WIDTHS = (0.25, 1.0)  # share of the published channels in every layer
+SIZES = (32, 1024)  # px a side, least and largest; radiographs of the NIH release have the latter
 STEMS = ("full", "small")  # the published one, for 224 px, or one for 32 px
 GROUPS = 32  # of channels in group norm at width 1 (Wu and He 2018)
 
@@ -54,7 +55,7 @@ def build_model(
     ----------
     topology : {"densenet121", "resnet50", "vgg16"}
     size : int
-        Side of the input in pixels, at least 32.
+        Side of the input in pixels, within `SIZES`.
     width : one of `WIDTHS`
         Share of the published channels in every layer. Layers and places of batch norm stay the
         same.
@@ -90,7 +91,7 @@ def build_model(
     Raises
     ------
     ConfigError
-        Unknown topology, width, stem or norm, a size below 32, or a negative number of blocks.
+        Unknown topology, width, stem or norm, a size out of bounds, or a negative number of blocks.
     WeightsError
         ImageNet weights are asked for with another width, stem or number of blocks than the
         published ones, or with a norm that cannot use those of batch norm.
@@ -99,8 +100,8 @@ def build_model(
         raise ConfigError(
             f"topology {topology!r} is not known. Use one of {', '.join(TOPOLOGIES)}."
         )
-    if size < 32:
-        raise ConfigError(f"size {size} is too small for {topology}. Use at least 32 pixels.")
+    if not SIZES[0] <= size <= SIZES[1]:
+        raise ConfigError(f"size={size} is not accepted. Use {SIZES[0]} to {SIZES[1]} pixels.")
     if width not in WIDTHS or stem not in STEMS:
         raise ConfigError(
             f"width={width!r} with stem={stem!r} is not accepted. Use a width of "

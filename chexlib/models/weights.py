@@ -23,11 +23,10 @@ from chexlib.errors import ChexlibError, ConfigError, WeightsError
 from chexlib.files import atomic_write
 from chexlib.findings import FINDINGS
 from chexlib.models.arrays import fill_model, head_differs, layout, read_arrays
-from chexlib.models.topologies import NORMALIZATION, TOPOLOGIES, WIDTHS, build_model
+from chexlib.models.topologies import NORMALIZATION, SIZES, TOPOLOGIES, WIDTHS, build_model
 
 CARD = "chexlib.json"  # the member of the archive
 LARGEST_CARD = 16 * 2**20  # bytes
-LARGEST_SIZE = 1024  # px a side: that of the NIH release
 MEMBER = "member_"  # a model in a model of models is called so, and numbered
 ENSEMBLE = "ensemble"  # the topology of several models in one
 LEAST_MEMBER = 2**24  # bytes at width 1: the smallest topology, DenseNet-121, has 28 million
@@ -328,7 +327,7 @@ def read_card(path, *, any_findings: bool = False) -> dict:
     Raises
     ------
     WeightsError
-        No such file, not a model of this project, or other findings; a size outside 32 to 1024 px.
+        No such file, not a model of this project, or other findings; a size outside `SIZES`.
     """
     path = find_weights(path)
     try:
@@ -362,9 +361,9 @@ def read_card(path, *, any_findings: bool = False) -> dict:
         raise WeightsError(
             f"{path} predicts {findings!s:.300}; expected the 14 findings {list(FINDINGS)}."
         )
-    if not isinstance(size := card.get("size"), int) or not 32 <= size <= LARGEST_SIZE:
+    if not isinstance(size := card.get("size"), int) or not SIZES[0] <= size <= SIZES[1]:
         raise WeightsError(
-            f"{path} is for images of {size!r:.80} px. Accepted: 32 to {LARGEST_SIZE}."
+            f"{path} is for images of {size!r:.80} px. Accepted: {SIZES[0]} to {SIZES[1]}."
         )
     return card
 

@@ -14,7 +14,7 @@ from chexlib.data.pipeline import AUGMENTATIONS
 from chexlib.data.splits import fold_of
 from chexlib.errors import ConfigError
 from chexlib.machine import native_precision
-from chexlib.models.topologies import NORMS, STEMS, TOPOLOGIES, WIDTHS
+from chexlib.models.topologies import NORMS, SIZES, STEMS, TOPOLOGIES, WIDTHS
 from chexlib.training.recipes import resolve
 
 SPLITS = ("auto", "official", "patient", "image")
@@ -45,15 +45,16 @@ def _choice(among: tuple, default: str) -> str:
     )
 
 
-def _whole(least: int, default: int | None) -> int:
+def _whole(least: int, default: int | None, most: float = math.inf) -> int:
     """A field that holds a whole number, or None where that is its default."""
 
     def check(value) -> bool:
         if value is None:
             return default is None
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
-    use = f"a whole number of {least} or more"
+    bounds = f"of {least} or more" if most == math.inf else f"from {least} to {most}"
+    use = f"a whole number {bounds}"
     return field(default=default, metadata={"check": check, "use": use})
 
 
@@ -108,7 +109,7 @@ class TrainConfig:
     # Use about this many images, always whole patients. 0: all.
     max_images: int = _whole(0, 0)
     # Side of the input in pixels.
-    size: int = _whole(32, 224)
+    size: int = _whole(SIZES[0], 224, SIZES[1])
     # Random area and aspect: "none", "study" (0.08 to 1, 3/4), "radiograph" (0.7 to 1, 9/10).
     augment: str = _choice(tuple(AUGMENTATIONS), "none")
     # Random horizontal flip.

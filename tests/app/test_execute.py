@@ -306,12 +306,42 @@ def test_text_stays_as_it_was_typed(rehearsed, text):
         ("rate", "[1"),
         ("mirror", "maybe"),
         ("mirror", "2"),
+        ("seed", "-1"),
+        ("seed", str(2**32)),
+        ("rate", "nan"),
+        ("seed", None),
+        ("seed", 50.0),
+        ("seed", True),
+        ("mirror", 0),
+        ("rate", [0.5]),
+        ("name", 7),
     ],
 )
 def test_a_value_of_another_type_is_refused_before_anything_is_made(rehearsed, name, text):
-    with pytest.raises(ConfigError, match=name):
+    told = rf"^{name}='?{re.escape(str(text))}'? is not accepted. Use "
+    with pytest.raises(ConfigError, match=told):
         execute(["00"], parameters={name: text}, runs_dir=rehearsed.runs)
+    (rehearsed.root / "notebooks" / "profiles" / "own.yaml").write_text(yaml.dump({name: text}))
+    with pytest.raises(ConfigError, match=told):
+        execute(["00"], profile="own", runs_dir=rehearsed.runs)
     assert not (rehearsed.root / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "right"), [("false", str), (None, None), (50.0, float), ([50], None)]
+)
+def test_a_notebook_refuses_what_papermill_gives_it_of_another_type(value, right):
+    for path in find_notebooks():
+        parameters, *cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+        setup = next(c.source for c in cells if "check_parameters" in c.source)
+        own, call = {}, "runs.check_parameters(globals())\n"
+        # It comes before any use of the parameters, which stand in the cell above it.
+        assert re.match(rf"(\w+ = .*\n|\n)*figures.set_theme\(\)\n{re.escape(call)}", setup), path
+        exec(f"{parameters.source}\nfrom chexlib.app import runs\n{call}", own)
+        for name, kind in own["__annotations__"].items():
+            if kind is not right:
+                with pytest.raises(ConfigError, match=rf"^{name}=.* is not accepted. Use .+\.$"):
+                    exec(call, {**own, name: value})
 
 
 def test_a_dead_kernel_fails_its_notebook_alone(rehearsed, monkeypatch):

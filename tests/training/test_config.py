@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from chexlib.errors import ChexlibError, ConfigError
+from chexlib.findings import FINDINGS
+from chexlib.models.topologies import SIZES, build_model
+from chexlib.models.weights import CARD, read_card
 from chexlib.training.config import OPTIMIZERS, PRECISIONS, SPLITS, TrainConfig
 from chexlib.training.input import divide
 
@@ -15,7 +19,7 @@ BAD = {
     "data_dir": [None, 3],
     "run_dir": [None, 3],
     "topology": ["densenet", "", None, "DenseNet121"],
-    "size": [31, 0, -1, 64.0, "64", True, None],
+    "size": [31, 0, -1, 1025, 64.0, "64", True, None],
     "width": [0.3, 0, "1", None, True],
     "stem": ["tiny", "", None, True],
     "weights": [5, True],
@@ -55,6 +59,18 @@ BAD = {
 
 def config(**changes):
     return TrainConfig(**{**NEEDED, **changes})
+
+
+def test_a_size_that_trains_is_read_again_and_no_other_is_built(tmp_path):
+    least, largest = SIZES
+    for size in SIZES:
+        with zipfile.ZipFile(tmp_path / f"{size}.keras", "w") as archive:
+            card = {**config(size=size).network(), "findings": FINDINGS}
+            archive.writestr(CARD, json.dumps(card))
+        assert read_card(tmp_path / f"{size}.keras")["size"] == size
+    for size in (least - 1, largest + 1):
+        with pytest.raises(ConfigError, match=f"size={size} is not accepted. Use 32 to 1024"):
+            build_model("vgg16", size=size)
 
 
 def test_settings_of_older_files_are_left_out_where_they_mean_what_is_done_now():
