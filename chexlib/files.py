@@ -89,6 +89,37 @@ def file_lock(lock: str | Path, *, wait: bool = True) -> Iterator[bool]:
         os.close(number)
 
 
+def files_below(*folders: str) -> tuple[list[str], dict[str, str]]:
+    """Paths of the files below folders, through links, each folder entered once.
+
+    And what cannot be had, with its reason: a folder that cannot be listed, a link to nowhere.
+    """
+    files, lost, entered = [], {}, set()
+    waiting = list(reversed(folders))
+    while waiting:
+        folder = waiting.pop()
+        if (real := os.path.realpath(folder)) in entered:
+            continue
+        entered.add(real)
+        try:
+            with os.scandir(folder) as listed:
+                entries = sorted(listed, key=lambda entry: entry.name)
+        except OSError as error:
+            lost[folder] = error.strerror or str(error)
+            continue
+        below = []
+        for entry in entries:
+            linked = entry.is_symlink()
+            if os.path.isdir(entry.path) if linked else entry.is_dir(follow_symlinks=False):
+                below.append(entry.path)
+            elif linked and not os.path.exists(entry.path):
+                lost[entry.path] = "a link to nowhere"
+            else:
+                files.append(entry.path)
+        waiting += reversed(below)
+    return files, lost
+
+
 def write_json(path: Path, values) -> None:
     """Write JSON atomically; NaN and infinity become null, NumPy and pandas values plain ones."""
     with atomic_write(path) as file:

@@ -28,13 +28,13 @@ from PIL import Image
 from scipy.sparse import csr_array
 from tqdm.auto import tqdm
 
-from chexlib.data.nih import first_few, read_image
+from chexlib.data.nih import first_few, read_bytes, read_image
 from chexlib.errors import DataError
 from chexlib.files import ROOT, atomic_write
 from chexlib.machine import cores
 
 FOLDER = "CHEXLIB_CACHE"  # the environment variable that names another folder than data/cache
-VERSION = 4  # of the files' layout and of how pixels are made: a new one begins a new cache
+VERSION = 5  # of the files' layout and of how pixels are made: a new one begins a new cache
 ROUND = 5.0  # seconds after which a pair of files is closed and kept
 _ROWS = 1024  # images after which it is too, so that a build's memory does not grow with them
 _CHUNK = 64  # images decoded at a time
@@ -320,9 +320,10 @@ def content(path: str, size: int, known=()) -> tuple[int, np.ndarray | None]:
     digest is `known`.
     """
     try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+        data = read_bytes(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} cannot be read: {reason}.") from error
     digest = _digest(data)
     if digest in known:
         return digest, None

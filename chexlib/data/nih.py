@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import re
+import stat
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import ExifTags, Image
 
 from chexlib.errors import ConfigError, DataError
+from chexlib.files import files_below
 from chexlib.findings import ALIASES, FINDINGS, NO_FINDING
 from chexlib.machine import cores
 
@@ -34,7 +36,28 @@ BOX_COLUMNS = ["image", "finding", "x", "y", "width", "height"]
 # Px: the space of the release's box coordinates, whatever the size of the images here.
 BOX_SIDE = 1024
 OLDEST = 120  # years: the 2017 edition has ages up to 414
+# In folders; a file that is named may have any.
+ENDINGS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
+# Of images that are not read, and of archives in which there may be some.
+OTHER_IMAGES = (
+    *(".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", ".j2k", ".jxl", ".heic", ".avif"),
+    *(".nii", ".nrrd", ".mha", ".mhd", ".npy", ".npz", ".h5", ".zip", ".gz", ".tar", ".7z", ".rar"),
+)
 MAX_PIXELS = 8192**2  # the release has 1024²; far more is a decompression bomb
+MAX_BYTES = 4 * MAX_PIXELS  # twice what the largest image accepted takes at 16 bits
+MAX_SCANS = 16  # of the largest JPEG accepted, more of smaller ones; usual are 6 to 10
+MAX_PARTS = 2**17  # chunks of a PNG: more than 134 MB in chunks of 8 KiB have
+MAX_HEADER = 2**22  # bytes of a JPEG before its pixels
+# By EXIF's mark of orientation (1 is upright), what makes it so.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 NEXT_STEP = (
     "Use a folder of the NIH release, or make a synthetic one: `python -m chexlib phantom DIR`."
 )
@@ -97,8 +120,8 @@ class Radiographs:
 def load_radiographs(
     data_dir: str | Path, *, max_images=0, seed=0, require_images=True
 ) -> Radiographs:
-    """Read a folder in the NIH layout: either edition's CSV, boxes if any, PNGs anywhere in
-    ``images*/``.
+    """Read a folder in the NIH layout: either edition's CSV, boxes if any, PNG and JPEG files
+    anywhere in ``images*/``.
 
     Parameters
     ----------
@@ -126,7 +149,7 @@ def load_radiographs(
     table = table[table["path"].notna()].sort_values("image", ignore_index=True)
     if table.empty and require_images:
         raise DataError(
-            f"None of the {len(listed):,} images of {csv.name} is among {len(files)} PNGs under "
+            f"None of the {len(listed):,} images of {csv.name} is among {len(files)} image files under "
             f"{root / 'images*'}. Put them in images_001/images, say. {NEXT_STEP}"
         )
     _log.info("%s: %d of %d images present", root, len(table), len(listed))
@@ -163,31 +186,97 @@ def read_image(path: str | Path, content: bytes | None = None) -> np.ndarray:
 
     With `content`, the file's bytes, `path` is for messages. Alpha is ignored: the release's RGBA
     files are opaque. Files of 16 bits often hold 10 to 14: white is the greatest value of as many
-    bits, 8 or more, as the file's greatest value needs. DataError if missing, empty, truncated, no
-    image, or over 67 MP.
+    bits, 8 or more, as the file's greatest value needs. An image whose EXIF mark says that it is
+    stored turned or mirrored is set upright. DataError if missing, empty, truncated, no image, over
+    67 MP, or made to take its reader minutes.
     """
-    source = path if content is None else io.BytesIO(content)
     try:
-        with Image.open(source, formats=("PNG", "JPEG")) as image:
-            if not image.width * image.height:
-                raise ValueError("it has no pixels")
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(
-                    f"{image.width} x {image.height} px, over the limit of {MAX_PIXELS:,} px"
-                )
+        content = read_bytes(path) if content is None else content
+        with open_packed(content, ("PNG", "JPEG")) as image:
             if image.mode.startswith("I"):
                 values = np.asarray(image)
-                white = 2 ** max(8, int(values.max()).bit_length()) - 1
+                white = white_of(values)
                 # The grey level of every value that can occur, rounded half up.
-                grey = (510 * np.arange(white + 1) + white) // (2 * white)
-                return grey.astype(np.uint8)[values]
-            if image.mode == "P":
-                image = image.convert("RGBA")
-            return np.array(image.convert("L"))
+                levels = (510 * np.arange(white + 1) + white) // (2 * white)
+                grey = levels.astype(np.uint8)[values]
+            else:
+                plain = image.convert("RGBA") if image.mode == "P" else image
+                grey = np.array(plain.convert("L"))
+            turn = _turn(image)
+        return grey if turn is None else np.array(Image.fromarray(grey).transpose(turn))
     except Exception as error:  # a damaged file makes PIL raise nearly anything
         reason = "it is empty" if os.path.isfile(path) and not os.path.getsize(path) else error
         step = "Download it again, or leave it out: `check_images(radiographs, skip_broken=True)`"
         raise DataError(f"{path} cannot be read as PNG or JPEG: {reason}. {step}.") from error
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of an image file; ValueError for more than any image that is accepted takes, and
+    for what is no file, such as a pipe.
+    """
+    facts = os.stat(path)
+    if not stat.S_ISREG(facts.st_mode):
+        raise ValueError("it is no file")
+    if facts.st_size > MAX_BYTES:
+        raise ValueError(f"{facts.st_size:,} bytes, over the limit of {MAX_BYTES:,}")
+    return Path(path).read_bytes()
+
+
+def open_packed(content: bytes, formats: Sequence[str]) -> Image.Image:
+    """Open an image whose decoding takes seconds at most, and no more memory than its pixels.
+
+    Raises
+    ------
+    ValueError
+        No pixels, over 67 MP, a header without end, or a progressive JPEG of too many scans, each
+        of which costs a pass over all pixels.
+    OSError
+        Nothing of these formats.
+    """
+    _require_short_header(content)
+    image = Image.open(io.BytesIO(content), formats=formats)
+    pixels = image.width * image.height
+    if not pixels:
+        raise ValueError("it has no pixels")
+    if pixels > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} px, over the limit of {MAX_PIXELS:,} px")
+    scans = content.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0
+    if scans * pixels > MAX_SCANS * MAX_PIXELS:
+        raise ValueError(f"{scans:,} scans of {image.width} x {image.height} px, far too many")
+    return image
+
+
+def _require_short_header(content: bytes) -> None:
+    """ValueError for a PNG of more chunks, or a JPEG of more or longer segments before its pixels,
+    than any program writes: PIL reads each in Python, and some of them again and again.
+    """
+    png = content.startswith(b"\x89PNG")
+    if not png and not content.startswith(b"\xff\xd8"):
+        return
+    at, parts = (8 if png else 2), 0
+    while at + 4 <= len(content) and content[at : at + 2] != b"\xff\xda":
+        parts += 1
+        if parts > MAX_PARTS or (not png and at > MAX_HEADER):
+            raise ValueError("its header has no end")
+        if png:
+            at += 12 + int.from_bytes(content[at : at + 4], "big")
+        elif content[at + 1] in (0x00, 0xFF) or 0xD0 <= content[at + 1] <= 0xD9:
+            at += 1  # of fillers, and of markers that stand alone
+        else:
+            at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+
+
+def white_of(values: np.ndarray) -> int:
+    """The greatest value of as many bits, 8 or more, as the greatest of `values` needs."""
+    return 2 ** max(8, int(values.max()).bit_length()) - 1
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What sets an image upright that its EXIF mark says is stored otherwise; None for no mark."""
+    try:
+        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # a mark that cannot be read is none
+        return None
 
 
 def check_images(radiographs: Radiographs, *, skip_broken: bool = False) -> Radiographs:
@@ -368,7 +457,11 @@ def _read_boxes(path: Path, present: set[str]) -> pd.DataFrame:
     boxes = pd.DataFrame(columns=BOX_COLUMNS, dtype=str)
     if path.is_file():
         # The header is skipped, as its last name holds commas; columns may be empty.
-        boxes = _read_csv(path, header=None, skiprows=1, names=BOX_COLUMNS, usecols=range(6))
+        headed = str(_read_csv(path, header=None, nrows=1).iloc[0, 0]).strip() not in present
+        if not headed:
+            _log.warning("%s has no header line: its first line is taken for a box", path)
+        options = {"header": None, "names": BOX_COLUMNS, "usecols": range(6)}
+        boxes = _read_csv(path, skiprows=int(headed), **options)
     for column in BOX_COLUMNS[2:]:
         boxes[column] = _numbers(boxes[column], f"{path}, box {column}") / BOX_SIDE
     boxes["finding"] = boxes["finding"].str.strip().replace(ALIASES)
@@ -380,13 +473,20 @@ def _read_boxes(path: Path, present: set[str]) -> pd.DataFrame:
 
 
 def _image_files(root: Path) -> dict[str, str]:
-    """Name -> path of every PNG under images*/, through links, without hidden files (macOS:
-    ._NAME.png).
+    """Name -> path of every image file under images*/, through links, without hidden files (macOS:
+    ._NAME.png). What cannot be had is told as a warning.
     """
-    pattern = os.path.join(glob.escape(str(root)), "images*", "**", "*.png")
+    folders = sorted(glob.glob(os.path.join(glob.escape(str(root)), "images*")))
+    paths, lost = files_below(*(path for path in folders if not os.path.isfile(path)))
+    if lost:
+        reasons = [f"{path}: {reason}" for path, reason in lost.items()]
+        _log.warning("%d files or folders cannot be had: %s", len(lost), first_few(reasons))
     files, pairs = {}, []
-    for path in sorted(glob.iglob(pattern, recursive=True)):
-        first = files.setdefault(os.path.basename(path), path)
+    for path in sorted(paths):
+        name = os.path.basename(path)
+        if name.startswith(".") or not name.lower().endswith((*ENDINGS, *OTHER_IMAGES)):
+            continue
+        first = files.setdefault(name, path)
         if first != path:
             pairs.append(f"{first} and {path}")
     if pairs:

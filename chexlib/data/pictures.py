@@ -15,30 +15,42 @@ import functools
 import glob
 import io
 import itertools
+import logging
 import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from chexlib.data.cache import DARK, resize_area, too_dark
-from chexlib.data.nih import MAX_PIXELS, read_image
+from chexlib.data.nih import (
+    ENDINGS,
+    MAX_BYTES,
+    MAX_PIXELS,
+    OTHER_IMAGES,
+    first_few,
+    open_packed,
+    read_bytes,
+    read_image,
+    white_of,
+)
 from chexlib.errors import DataError
+from chexlib.files import files_below
 from chexlib.phantom.write import phantom_images
 
-# In folders; a file that is named may have any.
-ENDINGS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
+log = logging.getLogger(__name__)
 
 
 def find_pictures(wanted: Iterable[str | Path]) -> list[str]:
     """Paths of image files: those named, those that a pattern fits, and those below a folder.
 
-    In folders, files count that end as `ENDINGS`, or have no ending and are DICOM; each folder is
-    entered once, wherever links lead. What is found twice, however its folder was spelt, comes
-    once, as it was spelt first. A name that stands for nothing, and a folder that cannot be listed,
-    is returned as it is; reading it raises the error.
+    In folders, files count that end as `ENDINGS` or are DICOM, such as those that archives name by
+    their UID; a warning names those of other kinds of images. Each folder is entered once, wherever
+    links lead. What is found twice, however its folder was spelt, comes once, as it was spelt
+    first. A name that stands for nothing, as a link to nowhere does, and a folder that cannot be
+    listed, is returned as it is; reading it raises the error.
     """
     paths: list[str] = []
     for name in map(str, wanted):
@@ -57,33 +69,29 @@ def find_pictures(wanted: Iterable[str | Path]) -> list[str]:
 
 def _below(folder: str) -> list[str]:
     """Image files below a folder, by name."""
-    paths = []
-    entered = {os.path.realpath(folder)}
-
-    def unlisted(error):
-        paths.append(error.filename)
-
-    for parent, folders, names in os.walk(folder, onerror=unlisted, followlinks=True):
-        targets = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders)}
-        folders[:] = [name for name, target in targets.items() if target not in entered]
-        entered.update(targets.values())
-        for name in sorted(names):
-            path = os.path.join(parent, name)
-            if _is_picture(path):
-                paths.append(path)
+    files, lost = files_below(folder)
+    paths = [path for path in (*files, *lost) if _is_picture(path)]
+    if others := [path for path in files if path.lower().endswith(OTHER_IMAGES)]:
+        log.warning(
+            f"{len(others):,} files in {folder} are left out, as only PNG, JPEG and DICOM are read: "
+            f"{first_few(others)}. Convert them to be scored."
+        )
     return paths or [folder]
 
 
 def _is_picture(path: str) -> bool:
-    if os.path.basename(path).startswith("."):  # such as macOS' ._NAME.png
+    name = os.path.basename(path).lower()
+    # macOS' ._NAME.png, and the table of contents of a DICOM disk, which has no pixels.
+    if name.startswith(".") or name == "dicomdir":
         return False
-    ending = os.path.splitext(path)[1].lower()
-    if ending:
-        return ending in ENDINGS
-    try:
-        return os.path.isfile(path) and is_dicom(path)
-    except OSError:
-        return False
+    ending = os.path.splitext(name)[1]
+    if ending in ENDINGS:
+        return True
+    with contextlib.suppress(OSError):
+        if os.path.exists(path):
+            return os.path.isdir(path) or (os.path.isfile(path) and is_dicom(path))
+    # A link to nowhere, or a file that may not be read: by its name it may be DICOM.
+    return not ending.strip(".0123456789")
 
 
 def is_dicom(path: str | Path) -> bool:
@@ -124,11 +132,20 @@ def read_picture(path: str | Path) -> tuple[np.ndarray, float]:
         ) from error
     if dicom:
         return read_dicom(path), 0.0
-    return read_image(path), _colour(path)
+    content = _content(path)
+    return read_image(path, content), _colour(content)
 
 
-def _colour(path: str | Path) -> float:
-    with Image.open(path) as image:
+def _content(path: str | Path) -> bytes:
+    try:
+        return read_bytes(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} cannot be read: {reason}. Export it again as PNG.") from error
+
+
+def _colour(content: bytes) -> float:
+    with open_packed(content, ("PNG", "JPEG")) as image:
         if image.mode in ("1", "L", "LA") or image.mode.startswith("I"):
             return 0.0
         image.draft("RGB", (128, 128))  # of JPEG, decode no more than is needed
@@ -136,7 +153,6 @@ def _colour(path: str | Path) -> float:
     return float(np.ptp(rgb, axis=-1).mean())
 
 
-MAX_BYTES = 4 * MAX_PIXELS  # twice what the largest image accepted takes at 16 bits
 # The one transfer syntax whose whole data set is compressed, so to any size.
 DEFLATED = "1.2.840.10008.1.2.1.99"
 RLE = "1.2.840.10008.1.2.5"
@@ -148,7 +164,20 @@ SHOWN_BY = (  # what says how values are shown, and nothing where it is empty
     "WindowCenter",
     "WindowWidth",
     "VOILUTFunction",
+    "PixelPaddingValue",
+    "PixelPaddingRangeLimit",
 )
+PIXELS = "PixelData"
+READ = (  # all that is read of a file
+    *("PhotometricInterpretation", "SamplesPerPixel", "PlanarConfiguration", "NumberOfFrames"),
+    *("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
+    *SHOWN_BY,
+    PIXELS,
+)
+MAX_READS = 2**16  # of a DICOM file's elements, nested ones too; usual are some hundred
+MAX_TABLE = 2**22  # bytes of the lookup tables; one has at most 131,072
+MAX_FRAGMENTS = 2**14  # of the compressed pixels of a frame; usual is one
+SOC, FRAGMENT = b"\xff\x4f\xff\x51", b"\xfe\xff\x00\xe0"  # what begins JPEG 2000, a fragment
 
 
 def read_dicom(path: str | Path) -> np.ndarray:
@@ -157,16 +186,16 @@ def read_dicom(path: str | Path) -> np.ndarray:
     0 is black and 255 white, so air is dark. Stored values go through the modality transformation
     (a LUT, or rescale slope and intercept), then the first VOI LUT or window, whose range becomes
     0..255; without either, the image's least to greatest value do. MONOCHROME1, where small values
-    are white, is inverted last (DICOM PS3.3, C.7.6.3.1.2, C.11.1 and C.11.2). An element without a
-    value counts as absent.
+    are white, is inverted last (DICOM PS3.3, C.7.6.3.1.2, C.11.1 and C.11.2). Padding, which fills
+    an image up to its rectangle, is black and has no part in least and greatest (C.7.5.1.1.2). An
+    element without a value counts as absent.
 
     Raises
     ------
     DataError
-        No DICOM, no pixels, colour, several frames, over 67 MP, or compressed in a way that cannot
-        be decoded here.
+        No DICOM, no pixels or more than the header tells, colour, several frames, over 67 MP, made
+        to take its reader minutes, or compressed in a way that cannot be decoded here.
     """
-    import pydicom
     from pydicom.filereader import read_file_meta_info
 
     try:
@@ -175,21 +204,48 @@ def read_dicom(path: str | Path) -> np.ndarray:
             raise ValueError(f"{size:,} bytes, over the limit of {MAX_BYTES:,}")
         if getattr(read_file_meta_info(path), "TransferSyntaxUID", "") == DEFLATED:
             raise ValueError("its data set is deflated as a whole, which is not accepted")
-        dataset = pydicom.dcmread(path)
+        dataset = _read_dataset(path)
         _check(dataset)
         for name in SHOWN_BY:
             if name in dataset and _is_empty(dataset[name]):
                 del dataset[name]
         stored = dataset.pixel_array
-        least, greatest = int(stored.min()), int(stored.max())
-        # Every value that can occur, once: exact in float64, and a fraction of the pixels in
-        # memory.
-        grey = _grey(np.arange(least, greatest + 1), dataset)
-        return grey[stored.astype(np.int32) - least]
+        if stored.shape != (dataset.Rows, dataset.Columns):
+            raise ValueError(f"its pixels are of shape {stored.shape}, unlike its header")
+        return _shown(stored.astype(np.int32), dataset)
     except Exception as error:  # a damaged file makes pydicom raise nearly anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         step = "Export it again as a single uncompressed grey image, or as PNG"
         raise DataError(f"{path} cannot be read as DICOM: {reason}. {step}.") from error
+
+
+class _Counted(io.BufferedReader):
+    """A file that may be read from so many times: pydicom reads for every element."""
+
+    left = MAX_READS
+
+    def read(self, size=-1):
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError(f"it has more than {MAX_READS:,} elements")
+        return super().read(size)
+
+
+def _read_dataset(path: str | Path):
+    """The elements of `READ`, up to the pixels."""
+    from pydicom.filereader import read_partial
+    from pydicom.tag import Tag
+
+    tags = [Tag(name) for name in READ]
+    *others, pixels = tags
+
+    def stop(tag, vr, length):
+        if tag in others and MAX_TABLE < length < 2**32 - 1:
+            raise ValueError(f"its element {tag} has {length:,} bytes")
+        return tag > pixels
+
+    with _Counted(io.FileIO(path)) as file:
+        return read_partial(file, stop, specific_tags=tags)
 
 
 def _is_empty(element) -> bool:
@@ -198,7 +254,7 @@ def _is_empty(element) -> bool:
 
 def _check(dataset) -> None:
     """Refuse, before it is decoded, what is no single grey image of a size that is accepted."""
-    if "PixelData" not in dataset:
+    if PIXELS not in dataset:
         raise ValueError("it has no pixels")
     kind = dataset.get("PhotometricInterpretation", "none")
     if kind not in ("MONOCHROME1", "MONOCHROME2") or dataset.get("SamplesPerPixel", 1) != 1:
@@ -213,15 +269,26 @@ def _check(dataset) -> None:
         raise ValueError(f"it has {dataset.NumberOfFrames} frames, not one")
     if dataset.BitsAllocated not in (8, 16):
         raise ValueError(f"its values have {dataset.BitsAllocated} bits, not 8 or 16")
+    bytes_per_row = dataset.Columns * dataset.BitsAllocated // 8
     syntax = dataset.file_meta.TransferSyntaxUID
     if syntax.is_compressed:
         _check_packed(dataset, rle=syntax == RLE)
+    # Less than a row may be padding.
+    elif len(dataset.PixelData) >= (dataset.Rows + 1) * bytes_per_row:
+        raise ValueError(
+            f"{len(dataset.PixelData):,} bytes of pixels, more than {dataset.Columns} x "
+            f"{dataset.Rows} px take"
+        )
 
 
 def _check_packed(dataset, *, rle: bool) -> None:
-    """Refuse, before it is unpacked, what would take more memory than its header declares."""
-    from pydicom.encaps import generate_frames
+    """Refuse, before it is unpacked, what would take more time or memory than its header
+    declares.
+    """
+    from pydicom.encaps import encapsulate, generate_frames
 
+    if dataset.PixelData.count(FRAGMENT) > MAX_FRAGMENTS:
+        raise ValueError(f"its pixels are in more than {MAX_FRAGMENTS:,} fragments")
     frames = generate_frames(dataset.PixelData, number_of_frames=1)
     packed = next(frames)
     if next(frames, None) is not None:
@@ -229,11 +296,20 @@ def _check_packed(dataset, *, rle: bool) -> None:
     if rle:
         _check_rle(packed, dataset.Rows * dataset.Columns, dataset.BitsAllocated // 8)
         return
+    if packed[4:8] == b"jP  ":
+        # In a JP2 file's boxes, which DICOM does not have (PS3.5, A.4.4), and pydicom may step
+        # through for ever.
+        packed = packed[packed.index(SOC) :]
+        dataset.PixelData = encapsulate([packed])
     # JPEG, JPEG 2000.
-    with contextlib.suppress(UnidentifiedImageError), Image.open(io.BytesIO(packed)) as image:
-        if image.size != (dataset.Columns, dataset.Rows):
+    with (
+        contextlib.suppress(UnidentifiedImageError),
+        open_packed(packed, ("JPEG", "JPEG2000")) as image,
+    ):
+        if image.size != (dataset.Columns, dataset.Rows) or len(image.getbands()) != 1:
+            colour = "" if len(image.getbands()) == 1 else " in colour"
             raise ValueError(
-                f"its pixels are of {image.width} x {image.height} px, unlike its header"
+                f"its pixels are of {image.width} x {image.height} px{colour}, unlike its header"
             )
 
 
@@ -268,20 +344,51 @@ def _unpacked(packed: bytes, enough: int) -> int:
     return length
 
 
+def _shown(stored: np.ndarray, dataset) -> np.ndarray:
+    """Grey levels of stored values of shape (height, width), int32."""
+    padding = np.zeros(stored.shape, bool)
+    if "PixelPaddingValue" in dataset:
+        ends = dataset.PixelPaddingValue, dataset.get("PixelPaddingRangeLimit")
+        ends = [int(end) for end in ends if end is not None]
+        padding = (stored >= min(ends)) & (stored <= max(ends))
+    if padding.all():
+        padding[:] = False
+    least, greatest = int(stored[~padding].min()), int(stored[~padding].max())
+    # Every value that can occur, once: exact in float64, and a fraction of the pixels in memory.
+    grey = _grey(np.arange(least, greatest + 1), dataset)
+    return np.where(padding, 0, grey[np.clip(stored, least, greatest) - least]).astype(np.uint8)
+
+
 def _grey(values: np.ndarray, dataset) -> np.ndarray:
     """Grey levels, uint8, of stored values of shape (n,)."""
-    from pydicom.pixels import apply_modality_lut, apply_voi
-
-    values = apply_modality_lut(values, dataset)
+    if "ModalityLUTSequence" in dataset:
+        values, _ = _looked_up(values, dataset, "ModalityLUTSequence")
+    elif "RescaleSlope" in dataset and "RescaleIntercept" in dataset:
+        values = values * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept)
     if "VOILUTSequence" in dataset:
-        bits = dataset.VOILUTSequence[0].LUTDescriptor[2]
-        shown = apply_voi(values, dataset) / (2.0**bits - 1)
+        shown, white = _looked_up(values, dataset, "VOILUTSequence")
+        shown = shown / white
     elif "WindowCenter" in dataset and "WindowWidth" in dataset:
         shown = _windowed(values, dataset)
     else:
         shown = (values - values.min()) / max(float(np.ptp(values)), 1e-12)
     grey = np.rint(255 * np.clip(shown, 0, 1)).astype(np.uint8)
     return 255 - grey if dataset.PhotometricInterpretation == "MONOCHROME1" else grey
+
+
+def _looked_up(values: np.ndarray, dataset, name: str) -> tuple[np.ndarray, int]:
+    """What the first table of a sequence makes of values (PS3.3, C.11.1.1 and C.11.2.1.1), and its
+    white, which is of as many bits as the table holds: some say 16 and hold 12.
+    """
+    item = dataset[name].value[0]
+    entries, first, _ = item.LUTDescriptor
+    entries, table = entries or 2**16, item.LUTData
+    if isinstance(table, bytes):
+        order = "<" if dataset.original_encoding[1] else ">"
+        table = np.frombuffer(table, f"{order}u{2 if len(table) >= 2 * entries else 1}")
+    table = np.asarray(table, np.int64)[:entries]
+    places = np.clip(values - float(first), 0, len(table) - 1).astype(int)
+    return table[places], white_of(table)
 
 
 def _windowed(values: np.ndarray, dataset) -> np.ndarray:

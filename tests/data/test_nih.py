@@ -583,3 +583,50 @@ def test_broken_images_are_named_or_dropped(tiny_nih, caplog):
         Path(path).write_bytes(b"")
     with pytest.raises(DataError, match="24 of 24 are broken"):
         check_images(whole, skip_broken=True)
+
+
+def test_images_that_cannot_be_had_in_a_training_folder_are_told(tiny_nih, caplog, monkeypatch):
+    root = tiny_nih()
+    images = root / "images_001" / "images"
+    (images / "00000001_000.png").unlink()
+    (images / "00000001_000.png").symlink_to("gone.png")
+    (root / "images_002").symlink_to("not-mounted")
+    (root / "images_003").mkdir()
+    scandir = os.scandir
+
+    def guarded(path="."):  # root may list anything
+        if str(path).endswith("images_003"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert len(load_radiographs(root)) == 23
+    (told,) = (text for text in caplog.messages if "cannot be had" in text)
+    assert "3 files or folders" in told and "00000001_000.png: a link to nowhere" in told
+    assert "images_002: No such file" in told and "images_003: Permission denied" in told
+
+
+def test_images_are_those_that_the_label_file_names_whatever_their_ending(tiny_nih, caplog):
+    root = tiny_nih()
+    images = root / "images_001" / "images"
+    labels = root / "Data_Entry_2017_v2020.csv"
+    labels.write_text(labels.read_text().replace("00000001_000.png", "00000001_000.JPG"))
+    Image.open(images / "00000001_000.png").save(images / "00000001_000.JPG", "JPEG")
+    (images / "00000001_000.png").unlink()
+    (images / "00000002_000.png").rename(images / "00000002_000.tif")
+    (root / "images_002").symlink_to("images_001")  # each folder is entered once
+    loaded = load_radiographs(root)
+    assert len(loaded) == 23 and "00000001_000.JPG" in loaded.table["image"].tolist()
+    (told,) = (text for text in caplog.messages if "no row" in text)
+    assert "1 images have no row" in told and "00000002_000.tif" in told
+
+
+def test_a_box_file_without_a_header_line_keeps_its_first_box(tiny_nih, caplog):
+    root = tiny_nih()
+    whole = load_radiographs(root).boxes
+    assert len(whole) == 2 and not caplog.messages
+    boxes = root / "BBox_List_2017.csv"
+    boxes.write_text(boxes.read_text().split("\n", 1)[1])
+    pd.testing.assert_frame_equal(load_radiographs(root).boxes, whole)
+    (told,) = caplog.messages
+    assert "BBox_List_2017.csv has no header line" in told

@@ -7,11 +7,12 @@ import math
 import os
 import shutil
 import struct
+import zlib
 
 import numpy as np
 import pydicom
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import (
@@ -23,6 +24,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from chexlib.data.cache import content
 from chexlib.data.nih import read_image
 from chexlib.data.pictures import find_pictures, frontal_doubt, read_dicom, read_picture
 from chexlib.errors import DataError
@@ -110,6 +112,55 @@ def test_a_lookup_table_goes_before_the_window(tmp_path):
     assert found.tolist() == [[0, 0, 51], [156, 255, 255]]  # 65,535 / 257 = 255
 
 
+@pytest.mark.parametrize("sequence", ["VOILUTSequence", "ModalityLUTSequence"])
+@pytest.mark.parametrize(("depth", "white"), [(16, 65535), (16, 4095), (12, 4095), (8, 255)])
+def test_a_table_that_holds_fewer_bits_than_it_says_is_shown_from_black_to_white(
+    tmp_path, sequence, depth, white
+):
+    table = Dataset()
+    table.LUTDescriptor = [1024, 0, depth]
+    values = np.linspace(0, white, 1024).astype("<u2")
+    table.add_new("LUTData", "OW", values.tobytes())
+    stored = np.arange(1024, dtype=np.uint16).reshape(32, 32)
+    found = read_dicom(dicom(tmp_path / "a.dcm", stored, **{sequence: [table]}))
+    assert np.array_equal(found.ravel(), np.rint(values * (255 / white)))
+
+
+@pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize(
+    ("padding", "limit"), [(65535, None), (0, None), (60000, 65535), (65535, 60000)]
+)
+def test_padding_is_black_and_leaves_the_film_its_grey_levels(tmp_path, kind, padding, limit):
+    film = np.random.default_rng(0).integers(500, 4096, (20, 30), np.uint16)
+    whole = np.full((24, 30), padding, np.uint16)
+    whole[:20] = film
+    more = {"PixelPaddingValue": padding}
+    if limit is not None:
+        more["PixelPaddingRangeLimit"] = limit
+        whole[21] = 62000
+    found = read_dicom(dicom(tmp_path / "a.dcm", whole, kind=kind, bits=16, **more))
+    alone = read_dicom(dicom(tmp_path / "b.dcm", film, kind=kind, bits=16))
+    assert np.array_equal(found[:20], alone) and not found[20:].any()
+
+
+def test_an_image_that_is_all_padding_is_read_as_if_it_had_none(tmp_path):
+    assert not read_dicom(dicom(tmp_path / "a.dcm", FLAT, PixelPaddingValue=0)).any()
+
+
+@pytest.mark.parametrize("mark", range(2, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_an_image_that_is_marked_as_stored_turned_is_set_upright(tmp_path, kind, mark):
+    pixels = np.zeros((32, 48), np.uint8)
+    pixels[:16, :16] = 200
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = mark
+    Image.fromarray(pixels).save(tmp_path / "film.png", kind, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "film.png"))
+    found, _ = read_picture(tmp_path / "film.png")
+    assert np.array_equal(found, np.asarray(upright))
+    assert not np.array_equal(found, np.asarray(Image.open(tmp_path / "film.png")))
+
+
 def test_pydicoms_own_example_is_read_as_pydicom_shows_it():
     path = pydicom.examples.get_path("ct")
     values = pydicom.dcmread(path).pixel_array.astype(float)
@@ -118,7 +169,12 @@ def test_pydicoms_own_example_is_read_as_pydicom_shows_it():
 
 
 FLAT = np.zeros((8, 8), np.uint16)
+LONG_TABLE = Dataset()
+LONG_TABLE.add_new("LUTData", "OW", bytes(2**22))
 BAD = {
+    "4,096 bytes of pixels, more than 8 x 8 px take": {"PixelData": bytes(4096)},
+    "144 bytes of pixels, more than": {"PixelData": bytes(144)},
+    r"its element \(0028,3010\) has [\d,]+ bytes": {"VOILUTSequence": [LONG_TABLE]},
     "no pixels": {"PixelData": None},
     "RGB": {"PhotometricInterpretation": "RGB"},
     "3 frames": {"NumberOfFrames": 3},
@@ -249,6 +305,103 @@ def test_a_jpeg_in_dicom_is_read_and_refused_unread_where_it_is_larger_than_told
         read_dicom(path)
 
 
+def test_a_dicom_file_of_elements_without_end_is_refused(tmp_path, monkeypatch):
+    path = dicom(tmp_path / "a.dcm", FLAT)
+    element = struct.pack("<HH2sH", 0x0008, 0x0104, b"LO", 0)
+    whole = path.read_bytes()
+    at = whole.index(struct.pack("<HH2s", 0x0028, 0x0002, b"US"))
+    path.write_bytes(whole[:at] + element * 2**17 + whole[at:])
+    with pytest.raises(DataError, match="more than 65,536 elements"):
+        read_dicom(path)
+
+
+def test_compressed_pixels_in_fragments_without_end_are_refused(tmp_path):
+    pixels = struct.pack("<HHL", 0xFFFE, 0xE000, 0) * 20_000 + struct.pack(
+        "<HHL", 0xFFFE, 0xE0DD, 0
+    )
+    path = dicom(tmp_path / "a.dcm", FLAT, syntax=JPEG2000Lossless, PixelData=pixels)
+    with pytest.raises(DataError, match="more than 16,384 fragments"):
+        read_dicom(path)
+
+
+@pytest.mark.parametrize("length", [0, 3, None])
+def test_jpeg_2000_in_the_boxes_of_a_file_is_read_whatever_length_a_box_has(tmp_path, length):
+    grey, packed = next(iter(phantom_images(5, size=64)))[0], io.BytesIO()
+    Image.fromarray(grey).save(packed, "JPEG2000")
+    boxes = bytearray(packed.getvalue())
+    assert boxes[4:8] == b"jP  "
+    if length is not None:
+        boxes[12:16] = length.to_bytes(4, "big")
+    more = {"PixelData": encapsulate([bytes(boxes)]), "BitsAllocated": 8, "HighBit": 7}
+    path = dicom(tmp_path / "a.dcm", grey, bits=8, syntax=JPEG2000Lossless, **more)
+    stretched = (grey.astype(float) - grey.min()) / np.ptp(grey) * 255
+    assert np.abs(read_dicom(path) - stretched).max() <= 0.5
+
+
+def test_a_jpeg_in_dicom_of_too_many_scans_is_refused(tmp_path):
+    with_scans = scans(4096, 4096, 100)
+    more = {"PixelData": encapsulate([with_scans]), "BitsAllocated": 8, "HighBit": 7}
+    more |= {"Rows": 4096, "Columns": 4096}
+    path = dicom(tmp_path / "a.dcm", FLAT, bits=8, syntax=JPEGBaseline8Bit, **more)
+    with pytest.raises(DataError, match="100 scans of 4096 x 4096 px"):
+        read_dicom(path)
+
+
+def scans(width, height, count):
+    """A JPEG of so many scans, each of which ends at once."""
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, "JPEG", progressive=True)
+    whole = bytearray(file.getvalue())
+    frame = whole.index(b"\xff\xc2")
+    whole[frame + 5 : frame + 9] = struct.pack(">HH", height, width)
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    return bytes(whole[: whole.index(b"\xff\xda")] + scan * count + whole[-2:])
+
+
+def segment(marker, content=b""):
+    return b"\xff" + bytes([marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+def hidden(kind):
+    """Images that are small, and that a reader would need minutes for."""
+    if kind == "scans":
+        return scans(8000, 8000, 200)
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, "PNG" if kind == "chunks" else "JPEG")
+    whole = file.getvalue()
+    if kind == "chunks":
+        return (
+            whole[:33] + struct.pack(">L4sL", 0, b"prVt", zlib.crc32(b"prVt")) * 2**18 + whole[33:]
+        )
+    more = {
+        "segments": segment(0xE5) * 2**18,
+        "fillers": b"\xff" * 2**18,
+        "marks": segment(0xE1, b"Exif\0\0" + b"a" * 65_000) * 100,
+    }[kind]
+    return whole[:2] + more + whole[2:]
+
+
+@pytest.mark.parametrize("kind", ["scans", "chunks", "segments", "fillers", "marks"])
+def test_an_image_made_to_take_minutes_is_refused_before_it_is_opened(tmp_path, kind, monkeypatch):
+    (tmp_path / "a.png").write_bytes(hidden(kind))
+    monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("it was decoded"))
+    with pytest.raises(
+        DataError, match=r"a\.png.*(its header has no end|200 scans of 8000 x 8000)"
+    ):
+        read_picture(tmp_path / "a.png")
+
+
+def test_a_file_of_more_bytes_than_any_image_is_refused(tmp_path):
+    (tmp_path / "a.png").touch()
+    os.truncate(tmp_path / "a.png", 2**29)  # a hole on disk
+    for read in (read_image, read_picture, lambda path: content(path, 32)):
+        with pytest.raises(
+            DataError,
+            match=r"a\.png cannot be read.*536,870,912 bytes, over the limit of 268,435,456",
+        ):
+            read(tmp_path / "a.png")
+
+
 def test_formats_are_told_apart_by_content(tmp_path, files):
     stored = np.arange(64, dtype=np.uint16).reshape(8, 8)
     path = dicom(tmp_path / "film.png", stored)
@@ -267,6 +420,20 @@ def test_files_are_found_by_name_folder_and_pattern_each_once(tmp_path, files):
     named = [os.path.relpath(path, tmp_path) for path in found[:-1]]
     assert named == ["b.png", "a/IM0001", "a/c.JPG", "a/deep/d.dicom", "a/notes.txt"]
     assert found[-1] == "none.png"
+
+
+def test_files_of_archives_are_found_and_what_is_left_out_is_told(tmp_path, caplog):
+    for name in ("1.2.840.113619.2.5.17", "IM7", "film.dcm", "sub/scan.v2", "DICOMDIR"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        dicom(tmp_path / name, FLAT)
+    for name in ("a.tif", "sub/b.nii.gz", "notes.txt", "1.2.3"):
+        (tmp_path / name).write_text("no image")
+    (tmp_path / "IM8").symlink_to("gone")
+    (tmp_path / "readme.txt").symlink_to("gone")
+    found = [os.path.relpath(path, tmp_path) for path in find_pictures([tmp_path])]
+    assert found == ["1.2.840.113619.2.5.17", "IM7", "film.dcm", "sub/scan.v2", "IM8"]
+    (told,) = caplog.messages
+    assert "2 files in" in told and "a.tif" in told and "b.nii.gz" in told
 
 
 def test_an_image_is_found_once_however_its_path_is_spelt(tmp_path, files, monkeypatch):
