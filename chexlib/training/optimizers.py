@@ -7,7 +7,7 @@ the slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
@@ -62,6 +62,25 @@ class Scheduled:
     # Of the learning rate, by trainable variable in the order of `build`: layer-wise learning-rate
     # decay. None: 1 for all.
     multipliers: Sequence[float] | None = None
+    # What the variables of one update share, while it is made.
+    _shared: dict | None = None
+
+    def apply(self, gradients, trainable_variables=None):
+        self._shared = {}
+        try:
+            super().apply(gradients, trainable_variables)
+        finally:
+            self._shared = None
+
+    def _once(self, name, make: Callable):
+        """`make()`, in the graph once for each update: a network has hundreds of variables, and
+        each op costs microseconds however small it is.
+        """
+        if self._shared is None:
+            return make()
+        if name not in self._shared:
+            self._shared[name] = make()
+        return self._shared[name]
 
     def follow(self, values: Values):
         """Take rate, momentum and weight decay of each update from `values`, from now on."""
@@ -79,15 +98,19 @@ class Scheduled:
         """The learning rate of one variable: `rate` times its multiplier."""
         if self.multipliers is None:
             return rate
-        return rate * self.multipliers[self._get_variable_index(variable)]
+        multiplier = self.multipliers[self._get_variable_index(variable)]
+        return rate if multiplier == 1 else rate * multiplier
 
     def momentum_now(self):
         """Of the update that is being made."""
-        return self.tables[1](self._iterations.value) if self.tables else self.momentum
+        return self._of_update("momentum of the table", 1) if self.tables else self.momentum
 
     def decay_now(self):
         """Of the update that is being made."""
-        return self.tables[2](self._iterations.value) if self.tables else self.decay
+        return self._of_update("decay", 2) if self.tables else self.decay
+
+    def _of_update(self, name, table):
+        return self._once(name, lambda: self.tables[table](self._iterations.value))
 
     @property
     def iterations(self):
@@ -98,8 +121,8 @@ class Scheduled:
             return super().iterations
         import tensorflow as tf
 
-        count = self._iterations.value
-        return count - tf.cast(self.tables[3](count), count.dtype)
+        count, began = self._iterations.value, self._of_update("began", 3)
+        return count - tf.cast(began, count.dtype)
 
     def _backend_update_step(self, gradients, variables, learning_rate):
         import tensorflow as tf
@@ -113,7 +136,7 @@ class Scheduled:
         # (`--weights`).
         if self.tables:
             tf.cond(tf.equal(self.iterations, 0), forget, lambda: None)
-        super()._backend_update_step(gradients, variables, learning_rate)
+        super()._backend_update_step(gradients, variables, tf.cast(learning_rate, tf.float32))
 
 
 class Decoupled(Scheduled):
@@ -127,10 +150,11 @@ class Decoupled(Scheduled):
 
     def _apply_weight_decay(self, variables):
         if self.decay or self.tables:
+            rate = self.learning_rate
             for variable in variables:
                 if is_weight(variable):
-                    rate = self.rate_of(variable, self.learning_rate)
-                    variable.assign(variable * (1 - rate * self.decay_now()))
+                    shrink = 1 - self.rate_of(variable, rate) * self.decay_now()
+                    variable.assign(variable * shrink)
 
     def get_config(self):
         return {**super().get_config(), "decay": self.decay}
@@ -151,19 +175,25 @@ class FusedAdam(Scheduled, keras.optimizers.Adam):
 
         if self.amsgrad:
             return super().update_step(gradient, variable, learning_rate)
+
+        def settings():
+            step = tf.cast(self.iterations + 1, tf.float32)
+            return {
+                "beta1_power": tf.pow(self.beta_1, step),
+                "beta2_power": tf.pow(self.beta_2, step),
+                "beta1": tf.constant(self.beta_1),
+                "beta2": tf.constant(self.beta_2),
+                "epsilon": tf.constant(self.epsilon),
+            }
+
         index = self._get_variable_index(variable)
-        step = tf.cast(self.iterations + 1, tf.float32)
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
             m=self._momentums[index].value.handle,
             v=self._velocities[index].value.handle,
-            beta1_power=tf.pow(self.beta_1, step),
-            beta2_power=tf.pow(self.beta_2, step),
-            lr=tf.cast(self.rate_of(variable, learning_rate), tf.float32),
-            beta1=self.beta_1,
-            beta2=self.beta_2,
-            epsilon=self.epsilon,
+            lr=self.rate_of(variable, learning_rate),
             grad=gradient,
+            **self._once("adam", settings),
         )
 
     def follow(self, values: Values):
@@ -195,16 +225,15 @@ class Lamb(Decoupled, keras.optimizers.Lamb):
         first, second = self._momentums[index], self._velocities[index]
         first.assign_add((gradient - first) * (1 - self.beta_1))
         second.assign_add((tf.square(gradient) - second) * (1 - self.beta_2))
-        step = tf.cast(self.iterations + 1, tf.float32)
-        mean = first / (1 - tf.pow(self.beta_1, step))
-        root = tf.sqrt(second / (1 - tf.pow(self.beta_2, step)))
+        step = self._once("step", lambda: tf.cast(self.iterations + 1, tf.float32))
+        mean = first / self._once("first", lambda: 1 - tf.pow(self.beta_1, step))
+        root = tf.sqrt(second / self._once("second", lambda: 1 - tf.pow(self.beta_2, step)))
         update = mean / (root + self.epsilon)
         if is_weight(variable) and (self.decay or self.tables):
             update = update + self.decay_now() * variable
         weight, length = tf.norm(variable), tf.norm(update)
         trust = tf.where((weight > 0) & (length > 0), tf.math.divide_no_nan(weight, length), 1.0)
-        rate = tf.cast(self.rate_of(variable, learning_rate), tf.float32)
-        variable.assign_sub(rate * trust * update)
+        variable.assign_sub(self.rate_of(variable, learning_rate) * trust * update)
 
     def _apply_weight_decay(self, variables):
         pass  # it is in the update
@@ -230,9 +259,9 @@ class Momentum(Scheduled, keras.optimizers.SGD):
         tf.raw_ops.ResourceApplyKerasMomentum(
             var=variable.handle,
             accum=self.momentums[self._get_variable_index(variable)].value.handle,
-            lr=tf.cast(self.rate_of(variable, learning_rate), tf.float32),
+            lr=self.rate_of(variable, learning_rate),
             grad=gradient,
-            momentum=tf.cast(self.momentum_now(), tf.float32),
+            momentum=self._once("momentum", lambda: tf.cast(self.momentum_now(), tf.float32)),
             use_nesterov=self.nesterov,
         )
 
