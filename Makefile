@@ -66,7 +66,7 @@ lint: $(STAMP)  ## check code and notebooks
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
-	@exec $(BIN)/jupyter lab --notebook-dir notebooks
+	@exec $(BIN)/jupyter lab --notebook-dir notebooks --KernelManager.transport_encryption=auto
 
 clean:  ## end stray engines, remove the environment and all made data (runs/ stays)
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m chexlib clean || true; fi

@@ -3,11 +3,16 @@ system.
 
 Slurm sends it ahead of the time limit with `sbatch --signal=USR1@120`; Open MPI's `mpiexec` passes
 it on to the ranks.
+
+And `end_with_parent`, for workers whose process is killed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -30,6 +35,21 @@ def request() -> None:
 def requested() -> bool:
     """Whether a stop was requested since the last training ended."""
     return _requested.is_set()
+
+
+def end_with_parent() -> None:
+    """Let this worker of a pool end with the process that started it, even by SIGKILL.
+
+    An interrupt is left to that process to handle.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process().sentinel
+
+    def follow():
+        multiprocessing.connection.wait([parent])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 @contextlib.contextmanager

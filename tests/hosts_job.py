@@ -54,12 +54,12 @@ def notebook(hosts, folder, **job):
 
 def main(agent, shared, marker, clear=False, data_dir="", run_dir="", hold=False):
     """Start an engine on each host, work, and print what was seen, a line of JSON each."""
-    from chexlib.cluster.engines import mpi_engines
-    from chexlib.cluster.sites import Site, find_site
+    from chexlib.cluster.engines import CONTROLLER, mpi_engines
+    from chexlib.cluster.sites import find_site
     from chexlib.errors import ClusterError
 
     if clear:
-        Site.beyond_loopback = property(lambda site: False)
+        CONTROLLER.remove("--IPController.enable_curve=True")
     options = ["--prtemca", "plm_ssh_agent", agent]
     site = find_site(["hostA:1", "hostB:1"], interface="veth0", options=options, shared=shared)
     with mpi_engines(2, threads=1, site=site) as engines:

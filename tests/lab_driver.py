@@ -25,7 +25,8 @@ from tornado.websocket import websocket_connect
 
 CHROMIUM = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --window-size=1400,1143 --remote-debugging-port=0"""
-LAB = "--no-browser --allow-root --expose-app-in-browser --ip=127.0.0.1 --ServerApp.port_retries=0"
+LAB = """--no-browser --allow-root --expose-app-in-browser --ip=127.0.0.1 --ServerApp.port_retries=0
+    --KernelManager.transport_encryption=auto"""  # as `make lab`
 FOLDERS = {f"JUPYTER_{name.upper()}_DIR": name for name in ("config", "data", "runtime")} | {
     "IPYTHONDIR": "ipython"
 }

@@ -224,6 +224,7 @@ def _execute_one(path: Path, folder: Path, parameters: dict) -> bool:
     import papermill
     from nbclient.exceptions import CellTimeoutError
     from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
 
     folder.mkdir(exist_ok=True)
     try:
@@ -236,6 +237,8 @@ def _execute_one(path: Path, folder: Path, parameters: dict) -> bool:
             progress_bar=False,
             # The kernel's chatter; papermill raises errors.
             extra_arguments=["--log-level=CRITICAL"],
+            # Else other users of this machine could read on its loopback what cells print.
+            config=Config({"KernelManager": {"transport_encryption": "auto"}}),
         )
     except PapermillExecutionError as error:
         log.error("%s failed with %s: %s", path.stem, error.ename, error.evalue)

@@ -5,7 +5,8 @@ standard input, a pipe that only the notebook's process holds. The word `done` t
 end. End of file without it means that the process died, however it died; then every process of the
 cluster is ended, and its folder is removed.
 
-Where the watchdog was killed as well, the next cluster finds the folder by `sweep`.
+Where the watchdog was killed as well, the controller does the same (`controller.py`). Where every
+process was killed, the next cluster finds the folder by `sweep`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -29,23 +31,26 @@ from chexlib.files import atomic_write
 
 PREFIX = "chexlib-cluster-"  # begins the name of every cluster's folder
 PATIENCE = 5.0  # seconds from SIGTERM to SIGKILL
+WAIT = 120  # seconds for any single answer of the cluster itself
 # In the folder: the number of the cluster's Slurm job, for whoever has to cancel it.
 JOB = "slurm-job"
 # In the folder: the notebook's host, process and its start, and the ranks' shared memory.
 OWNER = "owner.json"
-SHARED_MEMORY = "/dev/shm"
+SHARED_MEMORY = "/dev/shm"  # of Linux: files of this folder are memory
 
 
 def members(marker: str) -> list[psutil.Process]:
     """This user's processes of the clusters whose folder has `marker` in its path.
 
     ipyparallel gives every process that it starts the folder's path in the variable
-    IPP_PROFILE_DIR.
+    IPP_PROFILE_DIR. Root could see those of other users too; they are not counted.
     """
     processes = []
-    for process in psutil.process_iter(["environ"]):
-        environment = process.info["environ"] or {}  # None for the processes of others
-        if marker in environment.get("IPP_PROFILE_DIR", "") and process.pid != os.getpid():
+    for process in psutil.process_iter(["environ", "uids"]):
+        environment, users = process.info["environ"] or {}, process.info["uids"]
+        mine = users is not None and users.effective == os.geteuid()
+        marked = marker in environment.get("IPP_PROFILE_DIR", "")
+        if mine and marked and process.pid != os.getpid():
             processes.append(process)
     return processes
 
@@ -99,10 +104,39 @@ def sweep(folder: str | Path) -> None:
             owner = json.loads(path.read_text())
             if owner["host"] != socket.gethostname() or _runs(owner) or members(str(path.parent)):
                 continue
-            for name in owner["shared"]:
-                if str(Path(name).parent) == SHARED_MEMORY:
-                    Path(name).unlink(missing_ok=True)
-            shutil.rmtree(path.parent, ignore_errors=True)
+            remove(path.parent)
+
+
+def memory_folder(folder: str | Path) -> Path:
+    """The folder for what the ranks of a cluster share in memory: what they leave goes with it."""
+    return Path(SHARED_MEMORY) / Path(folder).name
+
+
+def memory_variables(folder: str | Path) -> dict[str, str]:
+    """What tells Open MPI's ranks of this host to use `memory_folder`, which is made here."""
+    try:
+        memory_folder(folder).mkdir(mode=0o700, exist_ok=True)
+    except OSError:  # there is no such memory, as on macOS: Open MPI uses TMPDIR
+        return {}
+    return {"OMPI_MCA_btl_sm_backing_directory": str(memory_folder(folder))}
+
+
+def release_memory(folder: str | Path) -> None:
+    """Remove the shared memory of ranks that have ended, however they did."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        for name in json.loads((Path(folder) / OWNER).read_text())["shared"]:
+            if str(Path(name).parent) == SHARED_MEMORY:
+                Path(name).unlink(missing_ok=True)
+    for path in memory_folder(folder).glob("*"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def remove(folder: str | Path) -> None:
+    """Remove a cluster's folder, and the shared memory of its ranks."""
+    release_memory(folder)
+    shutil.rmtree(memory_folder(folder), ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _runs(owner: dict) -> bool:
@@ -112,18 +146,52 @@ def _runs(owner: dict) -> bool:
     return psutil.Process(owner["pid"]).create_time() == owner["born"]
 
 
+@contextlib.contextmanager
+def watchdog(folder: str) -> Iterator[None]:
+    """Let the processes of `folder` be ended when this one dies in the block, however it dies."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "chexlib.cluster.cleanup", folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate("done", timeout=WAIT)
+        remove(folder)
+
+
+@contextlib.contextmanager
+def no_longer_than_this() -> Iterator[dict[str, str]]:
+    """Variables of ranks on this host that must not outlive the block, nor this process."""
+    folder = tempfile.mkdtemp(prefix=PREFIX)
+    sign(folder)
+    with watchdog(folder):
+        try:
+            yield {"IPP_PROFILE_DIR": folder, **memory_variables(folder)}
+        finally:
+            end_members(folder)
+
+
 def watch(folder: str) -> None:
     """Wait for the notebook's word or its death; then end the cluster, and remove its folder."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it ends by the pipe alone
-    if sys.stdin.read().strip() == "done":
-        return
+    if sys.stdin.read().strip() != "done":
+        end(folder)
+
+
+def end(folder: str) -> None:
+    """End the cluster of a notebook that has died, and remove what it leaves."""
     with contextlib.suppress(OSError):  # a Slurm job, which may still wait for its hosts
         subprocess.run(["scancel", (Path(folder) / JOB).read_text()], timeout=60)
     for _ in range(3):  # again, for what was just being started
         end_members(folder)
         time.sleep(1)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
 
 
 if __name__ == "__main__":

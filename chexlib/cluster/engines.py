@@ -9,10 +9,7 @@ from __future__ import annotations
 import contextlib
 import html
 import logging
-import shutil
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,13 +20,20 @@ import pandas as pd
 
 from chexlib import stopping
 from chexlib.cluster import faults
-from chexlib.cluster.cleanup import PREFIX, end_members, sign, sweep
+from chexlib.cluster.cleanup import PREFIX, WAIT, end_members, release_memory, sign, sweep, watchdog
 from chexlib.cluster.engine import call
-from chexlib.cluster.launch import WAIT, Launched, launcher_settings, one_world
+from chexlib.cluster.launch import Launched, launcher_settings, one_world
 from chexlib.cluster.sites import Site
 from chexlib.errors import ClusterError, ConfigError
 from chexlib.machine import cores, topology
 from chexlib.mpi import find_mpi, thread_environment
+
+CONTROLLER = [
+    "--HeartMonitor.period=2000",
+    "--HeartMonitor.max_heartmonitor_misses=5",
+    # On one host too: its other users can listen to its loopback.
+    "--IPController.enable_curve=True",
+]
 
 
 class Engines:
@@ -49,13 +53,8 @@ class Engines:
         sign(self.folder)
         self.cluster, self.client, self.launched = None, None, None
         self.identities, self._pending, self._starts = [], [], 0
-        self._watchdog = subprocess.Popen(
-            [sys.executable, "-m", "chexlib.cluster.cleanup", self.folder],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
+        self._guard = contextlib.ExitStack()
+        self._guard.enter_context(watchdog(self.folder))
 
     def __len__(self) -> int:
         return self.n
@@ -141,18 +140,13 @@ class Engines:
 
     def _up(self) -> None:
         began, site = time.monotonic(), self.site
-        encrypt = ["--IPController.enable_curve=True"] if site.beyond_loopback else []
         self.cluster = ipp.Cluster(
             engines="slurm" if site.slurm else "mpi",
             n=self.n,
             profile_dir=f"{self.folder}/{self._starts}",
             config=launcher_settings(site, self.mpi, self.threads, self.stall, self.folder),
             controller_ip=site.address,
-            controller_args=[
-                "--HeartMonitor.period=2000",
-                "--HeartMonitor.max_heartmonitor_misses=5",
-                *encrypt,
-            ],
+            controller_args=CONTROLLER,
             # Else it would cross the wire, and the folder has it.
             send_engines_connection_env=not site.shared,
             engine_timeout=self.timeout,
@@ -176,7 +170,13 @@ class Engines:
                     f"{self.n} MPI engines did not come up: {why}. {faults.last_lines(self)}"
                 )
             time.sleep(0.1)
-        self.identities = one_world(self.client, self.cluster.controller, self.n)
+        try:
+            self.identities = one_world(self.client, self.cluster.controller, self.n)
+        except (TimeoutError, ipp.error.IPythonError) as error:
+            raise ClusterError(
+                f"{self.n} MPI engines came up and did not answer ({type(error).__name__}: "
+                f"{error}). {faults.last_lines(self)}"
+            ) from error
         first = self.identities[0]
         if self._starts == 1 and first["why"]:
             self.log.warning(
@@ -195,13 +195,12 @@ class Engines:
                 with contextlib.suppress(Exception):  # a job that has ended by itself
                     self.cluster.stop_engines_sync()
             end_members(self.folder)
+            release_memory(self.folder)
 
     def close(self) -> None:
         """End everything that was started, and remove the cluster's folder."""
         self.down()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._watchdog.communicate("done", timeout=WAIT)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._guard.close()
 
     def launcher_runs(self) -> bool:
         """Is mpiexec there, or Slurm's job?"""
@@ -240,8 +239,8 @@ def mpi_engines(
     threads : int
         Threads of each rank; 0 divides the cores of this machine among its ranks.
     site : Site, optional
-        Other hosts, or Slurm, from `find_site`; without it this host. Beyond this host
-        ipyparallel's traffic is encrypted (CurveZMQ); what MPI sends is not.
+        Other hosts, or Slurm, from `find_site`; without it this host. ipyparallel's traffic is
+        encrypted (CurveZMQ); what MPI sends to other hosts is not.
     timeout : int
         Seconds to wait for the engines to come up.
     stall : int

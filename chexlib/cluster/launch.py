@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,13 +15,11 @@ import psutil
 from traitlets.config import Config
 
 from chexlib.cluster import engine, faults
-from chexlib.cluster.cleanup import JOB
+from chexlib.cluster.cleanup import JOB, WAIT, memory_variables
 from chexlib.cluster.sites import Site
 from chexlib.cluster.slurm import ENGINES_SCRIPT
 from chexlib.errors import ClusterError
 from chexlib.mpi import Mpi, thread_environment
-
-WAIT = 120  # seconds for any single answer of the cluster itself
 
 
 def launcher_settings(site: Site, mpi: Mpi, threads: int, stall: int, folder: str) -> Config:
@@ -34,7 +33,13 @@ def launcher_settings(site: Site, mpi: Mpi, threads: int, stall: int, folder: st
     if not site.shared:
         environment["TMPDIR"] = f"{folder}/tmp"
         os.makedirs(environment["TMPDIR"], exist_ok=True)
+        environment |= memory_variables(folder)
     settings = Config()
+    settings.ControllerLauncher.controller_cmd = [
+        sys.executable,
+        "-m",
+        "chexlib.cluster.controller",
+    ]
     launcher = settings["SlurmEngineSetLauncher" if site.slurm else "MPIEngineSetLauncher"]
     launcher.environment = environment
     if site.slurm:

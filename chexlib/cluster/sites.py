@@ -29,11 +29,6 @@ class Site:
     options: tuple[str, ...] = ()  # further flags for mpiexec, or lines of #SBATCH
     shared: str | None = None  # folder that all hosts see
 
-    @property
-    def beyond_loopback(self) -> bool:
-        """Does traffic leave this host, so that it must be encrypted?"""
-        return not self.address.startswith("127.")
-
 
 def find_site(
     hosts: Sequence[str] | str | Path = (),

@@ -14,10 +14,6 @@ from __future__ import annotations
 import functools
 import itertools
 import multiprocessing
-import multiprocessing.connection
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -33,6 +29,7 @@ from chexlib.findings import FINDINGS
 from chexlib.machine import cores
 from chexlib.phantom.film import render
 from chexlib.phantom.population import level_of, sample_patient, stream
+from chexlib.stopping import end_with_parent
 
 FIRST_PATIENT = 10**8  # write_phantom has at most 10^7
 PATIENTS = 32  # in turn: each batch of up to so many images shows as many patients
@@ -201,7 +198,7 @@ def _drawn(shares: Iterator[np.ndarray], steps: int, settings: dict):
     workers = cores()
     # Not fork: this process has threads of TensorFlow, maybe MPI.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_worker)
+    pool = ProcessPoolExecutor(workers, context, initializer=end_with_parent)
     ahead = deque()
     try:
         while True:
@@ -216,14 +213,3 @@ def _drawn(shares: Iterator[np.ndarray], steps: int, settings: dict):
         raise DataError(NO_PROCESS) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _worker() -> None:
-    """An interrupt is the parent's to handle; its end, even by SIGKILL, is the worker's."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def follow():
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()

@@ -8,8 +8,8 @@ from `anatomy.py` and `signs.py`), not learnt: they show no person, and say noth
 import json
 import logging
 import multiprocessing
+import re
 import shutil
-import signal
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +25,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from chexlib.errors import ConfigError, DataError
+from chexlib.files import file_lock
 from chexlib.findings import FINDINGS, NO_FINDING
 from chexlib.machine import cores
 from chexlib.phantom.film import render
@@ -36,6 +37,7 @@ from chexlib.phantom.population import (
     sample_patient,
     stream,
 )
+from chexlib.stopping import end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +74,10 @@ def write_phantom(
     """Write a synthetic data set in the layout of the NIH release.
 
     Made in a temporary folder beside `directory` and renamed at the end: an interrupt leaves
-    nothing behind. The same parameters give the same bytes, with any number of workers. A folder
-    that already holds this phantom is left as it is. A script that calls this needs an `if __name__
-    == "__main__":` guard.
+    nothing behind, and what a killed process left is removed by the next that makes this folder.
+    While another process is making it, this one waits. The same parameters give the same bytes,
+    with any number of workers. A folder that already holds this phantom is left as it is. A script
+    that calls this needs an `if __name__ == "__main__":` guard.
 
     Parameters
     ----------
@@ -133,8 +136,26 @@ def write_phantom(
     directory = Path(directory)
     if _holds(directory, parameters):
         return directory
-    films = _population(n_images, seed, difficulty, min_prevalence)
     directory.parent.mkdir(parents=True, exist_ok=True)
+    lock, drawn = directory.with_name(f".{directory.name}.lock"), (difficulty, workers)
+    with file_lock(lock, wait=False) as alone:
+        if alone:
+            return _make(directory, parameters, *drawn)
+    log.info("another process makes %s: waiting for it", directory)
+    with file_lock(lock):
+        return _make(directory, parameters, *drawn)
+
+
+def _make(directory, parameters, difficulty, workers) -> Path:
+    """Draw the phantom, unless the process that had the lock before has made it."""
+    if _holds(directory, parameters):
+        return directory
+    drafts = re.compile(rf"\.{re.escape(directory.name)}\.[0-9a-f]{{8}}\.partial")
+    for left in directory.parent.iterdir():  # of processes that were killed
+        if drafts.fullmatch(left.name):
+            shutil.rmtree(left, ignore_errors=True)
+    n_images, size, seed = (parameters[name] for name in ("n_images", "size", "seed"))
+    films = _population(n_images, seed, difficulty, parameters["min_prevalence"])
     draft = directory.with_name(f".{directory.name}.{uuid4().hex[:8]}.partial")
     try:
         pictures = draft / "images_001" / "images"
@@ -143,7 +164,7 @@ def write_phantom(
         _write_tables(draft, films, boxes, parameters)
         try:
             draft.rename(directory)
-        except OSError:  # another process was faster
+        except OSError:  # it was made on another host, whose locks are not seen here
             if not _holds(directory, parameters):
                 raise
     finally:
@@ -207,8 +228,7 @@ def _draw_all(films, pictures, size, difficulty, workers):
 def _draw_in_processes(parts, pictures, size, difficulty, workers):
     # Not fork: the caller may have threads of TensorFlow or MPI.
     context = multiprocessing.get_context("spawn")
-    ignore = (signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
-    with ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=end_with_parent) as pool:
         try:
             jobs = [pool.submit(_draw, part, pictures, size, difficulty) for part in parts]
             return [box for job in tqdm(jobs, **BAR) for box in job.result()]

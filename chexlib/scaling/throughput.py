@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from chexlib.cluster.cleanup import no_longer_than_this
 from chexlib.errors import ClusterError, ConfigError
 from chexlib.files import ROOT
 from chexlib.machine import import_tensorflow
@@ -73,28 +74,26 @@ def measure(
         The ranks ended, or did not answer in time; the message has their last words.
     """
     words, variables = command(settings, ranks=ranks, threads=threads)
-    process = subprocess.Popen(
-        words,
-        env={**os.environ, **variables, **environment},
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
     layout = f"{ranks} ranks x {threads} threads, {settings}"
-    try:
-        output, errors = process.communicate(f"2\n{steps}\n0\n", timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        raise ClusterError(
-            f"{layout}: no answer within {TIMEOUT:g} s. Try smaller images or batches."
-        ) from None
-    finally:
-        process.terminate()
-        process.wait()
+    with no_longer_than_this() as guarded:
+        try:
+            done = subprocess.run(
+                words,
+                env={**os.environ, **variables, **guarded, **environment},
+                text=True,
+                input=f"2\n{steps}\n0\n",
+                capture_output=True,
+                timeout=TIMEOUT,
+            )
+        except subprocess.TimeoutExpired:
+            raise ClusterError(
+                f"{layout}: no answer within {TIMEOUT:g} s. Try smaller images or batches."
+            ) from None
+    output, errors = done.stdout, done.stderr
     answers = [json.loads(line) for line in output.splitlines() if line.startswith(("[", "{"))]
-    if process.returncode or len(answers) != 3:
+    if done.returncode or len(answers) != 3:
         raise ClusterError(
-            f"{layout}: the ranks ended with status {process.returncode}. {errors[-1500:]}"
+            f"{layout}: the ranks ended with status {done.returncode}. {errors[-1500:]}"
         )
     facts, _, seconds = answers
     if isinstance(seconds, dict):  # asked for in detail

@@ -43,6 +43,11 @@ GOOD = [
     "run.save_figure(figure, 'curve', caption=caption)\nrun.finish(answer=42)\nprint('the last "
     "cell')",
 ]
+LISTEN = f"""import json, sys
+sys.path.append({str(Path(__file__).parents[1])!r})
+from eavesdropper import mechanism
+from ipykernel.connect import get_connection_info
+print("others need", mechanism(json.loads(get_connection_info())["iopub_port"]))"""
 GIVEN = {"seed": "7", "rate": "1e-3", "mirror": "false", "name": "007"}
 REMOTE = re.compile(
     r"""<(?:script|link|iframe|img)\b[^>]*\b(?:src|href)\s*=\s*["']?(?:https?:)?//[^>]*>|import\s*\(\s*["']http"""
@@ -70,7 +75,7 @@ def project(root):
         ["raise ValueError('the reason <b>')", "print('never')"],
         "Bad",
     )
-    notebook(root / "notebooks" / "02_last.ipynb", ["print('reached')"], "Last")
+    notebook(root / "notebooks" / "02_last.ipynb", ["print('reached')", LISTEN], "Last")
     (root / "notebooks" / "profiles").mkdir()
     (root / "notebooks" / "profiles" / "quick.yaml").write_text(
         "seed: 1\nrate: 0.25\nof_no_notebook: 3\n"
@@ -125,6 +130,10 @@ def test_a_failing_notebook_is_told_and_the_others_are_executed(executed):
     assert "the last cell" in outputs(executed.run / "00_good" / "notebook.ipynb")
     assert "reached" in outputs(executed.run / "02_last" / "notebook.ipynb")
     assert "never" not in outputs(executed.run / "01_bad" / "notebook.ipynb")
+
+
+def test_what_cells_print_cannot_be_heard_by_others_of_the_machine(executed):
+    assert "others need CURVE" in outputs(executed.run / "02_last" / "notebook.ipynb")
 
 
 def test_progress_tells_how_many_are_done_how_long_it_took_and_how_long_it_will(

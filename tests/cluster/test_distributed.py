@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+from eavesdropper import mechanism
 from sklearn.metrics import roc_auc_score
 from small_training import config_for
 
-from chexlib.cluster.cleanup import members
+from chexlib.cluster.cleanup import members, memory_folder
 from chexlib.cluster.engines import mpi_engines
 from chexlib.collectives import identify
 from chexlib.errors import ClusterError, ConfigError
@@ -252,7 +253,7 @@ def test_engines_train_in_one_world_and_are_gone_afterwards(phantom, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, "and its watchdog"])
 def test_a_notebook_that_dies_leaves_no_process(number, tmp_path):
     script = (
         "from chexlib.cluster.engines import mpi_engines\n"
@@ -261,17 +262,44 @@ def test_a_notebook_that_dies_leaves_no_process(number, tmp_path):
         "    print(e.cluster.profile_dir, flush=True)\n"
         "    time.sleep(60)\n"
     )
+    killed = number == "and its watchdog"
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
     ) as process:
         profile = process.stdout.readline().strip()
         assert len(members(profile)) >= 4  # the controller, mpiexec and two engines
-        process.send_signal(number)
-    assert nothing_left(profile)
+        (watchdog,) = (
+            child
+            for child in psutil.Process(process.pid).children()
+            if "chexlib.cluster.cleanup" in child.cmdline()
+        )
+        assert memory_folder(Path(profile).parent).is_dir() or sys.platform != "linux"
+        if killed:
+            watchdog.kill()
+        process.send_signal(signal.SIGKILL if killed else number)
+    assert nothing_left(profile, 40)
+    left = [Path(profile), memory_folder(Path(profile).parent)]
     until = time.monotonic() + 10
-    while Path(profile).exists() and time.monotonic() < until:
+    while any(path.exists() for path in left) and time.monotonic() < until:
         time.sleep(0.2)
-    assert not Path(profile).exists()
+    assert not any(path.exists() for path in left)
+
+
+def test_what_engines_say_is_encrypted_and_a_killed_launcher_leaves_no_memory(caplog):
+    with mpi_engines(2, threads=1) as engines:
+        ports = set()
+        for process in members(engines.folder):
+            ports |= {c.laddr.port for c in process.net_connections() if c.status == "LISTEN"}
+        assert {mechanism(port) for port in ports} - {None} == {"CURVE"}
+        assert "insecure" not in caplog.text
+        memory = memory_folder(engines.folder)
+        before = set(memory.glob("*"))
+        assert len(before) >= 2 or sys.platform != "linux"
+        os.kill(engines.launched.launcher.pid, signal.SIGKILL)
+        with pytest.raises(ClusterError, match=r"launcher of the engines has ended|died of"):
+            engines.run(time.sleep, 30)
+        assert not list(memory.glob("*"))
+    assert not memory.exists()
 
 
 def test_a_killed_rank_is_reported_by_rank_and_host():

@@ -1,5 +1,6 @@
 """The MPI at hand is recognised, each rank gets its threads, and no process outlives its notebook."""
 
+import json
 import os
 import signal
 import subprocess
@@ -265,6 +266,63 @@ def test_members_are_the_processes_of_that_folder_without_the_caller(
     assert [member.pid for member in members(folder)] == [process.pid]
     assert members(str(tmp_path / "cluster-g")) == []
     assert end_members(str(tmp_path / "cluster-g")) == 0
+
+
+def test_ranks_of_a_measurement_end_with_the_process_that_was_killed_while_it_measured(tmp_path):
+    script = (
+        "import os, subprocess, sys\n"
+        "from chexlib.cluster.cleanup import no_longer_than_this\n"
+        "with no_longer_than_this() as guarded:\n"
+        f"    command = [sys.executable, '-c', {SLEEPER!r}]\n"
+        "    rank = subprocess.Popen(command, env={**os.environ, **guarded})\n"
+        "    print(rank.pid, guarded['IPP_PROFILE_DIR'], flush=True)\n"
+        "    rank.wait()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        pid, folder = process.stdout.readline().split()
+        rank = psutil.Process(int(pid))
+        process.kill()
+    _, alive = psutil.wait_procs([rank], timeout=30)
+    until = time.monotonic() + 30
+    while Path(folder).exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not alive and not Path(folder).exists() and not cleanup.memory_folder(folder).exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, who sees the processes of others")
+def test_root_does_not_end_what_is_another_users(tmp_path, sleeper):
+    folder = tmp_path / "cluster-h"
+    own = sleeper(folder)
+    others = sleeper(folder, f"import os; os.setuid(65534); print(flush=True); {SLEEPER}")
+    others.stdout.readline()
+    assert [member.pid for member in members(str(folder))] == [own.pid]
+    assert end_members(str(folder)) == 1
+    assert others.poll() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it lies in the cluster's folder")
+def test_the_memory_of_killed_ranks_goes_with_their_folder(tmp_path):
+    folder = tmp_path / f"{cleanup.PREFIX}{os.getpid()}"
+    folder.mkdir()
+    cleanup.sign(folder)
+    owner = json.loads((folder / cleanup.OWNER).read_text())
+    noted = Path(cleanup.SHARED_MEMORY) / f"segment-{os.getpid()}"
+    memory = cleanup.memory_folder(folder)
+    memory.mkdir()
+    elsewhere = tmp_path / "precious"
+    for path in (noted, memory / "sm_segment.0", elsewhere):
+        path.touch()
+    (folder / cleanup.OWNER).write_text(
+        json.dumps({**owner, "pid": 2**22 + 1, "shared": [str(noted), str(elsewhere)]})
+    )
+    cleanup.sweep(tmp_path)
+    assert not noted.exists() and not memory.exists() and not folder.exists()
+    assert elsewhere.exists()
 
 
 @pytest.mark.parametrize(

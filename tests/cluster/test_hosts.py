@@ -113,8 +113,8 @@ def test_gradients_cross_the_cable_but_no_argument_and_no_key(training):
     assert (
         training.folder in training.wire
     )  # a variable that mpiexec hands over: what it sends can be read
-    (key,) = training.keys
-    assert len(key) == 40 and key not in training.wire
+    assert len(training.keys) == 2
+    assert all(len(key) >= 40 and key not in training.wire for key in training.keys)
     assert training.echo == [MARKER, MARKER] and MARKER not in training.wire
 
 
@@ -146,7 +146,7 @@ def test_engines_end_by_themselves_when_all_that_started_them_was_killed(hosts, 
         daemons = hosts.b.processes("prted")  # they would end it, when mpiexec is gone
         doomed = [
             hosts.a.processes(word)
-            for word in ("hosts_job.py", "ipyparallel.controller", "prterun")
+            for word in ("hosts_job.py", "chexlib.cluster.controller", "prterun")
         ]
         assert all(doomed) and daemons and hosts.b.processes(ENGINE)
         send(signal.SIGSTOP, daemons)
@@ -216,10 +216,8 @@ def test_a_slurm_job_that_ends_early_says_why(slurm):
 # Settings
 
 
-def test_one_host_needs_no_interface_and_no_encryption():
-    assert find_site() == Site() and not Site().beyond_loopback
-    assert not find_site(slurm=True, interface=LOOPBACK).beyond_loopback
-    assert Site(address="10.77.0.1").beyond_loopback
+def test_one_host_needs_no_interface():
+    assert find_site() == Site() and Site().address == "127.0.0.1"
 
 
 def test_hosts_are_understood_in_a_list_and_in_a_file(tmp_path):

@@ -2,12 +2,17 @@
 
 import hashlib
 import json
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from PIL import Image
 
@@ -286,6 +291,39 @@ def test_interrupt_or_error_leaves_nothing_behind(tmp_path, monkeypatch, error):
     with pytest.raises(error):
         write_phantom(tmp_path / "broken", n_images=3, size=32, workers=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def begun(folder, images=4000):
+    """A process that draws a phantom of so many images into this folder, once it does, and its own
+    processes.
+    """
+    command = [sys.executable, "-m", "chexlib", "phantom", folder, "--workers", "2"]
+    process = subprocess.Popen([*map(str, command), "--images", str(images), "--size", "32"])
+    until = time.monotonic() + 60
+    while not list(folder.parent.glob(".*.partial/*/*/*.png")) and time.monotonic() < until:
+        time.sleep(0.05)
+    return process, psutil.Process(process.pid).children(recursive=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_of_a_killed_process_end_and_the_next_one_removes_its_draft(tmp_path, number):
+    process, workers = begun(tmp_path / "set")
+    process.send_signal(number)
+    process.wait()
+    assert len(workers) >= 2
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive and list(tmp_path.glob(".*.partial"))
+    (tmp_path / ".set.of-mine.partial").mkdir()
+    write_phantom(tmp_path / "set", n_images=2, size=32)
+    assert {path.name for path in tmp_path.iterdir()} == {"set", ".set.of-mine.partial"}
+
+
+def test_two_processes_draw_one_phantom_once(tmp_path):
+    process, _ = begun(tmp_path / "set", 200)
+    assert write_phantom(tmp_path / "set", n_images=200, size=32) == tmp_path / "set"
+    made = (tmp_path / "set").stat().st_ino
+    assert process.wait() == 0 and (tmp_path / "set").stat().st_ino == made
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 @pytest.mark.parametrize(
