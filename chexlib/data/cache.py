@@ -170,7 +170,8 @@ class ImageStore:
         try:
             if number not in self._open:
                 path = self.folder / f"{self._files[number]}.pixels"
-                self._open[number] = os.open(path, os.O_RDONLY)
+                # A link is nothing of ours, and a pipe would never answer.
+                self._open[number] = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             start = int(self._rows[index]) * image.size
             read = os.preadv(self._open[number], [image], start)
             if read == image.size:
@@ -254,7 +255,7 @@ class ImageStore:
     def _index(self, tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
         """All rows of the folder, pairs of files by number; `tables` keeps what was read before."""
         for path in self.folder.glob("*.parquet"):
-            if path.name not in tables:
+            if path.name not in tables and path.is_file() and not path.is_symlink():
                 with contextlib.suppress(FileNotFoundError):  # removed since, as damaged
                     rows = pd.read_parquet(path)
                     number_of = {name: self._number(name) for name in rows["pixels"].unique()}
@@ -276,7 +277,7 @@ class ImageStore:
         damaged.
         """
         used = {self._files[number] for number in index["pixels"].unique()}
-        for path in self.folder.glob("*.pixels"):
+        for path in self.folder.glob(f"{'[0-9a-f]' * 32}.pixels"):
             with contextlib.suppress(FileNotFoundError):
                 if path.stem not in used and time.time() - path.stat().st_mtime > 3600:
                     path.unlink()

@@ -319,8 +319,19 @@ def _check_room(directory: Path, work: Path, tables, archives) -> None:
 
 @contextmanager
 def _locked(work: Path):
-    """Hold the lock of the working folder, which is cleared of the drafts of a killed process."""
+    """Hold the lock of the working folder, which is cleared of the drafts of a killed process.
+
+    What a link in there names is neither written nor removed; an archive may be one.
+    """
+    if work.is_symlink():
+        raise DataError(
+            f"{work} is a link, and fetch empties that folder at the end. Remove the link, and fetch "
+            "again."
+        )
     work.mkdir(parents=True, exist_ok=True)
+    for path in work.iterdir():
+        if path.is_symlink() and path.suffix != ".gz":
+            path.unlink()
     with open(work / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

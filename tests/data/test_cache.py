@@ -196,13 +196,19 @@ def pixel_files(size):
     return sorted(cache_folder(size).glob("*.pixels"))
 
 
-@pytest.mark.parametrize("damage", ["bit", "cut", "gone"])
-def test_damaged_pixels_are_named_decoded_anew_and_mended(files, own_cache, caplog, damage):
+@pytest.mark.parametrize("damage", ["bit", "cut", "gone", "link", "pipe"])
+def test_damaged_pixels_are_named_decoded_anew_and_mended(
+    files, own_cache, tmp_path, caplog, damage
+):
     paths, pixels = files
     ImageStore(paths, size=24)
     (file,) = pixel_files(24)
-    if damage == "gone":
-        file.unlink()
+    if damage in ("gone", "link", "pipe"):
+        theirs = file.rename(tmp_path / "theirs")
+        if damage == "link":
+            file.symlink_to(theirs)
+        elif damage == "pipe":
+            os.mkfifo(file)
     else:
         content = bytearray(file.read_bytes())
         content[5 * 24 * 24 + 7] ^= 4
@@ -213,6 +219,7 @@ def test_damaged_pixels_are_named_decoded_anew_and_mended(files, own_cache, capl
     caplog.clear()
     np.testing.assert_array_equal(ImageStore(paths, size=24).take(range(11)), pixels)
     assert not caplog.records
+    assert damage != "link" or theirs.exists()
 
 
 def test_damage_is_mended_for_a_copy_too_and_pixels_that_nobody_knows_are_swept(

@@ -331,6 +331,28 @@ def test_a_folder_that_fetch_has_not_made_is_left_alone(server, tmp_path):
     assert not server.ranges
 
 
+@pytest.mark.parametrize(
+    "link", [".fetch", ".fetch/lock", ".fetch/draft", ".fetch/images_001.tar.gz.partial"]
+)
+def test_what_a_link_in_the_working_folder_names_is_left_as_it_is(server, tmp_path, link):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("precious")
+    place = tmp_path / "data" / link
+    place.parent.mkdir(parents=True)
+    folder = link in (".fetch", ".fetch/draft")
+    place.symlink_to(theirs if folder else theirs / "thesis.txt")
+    with (
+        pytest.raises(DataError, match="Remove the link")
+        if link == ".fetch"
+        else contextlib.nullcontext()
+    ):
+        fetch_from(server, tmp_path / "data")
+        assert_whole(tmp_path / "data")
+    assert [path.name for path in theirs.iterdir()] == ["thesis.txt"]
+    assert (theirs / "thesis.txt").read_text() == "precious"
+
+
 def test_the_release_is_12_archives_and_4_files_of_known_size():
     assert [archive.name for archive in ARCHIVES] == [
         f"images_{i:03d}.tar.gz" for i in range(1, 13)
