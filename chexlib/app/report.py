@@ -22,6 +22,7 @@ from chexlib.evaluation.auroc import in_words, judge
 from chexlib.files import atomic_write, read_json
 from chexlib.findings import FINDINGS
 from chexlib.ledger.answers import VERDICTS, build_ledger, count_verdicts
+from chexlib.markup import inert
 from chexlib.models.weights import config_of, find_weights, read_card
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -99,6 +100,8 @@ def figure(value: float | None, unit: str) -> str:
 
 def _write(path: Path, template: str, **values) -> Path:
     text = JINJA.get_template(template).render(values)
+    if path.suffix == ".md":
+        text = inert(text)
     with atomic_write(path) as file:
         file.write(text.encode())
     return path
@@ -164,6 +167,8 @@ def write_page(notebook, path: Path, *, title: str) -> None:
     )
     page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})
     soup = BeautifulSoup(page, "html.parser")
+    for script in soup.find_all("script"):  # of a library; the page would not run it either
+        script.decompose()
     for number, table in enumerate(soup.find_all("table"), 1):
         about = {"tabindex": "0", "role": "region", "aria-label": f"Table {number}"}
         table.wrap(soup.new_tag("div", attrs={"class": "scroll", **about}))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import html
 import json
 import logging
 import math
@@ -158,7 +159,7 @@ class Run:
         return self.path
 
     def _repr_html_(self) -> str:
-        return f"<p>Run folder: <code>{self.path}</code></p>"
+        return f"<p>Run folder: <code>{html.escape(str(self.path))}</code></p>"
 
 
 def check_parameters(given: Mapping, kinds: Mapping | None = None) -> None:

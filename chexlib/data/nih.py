@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,9 @@ COLUMNS = {  # column of the release: column of `Radiographs.listed`, in its ord
     "Finding Labels": "labels",
 }
 RENAMED = {"Patient Sex": "Patient Gender"}  # by NIH, in 2026
+# What is read of these two columns, and as what; anything else is unknown, "".
+SEXES = {"M": "M", "MALE": "M", "F": "F", "FEMALE": "F"}
+VIEWS = {"PA": "PA", "AP": "AP"}
 BOX_COLUMNS = ["image", "finding", "x", "y", "width", "height"]
 # Px: the space of the release's box coordinates, whatever the size of the images here.
 BOX_SIDE = 1024
@@ -348,13 +351,14 @@ def _read_entries(path: Path) -> pd.DataFrame:
     # Columns that are not read may have one name or none.
     header = [name if name in COLUMNS else f"column {i}" for i, name in enumerate(header)]
     entries = _read_csv(path, header=0, names=header, usecols=list(COLUMNS)).rename(columns=COLUMNS)
-    for column in ("image", "sex", "view"):
-        entries[column] = entries[column].fillna("").str.strip()
+    entries["image"] = entries["image"].fillna("").str.strip()
     _require_one_row_per_image(entries["image"], path)
     entries["patient"] = _patients(entries["patient"], path)
     follow_up = _numbers(entries["follow_up"], f"{path}, follow_up", whole=True)
     entries["follow_up"] = follow_up.astype(int)
     entries["age"] = _ages(entries["age"], path)
+    entries["sex"] = _one_of(SEXES, entries["sex"], path)
+    entries["view"] = _one_of(VIEWS, entries["view"], path)
     labels = pd.DataFrame(_label_matrix(entries["labels"], path), columns=list(FINDINGS))
     return pd.concat([entries[list(COLUMNS.values())[:-1]], labels], axis=1)
 
@@ -392,6 +396,17 @@ def _patients(column: pd.Series, path: Path) -> pd.Series:
             first_few(patients[alike.index].tolist()),
         )
     return patients
+
+
+def _one_of(known: Mapping[str, str], column: pd.Series, path: Path) -> pd.Series:
+    """A column as the values of `known`, "" for anything else, which a warning names."""
+    value_of = {text: known.get(text.strip().upper(), "") for text in column.dropna().unique()}
+    lost = [text for text, value in value_of.items() if text.strip() and not value]
+    if lost:
+        rows, accepted = column.isin(lost).sum(), ", ".join(sorted(set(known.values())))
+        told = (path, column.name, rows, first_few(lost), accepted)
+        _log.warning("%s, %s: %d rows set to unknown: %s (accepted: %s)", *told)
+    return column.map(value_of).fillna("")
 
 
 def _ages(column: pd.Series, path: Path) -> pd.Series:

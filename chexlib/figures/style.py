@@ -46,9 +46,14 @@ NAMES = tuple(map(spaced, FINDINGS))  # as written on axes
 
 
 def subplots(*shape: int, **settings):
-    """matplotlib's `subplots`, closed at once: a notebook would show an open figure a second time."""
+    """matplotlib's `subplots`, closed at once: a notebook would show an open figure a second time.
+
+    Titles are names of files and folders: a dollar in them begins no formula.
+    """
     fig, axs = plt.subplots(*shape, **settings)
     plt.close(fig)
+    for ax in fig.axes:
+        ax.title.set_parse_math(False)
     return fig, axs
 
 

@@ -137,7 +137,9 @@ def workbench(presets: Sequence[str], *, images: int, batch: int, epochs: int):
     ipywidgets.Widget, or a text where a notebook runs headless and nobody moves sliders
     """
     import ipywidgets as widgets
-    from IPython.display import Markdown, display
+    from IPython.display import display
+
+    from chexlib.markup import Markdown, escaped
 
     if os.environ.get(BATCH):
         return Markdown("The sliders are not shown headless.")
@@ -145,7 +147,7 @@ def workbench(presets: Sequence[str], *, images: int, batch: int, epochs: int):
     def draw(preset, global_batch, epochs, rule, warmup):
         recipe = {"preset": preset, "rule": rule, "warmup": warmup}
         made = resolve(recipe, images=images, global_batch=global_batch, epochs=epochs)
-        display(widgets.HTML("<br>".join(made.notes)))
+        display(widgets.HTML("<br>".join(map(escaped, made.notes))))
         display(schedule(made.compile(), steps_per_epoch=-(-images // global_batch), title=preset))
 
     batches = sorted({batch, *(2**i for i in range(3, 13))})

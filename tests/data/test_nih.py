@@ -83,6 +83,19 @@ def test_labels_are_float32_in_the_order_of_findings(tiny_nih):
     assert {finding: labels[:, FINDINGS.index(finding)].sum() for finding in hand} == hand
 
 
+def test_sex_and_view_are_of_two_values_each_and_what_else_is_there_is_unknown(tiny_nih, caplog):
+    root = tiny_nih()
+    table = pd.read_csv(root / CSV, dtype=str)
+    table.loc[:5, "Patient Gender"] = ["m", " F ", "Female", "<b>M</b>", "", "U"]
+    table.loc[:3, "View Position"] = ["pa", "AP", "<script>alert(1)</script>", None]
+    table.to_csv(root / CSV, index=False)
+    listed = load_radiographs(root).listed
+    assert listed["sex"][:6].tolist() == ["M", "F", "F", "", "", ""]
+    assert listed["view"][:4].tolist() == ["PA", "AP", "", ""]
+    assert "sex: 2 rows set to unknown: '<b>M</b>', 'U' (accepted: F, M)" in caplog.text
+    assert "view: 1 rows set to unknown" in caplog.text and "(accepted: AP, PA)" in caplog.text
+
+
 @needs_real
 @pytest.mark.parametrize(
     ("folder", "images", "boxes"), [("nih-64", 998, 9), ("nih-256", 437, 7), ("nih-1024", 23, 4)]
