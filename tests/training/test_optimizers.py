@@ -245,3 +245,19 @@ def test_a_table_is_a_plain_keras_schedule():
         optimizer.apply([tf.ones(1)], [variable])
     assert float(variable.numpy()[0]) == -1.0
     assert TableSchedule.from_config(table.get_config()).get_config() == table.get_config()
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "nesterov"])
+def test_what_all_variables_share_is_in_the_graph_once(name):
+    """A network has hundreds of variables: what each adds to the step's graph is its own update."""
+
+    def nodes(count):
+        variables = [keras.Variable(np.ones((2, 2), np.float32)) for _ in range(count)]
+        values = Schedule(phases=[{"kind": "constant", "length": 1}]).compile()
+        optimizer = create(name, values=values)
+        optimizer.build(variables)
+        step = tf.function(lambda: optimizer.apply([tf.ones((2, 2))] * count, variables))
+        operations = step.get_concrete_function().graph.get_operations()
+        return sum(o.type not in ("Placeholder", "Const") for o in operations)
+
+    assert (nodes(12) - nodes(2)) / 10 <= 8
