@@ -55,6 +55,13 @@ _STEPS = {
 _DEBUG = "Repeat the command with --debug to see where."
 
 
+def first_line(error: BaseException) -> str:
+    """Of an error's text, at most 200 characters: for a message of one line."""
+    return next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )[:200]
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, in one line with the next step, whatever raised it."""
     said = " ".join(str(error).split())

@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from chexlib.errors import DataError
+
 ROOT = Path(__file__).resolve().parents[1]  # the project's folder
+DEEPEST = 50  # levels of a JSON file; ours have ten at most
 _OPEN_FILES = "/proc/self/fd"  # Linux' links to what this process has open
 
 
@@ -29,9 +32,9 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     number = _open_nameless(path.parent)
     named = number is None
-    if named:
-        number = os.open(draft, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644)
     try:
+        if named:
+            number = os.open(draft, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644)
         with os.fdopen(number, "w+b") as file:
             yield file
             file.flush()
@@ -39,19 +42,26 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             if not named:
                 _link(number, draft)
         os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(draft), _link_to(number)):
+            error.filename = str(path)  # what a reader knows
+        raise
 
 
 def _link(number: int, path: Path) -> None:
     """Give a name to an open file that has none."""
     folder = os.open(path.parent, os.O_RDONLY)
     # The folder's number makes Python call linkat, which follows the link in /proc.
-    source = f"{_OPEN_FILES}/{number}"
     try:
-        os.link(source, path.name, dst_dir_fd=folder, follow_symlinks=True)
+        os.link(_link_to(number), path.name, dst_dir_fd=folder, follow_symlinks=True)
     finally:
         os.close(folder)
+
+
+def _link_to(number: int | None) -> str:
+    return f"{_OPEN_FILES}/{number}"
 
 
 def _open_nameless(folder: Path) -> int | None:
@@ -126,9 +136,36 @@ def write_json(path: Path, values) -> None:
         file.write(json.dumps(plain(values), indent=1, allow_nan=False).encode())
 
 
-def read_json(path: Path):
-    """The values of a JSON file, or an empty dict where there is none."""
-    return json.loads(path.read_text()) if path.exists() else {}
+def read_json(path: str | Path, kind: type = dict):
+    """The values of a JSON file, a dict or what `kind` says; an empty one where there is no file.
+
+    Raises
+    ------
+    DataError
+        The file cannot be read, is damaged, holds anything else, or is nested deeper than
+        `DEEPEST`.
+    """
+    try:
+        values = json.loads(Path(path).read_bytes())
+        if not isinstance(values, kind):
+            raise ValueError(f"it holds no {'list' if kind is list else 'names with values'}")
+        level = [values]
+        for _ in range(DEEPEST):
+            level = [inner for value in level for inner in _inside(value)]
+        if level:
+            raise ValueError(f"it is nested deeper than {DEEPEST}")
+    except (FileNotFoundError, NotADirectoryError):
+        return kind()
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(
+            f"{path} cannot be read as JSON ({reason}). Restore it, or move it away."
+        ) from error
+    return values
+
+
+def _inside(value):
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def plain(value):

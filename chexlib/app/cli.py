@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 import traceback
-from pathlib import Path
 
 import click
 
@@ -76,6 +75,7 @@ def main():
 
     Not for clinical use.
     """
+    logging.raiseExceptions = False  # a log line that finds no room is lost, without a traceback
 
 
 labels_option = click.option(
@@ -138,7 +138,7 @@ def run(notebooks, data_dir, engines, parameters, **settings):
 
 
 @main.command()
-@click.argument("run", type=click.Path(exists=True, file_okay=False))
+@click.argument("run", type=click.Path())
 @click.option(
     "--all", "every", is_flag=True, help="Show every figure, not only those that are apart."
 )
@@ -287,13 +287,13 @@ def train(config_file, resume):
     from chexlib.app.live import LiveLine
     from chexlib.app.runs import show_log
     from chexlib.collectives import join_world
+    from chexlib.files import read_json
     from chexlib.training.config import TrainConfig
     from chexlib.training.fit import fit
 
-    try:
-        values = json.loads(Path(config_file).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{config_file} is not a readable JSON file ({error}).") from error
+    if not os.path.exists(config_file):
+        raise ConfigError(f"there is no file {config_file}. Name a JSON file of settings.")
+    values = read_json(config_file)
     show_log()
     # Once is enough, and every rank would say it.
     logging.getLogger("chexlib.data").setLevel(logging.WARNING)

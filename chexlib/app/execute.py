@@ -22,14 +22,15 @@ from chexlib.app.reference import keep_reference
 from chexlib.app.report import build_report
 from chexlib.app.runs import (
     ASKED,
+    asked_for,
     check_parameters,
     finished,
     point_latest,
     run_folder,
     show_log,
 )
-from chexlib.errors import ConfigError
-from chexlib.files import ROOT, read_json
+from chexlib.errors import FAULTS, ChexlibError, ConfigError, DataError, first_line, one_line
+from chexlib.files import ROOT, atomic_write, read_json
 from chexlib.machine import BATCH, cores
 from chexlib.mpi import thread_environment
 
@@ -100,6 +101,7 @@ def execute(
         carrier, why = collectives.expected_carrier()
         if why:
             log.info("%s carries what the ranks tell each other: %s.", carrier, why)
+        _save_whole(run)
         progress = _Progress(run, asked)
         done = {path.stem for path in paths if finished(run / path.stem)}
 
@@ -127,7 +129,11 @@ def execute(
                     told = True
             for path in group:
                 if reference and path.stem not in failed and finished(run / path.stem):
-                    keep_reference(run / path.stem, profile, root=ROOT)
+                    try:
+                        keep_reference(run / path.stem, profile, root=ROOT)
+                    except (ChexlibError, *FAULTS) as error:
+                        log.error("%s is not kept: %s", path.stem, one_line(error))
+                        failed.append(path.stem)
         point_latest(run)
         return sorted(failed), build_report(run)
 
@@ -176,7 +182,7 @@ def _report_so_far(run: Path, done: set[str]) -> Path | None:
     try:
         return build_report(run, done)
     except Exception as error:
-        log.warning("The report could not be written after this notebook: %s", error)
+        log.warning("The report could not be written after this notebook: %s", one_line(error))
         return None
 
 
@@ -193,10 +199,10 @@ class _Progress:
         kept = [(ROOT / "data" / "reference" / f"{name}.json", name) for name in self.names]
         made = []
         for past in earlier:
-            if read_json(past / ASKED).get("profile") == profile:
+            if asked_for(past / ASKED).get("profile") == profile:
                 made += [(past / name / "metrics.json", name) for name in self.names]
         for file, name in kept + made:  # the newest counts
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            with contextlib.suppress(DataError, KeyError, TypeError, AttributeError):
                 told = read_json(file)
                 if told.get("profile", profile) == profile:
                     self.seconds[name] = float(told.get("metrics", told)["seconds"])
@@ -219,15 +225,26 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 59.5 else f"{seconds / 60:.0f} min"
 
 
+def _save_whole(run: Path) -> None:
+    """Let papermill save the notebooks of this run atomically: a full disk leaves no half of one."""
+    from papermill.iorw import LocalHandler, papermill_io
+
+    class Whole(LocalHandler):
+        def write(self, text, path):
+            with atomic_write(path) as file:
+                file.write(text.encode())
+
+    papermill_io.register(str(run), Whole())
+
+
 def _execute_one(path: Path, folder: Path, parameters: dict) -> bool:
     """Whether the notebook came to its end; if not, the log and the notebook itself say why."""
     import papermill
-    from nbclient.exceptions import CellTimeoutError
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
 
-    folder.mkdir(exist_ok=True)
     try:
+        folder.mkdir(exist_ok=True)
         papermill.execute_notebook(
             path,
             folder / "notebook.ipynb",
@@ -241,14 +258,16 @@ def _execute_one(path: Path, folder: Path, parameters: dict) -> bool:
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),
         )
     except PapermillExecutionError as error:
-        log.error("%s failed with %s: %s", path.stem, error.ename, error.evalue)
+        said = " ".join(str(error.evalue).split())
+        log.error("%s failed with %s: %s", path.stem, error.ename, said)
         return False
-    # A kernel that did not start, or was killed: no cell says so.
-    except (RuntimeError, CellTimeoutError) as error:
-        log.error(
-            "%s failed: %s (its last words: %s)", path.stem, error, folder.parent / KERNEL_LOG
-        )
-        _note_death(folder / "notebook.ipynb", path, error)
+    # A kernel that did not start, or was killed, or a notebook that cannot be saved: no cell says
+    # so, and the other notebooks go on.
+    except Exception as error:
+        last_words = folder.parent / KERNEL_LOG
+        log.error("%s failed: %s (its last words: %s)", path.stem, one_line(error), last_words)
+        with contextlib.suppress(Exception):  # there may be no room for it, or no whole notebook
+            _note_death(folder / "notebook.ipynb", path, error)
         return False
     return True
 
@@ -338,7 +357,16 @@ def _profile(names: str) -> dict:
             profiles = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
             step = " `python -m chexlib tune` makes it." if name == "tuned" else ""
             raise ConfigError(f"there is no profile {name!r}. There are: {profiles}.{step}")
-        parameters |= yaml.safe_load(file.read_text()) or {}
+        try:
+            values = yaml.safe_load(file.read_bytes()) or {}
+            if not isinstance(values, dict):
+                raise ValueError("it has no names with values")
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"{file} is no profile ({first_line(error)}). Write a line `name: value` for each "
+                "parameter."
+            ) from error
+        parameters |= values
     return parameters
 
 
@@ -352,7 +380,8 @@ def _note_death(made: Path, source: Path, error: Exception) -> None:
         nbformat.v4.new_output("error", ename=type(error).__name__, evalue=str(error), traceback=[])
     ]
     notebook.cells.append(cell)
-    nbformat.write(notebook, made)
+    with atomic_write(made) as file:
+        file.write(nbformat.writes(notebook).encode())
 
 
 def _typed(value, kind: str):

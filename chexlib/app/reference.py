@@ -4,9 +4,7 @@ compared with it.
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +15,9 @@ import pandas as pd
 # Of Student's t: a hundred times as fast as scipy.stats.
 from scipy.special import logit, stdtr, stdtrit
 
-from chexlib.errors import ConfigError
+from chexlib.errors import ConfigError, DataError
 from chexlib.evaluation.intervals import holm
-from chexlib.files import ROOT, read_json, write_json
+from chexlib.files import ROOT, atomic_write, read_json, write_json
 from chexlib.machine import command
 
 VERDICTS = ALIKE, APART, UNKNOWN = "no difference shown", "DIFFERENT", "no interval"
@@ -82,7 +80,7 @@ def keep_reference(folder: Path, profile: str, *, root: Path = ROOT) -> None:
     """
     results = {}
     for name in ("metrics", "params", "environment"):
-        results[name] = json.loads((folder / f"{name}.json").read_text())
+        results[name] = read_json(folder / f"{name}.json")
     results["environment"]["command"] = command()  # not the kernel's, which says nothing
     target = root / "data" / "reference" / f"{folder.name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +96,8 @@ def keep_reference(folder: Path, profile: str, *, root: Path = ROOT) -> None:
         results["seeds"] = kept["seeds"]
     write_json(target, {"notebook": folder.name, "profile": profile, **results})
     if (figure := folder / "figures" / "auroc.png").exists():
-        shutil.copyfile(figure, target.with_suffix(".png"))
+        with atomic_write(target.with_suffix(".png")) as file:
+            file.write(figure.read_bytes())
 
 
 def _is_of_one_code(kept: Mapping, results: Mapping, profile: str) -> bool:
@@ -143,24 +142,34 @@ def compare_run(run: str | Path, *, reference: str | Path = "") -> dict[str, dic
     Raises
     ------
     ConfigError
-        No notebook is in both.
+        There is no such folder, or no notebook is in both.
+    DataError
+        A file of the run or of the reference is damaged.
     """
     folder = Path(reference or ROOT / "data" / "reference")
     compared = {}
+    if not Path(run).is_dir():
+        raise ConfigError(f"there is no run folder {run}. Name one, such as runs/latest.")
     for file in sorted(Path(run).glob("[0-9]*/metrics.json")):
         kept = read_json(folder / f"{file.parent.name}.json")
         if not kept:
             continue
-        before, now = kept["params"], json.loads((file.parent / "params.json").read_text())
-        parameters = {}
-        for name in {**before, **now}:
-            if before.get(name) != now.get(name):
-                parameters[name] = (before.get(name), now.get(name))
-        compared[file.parent.name] = {
-            "profile": kept["profile"],
-            "parameters": parameters,
-            "estimates": _side_by_side(kept, json.loads(file.read_text())),
-        }
+        try:
+            before, now = kept["params"], read_json(file.with_name("params.json"))
+            parameters = {}
+            for name in {**before, **now}:
+                if before.get(name) != now.get(name):
+                    parameters[name] = (before.get(name), now.get(name))
+            compared[file.parent.name] = {
+                "profile": kept["profile"],
+                "parameters": parameters,
+                "estimates": _side_by_side(kept, read_json(file)),
+            }
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{file} or its reference holds what cannot be compared ({error!r}). Restore it, "
+                "or move its folder away."
+            ) from error
     if not compared:
         names = ", ".join(file.stem for file in sorted(folder.glob("*.json"))) or "none"
         raise ConfigError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import jinja2
@@ -16,8 +16,9 @@ import nbformat
 import pandas as pd
 from PIL import Image
 
+from chexlib.app.runs import ASKED, asked_for
 from chexlib.data.nih import data_name
-from chexlib.errors import DataError, WeightsError
+from chexlib.errors import DataError, WeightsError, one_line
 from chexlib.evaluation.auroc import in_words, judge
 from chexlib.files import atomic_write, read_json
 from chexlib.findings import FINDINGS
@@ -25,6 +26,12 @@ from chexlib.ledger.answers import VERDICTS, build_ledger, count_verdicts
 from chexlib.markup import inert
 from chexlib.models.weights import config_of, find_weights, read_card
 
+# What a notebook leaves beside its pages.
+RESULTS = {
+    "metrics": "metrics.json",
+    "parameters": "params.json",
+    "environment": "environment.json",
+}
 TEMPLATES = Path(__file__).parent / "templates"
 JINJA = jinja2.Environment(
     loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -61,12 +68,9 @@ def build_report(run: Path, only: Collection[str] | None = None) -> Path:
     """
     folders = [file.parent for file in sorted(run.glob("*/notebook.ipynb"))]
     pages = [_page(folder) for folder in folders if only is None or folder.name in only]
-    judged, environments = {}, []
-    for page in pages:
-        if "auroc" in page["metrics"]:
-            judged[page["title"]] = page["metrics"]["auroc"]
-        environments.append(page["environment"])
-    asked, names = read_json(run / "run.json"), {page["name"] for page in pages}
+    judged = {page["title"]: page["metrics"]["auroc"] for page in pages if page["judged"]}
+    environments = [page["environment"] for page in pages]
+    asked, names = asked_for(run / ASKED), {page["name"] for page in pages}
     table = build_ledger(run)
     topics = {topic: rows.to_dict("records") for topic, rows in table.groupby("topic", sort=False)}
     JINJA.filters["figure"] = figure
@@ -108,7 +112,33 @@ def _write(path: Path, template: str, **values) -> Path:
 
 
 def _page(folder: Path) -> dict:
-    """What the report shows of one notebook, of which the page is written."""
+    """What the report shows of one notebook, of which the page is written.
+
+    A file that is damaged is told as this notebook's error, and what the others say is shown.
+    """
+    faults = []
+
+    def read(make: Callable, part, *, name: str, otherwise):
+        try:
+            return make(part)
+        except Exception as error:  # nbformat, nbconvert and Pillow raise nearly anything
+            faults.append(f"{name}: {one_line(error)}")
+            return otherwise
+
+    page = {"name": folder.name, "title": folder.name, "error": None, "seconds": None}
+    page |= read(_notebook, folder, name="notebook.ipynb", otherwise={})
+    for part, file in RESULTS.items():
+        page[part] = read(read_json, folder / file, name=file, otherwise={})
+    page["judged"] = read(_is_judged, page["metrics"], name=RESULTS["metrics"], otherwise=False)
+    pictures = sorted((folder / "figures").glob("[!.]*.png"))
+    figures = [read(_figure, path, name=path.name, otherwise=None) for path in pictures]
+    page["figures"] = [figure for figure in figures if figure]
+    page["error"] = " ".join(filter(None, [page["error"], *faults]))
+    return page
+
+
+def _notebook(folder: Path) -> dict:
+    """Title, error and seconds of an executed notebook, of which the page is written."""
     source, written = folder / "notebook.ipynb", folder / "notebook.html"
     notebook = nbformat.read(source, as_version=4)
     title, error = "?", None
@@ -120,16 +150,24 @@ def _page(folder: Path) -> dict:
                 error = f"{output.ename}: {output.evalue}"
     if not written.exists() or written.stat().st_mtime_ns <= source.stat().st_mtime_ns:
         write_page(notebook, written, title=title)
-    return {
-        "name": folder.name,
-        "title": title,
-        "error": error,
-        "seconds": notebook.metadata.get("papermill", {}).get("duration"),
-        "metrics": read_json(folder / "metrics.json"),
-        "parameters": read_json(folder / "params.json"),
-        "environment": read_json(folder / "environment.json"),
-        "figures": [_figure(path) for path in sorted((folder / "figures").glob("[!.]*.png"))],
-    }
+    seconds = notebook.metadata.get("papermill", {}).get("duration")
+    return {"title": title, "error": error, "seconds": seconds}
+
+
+def _is_judged(metrics: dict) -> bool:
+    """Whether there are AUROCs; DataError if they are not those that the report shows."""
+    if "auroc" not in metrics:
+        return False
+    try:
+        for name in (*FINDINGS, "mean"):
+            row = metrics["auroc"][name]
+            for value in (row["auroc"], row["low"], row["high"], row["positives"]):
+                float(value or 0)
+        for part in ("train", "validation", "test"):
+            int(metrics["split"]["images"][part])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"it has AUROCs of another form ({error!r}).") from error
+    return True
 
 
 def _figure(path: Path) -> dict:
@@ -184,7 +222,8 @@ def write_page(notebook, path: Path, *, title: str) -> None:
             link["href"] = f"../{name}/notebook.html"
         else:
             link.unwrap()
-    path.write_text(str(soup))
+    with atomic_write(path) as file:
+        file.write(str(soup).encode())
 
 
 def _prepare(notebook, figures: Path) -> None:

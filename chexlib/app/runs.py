@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from chexlib.errors import ConfigError
+from chexlib.errors import ConfigError, DataError
 from chexlib.files import ROOT, atomic_write, plain, read_json, write_json
 from chexlib.machine import environment
 
@@ -58,10 +58,11 @@ def finished(folder: Path) -> bool:
     no error.
     """
     try:
-        noted = json.loads((folder / "notebook.ipynb").read_text())["metadata"]["papermill"]
-    except (OSError, ValueError, KeyError):  # ValueError: killed while it was written
+        noted = read_json(folder / "notebook.ipynb")["metadata"]["papermill"]
+        ended = bool(noted["end_time"]) and not noted["exception"]
+    except (DataError, KeyError, TypeError):  # killed while it was written, or damaged since
         return False
-    return bool(noted["end_time"]) and not noted["exception"] and (folder / "metrics.json").exists()
+    return ended and (folder / "metrics.json").exists()
 
 
 @contextlib.contextmanager
@@ -87,11 +88,15 @@ def run_folder(
     asked, parent = plain(dict(asked)), Path(runs_dir or ROOT / "runs").absolute()
     run = None
     if resume:
-        same = [file.parent for file in parent.glob(f"[0-9]*/{ASKED}") if read_json(file) == asked]
+        same = [file.parent for file in parent.glob(f"[0-9]*/{ASKED}") if asked_for(file) == asked]
         run = max(same, default=None, key=lambda path: path.name)
     if run is None or all(finished(run / name) for name in asked["notebooks"]):
         run = new_run(runs_dir)
-        write_json(run / ASKED, asked)
+        try:
+            write_json(run / ASKED, asked)
+        except OSError as error:
+            run.rmdir()
+            raise _unwritable(run, error) from error
     with open(run / ASKED) as held:
         try:
             # Given back by the system, however this process ends.
@@ -101,6 +106,17 @@ def run_folder(
                 f"{run} is being executed. Wait for its end, or begin a new run without resume."
             ) from None
         yield run
+
+
+def asked_for(file: Path) -> dict:
+    """What a run was asked for, by its `ASKED`; nothing where that file is damaged, which the log
+    tells.
+    """
+    try:
+        return read_json(file)
+    except DataError as error:
+        log.warning("%s", error)
+        return {}
 
 
 def latest_run(runs_dir: str | Path = "") -> Path | None:
@@ -231,7 +247,7 @@ def _began_before(path: Path, parameters: dict) -> bool:
     file = path / "params.json"
     if (path / "metrics.json").exists() or not file.exists():
         return False
-    return read_json(file) == json.loads(json.dumps(plain(parameters)))
+    return asked_for(file) == json.loads(json.dumps(plain(parameters)))
 
 
 def data_folder(data_dir: str = "", *, images: int, difficulty: str, seed: int) -> Path:

@@ -29,7 +29,7 @@ from scipy.sparse import csr_array
 from tqdm.auto import tqdm
 
 from chexlib.data.nih import first_few, read_bytes, read_image
-from chexlib.errors import DataError
+from chexlib.errors import DataError, first_line
 from chexlib.files import ROOT, atomic_write
 from chexlib.machine import cores
 
@@ -37,6 +37,7 @@ FOLDER = "CHEXLIB_CACHE"  # the environment variable that names another folder t
 VERSION = 5  # of the files' layout and of how pixels are made: a new one begins a new cache
 ROUND = 5.0  # seconds after which a pair of files is closed and kept
 _ROWS = 1024  # images after which it is too, so that a build's memory does not grow with them
+_MOST_ROWS = 2**24  # of a file of pixels, which has no more than `_ROWS`
 _CHUNK = 64  # images decoded at a time
 _COLUMNS = {
     "key": np.uint64,
@@ -244,7 +245,7 @@ class ImageStore:
             with atomic_write(mark) as file:
                 file.write(uuid.uuid4().hex.encode())
         gather(None)  # now all have written it, and the last one counts
-        folder, host, pid = mark.read_text(), os.uname().nodename, os.getpid()
+        folder, host, pid = mark.read_bytes(), os.uname().nodename, os.getpid()
         first: dict[str, int] = {}
         for other_folder, other_host, other_pid in gather((folder, host, pid)):
             if other_folder == folder:
@@ -256,12 +257,18 @@ class ImageStore:
         """All rows of the folder, pairs of files by number; `tables` keeps what was read before."""
         for path in self.folder.glob("*.parquet"):
             if path.name not in tables and path.is_file() and not path.is_symlink():
-                with contextlib.suppress(FileNotFoundError):  # removed since, as damaged
-                    rows = pd.read_parquet(path)
-                    number_of = {name: self._number(name) for name in rows["pixels"].unique()}
-                    tables[path.name] = rows.assign(
-                        pixels=rows["pixels"].map(number_of), index=self._number(path.stem)
-                    )
+                try:
+                    rows = _read_index(path)
+                except FileNotFoundError:  # removed since, as damaged
+                    continue
+                except DataError as error:
+                    log.warning("%s Its images are decoded anew.", error)
+                    path.unlink(missing_ok=True)
+                    continue
+                number_of = {name: self._number(name) for name in rows["pixels"].unique()}
+                tables[path.name] = rows.assign(
+                    pixels=rows["pixels"].map(number_of), index=self._number(path.stem)
+                )
         kinds = {**_COLUMNS, "pixels": np.int64, "index": np.int64}
         empty = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in kinds.items()})
         return pd.concat([empty, *tables.values()], ignore_index=True)
@@ -314,6 +321,21 @@ class ImageStore:
         if not written:
             (self.folder / f"{name}.pixels").unlink()
         return len(rows)
+
+
+def _read_index(path: Path) -> pd.DataFrame:
+    """The rows of an index, as they are written; FileNotFoundError, or DataError if it is damaged."""
+    try:
+        rows = pd.read_parquet(path)[list(_COLUMNS)].astype(_COLUMNS)
+        if not rows["pixels"].str.fullmatch(r"[0-9a-f]{32}").all():
+            raise ValueError("it names files that are none of the cache")
+        if not rows["row"].between(0, _MOST_ROWS).all():
+            raise ValueError("it names rows that no file has")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # Arrow and pandas raise many kinds
+        raise DataError(f"{path} is damaged ({first_line(error)}).") from error
+    return rows
 
 
 def content(path: str, size: int, known=()) -> tuple[int, np.ndarray | None]:

@@ -7,7 +7,6 @@ keeps the bytes beside the file and asks for the rest (HTTP Range).
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import re
@@ -23,7 +22,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from chexlib.errors import ConfigError, DataError
-from chexlib.files import write_json
+from chexlib.files import read_json, write_json
 
 CHUNK = 1 << 16  # bytes: what is lost at most when a connection ends
 ATTEMPTS = 5  # in a row that bring no byte
@@ -265,9 +264,10 @@ def _folder(archive: Remote) -> str:
 def _recorded(directory: Path) -> dict:
     """The archives in the folder's record, by name."""
     try:
-        return json.loads((directory / RECORD).read_text())["archives"]
-    except (OSError, ValueError, KeyError, TypeError):
+        archives = read_json(directory / RECORD).get("archives")
+    except DataError:
         return {}
+    return archives if isinstance(archives, dict) else {}
 
 
 def _unpacked(directory: Path, archive: Remote) -> bool:

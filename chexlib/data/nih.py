@@ -209,8 +209,9 @@ def read_image(path: str | Path, content: bytes | None = None) -> np.ndarray:
         return grey if turn is None else np.array(Image.fromarray(grey).transpose(turn))
     except Exception as error:  # a damaged file makes PIL raise nearly anything
         reason = "it is empty" if os.path.isfile(path) and not os.path.getsize(path) else error
-        step = "Download it again, or leave it out: `check_images(radiographs, skip_broken=True)`"
-        raise DataError(f"{path} cannot be read as PNG or JPEG: {reason}. {step}.") from error
+        raise DataError(
+            f"{path} cannot be read as PNG or JPEG: {reason}. Copy it again, or leave it out."
+        ) from error
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -300,7 +301,7 @@ def check_images(radiographs: Radiographs, *, skip_broken: bool = False) -> Radi
     if broken:
         summary = f"{len(broken)} of {len(radiographs):,} are broken: {' '.join(broken[:3])}"
         if len(broken) == len(problems) or not skip_broken:
-            raise DataError(summary)
+            raise DataError(f"{summary} A training with skip_broken=true leaves them out.")
         _log.warning("dropped %s", summary)
     whole = [not text for text in problems]
     return radiographs.select(radiographs.table.loc[whole, "image"])

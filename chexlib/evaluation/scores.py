@@ -5,7 +5,6 @@ folder.
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import os
 import re
@@ -16,8 +15,9 @@ import pandas as pd
 
 from chexlib.data.nih import Radiographs, base_name, first_few, load_radiographs
 from chexlib.data.splits import LISTS, Split, read_list
-from chexlib.errors import DataError
+from chexlib.errors import DataError, first_line, one_line
 from chexlib.evaluation.auroc import compare, judge
+from chexlib.files import read_json
 from chexlib.findings import ALIASES, FINDINGS
 
 IMAGE_COLUMNS = ("image", "Image Index", "path", "filename")
@@ -202,12 +202,16 @@ def judged_in(run: str | Path | None, data: str) -> dict[str, dict]:
         files = [folder / name for name in ("metrics.json", "config.json", "predictions.parquet")]
         if not all(os.path.isfile(file) for file in files):  # False where one may not look
             continue
-        metrics, config = json.loads(files[0].read_text()), json.loads(files[1].read_text())
-        split = metrics["split"]
-        first = next(iter(judged.values()), {"split": split})
-        if metrics["data"] != data or split["digest"] != first["split"]["digest"]:
+        try:
+            metrics, config = read_json(files[0]), read_json(files[1])
+            split = metrics["split"]
+            first = next(iter(judged.values()), {"split": split})
+            if metrics["data"] != data or split["digest"] != first["split"]["digest"]:
+                continue
+            predictions = pd.read_parquet(files[2])
+        except Exception as error:  # a damaged file makes Arrow raise nearly anything
+            _log.warning("%s is left out: %s", folder, one_line(error))
             continue
-        predictions = pd.read_parquet(files[2])
         judged[folder.name] = {
             "folder": folder,
             "split": split,
@@ -220,12 +224,15 @@ def judged_in(run: str | Path | None, data: str) -> dict[str, dict]:
 def _read(path: Path) -> pd.DataFrame:
     """The table of a file; of a CSV all as text, since names of images may be digits alone."""
     if not path.is_file():
-        raise DataError(f"there is no file {path}. Name a CSV or Parquet file of scores.")
+        fault = f"{path} is a folder" if path.is_dir() else f"there is no file {path}"
+        raise DataError(
+            f"{fault}. Name a CSV or Parquet file of scores, such as a run's predictions.parquet."
+        )
     try:
         table = pd.read_parquet(path) if path.suffix in (".parquet", ".pq") else _read_text(path)
     except Exception as error:  # pandas and Arrow raise many kinds
         raise DataError(
-            f"{path} cannot be read: {error}. Accepted: CSV, or Parquet with the ending .parquet."
+            f"{path} cannot be read: {first_line(error)}. Accepted: CSV, or Parquet with the ending .parquet."
         ) from error
     names = table.columns.astype(str)
     if names.has_duplicates:

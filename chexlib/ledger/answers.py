@@ -23,7 +23,7 @@ the first that applies:
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,11 +40,13 @@ from chexlib.evaluation.intervals import (
     VERDICTS,
     verdict_on_gain,
 )
-from chexlib.files import ROOT
+from chexlib.files import ROOT, read_json
 from chexlib.ledger.counterparts import COUNTERPARTS
 from chexlib.ledger.published import Claim, claims
 from chexlib.ledger.records import Measured, Results
 
+PARTS = ("metrics", "params", "environment")  # files of a notebook's results
+log = logging.getLogger(__name__)
 COLUMNS = [
     "topic",
     "claim",
@@ -91,19 +93,17 @@ def find_results(run: str | Path) -> dict[str, Results]:
     """
     results = {}
     for file in sorted((ROOT / "data" / "reference").glob("[0-9]*.json")):
-        kept = json.loads(file.read_text())
+        kept = read_json(file)
         parts = (kept["metrics"], kept["params"], kept["environment"])
         results[file.stem[:2]] = Results(file.stem, *parts, origin="reference results")
     for file in sorted(Path(run).glob("[0-9]*/metrics.json")):
-        folder = file.parent
-        environment = folder / "environment.json"
-        results[folder.name[:2]] = Results(
-            folder.name,
-            json.loads(file.read_text()),
-            json.loads((folder / "params.json").read_text()),
-            json.loads(environment.read_text()) if environment.exists() else {},
-            reference=results.get(folder.name[:2]),
-        )
+        name = file.parent.name
+        try:
+            parts = [read_json(file.with_name(f"{part}.json")) for part in PARTS]
+        except DataError as error:
+            log.warning("the ledger leaves out notebook %s: %s", name[:2], error)
+            continue
+        results[name[:2]] = Results(name, *parts, reference=results.get(name[:2]))
     return results
 
 
@@ -237,6 +237,6 @@ def _answer(
     """
     try:
         ours = find(claim, results)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DataError(f"its metrics.json lacks what is needed ({error!r})") from error
     return ours if isinstance(ours, str) or math.isfinite(ours.value) else "undefined"

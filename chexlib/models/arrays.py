@@ -142,8 +142,9 @@ def layout(model) -> dict[str, tuple[str, str, object]]:
     try:
         model.set_weights([np.full(w.shape, i, np.float32) for i, w in enumerate(before)])
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "layout.weights.h5"
-            model.save_weights(file)
+            # In an archive, which Python writes: HDF5 crashes if its disk is full.
+            file = Path(folder) / "layout.keras"
+            model.save(file)
             arrays = read_arrays(file)
     finally:
         model.set_weights(before)

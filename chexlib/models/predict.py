@@ -13,7 +13,7 @@ import pandas as pd
 
 from chexlib.data.cache import resize_area
 from chexlib.data.pictures import find_pictures, frontal_doubt, read_picture
-from chexlib.errors import DataError, WeightsError
+from chexlib.errors import DataError, WeightsError, one_line
 from chexlib.findings import FINDINGS
 from chexlib.machine import cores
 
@@ -176,6 +176,8 @@ def _read(path: str, size: int) -> tuple[np.ndarray, str] | DataError:
         return resize_area(image, size), frontal_doubt(image, colour=colour)
     except DataError as error:
         return error
+    except Exception as error:  # whatever a damaged file brings about is an error of this file
+        return DataError(f"{path} cannot be read: {one_line(error)}")
 
 
 def newest_weights(runs_dir: str | Path) -> Path:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from chexlib.errors import ChexlibError, ConfigError, WeightsError
+from chexlib.errors import ChexlibError, ConfigError, WeightsError, first_line
 from chexlib.files import atomic_write
 from chexlib.findings import FINDINGS
 from chexlib.models.arrays import fill_model, head_differs, layout, read_arrays
@@ -441,10 +441,3 @@ def split_of(card: dict) -> str:
     """
     split = card.get("split") if isinstance(card.get("split"), dict) else {}
     return f"{split.get('name', 'unknown')!s:.80} split {split.get('digest') or 'without digest'!s:.80}"
-
-
-def first_line(error: BaseException) -> str:
-    """Of an error's text, at most 200 characters: for a message of one line."""
-    return next(
-        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-    )[:200]

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from chexlib.errors import ConfigError, DataError
-from chexlib.files import file_lock
+from chexlib.files import file_lock, read_json
 from chexlib.findings import FINDINGS, NO_FINDING
 from chexlib.machine import cores
 from chexlib.phantom.film import render
@@ -178,8 +178,8 @@ def _holds(directory, parameters):
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
     try:
-        made_with = json.loads((directory / "phantom.json").read_text())["parameters"]
-    except (OSError, ValueError, KeyError, TypeError):
+        made_with = read_json(directory / "phantom.json").get("parameters")
+    except DataError:
         made_with = None
     if made_with == parameters:
         return True

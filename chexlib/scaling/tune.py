@@ -14,8 +14,8 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from chexlib.errors import ClusterError, ConfigError
-from chexlib.files import ROOT, atomic_write, file_lock
+from chexlib.errors import ClusterError, ConfigError, DataError
+from chexlib.files import ROOT, atomic_write, file_lock, read_json
 from chexlib.machine import cores, hardware
 from chexlib.scaling.throughput import measure
 from chexlib.training.config import TrainConfig
@@ -65,6 +65,8 @@ def tune(
     ConfigError
         A setting that no training accepts, before anything is measured.
     """
+    if steps < 1:
+        raise ConfigError(f"steps={steps} is not accepted. Use 1 or more steps a measurement.")
     for precision, batch in itertools.product(precisions, batches):
         TrainConfig(
             data_dir=".",
@@ -123,7 +125,10 @@ def save_winner(table: pd.DataFrame, path: str | Path = "") -> dict:
 
 
 def _points(path: Path) -> list[dict]:
-    return json.loads(path.read_text()) if path.exists() else []
+    points, needed = read_json(path, list), {*KEYS, "images_per_second", "steps"}
+    if not all(isinstance(point, dict) and needed <= point.keys() for point in points):
+        raise DataError(f"{path} is no list of measurements of `tune`. Move it away.")
+    return points
 
 
 def _add(path: Path, point: dict) -> list[dict]:

@@ -25,7 +25,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from chexlib.errors import ConfigError, DivergedError
+from chexlib.errors import ConfigError, DivergedError, first_line
 from chexlib.files import atomic_write, file_lock
 from chexlib.machine import environment, native_precision
 from chexlib.training import TRAINING_VERSION
@@ -232,11 +232,15 @@ def _read_rows(table: Path) -> dict[str, dict]:
         # In one go: by its name the file is opened several times, and another process may replace
         # it in between.
         rows = pd.read_parquet(io.BytesIO(table.read_bytes()), columns=["key", "row"])
-    except (OSError, ValueError) as error:
+        found = {key: json.loads(row) for key, row in zip(rows["key"], rows["row"], strict=True)}
+        if not all(isinstance(row, dict) for row in found.values()):
+            raise ValueError("it has rows that are none of a grid")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(
-            f"{table} is no table of a grid ({error}). Name another file, or move it away."
+            f"{table} is no table of a grid ({first_line(error)}). Name another file, or move it "
+            "away."
         ) from error
-    return {key: json.loads(row) for key, row in zip(rows["key"], rows["row"], strict=True)}
+    return found
 
 
 def _append(table: Path, row: dict) -> dict[str, dict]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from chexlib.data.pipeline import AUGMENTATIONS
 from chexlib.data.splits import fold_of
-from chexlib.errors import ConfigError
+from chexlib.errors import ConfigError, one_line
 from chexlib.machine import native_precision
 from chexlib.models.topologies import NORMS, SIZES, STEMS, TOPOLOGIES, WIDTHS
 from chexlib.training.recipes import resolve
@@ -20,6 +20,7 @@ from chexlib.training.recipes import resolve
 SPLITS = ("auto", "official", "patient", "image")
 OPTIMIZERS = ("adam", "sgd", "nesterov", "adamw", "lamb", "lars")
 PRECISIONS = ("float32", "mixed_bfloat16")
+MOST = 2**32 - 1  # of whole numbers: what NumPy and Keras take as a seed
 KEEPS = ("global_batch", "rank_batch")
 # What may be another when a training is resumed: the rest decides what the training is.
 FREE = (
@@ -45,7 +46,7 @@ def _choice(among: tuple, default: str) -> str:
     )
 
 
-def _whole(least: int, default: int | None, most: float = math.inf) -> int:
+def _whole(least: int, default: int | None, most: int = MOST) -> int:
     """A field that holds a whole number, or None where that is its default."""
 
     def check(value) -> bool:
@@ -53,8 +54,7 @@ def _whole(least: int, default: int | None, most: float = math.inf) -> int:
             return default is None
         return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
-    bounds = f"of {least} or more" if most == math.inf else f"from {least} to {most}"
-    use = f"a whole number {bounds}"
+    use = f"a whole number from {least} to {most}"
     return field(default=default, metadata={"check": check, "use": use})
 
 
@@ -63,7 +63,8 @@ def _number(within: str, check: Callable[[float], bool], default: float) -> floa
 
     def is_accepted(value) -> bool:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and math.isfinite(value) and check(value)
+        # False for NaN too; a whole number may be too long for a float.
+        return is_number and abs(value) <= sys.float_info.max and check(value)
 
     return field(default=default, metadata={"check": is_accepted, "use": f"a number {within}"})
 
@@ -74,10 +75,13 @@ def _flag(default: bool) -> bool:
     return field(default=default, metadata=check)
 
 
+def _is_path(value) -> bool:
+    return isinstance(value, str | os.PathLike) and "\0" not in os.fspath(value)
+
+
 def _path(**settings) -> str:
     """A field that holds a path."""
-    check = {"check": lambda value: isinstance(value, str | os.PathLike), "use": "a path"}
-    return field(metadata=check, **settings)
+    return field(metadata={"check": _is_path, "use": "a path"}, **settings)
 
 
 # Settings of chexlib 0.1 that are gone, with the values that mean what is done now.
@@ -135,7 +139,7 @@ class TrainConfig:
     weights: str | None = field(
         default=None,
         metadata={
-            "check": lambda value: value is None or isinstance(value, str | os.PathLike),
+            "check": lambda value: value is None or _is_path(value),
             "use": "a path, 'imagenet' or null",
         },
     )
@@ -198,7 +202,7 @@ class TrainConfig:
             accepts = setting.metadata.get("check")
             if accepts and not accepts(value):
                 use = setting.metadata["use"]
-                raise ConfigError(f"{setting.name}={value!r} is not accepted. Use {use}.")
+                raise ConfigError(f"{setting.name}={value!r:.80} is not accepted. Use {use}.")
         self._check_schedule()
         self._check_together()
         # Plain values, and absolute paths: engines may start in another folder than the notebook.
@@ -244,8 +248,11 @@ class TrainConfig:
                 raise ConfigError("Use a preset's name or a JSON object.")
             if asked:
                 resolve(asked, images=10**6, global_batch=1, epochs=self.epochs)
-        except ValueError as error:  # a ConfigError is one, as is what JSON says
-            raise ConfigError(f"schedule={self.schedule!r} is not accepted. {error}") from error
+        # A ConfigError is a ValueError, as is what JSON says.
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ConfigError(
+                f"schedule={self.schedule!r:.200} is not accepted. {one_line(error)}"
+            ) from error
         self._set("schedule", json.loads(json.dumps(asked)))  # as a checkpoint gives it back
         if asked and self.weight_decay:
             raise ConfigError(

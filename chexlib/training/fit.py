@@ -7,8 +7,8 @@ fit(config, engines=engines, restarts=1)                     # on a notebook's e
 
 from __future__ import annotations
 
-import json
 import logging
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,7 +23,7 @@ from chexlib.data.nih import Radiographs, data_name
 from chexlib.data.pipeline import generator_for
 from chexlib.data.splits import Split
 from chexlib.errors import ClusterError, ConfigError, WeightsError
-from chexlib.files import atomic_write
+from chexlib.files import atomic_write, write_json
 from chexlib.models.data_parallel import DataParallelTrainer
 from chexlib.models.statistics import recalibrate
 from chexlib.models.topologies import NORMALIZATION
@@ -39,7 +39,7 @@ from chexlib.training.callbacks import (
 from chexlib.training.config import TrainConfig
 from chexlib.training.input import Feed, divide, predictions_of, start_head_at_prevalence
 from chexlib.training.optimizers import guide
-from chexlib.training.state import Saver, checkpoint_files
+from chexlib.training.state import Saver
 from chexlib.training.trainer import Reuse
 
 log = logging.getLogger(__name__)
@@ -223,6 +223,7 @@ def learn(
         callbacks = [*watchers, saver]
         if config.snapshots and world.first:
             callbacks.append(Snapshots(config, at))
+        world.broadcast_object(lambda: _keep_config(config))  # now that it can train
         # Once, or twice if resumed within an epoch.
         while at.epoch < config.epochs and not saver.stopped:
             trainer.fit(
@@ -268,19 +269,20 @@ def _fit_on(engines, config: TrainConfig, *, restarts: int, report) -> TrainResu
 
 
 def _prepare(config: TrainConfig) -> None:
-    """The run's folder with the config in it, ready for `python -m chexlib train --config`."""
-    run_dir = Path(config.run_dir)
+    """The run's folder, which can be written; what another training has left there stays as it is."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with atomic_write(run_dir / "config.json") as file:
-            file.write(json.dumps(config.to_dict(), indent=1).encode())
-        if not config.resume:
-            for path in checkpoint_files(run_dir / "checkpoints"):
-                path.unlink()
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.run_dir):
+            pass
     except OSError as error:
         raise ConfigError(
             f"run_dir={config.run_dir!r} cannot be written ({error}). Name another folder."
         ) from error
+
+
+def _keep_config(config: TrainConfig) -> None:
+    """The config in the run's folder, ready for `python -m chexlib train --config`."""
+    write_json(Path(config.run_dir) / "config.json", config.to_dict())
 
 
 def _result_of(training: Training) -> TrainResult:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from chexlib.data.pipeline import generator_for, training_batches
 from chexlib.data.splits import Split, audit, make_split
 from chexlib.data.stream import stream_batches
 from chexlib.errors import DataError
+from chexlib.files import read_json
 from chexlib.findings import FINDINGS
 from chexlib.models.arrays import HEAD
 from chexlib.training.callbacks import Position
@@ -84,9 +84,9 @@ def drawing_of(folder: Path) -> dict:
         It is no phantom, or one with a difficulty of its own.
     """
     try:
-        drawn = json.loads((folder / "phantom.json").read_text())["parameters"]
+        drawn = read_json(folder / "phantom.json")["parameters"]
         chosen = {name: drawn[name] for name in ("difficulty", "min_prevalence")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (DataError, KeyError, TypeError) as error:
         raise DataError(
             f"{folder} is no phantom, like which a stream could be drawn. Make one: `python -m "
             "chexlib phantom DIR`."

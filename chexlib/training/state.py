@@ -34,8 +34,20 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
     return sorted(names, reverse=True)
 
 
+def remove_checkpoints(folder: str | Path) -> None:
+    """Remove all checkpoints in `folder`."""
+    for path in checkpoint_files(folder):
+        path.unlink(missing_ok=True)
+
+
 def save_checkpoint(
-    folder: str | Path, step: int, arrays: dict[str, np.ndarray], facts: dict, *, keep: int
+    folder: str | Path,
+    step: int,
+    arrays: dict[str, np.ndarray],
+    facts: dict,
+    *,
+    keep: int,
+    alone: bool = False,
 ) -> Path:
     """Write `step-<step>.npz`, and remove all but the newest `keep` checkpoints.
 
@@ -45,6 +57,8 @@ def save_checkpoint(
         Weights, optimizer slots, statistics: whatever is large.
     facts : dict
         Plain values for JSON.
+    alone : bool
+        Remove all others: they are of another training.
 
     Raises
     ------
@@ -61,6 +75,9 @@ def save_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             np.savez(file, **content, digest=np.frombuffer(_digest(content), np.uint8))
+        files = checkpoint_files(folder)
+        for old in [other for other in files if other != path] if alone else files[keep:]:
+            old.unlink(missing_ok=True)
     except OSError as error:
         size = sum(array.nbytes for array in content.values()) / 1e6
         raise WeightsError(
@@ -68,8 +85,6 @@ def save_checkpoint(
             f"({error.strerror or error}). The ones before it are untouched: make room, or set "
             "another run_dir, and go on with resume=true."
         ) from error
-    for old in checkpoint_files(folder)[keep:]:
-        old.unlink(missing_ok=True)
     return path
 
 
@@ -154,6 +169,8 @@ class Saver(keras.callbacks.Callback):
         self.validation, self.plateau, self.progress = watchers
         self.folder = Path(config.run_dir) / "checkpoints"
         self.stopped, self._tracker = False, None
+        # What lies in the folder is of another training, and stays until this one has a state.
+        self._anew = not config.resume
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._tracker is not None:  # Keras has just reset it; half of this epoch was done before
@@ -189,7 +206,10 @@ class Saver(keras.callbacks.Callback):
         """Write a checkpoint, on rank 0; all ranks wait until it is safe, and all learn if it is
         not.
         """
-        if not self.config.keep_checkpoints:
+        keep, alone, self._anew = self.config.keep_checkpoints, self._anew, False
+        if not keep:
+            if alone:
+                self.world.broadcast_object(lambda: remove_checkpoints(self.folder))
             return
         model, optimizer = self.model.model, self.model.optimizer
         statistics = self.world.allgather_object([v.numpy() for v in model.non_trainable_variables])
@@ -215,9 +235,7 @@ class Saver(keras.callbacks.Callback):
                 "best": [self.validation.best, self.validation.best_epoch],
                 "plateau": [self.plateau.best, self.plateau.wait],
             }
-            save_checkpoint(
-                self.folder, self.at.step, arrays, facts, keep=self.config.keep_checkpoints
-            )
+            save_checkpoint(self.folder, self.at.step, arrays, facts, keep=keep, alone=alone)
 
         self.world.broadcast_object(write)
 

@@ -17,12 +17,16 @@ from pathlib import Path
 import nbformat
 import pytest
 from bs4 import BeautifulSoup
+from damage import DAMAGE
 from lab_driver import Browser
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from chexlib.app.reference import compare_run
 from chexlib.app.report import build_report
 from chexlib.app.runs import start
+from chexlib.errors import ConfigError, DataError
+from chexlib.files import write_json
 from chexlib.findings import FINDINGS
 
 WIDTHS = (1280, 390)  # CSS pixels: a desk and a phone
@@ -211,3 +215,60 @@ if __name__ == "__main__":
         )
 
     look(Path(sys.argv[1]).resolve() / "index.html", shoot)
+
+
+# --- damaged files of a run: each is told where it belongs, and all else is shown
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_told_at_its_notebook_and_the_report_has_all_others(tmp_path, damage):
+    report = make_run(tmp_path / "run")
+    for name in ("metrics.json", "environment.json", "notebook.ipynb", "figures/auroc.png"):
+        run = tmp_path / name.replace("/", "-")
+        shutil.copytree(report.parent, run)
+        file = run / "03_train" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(DAMAGE[damage])
+        row, other = BeautifulSoup(build_report(run).read_text(), "html.parser").select(
+            "[aria-label='Notebooks of this run'] tbody tr"
+        )
+        assert "failed" in row.text and file.stem in row.text, name
+        assert "ValueError" in other.text
+
+
+@pytest.mark.parametrize(
+    "metrics", [{"auroc": "x"}, {"auroc": {}}, {"auroc": {"mean": 0.5}}, {"auroc": None}]
+)
+def test_aurocs_of_another_form_are_told_and_not_shown(tmp_path, metrics):
+    report = make_run(tmp_path / "run")
+    write_json(report.parent / "03_train" / "metrics.json", metrics)
+    text = build_report(report.parent).read_text()
+    assert "AUROCs of another form" in text and "AUROC per finding, test part" not in text
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_run_is_refused_by_compare_in_one_line_that_names_the_file(tmp_path, damage):
+    notebook = "03_train_baseline"
+    for name in ("metrics.json", "params.json"):
+        folder = tmp_path / name / notebook
+        folder.mkdir(parents=True)
+        write_json(folder / "metrics.json", {})
+        (folder / name).write_bytes(DAMAGE[damage])
+        with pytest.raises(DataError) as told:
+            compare_run(folder.parent)
+        assert str(folder / name) in str(told.value) and "\n" not in str(told.value)
+
+
+def test_figures_of_another_kind_are_refused_by_compare(tmp_path):
+    folder = tmp_path / "run" / "03_train_baseline"
+    folder.mkdir(parents=True)
+    row = {"auroc": 0.5, "low": "a", "high": "b"}
+    write_json(folder / "metrics.json", {"auroc": {"mean": row}})
+    with pytest.raises(DataError, match="cannot be compared"):
+        compare_run(folder.parent)
+
+
+def test_a_run_that_is_not_there_is_refused_by_compare(tmp_path):
+    (tmp_path / "latest").symlink_to("gone")
+    with pytest.raises(ConfigError, match=r"no run folder .*latest"):
+        compare_run(tmp_path / "latest")

@@ -2,6 +2,7 @@
 the reference.
 """
 
+import errno
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 from click.testing import CliRunner
+from damage import DAMAGE
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from scipy import stats
 from scipy.special import expit, logit
@@ -193,6 +195,100 @@ def test_a_notebook_that_was_killed_while_it_was_written_is_not_finished(tmp_pat
     )
     (tmp_path / "03_train" / "notebook.ipynb").write_text(text if spoilt else text[:-9])
     assert not finished(tmp_path / "03_train")
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_run_is_passed_over_by_resume_and_its_notebooks_are_not_finished(
+    tmp_path, damage
+):
+    with run_folder(ASKED, runs_dir=tmp_path / "runs") as whole:
+        pass
+    damaged = tmp_path / "runs" / "29990101-000000"
+    damaged.mkdir()
+    (damaged / "run.json").write_bytes(DAMAGE[damage])
+    with run_folder(ASKED, runs_dir=tmp_path / "runs", resume=True) as run:
+        assert run == whole
+    finish(tmp_path, "03_train")
+    (tmp_path / "03_train" / "notebook.ipynb").write_bytes(DAMAGE[damage])
+    assert not finished(tmp_path / "03_train")
+    (tmp_path / "params.json").write_bytes(DAMAGE[damage])
+    assert not start("03_train", run_dir=str(tmp_path), parameters={"seed": 0}).interrupted
+
+
+@pytest.mark.parametrize("noted", [{"papermill": {}}, {"papermill": None}, None, {"papermill": []}])
+def test_a_notebook_without_papermills_note_is_not_finished(tmp_path, noted):
+    finish(tmp_path, "03_train")
+    write_json(tmp_path / "03_train" / "notebook.ipynb", {"metadata": noted})
+    assert not finished(tmp_path / "03_train")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "notebook.ipynb"),
+        MemoryError(),
+        nbformat.reader.NotJSONError("half a notebook"),
+    ],
+)
+def test_a_notebook_that_cannot_be_saved_does_not_end_the_others(
+    tmp_path, monkeypatch, error, capsys
+):
+    project(tmp_path, {"03_train": "pass", "05_other": "pass"})
+    monkeypatch.setattr(chexlib.app.execute, "ROOT", tmp_path)
+
+    def pretend(path, output, parameters, **settings):
+        if path.stem == "03_train":
+            output.write_text('{"cells": [')  # what had room of it
+            raise error
+        book = nbformat.read(path, as_version=4)
+        book.metadata.update(ENDED["metadata"])
+        nbformat.write(book, output)
+
+    monkeypatch.setattr("papermill.execute_notebook", pretend)
+    failed, report = chexlib.app.execute.execute(runs_dir=str(tmp_path / "runs"))
+    assert failed == ["03_train"]
+    assert "05_other" in report.read_text()
+    assert "03_train failed: " in capsys.readouterr().out
+
+
+def test_papermill_saves_a_notebook_whole_or_not_at_all(tmp_path, monkeypatch):
+    from papermill.iorw import papermill_io
+
+    chexlib.app.execute._save_whole(tmp_path)
+    file = tmp_path / "notebook.ipynb"
+    papermill_io.write("before", str(file))
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*notebook\.ipynb'"):
+        papermill_io.write("after", str(file))
+    assert file.read_text() == "before" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_run_that_finds_no_room_for_what_it_was_asked_leaves_no_folder(tmp_path, monkeypatch):
+    def full(path, values):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(chexlib.app.runs, "write_json", full)
+    with (
+        pytest.raises(ConfigError, match="No space left on device"),
+        run_folder(ASKED, runs_dir=tmp_path),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text", [b"a:\tb\n\t- c", b"- a\n- b", b"hello", b"\xff\xfe\x00", b"a: [", b"[" * 10_000]
+)
+def test_a_damaged_profile_is_refused_by_name(tmp_path, monkeypatch, text):
+    (tmp_path / "notebooks" / "profiles").mkdir(parents=True)
+    (tmp_path / "notebooks" / "profiles" / "mine.yaml").write_bytes(text)
+    monkeypatch.setattr(chexlib.app.execute, "ROOT", tmp_path)
+    with pytest.raises(ConfigError, match=r"mine\.yaml is no profile"):
+        chexlib.app.execute._profile("mine")
 
 
 def test_a_kernel_that_does_not_start_fails_alone_and_what_reads_its_notebook_is_done_again(
