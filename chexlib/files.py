@@ -25,8 +25,9 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
     A reader finds the old file or the new one, however the writer ends; the new one is synchronised
     to disk first. Where the file system can (Linux' O_TMPFILE) it has no name until it is whole, so
-    that not even SIGKILL leaves a draft. Elsewhere, as on NFS or on macOS, the draft lies beside
-    `path` and is removed if the block fails.
+    that SIGKILL leaves no part of one; a whole one it can leave between its first name and its
+    last. Elsewhere, as on NFS or on macOS, the draft lies beside `path` and is removed if the block
+    fails.
     """
     path = Path(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")

@@ -301,7 +301,7 @@ def check_images(radiographs: Radiographs, *, skip_broken: bool = False) -> Radi
     if broken:
         summary = f"{len(broken)} of {len(radiographs):,} are broken: {' '.join(broken[:3])}"
         if len(broken) == len(problems) or not skip_broken:
-            raise DataError(f"{summary} A training with skip_broken=true leaves them out.")
+            raise DataError(f"{summary} With skip_broken=True they are left out.")
         _log.warning("dropped %s", summary)
     whole = [not text for text in problems]
     return radiographs.select(radiographs.table.loc[whole, "image"])

@@ -136,14 +136,20 @@ def write_phantom(
     directory = Path(directory)
     if _holds(directory, parameters):
         return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
     lock, drawn = directory.with_name(f".{directory.name}.lock"), (difficulty, workers)
-    with file_lock(lock, wait=False) as alone:
-        if alone:
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(lock, wait=False) as alone:
+            if alone:
+                return _make(directory, parameters, *drawn)
+        log.info("another process makes %s: waiting for it", directory)
+        with file_lock(lock):
             return _make(directory, parameters, *drawn)
-    log.info("another process makes %s: waiting for it", directory)
-    with file_lock(lock):
-        return _make(directory, parameters, *drawn)
+    except OSError as error:
+        raise DataError(
+            f"the phantom {directory} cannot be written ({error.strerror or error}). Make room, or "
+            "name another folder."
+        ) from error
 
 
 def _make(directory, parameters, difficulty, workers) -> Path:

@@ -20,7 +20,7 @@ from chexlib.training.recipes import resolve
 SPLITS = ("auto", "official", "patient", "image")
 OPTIMIZERS = ("adam", "sgd", "nesterov", "adamw", "lamb", "lars")
 PRECISIONS = ("float32", "mixed_bfloat16")
-MOST = 2**32 - 1  # of whole numbers: what NumPy and Keras take as a seed
+MOST = 2**63 - 1  # of whole numbers: what 64 bits hold
 KEEPS = ("global_batch", "rank_batch")
 # What may be another when a training is resumed: the rest decides what the training is.
 FREE = (

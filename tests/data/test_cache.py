@@ -12,6 +12,7 @@ import threading
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -220,6 +221,47 @@ def test_damaged_pixels_are_named_decoded_anew_and_mended(
     np.testing.assert_array_equal(ImageStore(paths, size=24).take(range(11)), pixels)
     assert not caplog.records
     assert damage != "link" or theirs.exists()
+
+
+def _edit(**columns):
+    return lambda file: pd.read_parquet(file).assign(**columns).to_parquet(file, index=False)
+
+
+INDEX_DAMAGE = {
+    "cut": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "empty": lambda file: os.truncate(file, 0),
+    "text": lambda file: file.write_text("hello"),
+    "another table": lambda file: pd.DataFrame({"a": [1]}).to_parquet(file),
+    "row below 0": _edit(row=-5),
+    "row that no file has": _edit(row=2**62),
+    "row beyond the pixels": _edit(row=10**6),
+    "no row": _edit(row=None),
+    "no digest": _edit(digest=None),
+    "checksum of text": _edit(crc="x"),
+    "another checksum": _edit(crc=np.uint32(1)),
+    "key of text": _edit(key="x"),
+    "no pixels": _edit(pixels=None),
+    "pixels by number": _edit(pixels=7),
+    "zero byte": _edit(pixels="a\0b"),
+    "elsewhere": _edit(pixels="../../elsewhere"),
+    "long name": _edit(pixels="x/" * 3000),
+}
+
+
+@pytest.mark.parametrize("damage", INDEX_DAMAGE)
+def test_a_damaged_index_gives_the_right_pixels_and_is_mended(
+    files, own_cache, tmp_path, caplog, damage
+):
+    paths, pixels = files
+    (tmp_path / "elsewhere.parquet").write_text("of others")
+    ImageStore(paths, size=24)
+    (index,) = cache_folder(24).glob("*.parquet")
+    INDEX_DAMAGE[damage](index)
+    np.testing.assert_array_equal(ImageStore(paths, size=24).take(range(11)), pixels)
+    assert "damaged" in caplog.text
+    caplog.clear()
+    np.testing.assert_array_equal(ImageStore(paths, size=24).take(range(11)), pixels)
+    assert not caplog.records and (tmp_path / "elsewhere.parquet").exists()
 
 
 def test_damage_is_mended_for_a_copy_too_and_pixels_that_nobody_knows_are_swept(

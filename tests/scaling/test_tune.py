@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import chexlib.app.execute
 from chexlib.app.cli import main
-from chexlib.errors import ClusterError, ConfigError
+from chexlib.errors import ClusterError, ConfigError, DataError
 from chexlib.files import ROOT
 from chexlib.scaling import throughput
 from chexlib.scaling import tune as module
@@ -154,11 +154,27 @@ def test_the_winner_is_a_profile_of_what_was_compared(measured, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"topology": "lenet"}, {"size": 8}, {"batches": (0,)}, {"precisions": ("fp8",)}]
+    "wrong",
+    [
+        {"topology": "lenet"},
+        {"size": 8},
+        {"batches": (0,)},
+        {"precisions": ("fp8",)},
+        {"steps": 0},
+        {"steps": -1},
+    ],
 )
 def test_impossible_settings_are_refused_before_anything_is_measured(measured, tmp_path, wrong):
     with pytest.raises(ConfigError):
         tune(sweep=tmp_path / "sweep.json", **wrong)
+    assert not measured
+
+
+@pytest.mark.parametrize("text", [b'[{"a', b"{}", b"[{}]", b"5", b"[5]", b"\xff", b"[" * 100_000])
+def test_damaged_measurements_are_refused_by_name(measured, tmp_path, text):
+    (tmp_path / "sweep.json").write_bytes(text)
+    with pytest.raises(DataError, match=r"sweep\.json"):
+        tune(sweep=tmp_path / "sweep.json")
     assert not measured
 
 

@@ -88,6 +88,16 @@ def test_results_that_hide_a_setting_and_files_that_are_no_grid_are_refused(tmp_
         run_grid(POINTS, tmp_path / "other.parquet", counted([]))
 
 
+@pytest.mark.parametrize("row", ["{", None, 5, "[]", "[" * 100_000])
+def test_a_grid_with_a_damaged_row_is_refused_and_stays_as_it_was(tmp_path, row):
+    table = tmp_path / "grid.parquet"
+    pd.DataFrame({"key": ["a"], "row": [row]}).to_parquet(table)
+    before = table.read_bytes()
+    with pytest.raises(ConfigError, match=r"grid\.parquet is no table of a grid") as told:
+        run_grid(POINTS, table, counted([]))
+    assert "\n" not in str(told.value) and table.read_bytes() == before
+
+
 def test_a_row_of_another_training_version_or_precision_is_trained_anew_and_told_in_one_line(
     tmp_path, monkeypatch, caplog
 ):

@@ -80,6 +80,27 @@ def test_settings_of_older_files_are_left_out_where_they_mean_what_is_done_now()
         TrainConfig.from_dict({**old, "early_stop": 2})
 
 
+LONG = 10**400
+BEYOND = [
+    *((name, LONG) for name in ("learning_rate", "weight_decay", "norm_momentum", "stage_rate")),
+    *((name, 2**63) for name in ("seed", "split_seed", "epochs", "size", "batch_size")),
+    *((name, "a\0b") for name in ("data_dir", "run_dir", "weights")),
+    ("plateau_factor", LONG),
+    ("schedule", {"preset": []}),
+    ("schedule", {"preset": {}}),
+    ("schedule", {"rate": [[1]]}),
+    ("schedule", '{"a": ' + "[" * 100_000),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BEYOND)
+def test_what_no_number_path_or_json_can_be_is_refused_in_one_line(name, value):
+    with pytest.raises(ConfigError) as error:
+        config(**{name: value})
+    assert str(error.value).startswith(f"{name}=") and "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+
+
 def test_every_setting_has_a_bad_value_here():
     assert set(BAD) == {field.name for field in dataclasses.fields(TrainConfig)}
 

@@ -14,7 +14,7 @@ from small_training import config_for, with_a_tiny_network
 
 from chexlib import stopping
 from chexlib.collectives import World, require_agreement
-from chexlib.errors import ClusterError, ConfigError, WeightsError
+from chexlib.errors import ChexlibError, ClusterError, ConfigError, WeightsError
 from chexlib.files import atomic_write
 from chexlib.models.weights import load_model
 from chexlib.phantom.write import write_phantom
@@ -132,6 +132,34 @@ def test_no_room_for_the_checkpoint_is_an_error_that_says_so(phantom, tmp_path, 
     ):
         fit(config_for(phantom, tmp_path, epochs=1, max_steps=1))
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"weights": "none.keras"},
+        {"split": "official", "max_images": 1},
+        {"resume": True, "seed": 3},
+    ],
+)
+def test_a_training_that_is_refused_loses_nothing_of_the_one_before(phantom, tmp_path, refused):
+    def left():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    settings = {"epochs": 1, "max_steps": 1}
+    fit(config_for(phantom, tmp_path, **settings))
+    before = left()
+    with pytest.raises(ChexlibError):
+        fit(config_for(phantom, tmp_path, **{**settings, **refused}))
+    assert left() == before and len(before) > 4
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_a_training_anew_keeps_no_checkpoint_of_the_one_before(phantom, tmp_path, keep):
+    fit(config_for(phantom, tmp_path, epochs=2, max_steps=2))
+    fit(config_for(phantom, tmp_path, epochs=1, max_steps=1, keep_checkpoints=keep))
+    names = [path.name for path in checkpoint_files(tmp_path / "checkpoints")]
+    assert names == ["step-000000001.npz"][:keep]
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(phantom, tmp_path):
