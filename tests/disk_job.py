@@ -1,7 +1,7 @@
-"""Run by `test_disk.py` with `faulty_disk.c` before libc: a command again and again, with one call
-after the other that changes a file failing, or killing the process.
+"""Run by `test_disk.py` with `faulty_disk.c` before libc: commands again and again, with one call
+after the other that changes a file failing, or killing the process. Prints a line of JSON each.
 
-python tests/disk_job.py '{"command": "card", "folder": ..., "library": ..., "every": 5, ...}'
+python tests/disk_job.py '{"commands": {"card": 5}, "folder": ..., "library": ..., ...}'
 
 Each trial is a fork, in which the command finds what `before` holds. It must end in one `Error:`
 line, or in no error; each file must be as before or whole; nothing else may be left; and the same
@@ -45,10 +45,9 @@ RANDOM = re.compile(
     r"[0-9a-f]{32}|\d{8}-\d{6}(-\d+)?|(?<=\.)\d+-\d+$|(?<=\.)[0-9a-f]{8}(?=\.partial)"
 )
 job = json.loads(sys.argv[1])
-root, library = Path(job["folder"]), ctypes.CDLL(job["library"])
-before, work, after = root / "before", root / "work", root / "after"
-data = Path(job["data"])
-os.environ |= {"CHEXLIB_CACHE": str(root / "cache"), "TQDM_DISABLE": "1"}
+library, data = ctypes.CDLL(job["library"]), Path(job["data"])
+os.environ |= {"CHEXLIB_CACHE": f"{job['folder']}/cache", "TQDM_DISABLE": "1"}
+root = before = work = after = Path()  # folders of the command that is tried
 
 
 # --- commands: what they find, and what is called
@@ -389,8 +388,11 @@ def trial(command, name, at, kind, calls):
 ends, first = [], []  # what is called at the end, and first in each fork
 
 
-def tell():
-    name = job["command"]
+def tell(name, every):
+    """Try a command at every so manyth call, or at the first of each call on each file."""
+    global root, before, work, after
+    root = Path(job["folder"]) / name
+    before, work, after = root / "before", root / "work", root / "after"
     before.mkdir(parents=True)
     command = globals()[name]()
     log = root / "calls"
@@ -406,9 +408,9 @@ def tell():
             shutil.copytree(work, after, symlinks=True)
         calls = log.read_text().splitlines()
         counts[kind] = len(calls)
-        chosen = range(1, len(calls) + 1, job.get("every", 1))
-        if job.get("distinct"):
-            first = {}
+        chosen = range(1, len(calls) + 1, every or 1)
+        if not every:
+            numbers = {}
             for number, text in enumerate(calls, 1):
                 numbers.setdefault(RANDOM.sub("*", re.sub(r"#\d+ \(deleted\)", "#", text)), number)
             chosen = sorted(numbers.values())
@@ -417,11 +419,17 @@ def tell():
             wrong, line = trial(command, name, at, kind, calls)
             said.add(re.sub(r"[0-9]+", "N", line.replace(str(root), "")))
             faults += [f"{name}, {kind} at {calls[at - 1]} ({at}): {word}" for word in wrong]
-    print(json.dumps({"calls": counts, "tried": told, "faults": faults, "said": sorted(said)}))
+    found = {"calls": counts, "tried": told, "faults": faults, "said": sorted(said)}
+    print(json.dumps({"command": name, **found}), flush=True)
 
 
-try:
-    tell()
-finally:
-    for end in ends:
-        end()
+for name, every in job["commands"].items():
+    if child := os.fork():  # what a command imports and sets is its own
+        assert os.waitpid(child, 0)[1] == 0, name
+        continue
+    try:
+        tell(name, every)
+    finally:
+        for end in ends:
+            end()
+    os._exit(0)
