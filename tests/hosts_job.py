@@ -25,7 +25,7 @@ def notebook(hosts, folder, **job):
     with open(folder / "stderr", "w") as errors:
         process = subprocess.Popen(
             command,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))},
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,

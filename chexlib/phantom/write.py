@@ -5,6 +5,7 @@ Who is on the films is sampled after the NIH table (`population.py`). Pictures a
 from `anatomy.py` and `signs.py`), not learnt: they show no person, and say nothing about one.
 """
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -74,7 +75,7 @@ def write_phantom(
     """Write a synthetic data set in the layout of the NIH release.
 
     Made in a temporary folder beside `directory` and renamed at the end: an interrupt leaves
-    nothing behind, and what a killed process left is removed by the next that makes this folder.
+    nothing behind, and what a killed process left is removed by the next phantom beside it.
     While another process is making it, this one waits. The same parameters give the same bytes,
     with any number of workers. A folder that already holds this phantom is left as it is. A script
     that calls this needs an `if __name__ == "__main__":` guard.
@@ -134,6 +135,7 @@ def write_phantom(
         "knobs": asdict(level),
     }
     directory = Path(directory)
+    _remove_drafts(directory.parent)
     if _holds(directory, parameters):
         return directory
     lock, drawn = directory.with_name(f".{directory.name}.lock"), (difficulty, workers)
@@ -152,14 +154,20 @@ def write_phantom(
         ) from error
 
 
+def _remove_drafts(folder) -> None:
+    """Remove what processes have left that were killed while they made a phantom in this folder."""
+    for draft in folder.glob(".*.partial"):
+        if name := re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.partial", draft.name):
+            lock = folder / f".{name[1]}.lock"  # held by whoever is at work
+            with contextlib.suppress(OSError), file_lock(lock, wait=False) as alone:
+                if alone:
+                    shutil.rmtree(draft, ignore_errors=True)
+
+
 def _make(directory, parameters, difficulty, workers) -> Path:
     """Draw the phantom, unless the process that had the lock before has made it."""
     if _holds(directory, parameters):
         return directory
-    drafts = re.compile(rf"\.{re.escape(directory.name)}\.[0-9a-f]{{8}}\.partial")
-    for left in directory.parent.iterdir():  # of processes that were killed
-        if drafts.fullmatch(left.name):
-            shutil.rmtree(left, ignore_errors=True)
     n_images, size, seed = (parameters[name] for name in ("n_images", "size", "seed"))
     films = _population(n_images, seed, difficulty, parameters["min_prevalence"])
     draft = directory.with_name(f".{directory.name}.{uuid4().hex[:8]}.partial")

@@ -27,7 +27,7 @@ MARKUP = [
     TAG,
     LINK,
     "<script>globalThis.struck=4</script>",
-    "$\\frac$ & `<u>x`",
+    "$a^$ & `<u>x`",
     "[c]: javascript:",
 ]
 LIVE = "script, iframe, [onerror], a[href^='javascript:'], img[src='x'], u"
@@ -44,12 +44,12 @@ def live(html):
 def data(tmp_path_factory):
     """A data set of which every text is markup: folder, images, patients, sexes, views, columns."""
     home = tmp_path_factory.mktemp("data")
-    folder = write_phantom(home / f"{TAG} {LINK} $\\frac$", n_images=60, size=32, workers=1)
+    folder = write_phantom(home / f"{TAG} {LINK} $a^$", n_images=60, size=32, workers=1)
     (folder / "phantom.json").unlink()
     tables = [folder / name for name in ("Data_Entry_2017_v2020.csv", "BBox_List_2017.csv")]
     names = pd.read_csv(tables[0], dtype=str)["Image Index"]
     for number, name in enumerate(names):
-        new = f"{number}{MARKUP[number % 2]}$\\frac$.png"
+        new = f"{number}{MARKUP[number % 2]}$a^$.png"
         image = folder / "images_001" / "images" / name
         image.rename(image.with_name(new))
         for file in (*tables, folder / "train_val_list.txt", folder / "test_list.txt"):

@@ -314,8 +314,8 @@ def test_workers_of_a_killed_process_end_and_the_next_one_removes_its_draft(tmp_
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert not alive and list(tmp_path.glob(".*.partial"))
     (tmp_path / ".set.of-mine.partial").mkdir()
-    write_phantom(tmp_path / "set", n_images=2, size=32)
-    assert {path.name for path in tmp_path.iterdir()} == {"set", ".set.of-mine.partial"}
+    write_phantom(tmp_path / "other", n_images=2, size=32)
+    assert {path.name for path in tmp_path.iterdir()} == {"other", ".set.of-mine.partial"}
 
 
 def test_two_processes_draw_one_phantom_once(tmp_path):
