@@ -156,7 +156,8 @@ def write_phantom(
 
 def _remove_drafts(folder) -> None:
     """Remove what processes have left that were killed while they made a phantom in this folder."""
-    for draft in folder.glob(".*.partial"):
+    for pictures in folder.glob(".*.partial/images_001"):
+        draft = pictures.parent
         if name := re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.partial", draft.name):
             lock = folder / f".{name[1]}.lock"  # held by whoever is at work
             with contextlib.suppress(OSError), file_lock(lock, wait=False) as alone:
