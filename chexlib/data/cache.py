@@ -350,7 +350,10 @@ def content(path: str, size: int, known=()) -> tuple[int, np.ndarray | None]:
     digest = _digest(data)
     if digest in known:
         return digest, None
-    return digest, resize_area(read_image(path, data), size)
+    try:
+        return digest, resize_area(read_image(path, data), size)
+    except DataError as error:
+        raise DataError(f"{error} skip_broken=True does so in a training.") from error
 
 
 def _key(path: str) -> int:

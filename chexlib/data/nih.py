@@ -21,7 +21,8 @@ from chexlib.files import files_below
 from chexlib.findings import ALIASES, FINDINGS, NO_FINDING
 from chexlib.machine import cores
 
-EDITIONS = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")  # the first one present is read
+# The first one present is read; the last is that of Kaggle's sample of 5,606 images.
+EDITIONS = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", "sample_labels.csv")
 COLUMNS = {  # column of the release: column of `Radiographs.listed`, in its order
     "Image Index": "image",
     "Patient ID": "patient",
@@ -123,7 +124,7 @@ class Radiographs:
 def load_radiographs(
     data_dir: str | Path, *, max_images=0, seed=0, require_images=True
 ) -> Radiographs:
-    """Read a folder in the NIH layout: either edition's CSV, boxes if any, PNG and JPEG files
+    """Read a folder in the NIH layout: any edition's CSV, boxes if any, PNG and JPEG files
     anywhere in ``images*/``.
 
     Parameters
@@ -177,9 +178,12 @@ def _label_file(root: Path) -> Path:
         fault = "does not exist, or is a file"
         if root.is_dir():
             fault = f"has neither {' nor '.join(EDITIONS)}"
-        raise DataError(f"The data folder {root} {fault}. {NEXT_STEP}")
+        # Archives are often unpacked into a folder of their own name.
+        below = sorted(file.parent for file in root.glob("*/*.csv") if file.name in EDITIONS)
+        step = f"Did you mean {below[0]}? " if below else ""
+        raise DataError(f"The data folder {root} {fault}. {step}{NEXT_STEP}")
     if len(editions) > 1:
-        _log.info("%s has both editions of the label file: reading %s", root, editions[0].name)
+        _log.info("%s has several label files: reading %s", root, editions[0].name)
     return editions[0]
 
 

@@ -179,8 +179,8 @@ def audit(
         )
     if result.leaks and not allow_leak:
         raise DataError(
-            f"The split leaks: {result}. Scores on it would be too good. Split by patient "
-            "(`patient_split(radiographs)`), or go on all the same with `allow_leak=True`."
+            f"The split leaks: {result}. Scores on it would be too good. Split by patient (without "
+            f"{' and '.join(LISTS)} that is done), or train all the same with allow_leak=True."
         )
     if result.leaks:
         _log.warning("going on with a split that leaks: %s", result)
@@ -235,7 +235,7 @@ def _official_split(radiographs: Radiographs, lists: Sequence, seed: int) -> Spl
     if empty := [name for name in PARTS if not parts[name]]:
         raise DataError(
             f"Official split: of the {len(table):,} images present in {radiographs.root}, none is "
-            f"in {' and '.join(empty)}. Use `patient_split(radiographs)`, or download more."
+            f"in {' and '.join(empty)}. Split by patient, or download more."
         )
     return Split("official", seed, parts)
 

@@ -14,8 +14,10 @@ normalisation. They would load and mean nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -62,6 +64,42 @@ TO_SAFETENSORS = (
     's.save_file({k: v.contiguous() for k, v in w.get("state_dict", w).items()}, '
     '"weights.safetensors")\''
 )
+# Keras 3 reads such a file layer by layer into a network of keras.applications, whose weights have
+# the order of ours.
+FROM_KERAS_2 = (
+    "python -c 'import keras; from chexlib.models.topologies import build_model; "
+    "old = keras.applications.DenseNet121(weights=None, classes=14); "
+    'old.load_weights("weights.h5"); new = build_model("densenet121"); '
+    'new.set_weights(old.get_weights()); new.save_weights("new.weights.h5")\''
+)
+PICKLES = (".pt", ".pth", ".tar", ".pkl", ".bin", ".ckpt")  # as PyTorch's files are called
+
+
+def require_readable(path: Path) -> None:
+    """Refuse the weights formats of others that are not read, with the command that converts them.
+
+    Raises
+    ------
+    WeightsError
+        A pickle of PyTorch, or a file of Keras 2.
+    """
+    import h5py
+
+    is_pickle = path.suffix in PICKLES
+    if zipfile.is_zipfile(path):
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+            is_pickle |= any(name.endswith("/data.pkl") for name in archive.namelist())
+    if is_pickle:
+        raise WeightsError(
+            f"{path} is a pickle of PyTorch, which can run code and is not read. Convert it, where "
+            f"PyTorch is: {TO_SAFETENSORS}."
+        )
+    with contextlib.suppress(OSError), h5py.File(path) as file:
+        if "layer_names" in file.attrs or "model_weights" in file:
+            raise WeightsError(
+                f"{path} is a file of Keras 2, whose format is not read. Convert it, if it is of a "
+                f"DenseNet-121 with our 14 outputs: {FROM_KERAS_2}."
+            )
 
 
 def load_torch_weights(
@@ -131,7 +169,8 @@ def load_torch_weights(
     if refused := [name for name in left if not matches(name, (*unused, COUNTER))]:
         raise WeightsError(
             f"{path} has {len(refused)} tensors or outputs that this model does not, first "
-            f"{refused[0]!r}. If they may be left out, name them: unused=[{refused[0]!r}, ...]."
+            f"{refused[0]!r}. Remove them from the file, or fill a model in Python by "
+            f"`load_torch_weights` with unused=[{refused[0]!r}, ...]."
         )
     values = {key: _convert(key, tensor, tensors, model, outputs) for key, tensor in wanted.items()}
     for key, value in values.items():
@@ -215,19 +254,19 @@ def _outputs(kernel, findings, metadata, path) -> list[str]:
             findings = json.loads(metadata["findings"]) if "findings" in metadata else FINDINGS
         except ValueError as error:
             raise WeightsError(
-                f"{path}: its metadata 'findings' is no JSON ({error}). Give findings=[...]."
+                f"{path}: its metadata 'findings' is no JSON ({error}). Write a JSON list of names there."
             ) from error
     names = [ALIASES.get(name, name) for name in findings]
     if len(names) != len(kernel):
         raise WeightsError(
             f"{path} has {len(kernel)} outputs, and {len(names)} names were given for them. Say "
-            "what they are, in the file's order, with findings=[...], or start with a new head: "
-            "fresh_head=true."
+            "what they are, in the file's order, by a JSON list `findings` in its metadata, or "
+            "train with a new head: fresh_head=true."
         )
     if wrong := [name for name in FINDINGS if names.count(name) != 1]:
         raise WeightsError(
             f"{path}: {wrong[0]!r} is {names.count(wrong[0])} times among its outputs {names}; "
-            "each of the 14 findings is needed once. Correct findings=[...]."
+            "each of the 14 findings is needed once. Correct these names."
         )
     return names
 

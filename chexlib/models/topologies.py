@@ -122,13 +122,13 @@ def build_model(
         raise WeightsError(
             f"the ImageNet weights of {topology} are of the published network, and do not fit "
             f"width={width!r}, stem={stem!r}, blocks={blocks}. Use width=1, stem='full', blocks=0, "
-            "or weights=None."
+            "or random weights."
         )
     if imagenet and norm not in STATISTICS and topology != "vgg16":
         raise WeightsError(
             f"the ImageNet weights of {topology} were trained with batch norm, and mean nothing "
             f"with norm={norm!r}. Use norm={STATISTICS[0]!r}, "
-            f"{', '.join(map(repr, STATISTICS[1:]))}, or weights=None."
+            f"{', '.join(map(repr, STATISTICS[1:]))}, or random weights."
         )
 
     stock = _published(topology, size, "imagenet") if imagenet else _outline(topology, size)

@@ -23,6 +23,7 @@ from chexlib.errors import ChexlibError, ConfigError, WeightsError, first_line
 from chexlib.files import atomic_write
 from chexlib.findings import FINDINGS
 from chexlib.models.arrays import fill_model, head_differs, layout, read_arrays
+from chexlib.models.convert import load_torch_weights, require_readable
 from chexlib.models.topologies import NORMALIZATION, SIZES, TOPOLOGIES, WIDTHS, build_model
 
 CARD = "chexlib.json"  # the member of the archive
@@ -32,6 +33,12 @@ ENSEMBLE = "ensemble"  # the topology of several models in one
 LEAST_MEMBER = 2**24  # bytes at width 1: the smallest topology, DenseNet-121, has 28 million
 # The network of a card that names none, as chexlib 0.1 wrote it.
 PUBLISHED = {"width": 1.0, "stem": "full"}
+WITH_CARD = (
+    "python -c 'from chexlib.models.weights import create_model, save_model; "
+    'network = {"topology": "densenet121", "size": 224}; '
+    'model = create_model(**network, weights="weights.safetensors"); '
+    'save_model(model, "model.keras", card=network)\''
+)
 log = logging.getLogger(__name__)
 
 
@@ -73,7 +80,7 @@ def create_model(
                 f"the ImageNet weights of {topology} could not be downloaded "
                 f"({first_line(error)}). Connect to the internet once, or copy that file from a "
                 "machine that has it (Keras keeps it in ~/.keras/models, and checks its checksum), "
-                "use weights=None, or name a file."
+                "start from random weights, or name a file."
             ) from error
     path = find_weights(weights)
     if path.suffix == ".keras":  # before the slow building
@@ -119,8 +126,6 @@ def load_weights(
     """
     path, topology = find_weights(weights), model.name
     if path.suffix == ".safetensors":
-        from chexlib.models.convert import load_torch_weights
-
         report = load_torch_weights(model, path, unused=unused, keep_head=fresh_head)
     else:
         if path.suffix == ".keras":
@@ -330,6 +335,11 @@ def read_card(path, *, any_findings: bool = False) -> dict:
         No such file, not a model of this project, or other findings; a size outside `SIZES`.
     """
     path = find_weights(path)
+    if path.suffix in (".safetensors", ".h5"):
+        raise WeightsError(
+            f"{path} has weights without a card that says of what. Train from them, or write both "
+            f"as one file: {WITH_CARD}."
+        )
     try:
         with zipfile.ZipFile(path) as archive:
             # Keras and save_model store members as they are, so that a small file cannot hold a
@@ -394,10 +404,11 @@ def find_weights(weights: str | Path) -> Path:
     Raises
     ------
     WeightsError
-        There is none, or more than one.
+        There is none, more than one, or a format that is not read.
     """
     path = Path(weights)
     if path.is_file():
+        require_readable(path)
         return path
     if not path.is_dir():
         raise WeightsError(

@@ -187,7 +187,7 @@ def learn(
         train, ranks = parts["train"], world.ranks * config.accumulation
         if ranks > len(train):
             raise ConfigError(
-                f"{ranks} ranks cannot share {len(train)} images. Use at most {len(train)} engines."
+                f"{ranks} ranks cannot share {len(train)} images. Use at most {len(train)} ranks."
             )
         if world.first:  # above the lines of the epochs, which have an AUROC
             counts = ", ".join(f"{len(part):,} {name}" for name, part in parts.items())

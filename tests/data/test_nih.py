@@ -5,6 +5,7 @@ value.
 import io
 import logging
 import os
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -146,7 +147,7 @@ def test_v2020_is_preferred_and_logged_when_both_editions_lie_in_the_folder(tiny
     shutil.copy(old / "Data_Entry_2017.csv", root)
     edit(root / CSV, "Mass|Nodule", "Hernia")
     assert load_radiographs(root).listed["Mass"].sum() == 0
-    assert "both editions" in caplog.text and f"reading {CSV}" in caplog.text
+    assert "several label files" in caplog.text and f"reading {CSV}" in caplog.text
 
 
 # ---- ages, boxes
@@ -256,6 +257,21 @@ def test_a_folder_without_csv_is_refused(tmp_path):
         DataError, match=r"neither Data_Entry_2017_v2020\.csv nor Data_Entry_2017\.csv.*phantom DIR"
     ):
         load_radiographs(tmp_path)
+
+
+def test_kaggles_sample_is_read_with_its_own_label_file_and_found_one_folder_below(tiny_nih):
+    root = tiny_nih(edition="2017", images="images")
+    whole = load_radiographs(root)
+    (root / "Data_Entry_2017.csv").rename(root / "sample_labels.csv")
+    sample = load_radiographs(root)
+    assert sample.table.equals(whole.table) and sample.table["age"].iloc[0] == 41
+    # The official lists name images that a sample's labels do not have.
+    for name in ("train_val_list.txt", "test_list.txt"):
+        file = root / name
+        file.write_text(f"00099999_{len(name):03d}.png\n{file.read_text()}")
+    assert make_split(sample, kind="official").parts == make_split(whole, kind="official").parts
+    with pytest.raises(DataError, match=re.escape(f"Did you mean {root}?")):
+        load_radiographs(root.parent)
 
 
 def test_a_missing_column_is_named_with_those_present(tiny_nih):
@@ -586,6 +602,9 @@ def test_broken_images_are_named_or_dropped(tiny_nih, caplog):
     ) as caught:
         check_images(whole)
     assert "skip_broken=True" in str(caught.value)
+    with pytest.raises(DataError) as caught:
+        read_image(half)  # as `predict` does, which has no such setting
+    assert "skip_broken" not in str(caught.value)
     kept = check_images(whole, skip_broken=True)
     assert (
         len(kept) == 22

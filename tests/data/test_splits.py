@@ -198,7 +198,7 @@ def test_an_empty_official_part_is_named_with_the_way_out(tiny_nih):
     root = tiny_nih()
     radiographs = load_radiographs(root)
     training = radiographs.select(read_list(root / "train_val_list.txt"))
-    with pytest.raises(DataError, match=r"none is in test\. Use `patient_split"):
+    with pytest.raises(DataError, match=r"none is in test\. Split by patient"):
         official_split(training)
     with pytest.raises(DataError, match="none is in train and validation"):
         official_split(radiographs.select(read_list(root / "test_list.txt")))

@@ -3,16 +3,28 @@ does not fit.
 """
 
 import json
+import re
+import zipfile
 
+import h5py
+import keras
 import numpy as np
 import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 from safetensors.numpy import save_file
 
+import chexlib.models.topologies
+import chexlib.models.weights
 from chexlib.errors import WeightsError
 from chexlib.findings import FINDINGS
-from chexlib.models.convert import TORCHXRAYVISION, load_torch_weights
+from chexlib.models.convert import (
+    FROM_KERAS_2,
+    TO_SAFETENSORS,
+    TORCHXRAYVISION,
+    load_torch_weights,
+)
 from chexlib.models.topologies import build_model
+from chexlib.models.weights import WITH_CARD, create_model, load_weights, read_card
 
 PIXELS = (
     np.random.default_rng(0).integers(0, 256, (2, 64, 64)) * np.array([1.0, 0.2])[:, None, None]
@@ -256,6 +268,73 @@ def test_what_is_no_safetensors_file_is_refused_with_the_way_to_make_one(model, 
         path.write_bytes(content)
     with pytest.raises(WeightsError, match=r"save_file"):
         load_torch_weights(model, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("model.pth.tar", {"archive/data.pkl": b"\x80"}, TO_SAFETENSORS),
+        ("model", {"archive/data.pkl": b"\x80"}, TO_SAFETENSORS),
+        ("model.pt", b"\x80\x02a pickle", TO_SAFETENSORS),
+        ("checkpoint.pth", b"", TO_SAFETENSORS),
+        ("CheXNet_weights.h5", {"layer_names": [b"conv1/conv"]}, FROM_KERAS_2),
+        ("model.hdf5", "model_weights", FROM_KERAS_2),
+    ],
+)
+def test_weights_of_others_are_refused_with_the_command_that_converts_them(
+    tmp_path, name, content, named
+):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif named == TO_SAFETENSORS:
+        with zipfile.ZipFile(path, "w") as archive:
+            for member, text in content.items():
+                archive.writestr(member, text)
+    else:
+        with h5py.File(path, "w") as file:
+            if isinstance(content, dict):
+                file.attrs.update(content)
+            else:
+                file.create_group(content)
+    # For a training, for `predict`, and for whoever reads the card.
+    for read in (
+        lambda: create_model("densenet121", size=32, weights=path),
+        lambda: read_card(path),
+    ):
+        with pytest.raises(WeightsError, match=re.escape(named)) as told:
+            read()
+        assert "topology" not in str(told.value).split(named)[0]
+
+
+def test_weights_alone_are_no_model_and_the_command_makes_one(tmp_path, monkeypatch):
+    (tmp_path / "weights.safetensors").touch()
+    with pytest.raises(WeightsError, match=re.escape(WITH_CARD)):
+        read_card(tmp_path / "weights.safetensors")
+    model = build_model("vgg16", size=32, width=0.25, stem="small", seed=2)
+    monkeypatch.setattr(chexlib.models.weights, "create_model", lambda *_, **__: model)
+    monkeypatch.chdir(tmp_path)
+    exec(WITH_CARD.removeprefix("python -c '").removesuffix("'"))
+    assert read_card("model.keras")["size"] == 224
+
+
+@pytest.mark.long
+def test_the_command_for_keras_2_moves_every_weight(model, public, saved, tmp_path, monkeypatch):
+    """Its two networks are built once, to save time."""
+    load_torch_weights(model, saved(public))
+    wanted = model.get_weights()
+    old = keras.applications.DenseNet121(weights=None, classes=14)
+    old.set_weights(wanted)
+    old.save(tmp_path / "weights.h5")
+    old.set_weights([0 * weight for weight in wanted])
+    model.set_weights(old.get_weights())
+    monkeypatch.setattr(keras.applications, "DenseNet121", lambda **_: old)
+    monkeypatch.setattr(chexlib.models.topologies, "build_model", lambda _: model)
+    monkeypatch.chdir(tmp_path)
+    exec(FROM_KERAS_2.removeprefix("python -c '").removesuffix("'"))
+    model.set_weights([0 * weight for weight in wanted])
+    load_weights(model, "new.weights.h5")
+    assert all(np.array_equal(a, b) for a, b in zip(wanted, model.get_weights(), strict=True))
 
 
 def test_another_topology_is_refused(public, saved):

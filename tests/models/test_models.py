@@ -346,7 +346,7 @@ def test_without_a_network_imagenet_weights_are_an_error_that_says_what_to_do(
         create_model(topology, size=32, weights="imagenet")
     text = str(error.value)
     assert "\n" not in text
-    for word in (topology, "URL fetch failure", "weights=None", "~/.keras/models"):
+    for word in (topology, "URL fetch failure", "random weights", "~/.keras/models"):
         assert word in text
 
 
