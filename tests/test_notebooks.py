@@ -75,6 +75,38 @@ def test_help_lists_every_parameter_with_type_and_help(path):
         assert re.search(rf"^\s*{name}: {about['inferred_type_name']}", answer.stdout, re.M), name
 
 
+def run_here(number: str, folder: Path, **parameters) -> str:
+    """The texts that a notebook displays, its cells executed in this process."""
+    (path,) = find_notebooks([number])
+    first, *cells = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+    said, plain = [], {"run_dir": str(folder), **parameters}
+    names = {"display": lambda *shown: said.extend(getattr(s, "data", "") for s in shown)}
+    exec(first, names)
+    names.update(plain)
+    for cell in cells:
+        # The last expression of a cell is displayed too.
+        tree = ast.parse(cell)
+        if isinstance(tree.body[-1], ast.Expr):
+            tree.body[-1].value = ast.Call(
+                ast.Name("display", ast.Load()), [tree.body[-1].value], []
+            )
+        exec(compile(ast.fix_missing_locations(tree), path.stem, "exec"), names)
+    return "\n".join(text for text in said if isinstance(text, str))
+
+
+def test_small_and_odd_data_are_explored_and_prepared(tiny_nih, tmp_path):
+    """Thirteen images, of which an odd number trains, without a view or an age."""
+    root = tiny_nih(edition="2017")
+    csv = root / "Data_Entry_2017.csv"
+    csv.write_text(re.sub(r",\d{3}Y,([MF]),(PA|AP),", r",,\1,,", csv.read_text()))
+    parameters = {"data_dir": str(root), "max_images": 13}
+    told = run_here("01", tmp_path / "01", **parameters)
+    assert "Fewer than two views are named here" in told and "None of the ages is known" in told
+    assert " nan" not in told
+    told = run_here("02", tmp_path / "02", **parameters)
+    assert "Seen exactly once in the epoch: **5 of 5** images" in told
+
+
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     """Every notebook once, on a phantom small enough for a test, engines and all."""

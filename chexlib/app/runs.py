@@ -213,6 +213,27 @@ def _is_of(kind: str, value) -> bool:
     return isinstance(value, str)
 
 
+def numbers(name: str, text: str, kind: type = int) -> list:
+    """The numbers of a notebook's parameter that lists some, such as "16,64".
+
+    Raises
+    ------
+    ConfigError
+        None, or something else than whole numbers of 1 or more (`kind` float: numbers of 0 or more).
+    """
+    least = 1 if kind is int else 0
+    try:
+        found = [kind(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        found = []
+    if not found or not all(least <= number < math.inf for number in found):
+        of = "whole numbers" if kind is int else "numbers"
+        raise ConfigError(
+            f"{name}={text!r} is not accepted. Use {of} of {least} or more, with commas between them."
+        )
+    return found
+
+
 def start(notebook: str, *, run_dir: str = "", parameters: dict | None = None) -> Run:
     """Begin a notebook's run: its folder, its parameters and the environment on record, log lines
     shown.

@@ -405,13 +405,14 @@ def _patients(column: pd.Series, path: Path) -> pd.Series:
 
 def _one_of(known: Mapping[str, str], column: pd.Series, path: Path) -> pd.Series:
     """A column as the values of `known`, "" for anything else, which a warning names."""
-    value_of = {text: known.get(text.strip().upper(), "") for text in column.dropna().unique()}
+    column = column.fillna("")
+    value_of = {text: known.get(text.strip().upper(), "") for text in column.unique()}
     lost = [text for text, value in value_of.items() if text.strip() and not value]
     if lost:
         rows, accepted = column.isin(lost).sum(), ", ".join(sorted(set(known.values())))
         told = (path, column.name, rows, first_few(lost), accepted)
         _log.warning("%s, %s: %d rows set to unknown: %s (accepted: %s)", *told)
-    return column.map(value_of).fillna("")
+    return column.map(value_of)
 
 
 def _ages(column: pd.Series, path: Path) -> pd.Series:

@@ -111,7 +111,8 @@ def ages(table: pd.DataFrame) -> Figure:
             label = f"{sex or 'unknown'} ({len(rows):,}, median {rows['age'].median():.0f} years)"
             ax.stairs(share, edges, label=label, linestyle=LINES[i % 4], linewidth=2, color=f"C{i}")
         ax.set(title=f"{view or 'unknown'} view", xlabel="age (years)", ylim=(0, None))
-        ax.legend(loc="upper left", title="sex (images)", title_fontsize="small", **SMALL)
+        if len(by_sex):
+            ax.legend(loc="upper left", title="sex (images)", title_fontsize="small", **SMALL)
     highest = axs[0, 0].get_ylim()[1]
     axs[0, 0].set(ylabel="images per 10 years of age (%)", ylim=(0, 1.4 * highest))
     return fig

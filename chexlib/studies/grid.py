@@ -71,8 +71,12 @@ def run_grid(
     Raises
     ------
     ConfigError
-        Results are named as settings or `MADE_BY` are, or the table is no such table.
+        No points; results are named as settings or `MADE_BY` are, or the table is no such table.
     """
+    if not points:
+        raise ConfigError(
+            "no training is asked for. Use one seed or more, and one of each setting."
+        )
     table, wanted = Path(table), {point_key(point): dict(point) for point in points}
     table.parent.mkdir(parents=True, exist_ok=True)
     work = table.with_name(f".{table.stem}-work")

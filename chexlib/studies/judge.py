@@ -12,8 +12,10 @@ import pandas as pd
 from sklearn.metrics import log_loss
 
 from chexlib.data.cache import ImageStore
+from chexlib.data.nih import Radiographs
 from chexlib.data.pipeline import generator_for
-from chexlib.errors import ChexlibError
+from chexlib.data.splits import Split
+from chexlib.errors import ChexlibError, DataError
 from chexlib.evaluation.auroc import mean_auroc
 from chexlib.models.statistics import (
     kept_statistics,
@@ -23,10 +25,30 @@ from chexlib.models.statistics import (
 )
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import Training, learn
+from chexlib.training.input import divide
 from chexlib.training.trainer import Reuse
 
 POPULATION = 1024  # training images, at most, for the statistics of the population
 EVALUATED = 64  # images normalised together where a model is judged by batch statistics
+
+
+def divide_to_judge(config: TrainConfig) -> tuple[Split, dict[str, Radiographs]]:
+    """`divide`, for a study, which compares trainings by their mean AUROC on the test part.
+
+    Raises
+    ------
+    DataError
+        No finding has both positives and negatives there, so there is no AUROC.
+    """
+    split, parts = divide(config)
+    labels = parts["test"].labels
+    if not (labels.min(axis=0) < labels.max(axis=0)).any():
+        raise DataError(
+            f"None of the 14 findings has both positives and negatives among the {len(labels):,} "
+            f"images of the test part ({split.name} split of {config.data_dir}): no AUROC is "
+            "defined, and there is nothing to compare. Use more images, or others."
+        )
+    return split, parts
 
 
 def judge_scores(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:

@@ -95,7 +95,7 @@ def recipe_grid(
     Raises
     ------
     ConfigError
-        A global batch above the local one that is no multiple of it.
+        A global batch above the local one that is no multiple of it; or too few images.
     """
     for batch in batches:
         if batch > local_batch and batch % local_batch:
@@ -123,6 +123,11 @@ def recipe_grid(
             if optimizer != "sgd":
                 point["optimizer"] = optimizer
             points += [{**point, "seed": seed} for seed in seeds]
+    if not points:
+        raise ConfigError(
+            f"{images} images in global batches of {min(batches)} leave fewer than 4 updates in "
+            f"{epochs} epochs. Use more images, smaller batches or more epochs."
+        )
     return points
 
 

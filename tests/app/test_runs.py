@@ -45,6 +45,24 @@ def read(path):
     return json.loads(path.read_text(), parse_constant=refuse)
 
 
+@pytest.mark.parametrize(
+    ("text", "kind", "found"),
+    [
+        ("16,64", int, [16, 64]),
+        ("1, 3 ", int, [1, 3]),
+        ("0.99,0", float, [0.99, 0]),
+        *((text, int, None) for text in ("", ",", "16;64", "sixteen", "0", "-4", "1.5")),
+        *((text, float, None) for text in ("nan", "0.9,inf", "-0.1")),
+    ],
+)
+def test_lists_of_numbers_are_read_or_refused_by_name(text, kind, found):
+    if found is None:
+        with pytest.raises(ConfigError, match=rf"global_batches='{text}' is not accepted. Use "):
+            runs.numbers("global_batches", text, kind)
+    else:
+        assert runs.numbers("global_batches", text, kind) == found
+
+
 def test_a_run_leaves_parameters_environment_and_metrics(project):
     run = runs.start("03_train_baseline", parameters={"seed": 3, "data_dir": ""})
     assert run.path.parent.parent == project / "runs"

@@ -2,6 +2,7 @@
 numbers.
 """
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from scipy import stats
 from small_training import Places, config_for
 
 from chexlib.collectives import World
-from chexlib.errors import ConfigError
+from chexlib.errors import ConfigError, DataError
 from chexlib.evaluation.intervals import over_seeds
 from chexlib.models.weights import load_model
 from chexlib.studies import judge
@@ -23,6 +24,7 @@ from chexlib.studies.batch_norm import (
     training_order,
     verdict,
 )
+from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 from chexlib.training.trainer import Reuse
 
@@ -40,6 +42,18 @@ ASKED = dict(
 
 def updates(point):
     return point["epochs"] * point["max_steps"]
+
+
+def test_a_test_part_without_any_auroc_is_told_before_something_is_trained(tiny_nih, tmp_path):
+    root = tiny_nih()
+    config = TrainConfig(data_dir=str(root), run_dir=str(tmp_path / "run"))
+    judge.divide_to_judge(config)
+    csv = root / "Data_Entry_2017_v2020.csv"
+    csv.write_text(re.sub(r"(\.png),[^,]+,", r"\1,Mass,", csv.read_text()))
+    with pytest.raises(
+        DataError, match="both positives and negatives among the 5 images of the te"
+    ):
+        judge.divide_to_judge(config)
 
 
 def test_each_part_varies_what_it_says_and_nothing_else():

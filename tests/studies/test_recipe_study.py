@@ -59,6 +59,8 @@ def test_the_grid_has_each_rung_at_each_batch_and_seed_with_equal_epochs():
         )  # a short warm-up ends below its peak
     tiny = recipe_grid(**{**GRID, "images": 50, "epochs": 2})
     assert {point["batch"] for point in tiny} == {16}  # 128 and 1,024 would make 2 updates
+    with pytest.raises(ConfigError, match="13 images in global batches of 16 leave fewer than 4"):
+        recipe_grid(**{**GRID, "images": 13, "epochs": 2})
 
 
 @pytest.mark.parametrize("batches", [[16, 100], [16, 24, 128]])

@@ -86,6 +86,8 @@ def test_results_that_hide_a_setting_and_files_that_are_no_grid_are_refused(tmp_
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "other.parquet")
     with pytest.raises(ConfigError, match=r"other\.parquet is no table of a grid"):
         run_grid(POINTS, tmp_path / "other.parquet", counted([]))
+    with pytest.raises(ConfigError, match="no training is asked for"):
+        run_grid([], tmp_path / "grid.parquet", counted([]))
 
 
 @pytest.mark.parametrize("row", ["{", None, 5, "[]", "[" * 100_000])
