@@ -18,7 +18,7 @@ DATA ?=
 ENGINES ?=
 RESUME ?=
 
-.PHONY: help env run test test-long check faults peer lab lint clean real-model
+.PHONY: help env run test test-long check faults fuzz peer lab lint clean real-model
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,6 +55,9 @@ real-model: $(STAMP)  ## train on the real radiographs in DATA=DIR or DIR:DIR, a
 
 faults: $(STAMP)  ## kill, stall and damage 20 trainings; each must end well
 	@exec $(BIN)/python tests/faults.py
+
+fuzz: $(STAMP)  ## read 200,000 files made to break their readers, an hour or two; goes on where it was
+	@exec nice $(BIN)/python tests/fuzz/long.py
 
 peer:  ## make benchmarks/.torch, an environment with PyTorch to compare with
 	python3 -m venv benchmarks/.torch

@@ -12,7 +12,11 @@ FAULTS = (OSError, EOFError, MemoryError, RecursionError)
 
 
 class ChexlibError(Exception):
-    """Base of every error that chexlib raises on purpose."""
+    """Base of every error that chexlib raises on purpose; its text is one line."""
+
+    def __str__(self):
+        # Words of libraries in it may have several.
+        return " ".join(super().__str__().splitlines())
 
 
 class DataError(ChexlibError):

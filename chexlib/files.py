@@ -8,6 +8,7 @@ import json
 import math
 import os
 import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -129,6 +130,20 @@ def files_below(*folders: str) -> tuple[list[str], dict[str, str]]:
                 files.append(entry.path)
         waiting += reversed(below)
     return files, lost
+
+
+def require_plain_zip(path: str | Path) -> None:
+    """ValueError unless all members of a zip archive lie in it as they are: then a small file cannot
+    hold a large one.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{member.filename!r:.200} in it is compressed")
+    whole, size = sum(member.file_size for member in members), os.path.getsize(path)
+    if whole > size:
+        raise ValueError(f"its members say that they have {whole:,} bytes, in {size:,}")
 
 
 def write_json(path: Path, values) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 from PIL import Image
 from scipy.sparse import csr_array
 from tqdm.auto import tqdm
@@ -37,7 +38,6 @@ FOLDER = "CHEXLIB_CACHE"  # the environment variable that names another folder t
 VERSION = 5  # of the files' layout and of how pixels are made: a new one begins a new cache
 ROUND = 5.0  # seconds after which a pair of files is closed and kept
 _ROWS = 1024  # images after which it is too, so that a build's memory does not grow with them
-_MOST_ROWS = 2**24  # of a file of pixels, which has no more than `_ROWS`
 _CHUNK = 64  # images decoded at a time
 _COLUMNS = {
     "key": np.uint64,
@@ -326,10 +326,12 @@ class ImageStore:
 def _read_index(path: Path) -> pd.DataFrame:
     """The rows of an index, as they are written; FileNotFoundError, or DataError if it is damaged."""
     try:
-        rows = pd.read_parquet(path)[list(_COLUMNS)].astype(_COLUMNS)
+        if pq.read_metadata(path).num_rows > _ROWS:
+            raise ValueError("it has more rows than a round writes")
+        rows = pd.read_parquet(path, columns=list(_COLUMNS)).astype(_COLUMNS)
         if not rows["pixels"].str.fullmatch(r"[0-9a-f]{32}").all():
             raise ValueError("it names files that are none of the cache")
-        if not rows["row"].between(0, _MOST_ROWS).all():
+        if not rows["row"].between(0, _ROWS).all():
             raise ValueError("it names rows that no file has")
     except FileNotFoundError:
         raise

@@ -177,7 +177,8 @@ READ = (  # all that is read of a file
 MAX_READS = 2**16  # of a DICOM file's elements, nested ones too; usual are some hundred
 MAX_TABLE = 2**22  # bytes of the lookup tables; one has at most 131,072
 MAX_FRAGMENTS = 2**14  # of the compressed pixels of a frame; usual is one
-SOC, FRAGMENT = b"\xff\x4f\xff\x51", b"\xfe\xff\x00\xe0"  # what begins JPEG 2000, a fragment
+FRAGMENT = b"\xfe\xff\x00\xe0"  # what begins one
+MAX_BOXES = 64  # of a JP2 file before its image; usual are three
 
 
 def read_dicom(path: str | Path) -> np.ndarray:
@@ -228,7 +229,8 @@ class _Counted(io.BufferedReader):
         self.left -= 1
         if self.left < 0:
             raise ValueError(f"it has more than {MAX_READS:,} elements")
-        return super().read(size)
+        # A length that is more than the file is asked for in vain, but room is made for it first.
+        return super().read(min(size, MAX_BYTES))
 
 
 def _read_dataset(path: str | Path):
@@ -297,9 +299,7 @@ def _check_packed(dataset, *, rle: bool) -> None:
         _check_rle(packed, dataset.Rows * dataset.Columns, dataset.BitsAllocated // 8)
         return
     if packed[4:8] == b"jP  ":
-        # In a JP2 file's boxes, which DICOM does not have (PS3.5, A.4.4), and pydicom may step
-        # through for ever.
-        packed = packed[packed.index(SOC) :]
+        packed = _codestream(packed)
         dataset.PixelData = encapsulate([packed])
     # JPEG, JPEG 2000.
     with (
@@ -311,6 +311,21 @@ def _check_packed(dataset, *, rle: bool) -> None:
             raise ValueError(
                 f"its pixels are of {image.width} x {image.height} px{colour}, unlike its header"
             )
+
+
+def _codestream(jp2: bytes) -> bytes:
+    """What DICOM should hold (PS3.5, A.4.4), out of the boxes of a JP2 file, through which pydicom
+    may step for ever.
+    """
+    at = 0
+    for _ in range(MAX_BOXES):
+        length = int.from_bytes(jp2[at : at + 4], "big")
+        if jp2[at + 4 : at + 8] == b"jp2c":
+            return jp2[at + (16 if length == 1 else 8) :]
+        if length < 8:
+            raise ValueError(f"its JP2 file has a box of {length} bytes")
+        at += length
+    raise ValueError(f"its JP2 file has no image in its first {MAX_BOXES} boxes")
 
 
 def _check_rle(packed: bytes, pixels: int, bytes_per_pixel: int) -> None:

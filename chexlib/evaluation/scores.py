@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 
 from chexlib.data.nih import Radiographs, base_name, first_few, load_radiographs
 from chexlib.data.splits import LISTS, Split, read_list
@@ -25,6 +26,8 @@ TRUTH = "label_"  # prefix of the labels in our own predictions.parquet, which a
 # Of positives and of negatives: scores of two values that agree so well are labels.
 MOST_ALIKE = 0.95
 FEWEST_ALIKE = 10  # positives and negatives from which one such finding is enough to refuse a file
+# Of a Parquet file: a hundred times the rows of the release, with a hundred bytes each.
+MAX_ROWS, MAX_BYTES = 10**7, 10**9
 _log = logging.getLogger(__name__)
 
 
@@ -229,7 +232,7 @@ def _read(path: Path) -> pd.DataFrame:
             f"{fault}. Name a CSV or Parquet file of scores, such as a run's predictions.parquet."
         )
     try:
-        table = pd.read_parquet(path) if path.suffix in (".parquet", ".pq") else _read_text(path)
+        table = _read_parquet(path) if path.suffix in (".parquet", ".pq") else _read_text(path)
     except Exception as error:  # pandas and Arrow raise many kinds
         raise DataError(
             f"{path} cannot be read: {first_line(error)}. Accepted: CSV, or Parquet with the ending .parquet."
@@ -243,6 +246,16 @@ def _read(path: Path) -> pd.DataFrame:
     if table.empty:
         raise DataError(f"{path} has no rows. Accepted: a row an image, and a header.")
     return table
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    """ValueError for a file that says that it unpacks to more memory than scores take."""
+    metadata = pq.read_metadata(path)
+    groups = range(metadata.num_row_groups)
+    size = sum(metadata.row_group(i).total_byte_size for i in groups)
+    if size > MAX_BYTES or metadata.num_rows > MAX_ROWS:
+        raise ValueError(f"it has {metadata.num_rows:,} rows, and {size:,} bytes when unpacked")
+    return pd.read_parquet(path)
 
 
 def _read_text(path: Path) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import zipfile
@@ -13,52 +14,55 @@ import numpy as np
 import pandas as pd
 
 from chexlib.errors import WeightsError
+from chexlib.models.hdf5 import find_arrays, find_arrays_apart
 
 COLUMNS = ["tensor", "layer", "weight", "shape", "fate"]  # of a report: shape is that in the file
 HEAD = "findings"  # the layer whose outputs are the findings
 CHANNELS = 2  # the axis of a kernel that is its input's
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, *, ours: bool = False) -> dict[str, np.ndarray]:
     """All arrays of a `.keras` or `.weights.h5` file by their names in it.
+
+    HDF5 says where they lie, in a process of its own unless this process has written the file
+    (`ours`); they are read without it.
 
     Raises
     ------
     WeightsError
-        An array lies outside the file, or all together say that they are larger than it is. Keras
-        compresses none.
+        An array is packed or lies outside the file, or all together say that they are larger than
+        it is. Keras packs none.
     """
-    import h5py
-
-    datasets = {}
-
-    def collect(name, item):
-        if isinstance(item, h5py.Dataset):
-            datasets[name] = item
-
     with tempfile.TemporaryDirectory() as folder:
         plain = path
         # Inside the archive every step back would be read anew from its beginning.
         if path.suffix == ".keras":
             with zipfile.ZipFile(path) as archive:
                 plain = archive.extract("model.weights.h5", folder)
-        with h5py.File(plain) as file:
-            file.visititems(collect)
-            # HDF5 makes up what was never written, unpacks filters, and lets a thousand names share
-            # the same bytes.
-            size = os.path.getsize(plain)
-            needed = sum(item.nbytes for item in datasets.values())
-            if needed > size:
+        places = (find_arrays if ours else find_arrays_apart)(plain)
+        for name, (kind, shape, offset) in places.items():
+            empty = shape is not None and 0 in shape
+            if np.dtype(kind).kind not in "biuf" or (offset is None and not empty):
                 raise WeightsError(
-                    f"{path} has arrays of {needed:,} bytes in {size:,}. Save it again, "
-                    "uncompressed."
+                    f"{path} keeps {name!r:.200} otherwise than as plain numbers in the file. Save "
+                    "it again with Keras, uncompressed."
                 )
-            for name, item in datasets.items():
-                if item.dtype.hasobject or item.is_virtual or item.external:
-                    raise WeightsError(
-                        f"{path} keeps {name} elsewhere than in an array. Save it again with Keras."
-                    )
-            return {name: item[()] for name, item in datasets.items()}
+        # A thousand names may share the same bytes.
+        size = os.path.getsize(plain)
+        needed = sum(
+            np.dtype(kind).itemsize * math.prod(shape) for kind, shape, _ in places.values()
+        )
+        if needed > size:
+            raise WeightsError(
+                f"{path} has arrays of {needed:,} bytes in {size:,}. Save it again with Keras."
+            )
+        arrays = {}
+        with open(plain, "rb") as file:
+            for name, (kind, shape, offset) in places.items():
+                file.seek(offset or 0)
+                array = np.fromfile(file, kind, math.prod(shape))
+                arrays[name] = array.reshape(shape)
+        return arrays
 
 
 def fill_model(
@@ -145,7 +149,7 @@ def layout(model) -> dict[str, tuple[str, str, object]]:
             # In an archive, which Python writes: HDF5 crashes if its disk is full.
             file = Path(folder) / "layout.keras"
             model.save(file)
-            arrays = read_arrays(file)
+            arrays = read_arrays(file, ours=True)
     finally:
         model.set_weights(before)
     variables = {}

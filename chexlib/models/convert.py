@@ -218,14 +218,14 @@ def _plan() -> Iterator[tuple[str, str, str]]:
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Tensors by their names in today's torchvision, and the file's metadata."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
             names = list(file.keys())
             stored = {name: file.get_tensor(name) for name in names}
             metadata = file.metadata() or {}
-    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # a damaged file makes safetensors raise nearly anything
         raise WeightsError(
             f"{path} is not a readable safetensors file ({error}). A PyTorch file becomes one, "
             f"where PyTorch is, by {TO_SAFETENSORS}."
@@ -256,10 +256,18 @@ def _outputs(kernel, findings, metadata, path) -> list[str]:
             raise WeightsError(
                 f"{path}: its metadata 'findings' is no JSON ({error}). Write a JSON list of names there."
             ) from error
-    names = [ALIASES.get(name, name) for name in findings]
-    if len(names) != len(kernel):
+    if not isinstance(findings, list | tuple) or not all(
+        isinstance(name, str) for name in findings
+    ):
         raise WeightsError(
-            f"{path} has {len(kernel)} outputs, and {len(names)} names were given for them. Say "
+            f"{path}: its findings are {findings!r:.80}, no list of names. Write a JSON list "
+            "`findings` in its metadata."
+        )
+    names = [ALIASES.get(name, name) for name in findings]
+    count = kernel.shape[0] if kernel.ndim == 2 else 0
+    if len(names) != count:
+        raise WeightsError(
+            f"{path} has {count} outputs, and {len(names)} names were given for them. Say "
             "what they are, in the file's order, by a JSON list `findings` in its metadata, or "
             "train with a new head: fresh_head=true."
         )
@@ -277,7 +285,7 @@ def _convert(key, name, tensors, model, outputs) -> np.ndarray:
     value = tensors[name].astype(np.float64)
     if layer == HEAD:
         order = [outputs.index(finding) for finding in FINDINGS]
-        return value[order].T if len(value) == len(outputs) else value[:0]
+        return value[order].T if value.shape[:1] == (len(outputs),) else value.reshape(-1)[:0]
     if weight == "gamma":
         variance = tensors[name.removesuffix("weight") + "running_var"].astype(np.float64)
         if variance.shape != value.shape:
@@ -285,11 +293,11 @@ def _convert(key, name, tensors, model, outputs) -> np.ndarray:
         # So that gamma over the deviation is the same with Keras' epsilon.
         epsilon = next(leaf.epsilon for leaf in leaves(model) if leaf.name == layer)
         return value * np.sqrt((variance + epsilon) / (variance + EPSILON))
-    if weight != "kernel":
-        return value
-    if layer == "conv1_conv" and value.shape[1:2] == (1,):
+    if weight != "kernel" or value.ndim != 4:
+        return value  # of another shape, it is refused
+    if layer == "conv1_conv" and value.shape[1] == 1:
         value = value * _grey(model)[:, None, None]
-    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
+    return value.transpose(2, 3, 1, 0)
 
 
 def _grey(model) -> np.ndarray:

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from chexlib.errors import ChexlibError, ConfigError, WeightsError, first_line
-from chexlib.files import atomic_write
+from chexlib.files import atomic_write, require_plain_zip
 from chexlib.findings import FINDINGS
 from chexlib.models.arrays import fill_model, head_differs, layout, read_arrays
 from chexlib.models.convert import load_torch_weights, require_readable
@@ -235,20 +235,32 @@ def _build_one(path: Path, card: dict):
 def _config(path: Path) -> dict:
     """Keras' description of the network in the file, as plain JSON."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return json.loads(archive.read("config.json"))
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError, RecursionError) as error:
+        return _member(path, "config.json")
+    except Exception as error:  # zipfile and json raise nearly anything
         raise WeightsError(
             f"{path} has no readable config.json ({first_line(error)}). Copy it again."
         ) from error
 
 
+def _member(path: Path, name: str):
+    """The JSON of a member of a `.keras` file; ValueError for one that is too long."""
+    with zipfile.ZipFile(path) as archive:
+        if (length := archive.getinfo(name).file_size) > LARGEST_CARD:
+            raise ValueError(f"{name} in it has {length:,} bytes")
+        return json.loads(archive.read(name))
+
+
 def _classes(config) -> set[str]:
-    """Names of all classes in a description."""
-    if isinstance(config, dict):
-        own = {str(config["class_name"])} if "class_name" in config else set()
-        return own.union(*map(_classes, config.values()))
-    return set().union(*map(_classes, config)) if isinstance(config, list) else set()
+    """Names of all classes in a description, however deep."""
+    names, waiting = set(), [config]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            names |= {str(part["class_name"])} if "class_name" in part else set()
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
+    return names
 
 
 def _fill(model, path: Path, topology: str) -> None:
@@ -341,28 +353,10 @@ def read_card(path, *, any_findings: bool = False) -> dict:
             f"as one file: {WITH_CARD}."
         )
     try:
-        with zipfile.ZipFile(path) as archive:
-            # Keras and save_model store members as they are, so that a small file cannot hold a
-            # large one.
-            if packed := [
-                item.filename
-                for item in archive.infolist()
-                if item.compress_type != zipfile.ZIP_STORED
-            ]:
-                raise ValueError(f"{packed[0]!r} in it is compressed")
-            if (length := archive.getinfo(CARD).file_size) > LARGEST_CARD:
-                raise ValueError(f"its card has {length:,} bytes")
-            card = json.loads(archive.read(CARD))
+        require_plain_zip(path)  # as Keras and save_model write them
+        card = _member(path, CARD)
         findings = card["findings"]
-    except (
-        zipfile.BadZipFile,
-        KeyError,
-        ValueError,
-        TypeError,
-        OSError,
-        RuntimeError,
-        RecursionError,
-    ) as error:
+    except Exception as error:  # zipfile and json raise nearly anything
         raise WeightsError(
             f"{path} is not a model written by chexlib ({first_line(error)}). Name the model.keras "
             "of a run, for instance runs/latest/03_train_baseline/model.keras."

@@ -248,8 +248,7 @@ class TrainConfig:
                 raise ConfigError("Use a preset's name or a JSON object.")
             if asked:
                 resolve(asked, images=10**6, global_batch=1, epochs=self.epochs)
-        # A ConfigError is a ValueError, as is what JSON says.
-        except (ValueError, TypeError, RecursionError) as error:
+        except Exception as error:  # JSON of another form makes a schedule raise nearly anything
             raise ConfigError(
                 f"schedule={self.schedule!r:.200} is not accepted. {one_line(error)}"
             ) from error

@@ -16,7 +16,7 @@ import numpy as np
 from chexlib import stopping
 from chexlib.collectives import World, require_agreement
 from chexlib.errors import ConfigError, WeightsError
-from chexlib.files import atomic_write
+from chexlib.files import atomic_write, require_plain_zip
 from chexlib.training.callbacks import Plateau, PooledValidation, Position, Progress
 from chexlib.training.config import TrainConfig
 
@@ -97,18 +97,18 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
         It is cut short, a bit of it has changed, or it is of another version.
     """
     try:
+        require_plain_zip(path)  # as `save_checkpoint` writes them
         with np.load(path, allow_pickle=False) as file:
             content = {name: file[name] for name in file.files}
         digest = content.pop("digest").tobytes()
         facts = json.loads(content["facts"].tobytes()) if digest == _digest(content) else None
+        version = facts["version"] if facts else None
     except Exception as error:  # whatever a damaged archive makes zipfile and NumPy say
         raise WeightsError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
     if facts is None:
         raise WeightsError(f"{path} is damaged (its checksum is another).")
-    if facts["version"] != VERSION:
-        raise WeightsError(
-            f"{path} is of version {facts['version']}, this chexlib reads {VERSION}."
-        )
+    if version != VERSION:
+        raise WeightsError(f"{path} is of version {version!r:.80}, this chexlib reads {VERSION}.")
     del content["facts"]
     return content, facts
 

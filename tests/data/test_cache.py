@@ -232,6 +232,7 @@ INDEX_DAMAGE = {
     "empty": lambda file: os.truncate(file, 0),
     "text": lambda file: file.write_text("hello"),
     "another table": lambda file: pd.DataFrame({"a": [1]}).to_parquet(file),
+    "too many rows": lambda file: pd.concat([pd.read_parquet(file)] * 100).to_parquet(file),
     "row below 0": _edit(row=-5),
     "row that no file has": _edit(row=2**62),
     "row beyond the pixels": _edit(row=10**6),

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import struct
 import subprocess
 import sys
@@ -353,7 +354,7 @@ def test_an_array_that_is_not_in_the_file_as_it_is_is_refused_before_it_is_read(
     path = change(vgg_file, tmp_path / "model.keras", **{"model.weights.h5": content})
     monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda *_: pytest.fail("it was read"))
     with pytest.raises(
-        WeightsError, match=r"model\.keras (has arrays of|keeps layers/dense/vars/0).*Save it again"
+        WeightsError, match=r"model\.keras keeps 'layers/dense/vars/0' otherwise.*Save it again"
     ):
         read_arrays(path)
 
@@ -370,3 +371,65 @@ def test_the_card_takes_more_facts_and_the_weights_stay(tmp_path, vgg_file):
     )
     assert os.listdir(tmp_path) == ["model.keras"]
     keras.saving.load_model(path)  # still a file for other programs
+
+
+def test_hdf5_that_would_take_all_memory_crash_or_loop_ends_in_one_line(tmp_path, vgg_file):
+    found = Path(__file__).with_name("endless.h5").read_bytes()
+    path = change(vgg_file, tmp_path / "model.keras", **{"model.weights.h5": found})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(WeightsError, match=r"model\.keras do not fit vgg16: .*memory") as error:
+        load_model(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 2**20  # KiB
+
+
+@pytest.mark.parametrize("name", ["config.json", CARD])
+def test_json_that_is_too_deep_or_too_long_is_refused(tmp_path, vgg_file, name, monkeypatch):
+    deep = b'{"config": ' * 700 + b"1" + b"}" * 700
+    path = change(vgg_file, tmp_path / "model.keras", **{name: deep})
+    if name == CARD:
+        with pytest.raises(WeightsError, match="not a model written by chexlib"):
+            read_card(path)
+    else:
+        load_model(path)  # which names no class that is strange
+    monkeypatch.setattr("chexlib.models.weights.LARGEST_CARD", 100)
+    with pytest.raises(WeightsError, match=r"in it has [\d,]+ bytes"):
+        read_card(path)
+
+
+def checkpoint(path, kind):
+    """A checkpoint of few bytes that would become many, or that `save_checkpoint` never wrote."""
+    from chexlib.training.state import _digest, save_checkpoint
+
+    zeros = {"weights/0": np.zeros(2**22, np.uint8)}
+    if kind == "compressed":
+        np.savez_compressed(path, **zeros)
+    elif kind == "shared bytes":
+        whole = save_checkpoint(path.parent, 1, zeros, {}, keep=1).read_bytes()
+        end = whole.index(b"PK\5\6")
+        count, size = struct.unpack("<HL", whole[end + 10 : end + 16])
+        entries = whole[end - size : end]
+        last = struct.pack(
+            "<4s4H2LH", b"PK\5\6", 0, 0, 20 * count, 20 * count, 20 * size, end - size, 0
+        )
+        path.write_bytes(whole[: end - size] + entries * 20 + last)
+    else:
+        facts = {"no facts": b"null", "a list": b"[1]", "text": b"x", "no version": b"{}"}[kind]
+        content = {"facts": np.frombuffer(facts, np.uint8)}
+        np.savez(path, **content, digest=np.frombuffer(_digest(content), np.uint8))
+
+
+@pytest.mark.parametrize(
+    "kind", ["compressed", "shared bytes", "no facts", "a list", "text", "no version"]
+)
+def test_a_checkpoint_that_would_unpack_to_more_or_says_nothing_is_refused(
+    tmp_path, kind, monkeypatch
+):
+    from chexlib.training.state import newest_checkpoint
+
+    path = tmp_path / "step-000000001.npz"
+    checkpoint(path, kind)
+    if kind in ("compressed", "shared bytes"):
+        monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(WeightsError, match=r"all 1 checkpoints in .* are damaged"):
+        newest_checkpoint(tmp_path)

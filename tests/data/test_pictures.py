@@ -324,18 +324,33 @@ def test_compressed_pixels_in_fragments_without_end_are_refused(tmp_path):
         read_dicom(path)
 
 
-@pytest.mark.parametrize("length", [0, 3, None])
-def test_jpeg_2000_in_the_boxes_of_a_file_is_read_whatever_length_a_box_has(tmp_path, length):
+def in_boxes(path, change):
+    """JPEG 2000 in the boxes of a JP2 file, after a change of its bytes, and its pixels."""
     grey, packed = next(iter(phantom_images(5, size=64)))[0], io.BytesIO()
     Image.fromarray(grey).save(packed, "JPEG2000")
     boxes = bytearray(packed.getvalue())
     assert boxes[4:8] == b"jP  "
-    if length is not None:
-        boxes[12:16] = length.to_bytes(4, "big")
-    more = {"PixelData": encapsulate([bytes(boxes)]), "BitsAllocated": 8, "HighBit": 7}
-    path = dicom(tmp_path / "a.dcm", grey, bits=8, syntax=JPEG2000Lossless, **more)
+    more = {"PixelData": encapsulate([bytes(change(boxes))]), "BitsAllocated": 8, "HighBit": 7}
+    return dicom(path, grey, bits=8, syntax=JPEG2000Lossless, **more), grey
+
+
+def test_jpeg_2000_in_the_boxes_of_a_file_is_read(tmp_path):
+    path, grey = in_boxes(tmp_path / "a.dcm", lambda boxes: boxes)
     stretched = (grey.astype(float) - grey.min()) / np.ptp(grey) * 255
     assert np.abs(read_dicom(path) - stretched).max() <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("reason", "length"),
+    [("a box of 0 bytes", 0), ("a box of 3 bytes", 3), ("no image in its first 64 boxes", 8)],
+)
+def test_jpeg_2000_in_boxes_that_lead_nowhere_is_refused(tmp_path, reason, length):
+    def change(boxes):
+        return boxes[:12] + (length.to_bytes(4, "big") + b"free") * 99 + boxes[12:]
+
+    path, _ = in_boxes(tmp_path / "a.dcm", change)
+    with pytest.raises(DataError, match=reason):
+        read_dicom(path)
 
 
 def test_a_jpeg_in_dicom_of_too_many_scans_is_refused(tmp_path):
