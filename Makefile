@@ -12,6 +12,7 @@ export UV_PYTHON_DOWNLOADS := never
 HOROVOD ?= 1
 export JUPYTER_PREFER_ENV_PATH := 1
 export TF_CPP_MIN_LOG_LEVEL ?= 2
+unexport PYTHONDONTWRITEBYTECODE  # or each process compiles chexlib anew
 
 PROFILE ?= quick
 DATA ?=
@@ -29,9 +30,9 @@ env: $(STAMP)  ## make the environment in .venv
 run: $(STAMP)  ## execute every notebook headless and write the report
 	@exec $(BIN)/python -m chexlib run --profile $(PROFILE) $(if $(DATA),--data '$(DATA)') $(if $(ENGINES),--engines $(ENGINES)) $(if $(RESUME),--resume)
 
-# Two test processes of a thread each: first on files that start nothing, then on those that start ranks, engines or
-# notebooks, the longest first.
-TWO := OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Two test processes, of a thread each (tests/conftest.py): first on files that start nothing, then on
+# those that start ranks, engines or notebooks, the longest first.
+TWO := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 TOGETHER := $(TWO) -m 'not cores'
 COUNTED := --durations=20 --cov=chexlib
 

@@ -10,12 +10,11 @@ import json
 import sys
 import time
 
-import keras
 import numpy as np
-import tensorflow as tf
 
 from chexlib.collectives import carrier, identify, join_world
 from chexlib.errors import ConfigError
+from chexlib.machine import import_tensorflow
 
 
 def shares(rank):
@@ -30,6 +29,10 @@ def refused():
 
 def agree(world):
     """Each collective, eager and in a graph, on every rank."""
+    import_tensorflow()
+    import keras
+    import tensorflow as tf
+
     mine = shares(world.rank)
     found = {"eager": [t.numpy().tolist() for t in world.allreduce([tf.constant(a) for a in mine])]}
     signatures = [[tf.TensorSpec([None, *a.shape[1:]] if a.ndim else [], a.dtype) for a in mine]]
@@ -84,7 +87,10 @@ if __name__ == "__main__":
             print("rank 0 is done")
     elif ranks.rank == 1 and sys.argv[1] == "away":
         time.sleep(60)
+    elif sys.argv[1] == "away":
+        import_tensorflow()
+        ranks.allreduce([np.ones(2, np.float32)])
     elif ranks.rank == 1:
         raise SystemExit(3)
     else:
-        ranks.allreduce([tf.ones([2])])
+        ranks.barrier()

@@ -26,6 +26,11 @@ TINY_PATIENTS = [
 TINY_TEST_PATIENTS = (3, 6, 8)
 
 
+LONG = bool(os.environ.get("CHEXLIB_LONG"))
+# One thread each, as `make test` runs two processes at a time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+
 # The files that take longest come first, so that two processes end at about the same time.
 LONGEST = (
     "test_notebooks",
@@ -44,7 +49,7 @@ def pytest_collection_modifyitems(items):
             LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
         )
     )
-    if not os.environ.get("CHEXLIB_LONG"):
+    if not LONG:
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="of the long tier: make test-long"))
@@ -112,6 +117,15 @@ def tiny_nih(tmp_path):
 def cache_of_this_session(tmp_path_factory):
     """Decoded images are not kept among the project's own; child processes inherit it."""
     os.environ["CHEXLIB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def without_tensorflow(monkeypatch):
+    """Engines that train nothing start in half of the processor's time: mpi4py joins them, and they
+    need no TensorFlow. In the long tier what joins them is Horovod, where it is built.
+    """
+    if not LONG:
+        monkeypatch.setenv("CHEXLIB_COLLECTIVES", "mpi4py")
 
 
 @pytest.fixture(scope="session")

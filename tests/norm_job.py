@@ -1,17 +1,11 @@
-"""Run by test_norm_ranks.py under mpiexec: one layer, on each rank a part of 16 images, the outcome
-to a file a rank.
+"""A part of rank_job.py: one layer, on each rank a part of 16 images, the outcome to a file a rank."""
 
-Arguments: the folder, and the images of each rank, such as 7,5,4.
-"""
-
-import sys
 from pathlib import Path
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from chexlib.collectives import join_world
 from chexlib.models.layers import FusedBatchNormalization
 from chexlib.models.statistics import population_statistics
 
@@ -49,8 +43,9 @@ def data():
     )
 
 
-if __name__ == "__main__":
-    world, ends = join_world(), np.cumsum([0, *map(int, sys.argv[2].split(","))])
+def save(world, folder, parts):
+    """The outcomes on this rank of `world`, with so many images on each."""
+    ends = np.cumsum([0, *parts])
     mine = slice(ends[world.rank], ends[world.rank + 1])
     images, weigh = (whole[mine] for whole in data())
     model = keras.Sequential(
@@ -58,4 +53,4 @@ if __name__ == "__main__":
     )
     (population,) = population_statistics(model, [images[:2], images[2:]], world)
     found = {"population/mean": population.mean, "population/variance": population.variance}
-    np.savez(Path(sys.argv[1]) / f"{world.rank}.npz", **found, **outcomes(images, weigh))
+    np.savez(Path(folder) / f"layer-{world.rank}.npz", **found, **outcomes(images, weigh))

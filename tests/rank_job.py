@@ -1,18 +1,16 @@
 """Run by the distributed tests under mpiexec: training steps on real ranks, each rank's outcome to
 a file.
 
-The argument is JSON: out, data_dir, and trainings, a list of settings that are taken one after the
-other.
+The job has out, data_dir, and trainings, a list of settings that are taken one after the other; and
+parts, the images of each rank in `norm_job`, which then comes first.
 """
 
-import json
-import sys
 from pathlib import Path
 
 import keras
+import norm_job
 import numpy as np
 
-from chexlib.collectives import join_world
 from chexlib.data.cache import ImageStore
 from chexlib.data.nih import load_radiographs
 from chexlib.data.pipeline import training_batches
@@ -95,9 +93,11 @@ def train(
     np.savez(Path(out) / f"{name}-{world.ranks}ranks-{world.rank}.npz", **facts, **found)
 
 
-if __name__ == "__main__":
-    job, ranks = json.loads(sys.argv[1]), join_world()
-    images = load_radiographs(job["data_dir"])
+def take(world, job):
+    """Do the job on this rank."""
+    if job["parts"]:
+        norm_job.save(world, job["out"], job["parts"])
+    radiographs = load_radiographs(job["data_dir"])
     for training in job["trainings"]:
-        train(ranks, images, job["out"], **training)
+        train(world, radiographs, job["out"], **training)
         keras.utils.clear_session()

@@ -3,7 +3,10 @@
 import keras
 import numpy as np
 
+from chexlib.studies.grid import run_grid
 from chexlib.training.config import TrainConfig
+from chexlib.training.fit import learn
+from chexlib.training.trainer import Reuse
 
 
 def config_for(data_dir, run_dir, **changes):
@@ -12,6 +15,23 @@ def config_for(data_dir, run_dir, **changes):
     settings |= dict(learning_rate=1e-4, split="patient")
     settings["precision"] = "float32"  # whatever the processor is made for
     return TrainConfig(data_dir=str(data_dir), run_dir=str(run_dir), **{**settings, **changes})
+
+
+def grid_of_three(data_dir, table):
+    """A table of three trainings, which a later call with the same table goes on with."""
+    reuse = Reuse()
+
+    def row(point, folder):
+        training = learn(
+            config_for(data_dir, folder, resume=True, optimizer="sgd", **point), reuse=reuse
+        )
+        norm = float(sum(abs(w).sum() for w in training.model.get_weights()))
+        last = training.history[-1]
+        return {"norm": norm, "loss": last["loss"], "auroc": last["val_auroc"]}
+
+    run_grid(
+        [{"seed": seed, "accumulation": a} for a, seed in ((1, 0), (1, 1), (2, 0))], table, row
+    )
 
 
 def with_a_tiny_network(patch):

@@ -15,13 +15,14 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import rank_job
 from eavesdropper import mechanism
 from sklearn.metrics import roc_auc_score
 from small_training import config_for
 
 from chexlib.cluster.cleanup import members, memory_folder
 from chexlib.cluster.engines import mpi_engines
-from chexlib.collectives import identify
+from chexlib.collectives import World, identify
 from chexlib.errors import ClusterError, ConfigError
 from chexlib.findings import FINDINGS
 from chexlib.models.weights import load_model
@@ -32,7 +33,6 @@ from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 
 pytestmark = pytest.mark.cores
-TESTS = Path(__file__).parents[1]
 TOPOLOGIES = ("densenet121", "resnet50", "vgg16")
 LONG = bool(os.environ.get("CHEXLIB_LONG"))
 
@@ -48,22 +48,35 @@ def phantom(tmp_path_factory):
     )
 
 
-def run_ranks(out, data_dir, trainings, *, ranks):
+# The ranks join first, as TensorFlow's import is then the quick one.
+START = """
+import json, sys
+from chexlib.collectives import join_world
+world = join_world()
+import rank_job
+rank_job.take(world, json.loads(sys.argv[1]))
+"""
+
+
+def run_ranks(out, data_dir, trainings, *, ranks, parts=()):
     """What each rank saved, by name of the training and rank, after tests/rank_job.py has taken all
-    trainings.
+    trainings. A rank alone is this process.
     """
-    mpi = find_mpi()
-    launch = [mpi.command, "-n", str(ranks), *mpi.flags()] if ranks > 1 else []
-    job = {"out": str(out), "data_dir": str(data_dir), "trainings": trainings}
-    command = [*launch, sys.executable, str(TESTS / "rank_job.py"), json.dumps(job)]
-    done = subprocess.run(
-        command,
-        env={**os.environ, **thread_environment(1)},
-        capture_output=True,
-        text=True,
-        timeout=3000,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    job = {"out": str(out), "data_dir": str(data_dir), "trainings": trainings, "parts": parts}
+    if ranks == 1:
+        rank_job.take(World(), job)
+    else:
+        mpi = find_mpi()
+        launch = [mpi.command, "-n", str(ranks), *mpi.flags()]
+        paths = filter(None, [str(Path(rank_job.__file__).parent), os.environ.get("PYTHONPATH")])
+        done = subprocess.run(
+            [*launch, sys.executable, "-c", START, json.dumps(job)],
+            env={**os.environ, **thread_environment(1), "PYTHONPATH": os.pathsep.join(paths)},
+            capture_output=True,
+            text=True,
+            timeout=3000,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
 
     def saved(name, rank):
         return dict(np.load(Path(out) / f"{name}-{ranks}ranks-{rank}.npz"))
@@ -253,6 +266,7 @@ def test_engines_train_in_one_world_and_are_gone_afterwards(phantom, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.usefixtures("without_tensorflow")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, "and its watchdog"])
 def test_a_notebook_that_dies_leaves_no_process(number, tmp_path):
     script = (
@@ -285,6 +299,7 @@ def test_a_notebook_that_dies_leaves_no_process(number, tmp_path):
     assert not any(path.exists() for path in left)
 
 
+@pytest.mark.usefixtures("without_tensorflow")
 def test_what_engines_say_is_encrypted_and_a_killed_launcher_leaves_no_memory(caplog):
     with mpi_engines(2, threads=1) as engines:
         ports = set()
@@ -302,6 +317,7 @@ def test_what_engines_say_is_encrypted_and_a_killed_launcher_leaves_no_memory(ca
     assert not memory.exists()
 
 
+@pytest.mark.usefixtures("without_tensorflow")
 def test_a_killed_rank_is_reported_by_rank_and_host():
     with mpi_engines(2, threads=1) as engines:
         victim = engines.identities[1]

@@ -27,7 +27,7 @@ LONG = pytest.mark.long  # a trial takes a minute of processor
     ("number", "kind", "restarts"),
     [
         pytest.param(2, "rank stalled", 1, marks=LONG),
-        (3, "everything killed", 0),
+        pytest.param(3, "everything killed", 0, marks=LONG),
         (4, "checkpoint flipped", 0),  # kills a rank too
     ],
 )

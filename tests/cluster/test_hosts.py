@@ -139,6 +139,7 @@ def test_engines_end_by_themselves_when_the_cable_is_cut(hosts, unencrypted):
 
 
 @on_two_hosts
+@pytest.mark.usefixtures("without_tensorflow")
 def test_engines_end_by_themselves_when_all_that_started_them_was_killed(hosts, tmp_path):
     with notebook(hosts, tmp_path, hold=True) as told:
         told("waiting")
@@ -174,6 +175,7 @@ def slurm(tmp_path, monkeypatch):
 
 
 @pytest.mark.cores
+@pytest.mark.usefixtures("without_tensorflow")
 def test_engines_in_slurm_are_one_world_and_can_be_restarted(slurm):
     site = find_site(
         slurm=True, interface=LOOPBACK, options=["--partition=short", "--time=10"], shared=slurm

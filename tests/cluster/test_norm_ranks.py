@@ -3,19 +3,16 @@ ones.
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import norm_job
 import numpy as np
 import pytest
 from test_distributed import run_ranks
 
-from chexlib.mpi import find_mpi, thread_environment
 from chexlib.phantom.write import write_phantom
 
 pytestmark = pytest.mark.cores
+TWO_PARTS = (8, 8)
 NAMES = ("outputs", "inputs", "gamma", "beta", "mean", "variance")
 
 
@@ -27,38 +24,23 @@ def phantom(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def on_ranks(tmp_path_factory):
-    """A function that starts ranks with so many images each once, and gives their `outcomes_on`."""
-    made = {}
+def on_ranks(two_ranks, phantom, tmp_path_factory):
+    """A function that gives the `outcomes_in` of ranks with so many images each."""
+    made = {TWO_PARTS: outcomes_in(two_ranks[0], 2)}
 
     def get(parts):
         if parts not in made:
-            made[parts] = outcomes_on(parts, tmp_path_factory.mktemp("ranks"))
+            folder = tmp_path_factory.mktemp("ranks")
+            run_ranks(folder, phantom, [], ranks=len(parts), parts=parts)
+            made[parts] = outcomes_in(folder, len(parts))
         return made[parts]
 
     return get
 
 
-def outcomes_on(parts, folder):
-    """`norm_job.outcomes` of ranks with so many images each: outputs and their gradients of all,
-    the rest summed.
-    """
-    mpi, job = find_mpi(), Path(norm_job.__file__)
-    command = [
-        mpi.command,
-        "-n",
-        str(len(parts)),
-        *mpi.flags(),
-        sys.executable,
-        str(job),
-        str(folder),
-    ]
-    command.append(",".join(map(str, parts)))
-    done = subprocess.run(
-        command, env={**os.environ, **thread_environment(1)}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    each = [dict(np.load(folder / f"{rank}.npz")) for rank in range(len(parts))]
+def outcomes_in(folder, ranks):
+    """`norm_job.outcomes` that ranks saved: outputs and their gradients of all, the rest summed."""
+    each = [dict(np.load(folder / f"layer-{rank}.npz")) for rank in range(ranks)]
     join = {"outputs": np.concatenate, "inputs": np.concatenate, "gamma": sum, "beta": sum}
     first = {name: array for name, array in each[0].items() if name.endswith(("mean", "variance"))}
     return first | {
@@ -68,7 +50,7 @@ def outcomes_on(parts, folder):
     }
 
 
-@pytest.mark.parametrize("parts", [(8, 8), (7, 5, 4)])
+@pytest.mark.parametrize("parts", [TWO_PARTS, (7, 5, 4)])
 def test_sync_norm_over_ranks_is_batch_norm_of_all_their_images(parts, on_ranks):
     alone, ranks = norm_job.outcomes(*norm_job.data()), on_ranks(parts)
     for name in NAMES:
@@ -82,7 +64,7 @@ def test_sync_norm_over_ranks_is_batch_norm_of_all_their_images(parts, on_ranks)
 
 
 def test_synchronized_of_keras_synchronises_nothing_under_mpi(on_ranks):
-    alone, ranks = norm_job.outcomes(*norm_job.data()), on_ranks((8, 8))
+    alone, ranks = norm_job.outcomes(*norm_job.data()), on_ranks(TWO_PARTS)
     for name in NAMES:
         np.testing.assert_allclose(
             ranks[f"synchronized/{name}"], ranks[f"plain/{name}"], rtol=1e-3, atol=1e-3
@@ -113,25 +95,33 @@ GHOST = {"name": "ghost", "batch": 16, "norm": "ghost", "ghost_size": 8}
 PLAIN, SYNC = ({"name": norm, "batch": 8, "norm": norm} for norm in ("batch", "sync"))
 
 
-def four_ways(folder, phantom, base, *, one=(), two=()):
+def four_ways(folder, phantom, base, *, one=(), two=(), parts=()):
     """The four trainings, and those of `one` and `two` beside them on as many ranks; by name, what
     rank 0 saved.
     """
     found = run_ranks(folder, phantom, [{**base, **WHOLE}, {**base, **GHOST}, *one], ranks=1)
-    found |= run_ranks(folder, phantom, [{**base, **PLAIN}, {**base, **SYNC}, *two], ranks=2)
+    two = [{**base, **PLAIN}, {**base, **SYNC}, *two]
+    found |= run_ranks(folder, phantom, two, ranks=2, parts=parts)
     return {name: ranks[0] for name, ranks in found.items()}
 
 
 @pytest.fixture(scope="module")
-def resnet(phantom, tmp_path_factory):
-    """Of ResNet-50: one step of the four ways, and ten steps of two ranks and of two virtual ones;
-    two starts.
+def two_ranks(phantom, tmp_path_factory):
+    """The folder and the findings of the one start of two ranks: of a layer; and of ResNet-50 one
+    step of the four ways, and ten steps of two ranks and of two virtual ones.
     """
     base, virtual = (
         {**BASE, "topology": "resnet50", "steps": 1},
         {**REAL, "accumulation": 2, "name": "virtual"},
     )
-    return four_ways(tmp_path_factory.mktemp("resnet"), phantom, base, one=[virtual], two=[REAL])
+    folder = tmp_path_factory.mktemp("resnet")
+    found = four_ways(folder, phantom, base, one=[virtual], two=[REAL], parts=TWO_PARTS)
+    return folder, found
+
+
+@pytest.fixture
+def resnet(two_ranks):
+    return two_ranks[1]
 
 
 def require_virtual_as_real(virtual, real):

@@ -36,7 +36,7 @@ def enlarged(maps, size):
 
 @pytest.fixture(scope="module", params=TOPOLOGIES)
 def model(request):
-    model = build_model(request.param, size=64, width=0.25, seed=2)
+    model = build_model(request.param, size=64, width=0.25, blocks=2, seed=2)
     kernel, bias = model.get_layer("findings").get_weights()
     model.get_layer("findings").set_weights([RNG.normal(size=kernel.shape), bias])  # of both signs
     return model

@@ -5,6 +5,7 @@ does.
 import functools
 
 import pytest
+from small_training import with_a_tiny_network
 
 from chexlib.scaling.tune import measure_solution, time_to
 from chexlib.studies.grid import run_grid
@@ -26,7 +27,8 @@ def test_seconds_are_summed_up_to_the_first_epoch_that_is_good_enough():
     }
 
 
-def test_a_grid_of_trainings_gives_epochs_and_seconds(phantom, tmp_path):
+def test_a_grid_of_trainings_gives_epochs_and_seconds(phantom, tmp_path, monkeypatch):
+    with_a_tiny_network(monkeypatch)
     points = [
         {"topology": "vgg16", "size": 32, "most_epochs": 2, "seed": 0, "auroc": auroc}
         for auroc in (0.01, 0.999)

@@ -193,6 +193,7 @@ def test_the_command_makes_a_profile_that_run_takes_after_another(measured, tmp_
 
 
 @pytest.mark.cores
+@pytest.mark.long  # notebook 08 does it in the whole run
 def test_two_ranks_are_really_measured():
     found = measure(
         {"topology": "vgg16", "size": 32, "batch_per_rank": 2}, ranks=2, threads=1, steps=3

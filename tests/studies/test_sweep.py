@@ -4,6 +4,7 @@ grids.
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from small_training import grid_of_three
 
 from chexlib.errors import ConfigError
 from chexlib.files import ROOT
@@ -287,61 +289,43 @@ def test_what_a_reader_edits_in_a_cell_makes_other_rows(notebook, phantom, tmp_p
         assert not known & first_grid(notebook, phantom, tmp_path, edit), edit
 
 
-JOB = """
-import json, sys
-from pathlib import Path
-from small_training import config_for
-from chexlib.training.fit import learn
-from chexlib.training.trainer import Reuse
-from chexlib.studies.grid import run_grid
-
-data, table = sys.argv[1:]
-reuse = Reuse()
-
-def row(point, folder):
-    config = config_for(data, folder, resume=True, optimizer="sgd", **point)
-    training = learn(config, reuse=reuse)
-    norm = float(sum(abs(w).sum() for w in training.model.get_weights()))
-    return {"norm": norm, "loss": training.history[-1]["loss"], "auroc": training.history[-1]["val_auroc"]}
-
-run_grid([{"seed": seed, "accumulation": a} for a, seed in ((1, 0), (1, 1), (2, 0))], table, row)
-"""
-
-
 def test_a_grid_of_trainings_killed_three_times_gives_the_table_of_an_undisturbed_one(
-    phantom, tmp_path
+    phantom, tmp_path, monkeypatch
 ):
     """Killed in the first, the second and the third training; each of them goes on from that of its
     first epoch.
     """
+    paths = filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(paths)
+    )  # up to 3.12.7 nothing else is passed on
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["small_training"])  # TensorFlow is imported once for all
 
     def start(table):
-        command = [sys.executable, "-c", JOB, str(phantom), str(table)]
-        place = {
-            **os.environ,
-            "PYTHONPATH": str(Path(__file__).parents[1]),
-            "TF_CPP_MIN_LOG_LEVEL": "2",
-        }
-        return subprocess.Popen(command, env=place, stdout=subprocess.PIPE, text=True)
+        process = processes.Process(target=grid_of_three, args=(str(phantom), str(table)))
+        process.start()
+        return process
 
     calm, killed = tmp_path / "calm.parquet", tmp_path / "killed.parquet"
-    with start(calm) as whole:
-        whole.communicate()
-    assert whole.returncode == 0
+    whole = start(calm)
+    whole.join()
+    assert whole.exitcode == 0
     for times in range(1, 4):
         work = tmp_path / ".killed-work"
-        with start(killed) as process:
-            while process.poll() is None:
-                done = len(pd.read_parquet(killed)) if killed.exists() else 0
-                if done == times - 1 and list(work.glob("*/checkpoints/step*")):
-                    process.send_signal(signal.SIGKILL)
-                    break
-                time.sleep(0.02)
-        assert process.returncode == -signal.SIGKILL
+        process = start(killed)
+        while process.is_alive():
+            done = len(pd.read_parquet(killed)) if killed.exists() else 0
+            if done == times - 1 and list(work.glob("*/checkpoints/step*")):
+                process.kill()
+                break
+            time.sleep(0.02)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert (len(pd.read_parquet(killed)) if killed.exists() else 0) == times - 1
-    with start(killed) as process:
-        process.communicate()
-    assert process.returncode == 0
+    process = start(killed)
+    process.join()
+    assert process.exitcode == 0
     tables = [pd.read_parquet(table) for table in (calm, killed)]
     rows = [[{**json.loads(row), "commit": ""} for row in table["row"]] for table in tables]
     assert (
