@@ -160,6 +160,16 @@ def vgg_file(tmp_path_factory):
     return save_model(create_model(**network, seed=1), folder / "model.keras", card=card)
 
 
+@pytest.fixture(scope="module")
+def tiny_network():
+    """Every topology is one convolution with batch norm in this module."""
+    from small_training import with_a_tiny_network
+
+    with pytest.MonkeyPatch.context() as patch:
+        with_a_tiny_network(patch)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_log():
     """Each test starts with chexlib's loggers untouched: what an earlier one set must not hide

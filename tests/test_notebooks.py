@@ -121,7 +121,7 @@ def remember_layouts():
     measured = {"steps": 5, "images_per_second": 1.0, "gflop_per_image": 1.9, "seconds": [4.0] * 5}
     rows = [{**point, **hardware(), **measured, "ranks": r, "threads": t} for r, t in before]
     sweep = cache_folder(32).with_name("grids") / "08_layouts.json"
-    sweep.parent.mkdir(parents=True)
+    sweep.parent.mkdir(parents=True, exist_ok=True)
     sweep.write_text(json.dumps(rows))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
-from small_training import config_for, with_a_tiny_network
+from small_training import config_for
 
 from chexlib import stopping
 from chexlib.collectives import World, require_agreement
@@ -27,6 +27,7 @@ from chexlib.training.state import (
     save_checkpoint,
 )
 
+pytestmark = pytest.mark.usefixtures("tiny_network")
 TIMED = ("images_per_second", "skew")
 
 
@@ -183,11 +184,8 @@ def test_with_another_batch_the_global_batch_or_the_rate_is_kept_as_asked(
     assert list(taken) == [-(-images // 8), -(-images // (8 if keeps == "global_batch" else 16))]
 
 
-def test_a_larger_batch_takes_no_more_than_the_images_of_a_shortened_epoch(
-    phantom, tmp_path, monkeypatch
-):
+def test_a_larger_batch_takes_no_more_than_the_images_of_a_shortened_epoch(phantom, tmp_path):
     """24 of the images, 8 of them in batches of 8: what is left goes in 10 and 6."""
-    with_a_tiny_network(monkeypatch)
     settings = dict(epochs=1, max_steps=3, optimizer="sgd")
     fit(config_for(phantom, tmp_path, **settings), report=ask_at(1, 1))
     more = dict(resume=True, batch_size=10, resume_keeps="rank_batch")
@@ -203,16 +201,13 @@ STREAM = dict(epochs=3, stream_images=21, optimizer="sgd", learning_rate=0.1, sn
 @pytest.fixture(scope="module")
 def undisturbed_stream(phantom, tmp_path_factory):
     """Epochs of 21 images take 3 batches of 8, which are 24."""
-    with pytest.MonkeyPatch.context() as patch:
-        with_a_tiny_network(patch)
-        return fit(config_for(phantom, tmp_path_factory.mktemp("run"), **STREAM))
+    return fit(config_for(phantom, tmp_path_factory.mktemp("run"), **STREAM))
 
 
 @pytest.mark.parametrize("where", [(1, 2), (2, 2)])
 def test_a_stream_resumed_after_an_odd_number_of_images_ends_at_the_same_bits(
-    phantom, undisturbed_stream, tmp_path, monkeypatch, where
+    phantom, undisturbed_stream, tmp_path, where
 ):
-    with_a_tiny_network(monkeypatch)
     stopped = fit(config_for(phantom, tmp_path, **STREAM), report=ask_at(*where))
     resumed = fit(config_for(phantom, tmp_path, **STREAM, resume=True))
     assert stopped.stopped and resumed.resumed_from
@@ -221,9 +216,8 @@ def test_a_stream_resumed_after_an_odd_number_of_images_ends_at_the_same_bits(
 
 
 def test_a_stream_that_goes_on_for_more_epochs_draws_no_image_twice(
-    phantom, undisturbed_stream, tmp_path, monkeypatch
+    phantom, undisturbed_stream, tmp_path
 ):
-    with_a_tiny_network(monkeypatch)
     fit(config_for(phantom, tmp_path, **{**STREAM, "epochs": 1}))
     more = fit(config_for(phantom, tmp_path, **{**STREAM, "epochs": 3}, resume=True))
     assert_same_model(more, undisturbed_stream)
