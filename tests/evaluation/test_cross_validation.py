@@ -22,8 +22,6 @@ from examples.real_model.__main__ import main
 from examples.real_model.collection import collect
 from examples.real_model.cross_validation import arm_gains, pooled
 
-pytestmark = pytest.mark.usefixtures("tiny_network")
-
 
 def part_of(folder, copy, keep):
     """A copy of a data folder with some of its images: as after a partial download."""
