@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,7 @@ FAULTS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "kill": -1}
 RANDOM = re.compile(
     r"[0-9a-f]{32}|\d{8}-\d{6}(-\d+)?|(?<=\.)\d+-\d+$|(?<=\.)[0-9a-f]{8}(?=\.partial)"
 )
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 job = json.loads(sys.argv[1])
 library, data = ctypes.CDLL(job["library"]), Path(job["data"])
 os.environ |= {"CHEXLIB_CACHE": f"{job['folder']}/cache", "TQDM_DISABLE": "1"}
@@ -51,6 +54,12 @@ root = before = work = after = Path()  # folders of the command that is tried
 
 
 # --- commands: what they find, and what is called
+
+
+def load(*modules):
+    """Import what takes long once, and not in each fork."""
+    for module in modules:
+        importlib.import_module(module)
 
 
 def phantom():
@@ -147,6 +156,7 @@ ENDED = {"end_time": "2026", "exception": None, "duration": 1.0}
 
 
 def report():
+    load("nbconvert", "bs4")
     folder = before / "00_start"
     folder.mkdir()
     (folder / "notebook.ipynb").write_text(notebook("done"))
@@ -173,12 +183,8 @@ def run():
         here.finish(answer=1)
         papermill_io.write(notebook("done"), str(output))
 
-    def patch():
-        import papermill
-
-        papermill.execute_notebook = pretend
-
-    first.append(patch)  # its threads do not pass through a fork
+    load("nbconvert", "bs4", "matplotlib.backends.backend_agg", "papermill.iorw")
+    sys.modules["papermill"].execute_notebook = pretend
     return ["run", "--runs-dir", f"{work}/runs", "--resume"]
 
 
@@ -220,8 +226,6 @@ def predict():
 
 def call(command):
     """Run a command as the command line does, a function as if it were one; the exit status."""
-    for prepare in first:
-        prepare()
     words = command if isinstance(command, list) else []
     runner = main if words else Command("function", callback=command)
     try:
@@ -385,7 +389,7 @@ def trial(command, name, at, kind, calls):
     return wrong, said
 
 
-ends, first = [], []  # what is called at the end, and first in each fork
+ends = []  # what is called at the end
 
 
 def tell(name, every):
@@ -417,6 +421,7 @@ def tell(name, every):
         told[kind] = len(chosen)
         for at in chosen:
             wrong, line = trial(command, name, at, kind, calls)
+            print(f"{name}, {kind}: {at} of {len(calls)}", file=sys.stderr, flush=True)
             said.add(re.sub(r"[0-9]+", "N", line.replace(str(root), "")))
             faults += [f"{name}, {kind} at {calls[at - 1]} ({at}): {word}" for word in wrong]
     found = {"calls": counts, "tried": told, "faults": faults, "said": sorted(said)}

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import jinja2
 import nbformat
-import pandas as pd
 from PIL import Image
 
 from chexlib.app.runs import ASKED, asked_for
 from chexlib.data.nih import data_name
 from chexlib.errors import DataError, WeightsError, one_line
 from chexlib.evaluation.auroc import in_words, judge
+from chexlib.evaluation.scores import read_predictions
 from chexlib.files import atomic_write, read_json
 from chexlib.findings import FINDINGS
 from chexlib.ledger.answers import VERDICTS, build_ledger, count_verdicts
@@ -280,12 +280,7 @@ def write_card(run: str | Path) -> Path:
     config = config_of(folder, facts)
     # No paths of this machine.
     config["weights"] = Path(config.get("weights") or "random weights").name
-    try:
-        predictions = pd.read_parquet(folder / "predictions.parquet")
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{folder}/predictions.parquet cannot be read ({error}). Name the folder of a run."
-        ) from error
+    predictions = read_predictions(folder / "predictions.parquet")
     judged = judge(predictions)
     aurocs, few = [], []
     for name, row in judged.iterrows():

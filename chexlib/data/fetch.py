@@ -381,6 +381,7 @@ def _unpack(archive: Path, draft: Path, *, room: float) -> int:
         raise DataError(f"{error} Nothing of it was kept. Do not use its source.") from None
     except OSError as error:
         raise DataError(
-            f"{archive.name} cannot be unpacked in {draft.parent}: {error}. Run it again after."
+            f"{archive.name} cannot be unpacked in {draft.parent}: {error.strerror or error}. Make "
+            "room, and run it again."
         ) from error
     return count

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from chexlib.errors import ConfigError, DataError
+from chexlib.errors import ConfigError, DataError, first_line
 from chexlib.files import files_below
 from chexlib.findings import ALIASES, FINDINGS, NO_FINDING
 from chexlib.machine import cores
@@ -212,7 +212,9 @@ def read_image(path: str | Path, content: bytes | None = None) -> np.ndarray:
             turn = _turn(image)
         return grey if turn is None else np.array(Image.fromarray(grey).transpose(turn))
     except Exception as error:  # a damaged file makes PIL raise nearly anything
-        reason = "it is empty" if os.path.isfile(path) and not os.path.getsize(path) else error
+        reason = "it is none" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        if os.path.isfile(path) and not os.path.getsize(path):
+            reason = "it is empty"
         raise DataError(
             f"{path} cannot be read as PNG or JPEG: {reason}. Copy it again, or leave it out."
         ) from error

@@ -193,6 +193,27 @@ def evaluate(path: str | Path, data_dir: str | Path, *, against: str | Path = ""
     return judged
 
 
+def read_predictions(path: str | Path) -> pd.DataFrame:
+    """The `predictions.parquet` of a training: image, patient, part, label_* and score_*.
+
+    Raises
+    ------
+    DataError
+        It cannot be read, or is another table.
+    """
+    try:
+        table = pd.read_parquet(path)
+        of_findings = [f"{kind}_{finding}" for kind in ("label", "score") for finding in FINDINGS]
+        if lacking := [c for c in ("image", "patient", "part", *of_findings) if c not in table]:
+            raise ValueError(f"it has no column {first_few(lacking)}")
+        table[of_findings].astype(float)
+    except Exception as error:  # a damaged file makes Arrow raise nearly anything
+        raise DataError(
+            f"{path} cannot be read ({first_line(error)}). Name the folder of a run."
+        ) from error
+    return table
+
+
 def judged_in(run: str | Path | None, data: str) -> dict[str, dict]:
     """What notebooks of a run have trained on this data and split alike: name to folder, split,
     config, predictions.
@@ -211,8 +232,8 @@ def judged_in(run: str | Path | None, data: str) -> dict[str, dict]:
             first = next(iter(judged.values()), {"split": split})
             if metrics["data"] != data or split["digest"] != first["split"]["digest"]:
                 continue
-            predictions = pd.read_parquet(files[2])
-        except Exception as error:  # a damaged file makes Arrow raise nearly anything
+            predictions = read_predictions(files[2])
+        except (DataError, KeyError, TypeError) as error:
             _log.warning("%s is left out: %s", folder, one_line(error))
             continue
         judged[folder.name] = {

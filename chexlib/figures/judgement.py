@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from chexlib.data.pictures import read_picture
-from chexlib.errors import ConfigError
+from chexlib.errors import ConfigError, DataError
 from chexlib.evaluation.explain import heat_maps
 from chexlib.evaluation.operating import read_by_card
 from chexlib.figures.style import (
@@ -29,6 +30,7 @@ from chexlib.figures.style import (
 from chexlib.files import atomic_write
 from chexlib.findings import FINDINGS
 
+log = logging.getLogger(__name__)
 SIDE = 512  # px: more is not seen in a panel
 
 
@@ -241,7 +243,11 @@ class HeatMapFiles:
         maps = maps.reshape(*top.shape, *pixels.shape[1:3])
         for path, row, order, heat in zip(paths, scores, top, maps, strict=True):
             titles = [self._title(FINDINGS[i], row[i]) for i in order]
-            image = read_picture(path)[0]
+            try:
+                image = read_picture(path)[0]
+            except DataError as error:  # it has gone since it was scored
+                log.warning("no heat map: %s", error)
+                continue
             name, number = f"{Path(path).stem}.png", 2
             while name in self.written:  # of another folder
                 name, number = f"{Path(path).stem}-{number}.png", number + 1

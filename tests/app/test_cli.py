@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from sklearn.metrics import roc_auc_score
 
 import chexlib.cluster.cleanup
+import chexlib.models.predict
 from chexlib.app.cli import main
 from chexlib.data.nih import load_radiographs, read_image
 from chexlib.errors import ConfigError
@@ -651,6 +652,52 @@ def test_card_says_what_the_card_of_the_weights_lacks(vgg_file, tmp_path):
         extend_card(run / "model.keras", **facts)
         refused("card", run, naming=[run / "model.keras", "lacks something", "extend_card"])
     assert not (run / "MODEL_CARD.md").exists()
+
+
+@pytest.mark.parametrize(
+    "damage", ["another table", "text", "labels alone", "cut", "empty", "gone"]
+)
+def test_card_refuses_predictions_that_are_none(vgg_file, tmp_path, damage):
+    run = tmp_path / "run"
+    shutil.copytree(vgg_file.parent, run)
+    file, values = run / "predictions.parquet", {"image": ["a"], "patient": [1], "part": ["test"]}
+    values |= {f"label_{f}": [0.0] for f in FINDINGS}
+    scores = {f"score_{f}": ["high"] for f in FINDINGS}
+    tables = {"another table": {"a": [1]}, "text": {**values, **scores}, "labels alone": values}
+    if damage in tables:
+        pd.DataFrame(tables[damage]).to_parquet(file)
+    elif damage != "gone":
+        file.write_bytes(b"PAR1 and no more" if damage == "cut" else b"")
+    refused("card", run, naming=[file, "Name the folder of a run"])
+    assert not (run / "MODEL_CARD.md").exists()
+
+
+def test_evaluate_says_what_is_no_file_of_scores_in_one_line(phantom, tmp_path):
+    (tmp_path / "README.md").write_text("# A text\n\nof words,\nwith commas, here, and, there\n")
+    refused("evaluate", tmp_path, "--data", phantom, naming=[f"{tmp_path} is a folder"])
+    refused("evaluate", tmp_path / "none", "--data", phantom, naming=["there is no file"])
+    refused("evaluate", tmp_path / "README.md", "--data", phantom, naming=["README.md cannot be"])
+
+
+def test_a_broken_image_is_told_without_a_call_that_predict_does_not_have(vgg_file, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nabc")
+    line = refused("predict", tmp_path / "broken.png", "--weights", vgg_file, naming=["it is none"])
+    assert "check_images" not in line and "object at" not in line
+
+
+def test_whatever_a_file_brings_about_is_its_own_error(images, vgg_file, monkeypatch):
+    read = chexlib.models.predict.read_picture
+
+    def spoilt(path):
+        if path == images[0]:
+            raise MemoryError("9 GiB")
+        return read(path)
+
+    monkeypatch.setattr(chexlib.models.predict, "read_picture", spoilt)
+    answer = call("predict", *images[:2], "--weights", vgg_file, "--json")
+    assert answer.exit_code == 1, answer.output
+    found = json.loads(answer.stdout)
+    assert list(found["probabilities"]) == images[1:2] and "9 GiB" in found["errors"][images[0]]
 
 
 # --- train
