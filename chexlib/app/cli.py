@@ -305,6 +305,30 @@ def train(config_file, resume):
 
 
 @main.command()
+@click.argument("stages", nargs=-1, required=True, metavar="STAGE...")
+@click.option(
+    "--data", "data_dir", default="", help="Folder in the NIH layout.  [default: a phantom]"
+)
+@click.option("--rows", help="File of the rows.  [default: the committed ones]")
+def study(stages, data_dir, rows):
+    """Train stages of notebook 05's study, in order: gate, tune, confirm, fixed.
+
+    What has a row is not trained again. Start it once per core, with one thread each
+    (OMP_NUM_THREADS=1): the processes share the trainings.
+    """
+    from chexlib.machine import import_tensorflow
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import_tensorflow()
+    from chexlib.app.runs import data_folder, show_log
+    from chexlib.studies.large_batch import PHANTOM, ROWS, run_stages, study_on
+
+    show_log()
+    on = study_on(data_folder(data_dir, **PHANTOM), table=rows or ROWS)
+    click.echo("Done." if run_stages(on, stages) else "Stopped: run it again to go on.")
+
+
+@main.command()
 @click.option(
     "--topology", default="densenet121", show_default=True, help="densenet121, resnet50 or vgg16."
 )

@@ -31,7 +31,7 @@ AUGMENTATIONS = {
 }
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 # What is drawn at random from one seed, each from a generator of its own.
-PURPOSES = ("order", "crops", "recalibration", "control")
+PURPOSES = ("order", "crops", "recalibration", "control", "train images")
 
 
 class Share(NamedTuple):

@@ -1,4 +1,4 @@
-"""A grid of trainings as rows of one Parquet table: each is measured once, and a killed grid goes
+"""A grid of trainings as rows of one JSON-lines file: each is measured once, and a killed grid goes
 on where it was.
 
 Any number of processes may work on one grid, on all hosts that see its folder: where a training is
@@ -13,8 +13,8 @@ only.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
-import io
 import json
 import logging
 import shutil
@@ -34,6 +34,7 @@ from chexlib.training.fit import Training, learn
 from chexlib.training.trainer import Reuse
 
 MADE_BY = ("training_version", "precision", "commit", "machine")  # what a row tells of its training
+DEFAULTS = {setting.name: setting.default for setting in dataclasses.fields(TrainConfig)}
 log = logging.getLogger(__name__)
 
 
@@ -55,7 +56,7 @@ def run_grid(
     ----------
     points : sequence of dict
         Flat settings, of plain values for JSON. A point that is there twice is measured once.
-    table : path of the Parquet file; it and its folder are made if missing
+    table : path of the JSON-lines file; it and its folder are made if missing
     measure : callable
         `measure(point, folder)` returns a flat dict of results, or None if it was stopped: then the
         grid ends there. What it keeps in `folder`, such as a training's checkpoints, is there again
@@ -120,9 +121,16 @@ def run_grid(
             log.info(
                 "%s: row %d of %d, about %d %s to go", table.stem, done, len(missing), minutes, unit
             )
-    rows = _read_rows(table)
-    shown = [rows[key] for key in wanted if key in rows]
-    return pd.DataFrame(shown, columns=list(dict.fromkeys(name for row in shown for name in row)))
+    return read_grid(points, table)
+
+
+def read_grid(points: Sequence[Mapping], table: str | Path) -> pd.DataFrame:
+    """The rows of those `points` that the file `table` holds, in their order, as of `run_grid`."""
+    rows = _read_rows(Path(table))
+    keys = dict.fromkeys(point_key(point) for point in points)
+    shown = [rows[key] for key in keys if key in rows]
+    columns = dict.fromkeys(["key", *(name for row in shown for name in row)])
+    return pd.DataFrame(shown, columns=list(columns))
 
 
 def _unmeasured(keys: Sequence[str], table: Path, work: Path, bar) -> Iterator[str]:
@@ -158,7 +166,11 @@ def _only_warnings() -> Iterator[None]:
 
 
 def measure_training(
-    config: TrainConfig, columns: Callable[[Training], dict], *, reuse: Reuse | None = None
+    config: TrainConfig,
+    columns: Callable[[Training], dict],
+    *,
+    reuse: Reuse | None = None,
+    watch: Sequence = (),
 ) -> dict | None:
     """Train, and return a grid's row: "diverged", and if it is false, what `columns` measures.
 
@@ -166,7 +178,7 @@ def measure_training(
     ----------
     config : TrainConfig
     columns : `columns(training)` gives what the row holds, from the last weights
-    reuse : as for `learn`
+    reuse, watch : as for `learn`
 
     Returns
     -------
@@ -174,7 +186,7 @@ def measure_training(
         None if the training was stopped, as `run_grid` takes it.
     """
     try:
-        training = learn(config, reuse=reuse)
+        training = learn(config, reuse=reuse, watch=watch)
     except DivergedError:
         return {"diverged": True}
     # A stop that is asked for from here on ends the grid's next training after its first step.
@@ -206,7 +218,9 @@ def point_key(point: Mapping) -> str:
     >>> point_key({"seed": 0, "norm": "batch"}) == point_key({"norm": "batch", "seed": 0})
     True
     """
-    decide = {**point, "training_version": TRAINING_VERSION, "precision": _precision(point)}
+    # A setting at its default is left out, so that rows outlive a setting that is added later.
+    decide = {n: v for n, v in point.items() if n not in DEFAULTS or v != DEFAULTS[n]}
+    decide |= {"training_version": TRAINING_VERSION, "precision": _precision(point)}
     return hashlib.sha256(json.dumps(decide, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -233,27 +247,19 @@ def _read_rows(table: Path) -> dict[str, dict]:
     if not table.exists():
         return {}
     try:
-        # In one go: by its name the file is opened several times, and another process may replace
-        # it in between.
-        rows = pd.read_parquet(io.BytesIO(table.read_bytes()), columns=["key", "row"])
-        found = {key: json.loads(row) for key, row in zip(rows["key"], rows["row"], strict=True)}
-        if not all(isinstance(row, dict) for row in found.values()):
-            raise ValueError("it has rows that are none of a grid")
+        rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines()]
+        return {row["key"]: row for row in rows}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(
             f"{table} is no table of a grid ({first_line(error)}). Name another file, or move it "
             "away."
         ) from error
-    return found
 
 
 def _append(table: Path, row: dict) -> dict[str, dict]:
     """Add a row, and return all of them by key."""
     # Read anew: another notebook may have written since.
     rows = {**_read_rows(table), row["key"]: row}
-    frame = pd.DataFrame(list(rows.values())).drop(columns="row", errors="ignore")
-    # As it was, where the columns of others make NaN and floats.
-    frame["row"] = [json.dumps(row) for row in rows.values()]
     with atomic_write(table) as file:
-        frame.to_parquet(file, index=False)
+        file.write("".join(f"{json.dumps(row)}\n" for row in rows.values()).encode())
     return rows

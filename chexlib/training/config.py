@@ -112,6 +112,8 @@ class TrainConfig:
     split_seed: int | None = _whole(0, None)
     # Use about this many images, always whole patients. 0: all.
     max_images: int = _whole(0, 0)
+    # Use at most so many images of the training part, drawn by split_seed. 0: all of them.
+    train_images: int = _whole(0, 0)
     # Side of the input in pixels.
     size: int = _whole(SIZES[0], 224, SIZES[1])
     # Random area and aspect: "none", "study" (0.08 to 1, 3/4), "radiograph" (0.7 to 1, 9/10).
@@ -281,7 +283,8 @@ class TrainConfig:
             A setting that decides what the training is has another value there; the message has
             both.
         """
-        other = {"width": 1.0, "stem": "full", **other}  # chexlib 0.1 had these networks only
+        # What chexlib 0.1 had no setting for.
+        other = {"width": 1.0, "stem": "full", "train_images": 0, **other}
         mine = {name: value for name, value in self.to_dict().items() if name not in FREE}
         asked = (
             {"preset": self.schedule}

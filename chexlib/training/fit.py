@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import keras
 import numpy as np
 import pandas as pd
 
@@ -160,6 +161,7 @@ def learn(
     report: Callable[[dict], None] | None = None,
     verbose: int | str = 0,
     reuse: Reuse | None = None,
+    watch: Sequence[keras.callbacks.Callback] = (),
 ) -> Training:
     """Train a network on the ranks of this process' world, and write nothing but checkpoints.
 
@@ -174,6 +176,8 @@ def learn(
         Keras' progress bar, on the first rank.
     reuse : Reuse, optional
         Takes over what an earlier training of this process built, and keeps it for the next.
+    watch : sequence of keras.callbacks.Callback
+        Called after the training's own, with its `DataParallelTrainer` as their model.
 
     Raises
     ------
@@ -224,6 +228,7 @@ def learn(
         if config.snapshots and world.first:
             callbacks.append(Snapshots(config, at))
         world.broadcast_object(lambda: _keep_config(config))  # now that it can train
+        callbacks += watch
         # Once, or twice if resumed within an epoch.
         while at.epoch < config.epochs and not saver.stopped:
             trainer.fit(

@@ -116,7 +116,12 @@ def divide(config: TrainConfig) -> tuple[Split, dict[str, Radiographs]]:
         radiographs = check_images(radiographs, skip_broken=True)
     split = make_split(radiographs, kind=config.split, seed=seed)
     audit(split, radiographs, allow_leak=config.allow_leak)
-    return split, {part: radiographs.select(split.images(part)) for part in split.parts}
+    parts = {part: radiographs.select(split.images(part)) for part in split.parts}
+    if 0 < config.train_images < len(parts["train"]):
+        names = parts["train"].table["image"].to_numpy()
+        drawn = generator_for("train images", seed=seed).permutation(names)
+        parts["train"] = radiographs.select(drawn[: config.train_images])
+    return split, parts
 
 
 def predictions_of(radiographs: Radiographs, scores: np.ndarray, part: str) -> pd.DataFrame:

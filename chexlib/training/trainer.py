@@ -17,7 +17,7 @@ _SAME_GRAPH = {
     *FREE,
     *("augment", "fresh_head", "learning_rate", "max_images", "max_steps", "mirror"),
     *("plateau_factor", "recalibrate", "schedule", "seed", "shuffle_labels", "snapshots", "split"),
-    *("split_seed", "stream_images", "weights"),
+    *("split_seed", "stream_images", "train_images", "weights"),
 }
 
 

@@ -1,0 +1,157 @@
+"""The large-batch study asks for the trainings it says, tunes without an edge, and its verdicts find
+a planted effect as often as they promise.
+"""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from small_training import config_for
+
+from chexlib.errors import ConfigError
+from chexlib.evaluation.verdicts import power
+from chexlib.studies import large_batch
+from chexlib.studies.grid import run_grid
+from chexlib.studies.large_batch import (
+    CELLS,
+    Cell,
+    LargeBatchStudy,
+    answers_of,
+    losses_of,
+    rate_of,
+    run_stages,
+    settings_of,
+)
+from chexlib.training.recipes import resolve
+from chexlib.training.trainer import Reuse
+
+DEVIATION = 0.016  # of D1 over seeds, as the plan of the study takes it
+
+
+@pytest.fixture
+def study(tmp_path):
+    """The study with a file of its own; nothing is trained."""
+    base = config_for("nowhere", tmp_path, epochs=1, train_images=4096)
+    return LargeBatchStudy(base, tmp_path / "rows.jsonl", {"data": "none", "split_digest": "0"})
+
+
+def answer(study, points, quality):
+    """Give points rows, as if they had been trained."""
+
+    def pretend(point, folder):
+        batch = point["batch_size"] * point["accumulation"]
+        auroc = quality(point["topology"], batch, point["learning_rate"], point["seed"])
+        return {"diverged": False, "val_auroc": auroc, "auroc": auroc}
+
+    run_grid(points, study.table, pretend)
+
+
+def peaked(best):
+    """AUROC that falls from its best rate on."""
+    return lambda topology, batch, rate, seed: 0.9 - 0.01 * abs(np.log(rate / best))
+
+
+def tuned(study, cell, quality):
+    """Tune a cell to its end: the points it asked for, and the rate."""
+    asked = []
+    while (needed := study.tuning(cell))[0]:
+        asked += needed[0]
+        answer(study, needed[0], quality)
+    return asked, needed[1]
+
+
+@pytest.mark.parametrize("best", [1e-3, 1e-5, 0.3])
+def test_tuning_finds_the_best_rate_and_never_chooses_one_at_an_edge(study, best):
+    asked, rate = tuned(study, Cell("densenet121", 32), peaked(best))
+    assert abs(np.log(rate / best)) <= np.log(2.5) / 2 + 0.01
+    first = sorted(p["learning_rate"] for p in asked if p["seed"] == 100)
+    assert first[0] < rate < first[-1]
+    assert sorted(p["seed"] for p in asked)[-2:] == [101, 101] and len(asked) >= 8
+
+
+def test_a_cell_that_is_not_tuned_has_no_rate_and_the_error_says_what_to_run(study):
+    with pytest.raises(ConfigError, match=r"densenet121 at batch 32.*chexlib study tune"):
+        study.rates()
+
+
+def test_a_stage_that_is_not_there_is_refused(study):
+    with pytest.raises(ConfigError, match=r"no stage warp\. Name some of gate, tune"):
+        run_stages(study, ["gate", "warp"])
+
+
+def test_confirming_asks_for_every_cell_and_ten_new_seeds(study):
+    while needed := study.tune():
+        answer(study, needed, peaked(2e-3))
+    points = study.confirm()
+    cells = {(p["topology"], p["batch_size"] * p["accumulation"], p["seed"]) for p in points}
+    assert len(points) == len(cells) == 12 * 10
+    assert {p["seed"] for p in points}.isdisjoint(large_batch.TUNING_SEEDS)
+    # The study's way keeps the rate of the smallest batch.
+    kept = {p["topology"]: p["learning_rate"] for p in points if p["accumulation"] == 1}
+    fixed = study.fixed()
+    assert len(fixed) == 9 * 10
+    assert all(p["learning_rate"] == kept[p["topology"]] for p in fixed)
+
+
+@pytest.mark.parametrize("batch", [32, 2048])
+def test_a_rate_warms_up_and_falls_to_0_in_as_many_updates_as_the_batch_leaves(batch):
+    made = settings_of(Cell("vgg16", batch), 0.01, seed=0)
+    assert made["batch_size"] * made["accumulation"] == batch
+    schedule = resolve(made["schedule"], images=4096, global_batch=batch, epochs=8)
+    rates = schedule.compile(steps_per_epoch=4096 / batch).rate
+    assert len(rates) == 8 * 4096 // batch
+    assert rates.argmax() == round(0.1 * len(rates)) and rates.max() == pytest.approx(0.01)
+    assert rates[-1] < 0.0002 and rates[0] == pytest.approx(0.001)
+
+
+def scores_with(effect, rng, *, start=0.92):
+    """Scores of ten seeds, with D1 and D2 of this size and `DEVIATION` over seeds."""
+    noise = rng.normal(0, DEVIATION / 2, (10, len(CELLS)))
+    scores = pd.DataFrame(
+        start + noise,
+        index=pd.Index(range(10), name="seed"),
+        columns=pd.MultiIndex.from_tuples([(c.topology, c.batch) for c in CELLS]),
+    )
+    scores[("densenet121", 512)] -= effect
+    return scores
+
+
+def test_a_planted_effect_is_found_and_none_is_seldom_seen():
+    """500 simulated studies each: power and false alarms are as `power` says."""
+    rng = np.random.default_rng(0)
+    for effect, word in ((0.05, "supported"), (0.02, "supported"), (0.0, "supported")):
+        answers = [answers_of(scores_with(effect, rng), baseline=0.8) for _ in range(500)]
+        share = np.mean([a["D1"].word == word for a in answers])
+        assert share == pytest.approx(power(effect, DEVIATION, 10), abs=0.05)
+    assert power(0.05, DEVIATION, 10) > 0.99 and power(0.0, DEVIATION, 10) < 0.03
+
+
+def test_losses_are_those_planted():
+    lost = losses_of(scores_with(0.05, np.random.default_rng(1))).mean()
+    assert lost["densenet121"] == pytest.approx(0.05, abs=0.02)
+    assert lost["vgg16"] == pytest.approx(0, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("start", "baseline", "says"),
+    [(0.85, 0.80, "reaches 0.85"), (0.92, 0.95, "ridge regression's 0.950")],
+)
+def test_a_network_that_has_not_passed_the_gate_has_no_verdict(start, baseline, says):
+    scores = scores_with(0.05, np.random.default_rng(2), start=start)
+    found = answers_of(scores, baseline=baseline)
+    assert all(says in text and text.startswith("not comparable") for text in found.values())
+
+
+def test_what_is_measured_of_a_training(phantom, tmp_path):
+    base = config_for(phantom, tmp_path, norm_momentum=0.99, train_images=64)
+    study = LargeBatchStudy(base, tmp_path / "rows.jsonl", {"data": "d", "split_digest": "s"})
+    cell = Cell("vgg16", 32)
+    point = study.point(cell, rate_of(0), seed=0, passes=2)
+    assert study.run([point], reuse=Reuse(accumulates=True))
+    row = json.loads(study.table.read_text())
+    assert row["updates"] == 4 and not row["diverged"]
+    assert 0 <= row["auroc"] <= 1 and 0 <= row["val_auroc"] <= 1
+    assert row["updates_to_0.75"] is None or row["updates_to_0.75"] <= 4
+    assert json.loads(row["schedule"])["phases"][0]["kind"] == "warmup"
+    assert study.run([point], reuse=None)  # nothing is trained again
