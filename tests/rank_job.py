@@ -87,6 +87,7 @@ def train(
         "losses": losses,
         "moved": moved / len(before),
         "types": convolution.compute_dtype,
+        "squares": trainer.told()["squares"],  # of the last step
     }
     if keep and world.first:
         model.save_weights(keep)

@@ -290,6 +290,7 @@ def train(config_file, resume):
     from chexlib.files import read_json
     from chexlib.training.config import TrainConfig
     from chexlib.training.fit import fit
+    from chexlib.training.noise import NoiseScale
 
     if not os.path.exists(config_file):
         raise ConfigError(f"there is no file {config_file}. Name a JSON file of settings.")
@@ -300,6 +301,8 @@ def train(config_file, resume):
     config = TrainConfig.from_dict(values)
     result = fit(config.replace(resume=resume or config.resume), report=LiveLine())
     if join_world().first:
+        if result.noise_scale:
+            click.echo(NoiseScale(**result.noise_scale))
         names = ("model", "ranks", "best_epoch", "resumed_from", "stopped")
         click.echo(json.dumps({name: getattr(result, name) for name in names}))
 

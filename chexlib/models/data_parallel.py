@@ -23,8 +23,9 @@ class DataParallelTrainer(keras.Model):
     No gradient is taken of variables whose learning-rate multiplier is 0 (`trained` is False).
 
     Every step's allreduce also carries a few numbers, so that all ranks know them at the same step:
-    `step_loss`, the loss of that step alone; `asked`, above 0 if a rank has set `asking`; and
-    `busy`, the seconds that each rank computed before it was ready for the others.
+    `step_loss`, the loss of that step alone; `asked`, above 0 if a rank has set `asking`; `busy`,
+    the seconds that each rank computed before it was ready for the others; and `squares`, of which
+    `chexlib.training.noise` makes the gradient noise scale.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class DataParallelTrainer(keras.Model):
             lambda pixels: model(pixels, training=True), input_signature=spec
         )
         self.asking = tf.Variable(0.0, trainable=False)
-        self._told = tf.Variable(tf.zeros([3 + world.ranks]), trainable=False)
+        self._told = tf.Variable(tf.zeros([6 + world.ranks]), trainable=False)
 
     @property
     def metrics(self):
@@ -75,19 +76,21 @@ class DataParallelTrainer(keras.Model):
         with tf.control_dependencies([pixels]):
             began = tf.timestamp()
         if self.accumulates:
-            loss, gradients = self._accumulate(pixels, labels, weights)
+            loss, gradients, squares = self._accumulate(pixels, labels, weights)
         else:
             loss, gradients = self._loss_and_gradients(pixels, labels, weights)
+            squares = self._squares(gradients, weights)
         with tf.control_dependencies(gradients):
             busy = tf.cast(tf.timestamp() - began, tf.float32)
         busy_by_rank = busy * tf.one_hot(self.world.rank, self.world.ranks)
         sums = tf.stack([loss, tf.reduce_sum(weights), self.asking])
-        numbers = tf.concat([sums, busy_by_rank], axis=0)
+        numbers = tf.concat([sums, squares, busy_by_rank], axis=0)
         *gradients, numbers = self.world.allreduce([*gradients, numbers])
         loss, images = numbers[0], numbers[1]
         self.optimizer.apply([g / images for g in gradients], self.model.trainable_variables)
         self.loss_tracker.update_state(loss / images, sample_weight=images)
-        self._told.assign(numbers)
+        of_sum = self._squares(gradients, images)[:1]
+        self._told.assign(tf.concat([of_sum, numbers], axis=0))
         return {"loss": self.loss_tracker.result()}
 
     def _loss_and_gradients(self, pixels, labels, weights):
@@ -104,8 +107,14 @@ class DataParallelTrainer(keras.Model):
             for v, trained in zip(variables, self.trained, strict=True)
         ]
 
+    def _squares(self, gradients, weights) -> tf.Tensor:
+        """Of one part of the global batch: |gradient|^2 / images, and 1; of no images 0 and 0."""
+        images = tf.reduce_sum(weights)
+        square = 2 * tf.add_n([tf.nn.l2_loss(g) for g in gradients])
+        return tf.stack([tf.math.divide_no_nan(square, images), tf.cast(images > 0, tf.float32)])
+
     def _accumulate(self, pixels, labels, weights):
-        """Loss and gradients summed over this rank's micro-batches.
+        """Loss, gradients and `_squares` summed over this rank's micro-batches.
 
         Each begins with the same moving statistics; the mean of what they become is left.
         """
@@ -114,35 +123,39 @@ class DataParallelTrainer(keras.Model):
         statistics = model.non_trainable_variables
         before = [tf.identity(v.value) for v in statistics]
 
-        def take(part, start, loss, gradients, totals):
+        def take(part, start, loss, squares, gradients, totals):
             stop = start + images // parts + tf.cast(part < images % parts, tf.int32)
             for variable, value in zip(statistics, before, strict=True):
                 variable.assign(value)
             micro_batch = pixels[start:stop], labels[start:stop], weights[start:stop]
             more, of_part = self._loss_and_gradients(*micro_batch)
+            squares += self._squares(of_part, micro_batch[2])
             gradients = [
                 total + tf.convert_to_tensor(g) for total, g in zip(gradients, of_part, strict=True)
             ]
             totals = [total + v.value for total, v in zip(totals, statistics, strict=True)]
-            return part + 1, stop, loss + more, gradients, totals
+            return part + 1, stop, loss + more, squares, gradients, totals
 
         no_gradients = [tf.zeros(v.shape) for v in model.trainable_variables]
         no_statistics = [tf.zeros(v.shape) for v in statistics]
-        *_, loss, gradients, totals = tf.while_loop(
+        *_, loss, squares, gradients, totals = tf.while_loop(
             lambda part, *_: part < parts,
             take,
-            (0, 0, tf.constant(0.0), no_gradients, no_statistics),
+            (0, 0, tf.constant(0.0), tf.zeros([2]), no_gradients, no_statistics),
             parallel_iterations=1,
         )
         for variable, total in zip(statistics, totals, strict=True):
             variable.assign(total / tf.cast(parts, tf.float32))
-        return loss, gradients
+        return loss, gradients, squares
 
     def told(self) -> dict:
-        """Of the last step: `step_loss`, `asked`, and `busy`, a list of seconds by rank."""
-        loss, images, asked, *busy = self._told.numpy().tolist()
+        """Of the last step: `step_loss`, `asked`, `busy`, a list of seconds by rank, and `squares`,
+        what `noise_and_signal` takes.
+        """
+        of_sum, loss, images, asked, of_parts, parts, *busy = self._told.numpy().tolist()
         return {
             "step_loss": loss / images if images else float("nan"),
             "asked": asked > 0,
             "busy": busy,
+            "squares": (of_parts, of_sum, parts, images),
         }

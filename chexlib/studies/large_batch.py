@@ -344,7 +344,8 @@ def measure(config: TrainConfig, *, reuse: Reuse) -> dict | None:
     dict or None
         diverged; updates; seconds; val_auroc and auroc, validation and test, by the population's
         statistics; loss; auroc_moving, and auroc_<momentum> of `MOMENTA`; auroc_<finding>;
-        updates_to_<AUROC> of `LEVELS`, None where it was not reached. None if the training was
+        updates_to_<AUROC> of `LEVELS`, None where it was not reached; noise_images, noise_low and
+        noise_high, where the noise scale could be measured. None if the training was
         stopped.
     """
     _, parts = divide(config)
@@ -360,6 +361,8 @@ def measure(config: TrainConfig, *, reuse: Reuse) -> dict | None:
     def columns(training: Training) -> dict:
         labels = training.parts["test"].labels
         row = {"updates": updates, "seconds": round(training.seconds, 1)}
+        if noise := training.noise_scale():
+            row |= {"noise_images": noise.images, "noise_low": noise.low, "noise_high": noise.high}
         if moving_layers(training.model):
             row["auroc_moving"] = judge_scores(labels, training.score("test"))["auroc"]
             for momentum in MOMENTA:

@@ -20,6 +20,7 @@ from chexlib.findings import FINDINGS
 from chexlib.models.topologies import NORMALIZATION
 from chexlib.models.weights import read_card, save_model
 from chexlib.training.config import TrainConfig
+from chexlib.training.noise import noise_and_signal
 
 
 @dataclass
@@ -112,8 +113,8 @@ class Progress(keras.callbacks.Callback):
     each other.
     """
 
-    # Loss of that step alone, seconds of compute.
-    STEP_COLUMNS = ("epoch", "step", "loss", "slowest", "fastest")
+    # Loss of that step alone, seconds of compute, and of the gradient, see `noise_and_signal`.
+    STEP_COLUMNS = ("epoch", "step", "loss", "slowest", "fastest", "noise", "signal")
 
     def __init__(self, report: Callable[[dict], None] | None, at: Position, *, epochs: int):
         super().__init__()
@@ -129,16 +130,16 @@ class Progress(keras.callbacks.Callback):
         self.at.drawn += self.at.global_batch
         self.at.image = min(self.at.image + self.at.global_batch, self.at.images)
         told = self.model.told()
-        self.step_rows.append(
-            [self.epoch, self.at.step, told["step_loss"], max(told["busy"]), min(told["busy"])]
-        )
+        seconds = [max(told["busy"]), min(told["busy"])]
+        gradient = noise_and_signal(*told["squares"])
+        self.step_rows.append([self.epoch, self.at.step, told["step_loss"], *seconds, *gradient])
         if self.report and now - self.last_told > 0.5:
             self.last_told = now
             self._tell(float(logs["loss"]))
 
     def on_epoch_end(self, epoch, logs):
         logs["images_per_second"] = (self.at.image - self.first_image) / (self.trained - self.began)
-        slowest, fastest = np.array([row[3:] for row in self.step_rows if row[0] == epoch]).T
+        slowest, fastest = np.array([row[3:5] for row in self.step_rows if row[0] == epoch]).T
         logs["skew"] = float(np.mean(1 - fastest / slowest))
         self.rows.append({"epoch": epoch, **{name: float(value) for name, value in logs.items()}})
         if self.report:

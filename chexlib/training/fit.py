@@ -39,6 +39,7 @@ from chexlib.training.callbacks import (
 )
 from chexlib.training.config import TrainConfig
 from chexlib.training.input import Feed, divide, predictions_of, start_head_at_prevalence
+from chexlib.training.noise import NoiseScale, noise_scale
 from chexlib.training.optimizers import guide
 from chexlib.training.state import Saver
 from chexlib.training.trainer import Reuse
@@ -62,6 +63,9 @@ class TrainResult:
     seconds: float
     model: str
     predictions: str
+    # images, low, high, updates: gradient noise scale of the last half of the updates, see
+    # training/noise.py. None of one rank without micro-batches, or of few updates.
+    noise_scale: dict | None = None
     resumed_from: str | None = None  # name of the checkpoint
     stopped: bool = False  # ended early because it was asked to; the checkpoint is of the very step
 
@@ -92,6 +96,11 @@ class Training:
     def model(self):
         """The network, a keras.Model."""
         return self.trainer.model
+
+    def noise_scale(self) -> NoiseScale | None:
+        """Gradient noise scale of the last half of the updates; the first is all warm-up and start."""
+        steps = pd.DataFrame(self.steps, columns=Progress.STEP_COLUMNS)
+        return noise_scale(steps.iloc[len(steps) // 2 :])
 
     def score(self, part: str, *, predict: Callable | None = None, batch: int = 64) -> np.ndarray:
         """Probabilities of a part's images, (n, 14) float32, the same on every rank.
@@ -293,6 +302,7 @@ def _keep_config(config: TrainConfig) -> None:
 def _result_of(training: Training) -> TrainResult:
     run_dir = Path(training.config.run_dir)
     images = {name: len(part) for name, part in training.parts.items()}
+    noise = training.noise_scale()
     return TrainResult(
         config=training.config.to_dict(),
         ranks=training.world.ranks,
@@ -302,6 +312,7 @@ def _result_of(training: Training) -> TrainResult:
         seconds=training.seconds,
         model=str(run_dir / "model.keras"),
         predictions=str(run_dir / "predictions.parquet"),
+        noise_scale=asdict(noise) if noise else None,
         resumed_from=training.resumed_from,
         stopped=training.stopped,
     )

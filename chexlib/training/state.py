@@ -276,7 +276,11 @@ class Saver(keras.callbacks.Callback):
         self.validation.best_weights = best or None
         self.validation.best, self.validation.best_epoch = facts["best"]
         self.plateau.best, self.plateau.wait = facts["plateau"]
-        self.progress.rows, self.progress.step_rows = facts["history"], arrays["steps"].tolist()
+        self.progress.rows, steps = facts["history"], arrays["steps"]
+        lacking = len(self.progress.STEP_COLUMNS) - steps.shape[1]  # of an older checkpoint
+        self.progress.step_rows = np.pad(
+            steps, ((0, 0), (0, max(lacking, 0))), constant_values=np.nan
+        ).tolist()
         self._move_to(facts["position"], ranks, trainer)
         if self.at.image:
             self._tracker = arrays["tracker"]

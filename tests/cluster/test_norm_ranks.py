@@ -125,10 +125,14 @@ def resnet(two_ranks):
 
 
 def require_virtual_as_real(virtual, real):
-    """Weights, momenta, and the mean of the ranks' moving statistics."""
+    """Weights, momenta, the mean of the ranks' moving statistics, and what the noise scale is made
+    of.
+    """
     for kind in "wso":
         assert distance(virtual, real, kind) <= 1e-5, kind
     np.testing.assert_allclose(virtual["losses"], real["losses"], rtol=1e-5)
+    np.testing.assert_allclose(virtual["squares"], real["squares"], rtol=1e-3)
+    assert real["squares"][2] >= 2  # parts
 
 
 def require_what_they_stand_for(found):
