@@ -36,19 +36,19 @@ def counted(calls):
 
 
 def test_a_row_is_measured_once_and_rows_come_in_the_order_asked_for(tmp_path):
-    calls, table = [], tmp_path / "made" / "grid.parquet"
+    calls, table = [], tmp_path / "made" / "grid.jsonl"
     first = run_grid(POINTS[3:], table, counted(calls))
     rows = run_grid([*POINTS, {"seed": 0, "batch": 16}], table, counted(calls))
     assert calls == POINTS[3:] + POINTS[:3] and len(first) == 3
     assert rows[["batch", "seed"]].to_dict("records") == POINTS
     assert list(rows["auroc"]) == [p["batch"] / 100 + p["seed"] for p in POINTS]
-    assert len(pd.read_parquet(table)) == 6 and [
+    assert len(pd.read_json(table, lines=True)) == 6 and [
         p.name for p in table.parent.iterdir() if p.is_file()
     ] == [table.name]
 
 
 def test_grids_with_other_settings_share_a_table_and_keep_their_types(tmp_path):
-    table = tmp_path / "grid.parquet"
+    table = tmp_path / "grid.jsonl"
     ours = run_grid([{"seed": 1}], table, lambda point, folder: {"steps": 7})
     theirs = run_grid([{"rate": 0.1, "norm": None}], table, lambda point, folder: {"auroc": 0.5})
     again = run_grid([{"seed": 1}], table, None)
@@ -59,7 +59,7 @@ def test_grids_with_other_settings_share_a_table_and_keep_their_types(tmp_path):
 
 
 def test_a_row_that_was_stopped_is_not_kept_and_ends_the_grid(tmp_path):
-    table, calls = tmp_path / "grid.parquet", []
+    table, calls = tmp_path / "grid.jsonl", []
 
     def stopped_at_the_third(point, folder):
         calls.append(point)
@@ -82,14 +82,17 @@ def test_a_row_that_was_stopped_is_not_kept_and_ends_the_grid(tmp_path):
 
 def test_results_that_hide_a_setting_and_files_that_are_no_grid_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="seed"):
-        run_grid(POINTS, tmp_path / "grid.parquet", lambda point, folder: {"seed": 3})
+        run_grid(POINTS, tmp_path / "grid.jsonl", lambda point, folder: {"seed": 3})
     with pytest.raises(ConfigError, match="commit"):
-        run_grid(POINTS, tmp_path / "grid.parquet", lambda point, folder: {"commit": "a"})
+        run_grid(POINTS, tmp_path / "grid.jsonl", lambda point, folder: {"commit": "a"})
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "other.parquet")
-    with pytest.raises(ConfigError, match=r"other\.parquet is no table of a grid"):
-        run_grid(POINTS, tmp_path / "other.parquet", counted([]))
+    for text in ('{"a": 1}', '"key"', "[]", "{", "null"):
+        (tmp_path / f"other.{text.count(chr(34))}").write_text(text)
+    for table in tmp_path.glob("other*"):
+        with pytest.raises(ConfigError, match=rf"{table.name} is no table of a grid"):
+            run_grid(POINTS, table, counted([]))
     with pytest.raises(ConfigError, match="no training is asked for"):
-        run_grid([], tmp_path / "grid.parquet", counted([]))
+        run_grid([], tmp_path / "grid.jsonl", counted([]))
 
 
 @pytest.mark.parametrize("row", ["{", None, 5, "[]", "[" * 100_000])
@@ -105,7 +108,7 @@ def test_a_grid_with_a_damaged_row_is_refused_and_stays_as_it_was(tmp_path, row)
 def test_a_row_of_another_training_version_or_precision_is_trained_anew_and_told_in_one_line(
     tmp_path, monkeypatch, caplog
 ):
-    calls, table = [], tmp_path / "grid.parquet"
+    calls, table = [], tmp_path / "grid.jsonl"
     caplog.set_level("INFO", logger="chexlib")
     monkeypatch.setattr(sweep, "native_precision", lambda: "float32")
     first = run_grid(POINTS, table, counted(calls))
@@ -128,21 +131,18 @@ def test_a_row_of_another_training_version_or_precision_is_trained_anew_and_told
     assert told == [
         "grid: 12 of 12 rows are not of training version 99 and are not used; 2 to be trained"
     ]
-    assert len(pd.read_parquet(table)) == 14
+    assert len(pd.read_json(table, lines=True)) == 14
 
 
 def test_rows_that_name_no_version_are_stale(tmp_path, caplog):
-    """As release 0.1.0 wrote them: the key is the hash of the settings alone."""
-    calls, table = [], tmp_path / "grid.parquet"
+    """The key of such a row is the hash of the settings alone."""
+    calls, table = [], tmp_path / "grid.jsonl"
     caplog.set_level("INFO", logger="chexlib")
     old = [
         {"key": hashlib.sha256(json.dumps(p, sort_keys=True).encode()).hexdigest()[:16], **p}
         for p in POINTS
     ]
-    frame = pd.DataFrame([{**row, "auroc": 0.1} for row in old])
-    frame.assign(row=[json.dumps({**row, "auroc": 0.1}) for row in old]).to_parquet(
-        table, index=False
-    )
+    table.write_text("".join(json.dumps({**row, "auroc": 0.1}) + "\n" for row in old))
     rows = run_grid(POINTS, table, counted(calls))
     assert len(calls) == 6 and (rows["auroc"] != 0.1).all()
     assert (
@@ -154,7 +154,7 @@ def test_rows_that_name_no_version_are_stale(tmp_path, caplog):
 def test_commit_and_machine_are_told_in_a_row_and_are_no_part_of_its_key(tmp_path, monkeypatch):
     calls, table, about = (
         [],
-        tmp_path / "grid.parquet",
+        tmp_path / "grid.jsonl",
         {"processor": "A", "cores": 2, "commit": "abc"},
     )
     monkeypatch.setattr("chexlib.studies.grid.environment", lambda: about)
@@ -181,7 +181,7 @@ def test_every_setting_that_decides_a_training_is_in_its_key_and_no_folder_is(tm
     schedule = {"preset": "step decay", "peak": 0.1, "epochs": 10}
     numbers = dict.fromkeys(("size", "batch_size", "accumulation", "epochs", "max_steps"), 48)
     numbers |= dict.fromkeys(
-        ("recalibrate", "max_images", "stream_images", "seed", "split_seed"), 48
+        ("recalibrate", "max_images", "train_images", "stream_images", "seed", "split_seed"), 48
     )
     numbers |= dict.fromkeys(
         ("learning_rate", "plateau_factor", "weight_decay", "norm_momentum", "stage_rate"), 0.5
@@ -307,7 +307,7 @@ def test_a_grid_of_trainings_killed_three_times_gives_the_table_of_an_undisturbe
         process.start()
         return process
 
-    calm, killed = tmp_path / "calm.parquet", tmp_path / "killed.parquet"
+    calm, killed = tmp_path / "calm.jsonl", tmp_path / "killed.jsonl"
     whole = start(calm)
     whole.join()
     assert whole.exitcode == 0
@@ -315,30 +315,28 @@ def test_a_grid_of_trainings_killed_three_times_gives_the_table_of_an_undisturbe
         work = tmp_path / ".killed-work"
         process = start(killed)
         while process.is_alive():
-            done = len(pd.read_parquet(killed)) if killed.exists() else 0
+            done = len(pd.read_json(killed, lines=True)) if killed.exists() else 0
             if done == times - 1 and list(work.glob("*/checkpoints/step*")):
                 process.kill()
                 break
             time.sleep(0.02)
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        assert (len(pd.read_parquet(killed)) if killed.exists() else 0) == times - 1
+        assert (len(pd.read_json(killed, lines=True)) if killed.exists() else 0) == times - 1
     process = start(killed)
     process.join()
     assert process.exitcode == 0
-    tables = [pd.read_parquet(table) for table in (calm, killed)]
-    rows = [[{**json.loads(row), "commit": ""} for row in table["row"]] for table in tables]
-    assert (
-        rows[0] == rows[1] and rows[0][0]["seed"] == 0
-    )  # of other commits, where somebody works meanwhile
-    pd.testing.assert_frame_equal(*(table.drop(columns=["commit", "row"]) for table in tables))
+    tables = [pd.read_json(table, lines=True) for table in (calm, killed)]
+    # Of other commits, where somebody works meanwhile.
+    pd.testing.assert_frame_equal(*(table.drop(columns="commit") for table in tables))
+    assert tables[0]["seed"][0] == 0
 
 
 def test_two_processes_share_a_grid_and_one_that_is_killed_leaves_its_row_to_the_other(tmp_path):
     """Each row is measured once; that of the process which sleeps over it and is killed is taken
     over.
     """
-    table, log = tmp_path / "grid.parquet", tmp_path / "log"
+    table, log = tmp_path / "grid.jsonl", tmp_path / "log"
     code = """
 import json, os, sys, time
 from pathlib import Path
@@ -371,7 +369,7 @@ print(len(run_grid([{"seed": seed} for seed in range(12)], table, measure)))
                 time.sleep(0.02)
             asleep.kill()
             told = [process.communicate()[0].strip() for process in (first, second)]
-    assert told == ["12", "12"] and len(pd.read_parquet(table)) == 12
+    assert told == ["12", "12"] and len(pd.read_json(table, lines=True)) == 12
     lost = [seed for pid, seed in begun() if pid == asleep.pid]
     by_others = [seed for pid, seed in begun() if pid != asleep.pid]
     assert lost == [0] and sorted(by_others) == list(range(12))
@@ -380,7 +378,7 @@ print(len(run_grid([{"seed": seed} for seed in range(12)], table, measure)))
 
 
 def test_a_table_that_another_process_replaces_again_and_again_is_read_whole(tmp_path):
-    table, points = tmp_path / "grid.parquet", [{"name": "a"}, {"name": "b"}]
+    table, points = tmp_path / "grid.jsonl", [{"name": "a"}, {"name": "b"}]
     run_grid(points, table, lambda point, folder: {"value": 1})
     shutil.copy(table, tmp_path / "short")
     run_grid([{"name": 99 * "long"}], table, lambda point, folder: {"value": 1})
@@ -390,7 +388,7 @@ import os, shutil, sys
 while True:
     for name in ("short", "long"):
         shutil.copy(name, "spare")
-        os.replace("spare", "grid.parquet")
+        os.replace("spare", "grid.jsonl")
 """
     other = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
     try:
