@@ -17,17 +17,20 @@ number of processes share them, and what is measured is never measured again.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from chexlib.collectives import join_world
 from chexlib.data.nih import data_name
 from chexlib.errors import ConfigError
-from chexlib.evaluation.auroc import auroc
+from chexlib.evaluation.auroc import auroc, mean_auroc
+from chexlib.evaluation.baseline import ridge_scores
 from chexlib.evaluation.intervals import CHANCE
 from chexlib.evaluation.verdicts import Verdict, judge
 from chexlib.files import ROOT
@@ -45,6 +48,7 @@ from chexlib.training.trainer import Reuse
 ROWS = ROOT / "data" / "reference" / "rows" / "05_large_batch.jsonl"
 PHANTOM = {"images": 10_000, "difficulty": "easy", "seed": 0}  # of which these rows are
 
+RIDGE = "ridge"  # in place of a topology: the regression that networks must beat
 TOPOLOGIES = ("densenet121", "resnet50", "vgg16")
 BATCHES = (32, 128, 512, 2048)  # images per update
 SMALL, LARGE = 32, 512  # the two that are compared
@@ -133,22 +137,37 @@ class LargeBatchStudy:
 
     def rows(self, points: Iterable[dict]) -> pd.DataFrame:
         """The rows there are of some points, with `batch`, images per update."""
+        columns = ["topology", "batch_size", "accumulation", "diverged", "seed", "auroc"]
         rows = read_grid(list(points), self.table)
-        if rows.empty:
-            columns = ["topology", "norm", "batch", "learning_rate", "seed", "auroc", "val_auroc"]
-            return pd.DataFrame(columns=columns)
+        rows = rows.reindex(columns=dict.fromkeys([*rows.columns, *columns]))
         return rows.assign(batch=rows["batch_size"] * rows["accumulation"])
 
     def run(self, points: Sequence[dict], *, reuse: Reuse) -> bool:
         """Train what has no row yet; False if it was stopped."""
 
         def train(point, folder):
+            if point.get("topology") == RIDGE:
+                return self._measure_ridge()
             names = {setting.name for setting in dataclasses.fields(TrainConfig)}
             settings = {name: value for name, value in point.items() if name in names}
             return measure(self.base.replace(**settings, run_dir=str(folder)), reuse=reuse)
 
         rows = run_grid(points, self.table, train)
         return len(rows) == len({str(point) for point in points})
+
+    def ridge(self) -> dict:
+        """The point of the ridge regression on the same images."""
+        return {"topology": RIDGE, **self.where}
+
+    def _measure_ridge(self) -> dict:
+        _, parts = divide(self.base)
+        scores = ridge_scores(parts, size=self.base.size)
+        return {"auroc": mean_auroc(parts["test"].labels, scores)}
+
+    def baseline(self) -> float:
+        """Mean test AUROC of the ridge regression; NaN where it was not measured."""
+        rows = read_grid([self.ridge()], self.table)
+        return float(rows["auroc"].iloc[0]) if len(rows) else float("nan")
 
     # --- the rates
 
@@ -206,8 +225,10 @@ class LargeBatchStudy:
     # --- the stages: points that are needed next, none once a stage is whole
 
     def gate(self) -> list[dict]:
-        """Each topology at the smallest batch, at rates around the middle of its ladder."""
-        points = []
+        """The ridge regression, and each topology at the smallest batch, at rates around the middle
+        of its ladder.
+        """
+        points = [self.ridge()]
         for topology in TOPOLOGIES:
             middle = FIRST_RATE[topology][SMALL] + RATES_TRIED // 2
             for exponent in (middle - 2, middle - 1, middle):
@@ -233,6 +254,33 @@ class LargeBatchStudy:
             for seed in SEEDS
             for cell in larger
         ]
+
+    # --- what there is
+
+    def tuning_rows(self) -> pd.DataFrame:
+        """Every row that tuning has seen, with the columns of `rows`."""
+        reach = range(-12, 13)  # steps of the ladder, more than tuning ever climbs
+        points = [
+            self.point(cell, rate_of(exponent), seed=seed)
+            for cell in self.cells
+            for exponent in reach
+            for seed in TUNING_SEEDS
+        ]
+        return self.rows(points)
+
+    def progress(self) -> pd.DataFrame:
+        """What is done of each stage, and of how much: trainings, but of "tune" cells that have
+        their rate. A stage that waits for the rates has NaN.
+        """
+        gate, tuned = self.gate(), [self.tuning(cell)[1] is not None for cell in self.cells]
+        counts = {
+            "gate": (len(self.rows(gate)), len(gate)),
+            "tune": (sum(tuned), len(tuned)),
+        }
+        for name in ("confirm", "fixed"):
+            points = STAGES[name](self) if all(tuned) else []
+            counts[name] = (len(self.rows(points)), len(points) or np.nan)
+        return pd.DataFrame(counts, index=["done", "of"]).T
 
     def scores(self, stage: str = "confirm") -> pd.DataFrame:
         """Test AUROC of a stage's rows, 0.5 of a training that diverged: index seed, columns
@@ -298,7 +346,21 @@ def study_on(data: str | Path, *, table: str | Path = ROWS) -> LargeBatchStudy:
 
     One split and one choice of images for all seeds: a seed draws weights, order and mirroring.
     """
-    base = TrainConfig(
+    base = _base(data, table)
+    split, _ = divide(base)
+    where = {"data": data_name(Path(data)), "split_digest": split.digest}
+    return LargeBatchStudy(base, Path(table), where)
+
+
+def committed_study() -> LargeBatchStudy:
+    """The study of the rows that come with chexlib, to read them: it needs no images."""
+    first = json.loads(ROWS.read_text(encoding="utf-8").partition("\n")[0])
+    where = {name: first[name] for name in ("data", "split_digest")}
+    return LargeBatchStudy(_base("data", ROWS), ROWS, where)
+
+
+def _base(data: str | Path, table: str | Path) -> TrainConfig:
+    return TrainConfig(
         data_dir=str(data),
         run_dir=str(Path(table).parent),  # each training gets a folder of its own
         size=32,
@@ -310,9 +372,6 @@ def study_on(data: str | Path, *, table: str | Path = ROWS) -> LargeBatchStudy:
         keep_checkpoints=0,
         precision="float32",
     )
-    split, _ = divide(base)
-    where = {"data": data_name(Path(data)), "split_digest": split.digest}
-    return LargeBatchStudy(base, Path(table), where)
 
 
 def run_stages(study: LargeBatchStudy, names: Sequence[str]) -> bool:

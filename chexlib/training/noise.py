@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import stats
 
 LEVEL = 0.95  # of the interval
-BLOCKS = 20  # of consecutive updates, taken as independent
+BLOCKS = 10  # of consecutive updates, taken as independent
 FEWEST_UPDATES = 2 * BLOCKS  # below which nothing is said
 
 
