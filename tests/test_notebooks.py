@@ -139,10 +139,9 @@ def whole_run(tmp_path_factory):
     parameters = {"data_dir": str(data), "topology": "vgg16", "size": 32, "epochs": 2, "engines": 2}
     parameters["resume_ranks"] = ",".join(map(str, RESUMED))
     parameters |= {
-        "norm_topologies": "resnet50,vgg16",
-        "global_batches": "4,16",
-        "local_batches": "4,16",
-        "norm_epochs": 1,
+        "norm_topology": "resnet50",
+        "norm_batches": "16,32",
+        "norm_passes": 2,
     }
     parameters |= {
         "phantom_images": 80,

@@ -20,9 +20,7 @@ from chexlib.figures.studies import (
     along,
     by_setting,
     collapse_curve,
-    decomposition,
     ladder,
-    norm_report,
     rules,
     updates,
 )

@@ -13,42 +13,12 @@ from chexlib.figures.style import (
     LINE_STYLES,
     REFERENCE,
     SMALL,
-    bar_style,
     draw_intervals,
     line_style,
     log_ticks,
     subplots,
     whiskers,
 )
-
-
-def norm_report(report) -> Figure:
-    """AUROC by statistics of batch norm, and their drift and disagreement by depth.
-
-    Parameters
-    ----------
-    report : chexlib.studies.judge.NormReport
-    """
-    fig, (area, drift) = subplots(1, 2, figsize=(10, 3.4), width_ratios=[1, 2])
-    scores = report.scores[::-1]
-    area.barh(scores.index, scores["auroc"], color=["C2", "C1", "C0"], height=0.6)
-    for y, value in enumerate(scores["auroc"]):
-        area.text(0.02, y, f"{value:.3f}", va="center", color="white", **SMALL)
-    area.axvline(0.5, color="0.2", linestyle=":")
-    area.set(xlim=(0.0, 1.0), xlabel="mean AUROC, by statistics (dotted: chance)")
-    labels = {
-        "drift_mean": "drift of the mean (SD)",
-        "drift_variance": "drift of the variance (|ln|)",
-        "disagreement": "disagreement of batches (SD)",
-    }
-    layers = report.layers[[*labels]].rename(columns=labels)
-    layers.index = np.arange(1, len(layers) + 1)
-    if len(layers):
-        layers.plot(ax=drift, style=LINE_STYLES, markersize=3, lw=1)
-        drift.legend(**SMALL)
-    drift.set(xlabel="batch-norm layer, from input to output", ylabel="mean over channels")
-    drift.set_yscale("log")
-    return fig
 
 
 def by_setting(
@@ -80,25 +50,6 @@ def by_setting(
         log_ticks(ax, sorted(shown[x].unique()))
     axs[0, 0].set(ylabel="mean test AUROC,\nby the population's statistics")
     axs[0, -1].legend(**SMALL)
-    return fig
-
-
-def decomposition(table: pd.DataFrame) -> Figure:
-    """What each cause costs in AUROC, a bar a topology, from `over_seeds` of the terms of
-    `decompose`.
-    """
-    terms, topologies = table["value"].unique(), table["topology"].unique()
-    fig, ax = subplots(figsize=(8, 1.2 + 0.28 * len(table)))
-    height, y = 0.8 / len(topologies), np.arange(len(terms))[::-1]
-    for i, topology in enumerate(topologies):
-        rows = table[table["topology"] == topology].set_index("value").loc[terms]
-        at = y + (len(topologies) / 2 - i - 0.5) * height
-        style = {"xerr": rows["high"] - rows["mean"], "capsize": 3, **bar_style(i)}
-        ax.barh(at, rows["mean"], height, label=topology, **style)
-    ax.axvline(0, color="0.2", lw=1)
-    ax.set(yticks=y, yticklabels=terms)
-    ax.set_xlabel("AUROC lost from the smallest to the largest batch")
-    ax.legend(**SMALL)
     return fig
 
 

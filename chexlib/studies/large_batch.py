@@ -90,6 +90,7 @@ def settings_of(
     """A cell's training as settings of `TrainConfig`: Adam, a warm-up, then a rate that falls to 0
     by a cosine, so that moving statistics settle.
     """
+    local_batch = min(local_batch, cell.batch)
     warmup = {"kind": "warmup", "length": WARMUP * passes, "rate": rate, "start": rate / 10}
     decay = {"kind": "cosine", "length": (1 - WARMUP) * passes, "rate": rate}
     return {
@@ -137,7 +138,8 @@ class LargeBatchStudy:
 
     def rows(self, points: Iterable[dict]) -> pd.DataFrame:
         """The rows there are of some points, with `batch`, images per update."""
-        columns = ["topology", "batch_size", "accumulation", "diverged", "seed", "auroc"]
+        columns = ["topology", "batch_size", "accumulation", "learning_rate", "seed", "diverged"]
+        columns += ["auroc", "val_auroc"]
         rows = read_grid(list(points), self.table)
         rows = rows.reindex(columns=dict.fromkeys([*rows.columns, *columns]))
         return rows.assign(batch=rows["batch_size"] * rows["accumulation"])

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from chexlib.evaluation.intervals import VERDICTS, percent_lost, verdict_on_gain
+from chexlib.evaluation.intervals import VERDICTS, over_seeds, percent_lost, verdict_on_gain
 
 
 def test_a_loss_is_a_share_of_the_skill_above_chance():
@@ -67,3 +67,11 @@ def test_an_interval_that_holds_0_or_that_is_not_there_is_undecided():
     assert told == ["reproduced", "contradicted", "undecided", "undecided"] and set(told) <= set(
         VERDICTS
     )
+
+
+def test_intervals_over_seeds_are_students_t():
+    rows = pd.DataFrame({"topology": "vgg16", "auroc": [0.81, 0.79, 0.84, np.nan]})
+    found = over_seeds(rows, ["topology"], ["auroc"]).iloc[0]
+    expected = stats.ttest_1samp(rows["auroc"][:3], 0).confidence_interval(0.95)
+    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
+    assert found["seeds"] == 3

@@ -11,7 +11,6 @@ import tensorflow as tf
 
 from chexlib.collectives import World
 from chexlib.errors import ConfigError, WeightsError
-from chexlib.figures import norm_report
 from chexlib.models.layers import FusedBatchNormalization
 from chexlib.models.statistics import (
     kept_statistics,
@@ -21,7 +20,6 @@ from chexlib.models.statistics import (
 )
 from chexlib.models.topologies import build_model, redraw
 from chexlib.models.weights import create_model, load_model, save_model
-from chexlib.studies.judge import bn_report, judge_scores
 
 QUARTER = {
     "topology": "resnet50",
@@ -257,65 +255,6 @@ def test_ranks_share_images_in_as_many_batches_each(n, ranks, batch):
         list(np.concatenate(share)) == list(range(rank, n, ranks))
         for rank, share in enumerate(shares)
     )
-
-
-def test_the_report_names_lag_drift_and_what_recalibration_recovers():
-    """One layer whose moving statistics are far off, and scores that saturate because of it."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(50, 5, (96, 4, 4, 3)).astype(np.float32)
-    labels = (x.mean((1, 2))[:, :1] > 50).astype(float).repeat(2, 1)
-    model = keras.Sequential(
-        [
-            keras.Input((4, 4, 3)),
-            keras.layers.BatchNormalization(momentum=0.99, name="norm"),
-            keras.layers.GlobalAveragePooling2D(),
-            keras.layers.Dense(2, activation="sigmoid", kernel_initializer="ones"),
-        ]
-    )
-    before = model.get_weights()
-    report = bn_report(
-        model,
-        x,
-        labels,
-        population=x,
-        batch=32,
-        world=World(),
-        infer=lambda part: model(part, training=False),
-        forward=lambda part: model(part, training=True),
-    )
-    assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
-    assert report.scores.loc["moving", "auroc"] == pytest.approx(0.5, abs=0.05)  # all scores are 1
-    recalibrate(model, np.split(x, 3))
-    expected = judge_scores(labels, model(x, training=False).numpy())
-    assert report.scores.loc["recalibrated"].to_dict() == pytest.approx(expected, abs=1e-6)
-    gained = report.scores["auroc"] - report.scores.loc["moving", "auroc"]
-    assert gained["recalibrated"] > 0.2 and gained["batch"] > 0.2
-    (row,) = report.layers.to_dict("records")
-    assert row["layer"] == "norm"
-    assert row["drift_mean"] == pytest.approx(50 / 5, rel=0.02)
-    assert row["drift_variance"] == pytest.approx(np.log(25), rel=0.02)
-    assert row["disagreement"] == pytest.approx(1 / np.sqrt(32 * 16), rel=0.6)
-
-
-def test_a_network_without_batch_norm_has_a_report_without_layers_and_a_figure_of_it():
-    model = keras.Sequential([keras.Input((4, 4, 3)), keras.layers.GlobalAveragePooling2D()])
-    x = np.random.default_rng(0).uniform(0.1, 0.9, (6, 4, 4, 3)).astype(np.float32)
-    report = bn_report(
-        model,
-        x,
-        np.tile([[0.0], [1.0]], (3, 3)),
-        population=x,
-        batch=3,
-        world=World(),
-        infer=model,
-        forward=model,
-    )
-    assert len(report.layers) == 0 and set(report.scores.index) == {
-        "moving",
-        "batch",
-        "recalibrated",
-    }
-    norm_report(report)
 
 
 def test_statistics_are_put_back_after_an_error():

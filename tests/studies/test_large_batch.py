@@ -3,15 +3,20 @@ a planted effect as often as they promise.
 """
 
 import json
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-from small_training import config_for
+from scipy import stats
+from small_training import Places, config_for
 
-from chexlib.errors import ConfigError
+from chexlib.collectives import World
+from chexlib.errors import ConfigError, DataError
 from chexlib.evaluation.verdicts import power
-from chexlib.studies import large_batch
+from chexlib.models.weights import load_model
+from chexlib.studies import judge, large_batch
 from chexlib.studies.grid import run_grid
 from chexlib.studies.large_batch import (
     CELLS,
@@ -23,6 +28,8 @@ from chexlib.studies.large_batch import (
     run_stages,
     settings_of,
 )
+from chexlib.training.config import TrainConfig
+from chexlib.training.fit import fit
 from chexlib.training.recipes import resolve
 from chexlib.training.trainer import Reuse
 
@@ -155,3 +162,58 @@ def test_what_is_measured_of_a_training(phantom, tmp_path):
     assert row["updates_to_0.75"] is None or row["updates_to_0.75"] <= 4
     assert json.loads(row["schedule"])["phases"][0]["kind"] == "warmup"
     assert study.run([point], reuse=None)  # nothing is trained again
+
+
+def test_a_trainer_used_again_gives_what_a_new_one_would(phantom, tmp_path):
+    """After a training with another seed, rate and number of virtual ranks, all state must be as
+    new.
+    """
+    reuse = Reuse()
+    first = dict(epochs=1, accumulation=3, batch_size=4, seed=5, learning_rate=1e-3)
+    fit(config_for(phantom, tmp_path / "before", **first), reuse=reuse)
+    second = dict(epochs=1, accumulation=2)
+    used = fit(config_for(phantom, tmp_path / "used", **second), reuse=reuse)
+    new = fit(config_for(phantom, tmp_path / "new", **second))
+    for a, b in zip(
+        load_model(used.model)[0].get_weights(), load_model(new.model)[0].get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert used.history[0]["loss"] == new.history[0]["loss"]
+
+
+def test_the_population_is_a_random_part_of_the_images_and_not_the_lowest_patient_numbers(
+    monkeypatch,
+):
+    seen = []
+    monkeypatch.setattr(judge, "POPULATION", 1000)
+    monkeypatch.setattr(judge, "ImageStore", lambda paths, **_: Places(len(paths)))
+    monkeypatch.setattr(
+        judge, "recalibrate", lambda model, batches, *_, **__: seen.append(list(batches))
+    )
+    part = SimpleNamespace(table=pd.DataFrame({"path": range(4000)}))
+    training = SimpleNamespace(
+        model=None,
+        parts={"train": part},
+        config=SimpleNamespace(size=32),
+        trainer=SimpleNamespace(infer_by_batch=None),
+    )
+    for world in (World(), World(), World(0, 2), World(1, 2)):
+        training.world = world
+        judge.recalibrate_on_train(training)
+    whole, again, *halves = [np.concatenate(batches).ravel() for batches in seen]
+    assert len(set(whole)) == 1000
+    assert stats.kstest(whole / 4000, "uniform").pvalue > 0.001
+    np.testing.assert_array_equal(whole, again)
+    assert set(whole) == set(np.concatenate(halves))
+
+
+def test_a_test_part_without_any_auroc_is_told_before_something_is_trained(tiny_nih, tmp_path):
+    root = tiny_nih()
+    config = TrainConfig(data_dir=str(root), run_dir=str(tmp_path / "run"))
+    judge.divide_to_judge(config)
+    csv = root / "Data_Entry_2017_v2020.csv"
+    csv.write_text(re.sub(r"(\.png),[^,]+,", r"\1,Mass,", csv.read_text()))
+    with pytest.raises(
+        DataError, match="both positives and negatives among the 5 images of the te"
+    ):
+        judge.divide_to_judge(config)

@@ -211,7 +211,6 @@ def test_every_setting_that_decides_a_training_is_in_its_key_and_no_folder_is(tm
 
 
 EDITS = {
-    "05_compare_topologies": ["plateau_factor=1, ", 'precision="float32"'],
     "06_large_batch_recipes": ['optimizer="sgd"', 'precision="float32"'],
     "07_transfer_learning": [
         "recalibrate=256",
@@ -221,7 +220,6 @@ EDITS = {
     ],
 }
 ANOTHER = {
-    "plateau_factor=1, ": "plateau_factor=0.5, ",
     'precision="float32"': 'precision="mixed_bfloat16"',
     'optimizer="sgd"': 'optimizer="nesterov"',
     "recalibrate=256": "recalibrate=128",
@@ -273,8 +271,6 @@ def first_grid(notebook, phantom, folder, edit=""):
             space |= {
                 "data_dir": str(phantom),
                 "run_dir": str(folder),
-                "global_batches": "4,16",
-                "local_batches": "4,16",
             }
             space |= {"phantom_images": 80}
         space |= {name: stub for name, stub in stubs.items() if name in space}
