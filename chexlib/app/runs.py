@@ -273,14 +273,17 @@ def _began_before(path: Path, parameters: dict) -> bool:
 
 def data_folder(data_dir: str = "", *, images: int, difficulty: str, seed: int) -> Path:
     """The folder a notebook works on: `data_dir`, or without one a phantom under `data/phantom`,
-    made if missing.
+    made if missing. A relative `data_dir` is taken from the project's root where it is not below the
+    current folder.
 
     The phantom has `images` synthetic radiographs of `PHANTOM_SIZE` px, and every finding in at
     least `PHANTOM_PREVALENCE` of them: with the release's own prevalence, 12,000 images have seven
     hernias to test on.
     """
     if data_dir:
-        return Path(data_dir).absolute()
+        here, of_project = Path(data_dir).absolute(), ROOT / data_dir
+        # JupyterLab starts a kernel in the notebook's folder, papermill where it is called.
+        return of_project if of_project.exists() and not here.exists() else here
     from chexlib.phantom.write import VERSION, write_phantom
 
     folder = (

@@ -247,6 +247,23 @@ def test_without_data_a_phantom_is_made_once_with_a_folder_for_each_setting(proj
     assert folder.name in data_name(folder)
 
 
+def test_a_relative_data_folder_is_found_from_the_notebooks_folder_and_from_the_projects(
+    tmp_path, project, monkeypatch
+):
+    """JupyterLab starts a kernel in the folder of its notebook."""
+    settings = {"images": 4, "difficulty": "easy", "seed": 0}
+    (tmp_path / "data" / "nih").mkdir(parents=True)
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    for place in (tmp_path, tmp_path / "notebooks"):
+        monkeypatch.chdir(place)
+        assert runs.data_folder("data/nih", **settings) == tmp_path / "data" / "nih"
+    (tmp_path / "notebooks" / "data" / "nih").mkdir(parents=True)  # nearer
+    assert runs.data_folder("data/nih", **settings).parts[-3] == "notebooks"
+    monkeypatch.chdir(tmp_path)
+    assert runs.data_folder("nowhere", **settings) == tmp_path / "nowhere"
+
+
 def test_a_real_data_folder_goes_by_its_name(tmp_path):
     assert data_name(tmp_path / "nih-256") == "nih-256"
 
