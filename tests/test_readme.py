@@ -10,7 +10,8 @@ from chexlib.findings import FINDINGS
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "TROUBLESHOOTING.md", "CONTRIBUTING.md", "DATA_CARD.md"]
-PAGES += [f"{folder}/README.md" for folder in ("chexlib", "data", "data/reference", "benchmarks")]
+PAGES += [f"{folder}/README.md" for folder in ("chexlib", "data", "data/reference")]
+PAGES += ["benchmarks/README.md", "notebooks/README.md"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 REFERENCE = ROOT / "data" / "reference" / "03_train_baseline.json"
 
