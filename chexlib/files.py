@@ -47,8 +47,10 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(draft), _link_to(number)):
-            error.filename = str(path)  # what a reader knows
+        # One without a number would lose its text.
+        if isinstance(error, OSError) and error.errno is not None:
+            if error.filename in (None, str(draft), _link_to(number)):
+                error.filename = str(path)  # what a reader knows
         raise
 
 
