@@ -47,10 +47,10 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
+        drafts = (None, str(draft), _link_to(number))
         # One without a number would lose its text.
-        if isinstance(error, OSError) and error.errno is not None:
-            if error.filename in (None, str(draft), _link_to(number)):
-                error.filename = str(path)  # what a reader knows
+        if isinstance(error, OSError) and error.errno and error.filename in drafts:
+            error.filename = str(path)  # what a reader knows
         raise
 
 
