@@ -114,11 +114,16 @@ def memory_folder(folder: str | Path) -> Path:
 
 def memory_variables(folder: str | Path) -> dict[str, str]:
     """What tells Open MPI's ranks of this host to use `memory_folder`, which is made here."""
-    try:
+    with contextlib.suppress(OSError):  # there is no such memory, as on macOS: Open MPI uses TMPDIR
         memory_folder(folder).mkdir(mode=0o700, exist_ok=True)
-    except OSError:  # there is no such memory, as on macOS: Open MPI uses TMPDIR
-        return {}
-    return {"OMPI_MCA_btl_sm_backing_directory": str(memory_folder(folder))}
+        if _is_mine(memory_folder(folder)):
+            return {"OMPI_MCA_btl_sm_backing_directory": str(memory_folder(folder))}
+    return {}
+
+
+def _is_mine(path: Path) -> bool:
+    """Is it this user's? All users can make a folder, or a link, in the shared memory."""
+    return path.lstat().st_uid == os.geteuid()
 
 
 def release_memory(folder: str | Path) -> None:
@@ -127,15 +132,14 @@ def release_memory(folder: str | Path) -> None:
         for name in json.loads((Path(folder) / OWNER).read_text())["shared"]:
             if str(Path(name).parent) == SHARED_MEMORY:
                 Path(name).unlink(missing_ok=True)
-    for path in memory_folder(folder).glob("*"):
-        with contextlib.suppress(OSError):
-            path.unlink()
+    with contextlib.suppress(OSError):
+        if _is_mine(memory_folder(folder)):
+            shutil.rmtree(memory_folder(folder))
 
 
 def remove(folder: str | Path) -> None:
     """Remove a cluster's folder, and the shared memory of its ranks."""
     release_memory(folder)
-    shutil.rmtree(memory_folder(folder), ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -325,6 +325,23 @@ def test_the_memory_of_killed_ranks_goes_with_their_folder(tmp_path):
     assert elsewhere.exists()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
+def test_memory_that_another_user_has_put_in_the_way_is_not_used_and_not_removed(tmp_path):
+    folder, theirs = tmp_path / f"{cleanup.PREFIX}taken-{os.getpid()}", tmp_path / "precious"
+    folder.mkdir()
+    theirs.mkdir()
+    (theirs / "thesis").touch()
+    link = cleanup.memory_folder(folder)
+    link.symlink_to(theirs)
+    os.chown(link, 65534, 65534, follow_symlinks=False)
+    try:
+        assert cleanup.memory_variables(folder) == {}
+        cleanup.remove(folder)
+        assert (theirs / "thesis").exists() and link.is_symlink() and not folder.exists()
+    finally:
+        link.unlink()
+
+
 @pytest.mark.parametrize(
     ("said", "told"),
     [
