@@ -70,8 +70,8 @@ def one_line(error: BaseException) -> str:
     """What an error says, in one line with the next step, whatever raised it."""
     said = " ".join(str(error).split())
     if isinstance(error, OSError):
-        file, reason = error.filename or "a file", error.strerror or said
-        said = f"{file} cannot be used ({reason}). {_STEPS.get(error.errno, _DEBUG)}"
+        what = f"{error.filename} cannot be used" if error.filename else "reading or writing failed"
+        said = f"{what} ({error.strerror or said}). {_STEPS.get(error.errno, _DEBUG)}"
     elif isinstance(error, MemoryError):
         said = f"the memory is not enough ({said or 'none is left'}). {_STEPS[errno.ENOMEM]}"
     elif isinstance(error, RecursionError):
@@ -80,4 +80,6 @@ def one_line(error: BaseException) -> str:
         said = f"a file ends too early ({said or 'end of file'}). {_DEBUG}"
     elif not isinstance(error, ChexlibError):
         said = f"{type(error).__name__}: {said}"
-    return " ".join(said.split())
+    said = " ".join(said.split())
+    # Names of files may hold escapes, which a terminal would obey.
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)

@@ -372,8 +372,6 @@ def trial(command, name, at, kind, calls):
         return 0
 
     def again():
-        if name in job.get("once", []):
-            return
         if (status := call(command)) != 0:
             yield f"again: ended with {status}"
         if missing := names(after).keys() - names(work).keys():
@@ -402,7 +400,7 @@ def tell(name, every):
     log = root / "calls"
     counts = {}
     told, faults, said = {}, [], set()
-    for kind in job.get("kinds", FAULTS):
+    for kind in FAULTS:
         fresh()
         # The fault is never reached, but decides which calls count.
         arm = (os.fsencode(work), 0, FAULTS[kind], os.fsencode(log))

@@ -115,6 +115,7 @@ MACHINE_FAULTS = {
     "cut": (EOFError("Compressed file ended"), "ends too early", "Compressed file ended"),
     "memory": (MemoryError("Unable to allocate 9 GiB"), "9 GiB", "more memory"),
     "depth": (RecursionError("maximum depth"), "nested too deeply", "--debug"),
+    "escapes": (OSError(errno.EIO, "Input/output error", "a\x1b[2J\nb"), r"a\x1b[2J b"),
     "two lines": (ConfigError("one\n  two."), "one two."),
 }
 
