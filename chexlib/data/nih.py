@@ -205,7 +205,7 @@ def read_image(path: str | Path, content: bytes | None = None) -> np.ndarray:
                 white = white_of(values)
                 # The grey level of every value that can occur, rounded half up.
                 levels = (510 * np.arange(white + 1) + white) // (2 * white)
-                grey = levels.astype(np.uint8)[values]
+                grey = look_up(levels.astype(np.uint8), values)
             else:
                 plain = image.convert("RGBA") if image.mode == "P" else image
                 grey = np.array(plain.convert("L"))
@@ -274,6 +274,12 @@ def _require_short_header(content: bytes) -> None:
             at += 1  # of fillers, and of markers that stand alone
         else:
             at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+
+
+def look_up(levels: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """`levels[places]`, some rows at a time: NumPy makes an index of eight bytes of each place."""
+    blocks = np.array_split(places, 1 + places.size // 2**22)
+    return np.concatenate([levels[block] for block in blocks])
 
 
 def white_of(values: np.ndarray) -> int:

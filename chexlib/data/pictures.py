@@ -31,6 +31,7 @@ from chexlib.data.nih import (
     MAX_PIXELS,
     OTHER_IMAGES,
     first_few,
+    look_up,
     open_packed,
     read_bytes,
     read_image,
@@ -213,7 +214,7 @@ def read_dicom(path: str | Path) -> np.ndarray:
         stored = dataset.pixel_array
         if stored.shape != (dataset.Rows, dataset.Columns):
             raise ValueError(f"its pixels are of shape {stored.shape}, unlike its header")
-        return _shown(stored.astype(np.int32), dataset)
+        return _shown(stored, dataset)
     except Exception as error:  # a damaged file makes pydicom raise nearly anything
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         step = "Export it again as a single uncompressed grey image, or as PNG"
@@ -360,18 +361,20 @@ def _unpacked(packed: bytes, enough: int) -> int:
 
 
 def _shown(stored: np.ndarray, dataset) -> np.ndarray:
-    """Grey levels of stored values of shape (height, width), int32."""
-    padding = np.zeros(stored.shape, bool)
+    """Grey levels of stored values of shape (height, width)."""
+    padding = None
     if "PixelPaddingValue" in dataset:
         ends = dataset.PixelPaddingValue, dataset.get("PixelPaddingRangeLimit")
         ends = [int(end) for end in ends if end is not None]
         padding = (stored >= min(ends)) & (stored <= max(ends))
-    if padding.all():
-        padding[:] = False
-    least, greatest = int(stored[~padding].min()), int(stored[~padding].max())
+    film = stored if padding is None or padding.all() else stored[~padding]
+    least, greatest = int(film.min()), int(film.max())
     # Every value that can occur, once: exact in float64, and a fraction of the pixels in memory.
     grey = _grey(np.arange(least, greatest + 1), dataset)
-    return np.where(padding, 0, grey[np.clip(stored, least, greatest) - least]).astype(np.uint8)
+    shown = look_up(grey, np.clip(stored, least, greatest).astype(np.int32) - least)
+    if film is not stored:
+        shown[padding] = 0
+    return shown
 
 
 def _grey(values: np.ndarray, dataset) -> np.ndarray:

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from chexlib.data.nih import Radiographs, check_images, load_radiographs, read_image
+from chexlib.data.nih import Radiographs, check_images, load_radiographs, look_up, read_image
 from chexlib.data.splits import audit, image_split, make_split, patient_split
 from chexlib.errors import ConfigError, DataError
 from chexlib.findings import FINDINGS
@@ -662,3 +662,10 @@ def test_a_box_file_without_a_header_line_keeps_its_first_box(tiny_nih, caplog):
     pd.testing.assert_frame_equal(load_radiographs(root).boxes, whole)
     (told,) = caplog.messages
     assert "BBox_List_2017.csv has no header line" in told
+
+
+def test_grey_levels_of_a_large_image_are_looked_up_as_those_of_a_small_one():
+    places = np.random.default_rng(0).integers(0, 1000, (3001, 3000), np.uint16)
+    levels = np.random.default_rng(1).integers(0, 256, 1000, np.uint8)
+    found = look_up(levels, places)
+    assert found.dtype == np.uint8 and np.array_equal(found, levels[places])
