@@ -326,5 +326,6 @@ def show_log(level: int = logging.INFO) -> None:
 
 def _unwritable(path: Path, error: OSError) -> ConfigError:
     return ConfigError(
-        f"the run folder {path} cannot be written ({error.strerror}). Name another with run_dir."
+        f"the run folder {path} cannot be written ({error.strerror}). Name another: with "
+        "`run --runs-dir DIR`, or in a notebook with run_dir."
     )

@@ -242,7 +242,11 @@ def test_run_refuses_a_data_folder_without_images(tmp_path, tiny_nih):
 def test_run_refuses_a_run_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("kept")
     refused(
-        "run", "00", "--runs-dir", tmp_path / "file" / "runs", naming=[tmp_path / "file" / "runs"]
+        "run",
+        "00",
+        "--runs-dir",
+        tmp_path / "file" / "runs",
+        naming=[tmp_path / "file" / "runs", "run --runs-dir"],
     )
     assert (tmp_path / "file").read_text() == "kept"
 
