@@ -16,8 +16,10 @@ import glob
 import io
 import itertools
 import logging
+import math
 import os
 import stat
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -179,7 +181,8 @@ MAX_READS = 2**16  # of a DICOM file's elements, nested ones too; usual are some
 MAX_TABLE = 2**22  # bytes of the lookup tables; one has at most 131,072
 MAX_FRAGMENTS = 2**14  # of the compressed pixels of a frame; usual is one
 FRAGMENT = b"\xfe\xff\x00\xe0"  # what begins one
-MAX_BOXES = 64  # of a JP2 file before its image; usual are three
+MAX_BOXES = 64  # of a JP2 file before its image, and segments of what is in it; usual are three
+MAX_JPEG_2000 = {"tiles": 2**12, "layers": 64, "blocks": 2**19}
 
 
 def read_dicom(path: str | Path) -> np.ndarray:
@@ -302,6 +305,8 @@ def _check_packed(dataset, *, rle: bool) -> None:
     if packed[4:8] == b"jP  ":
         packed = _codestream(packed)
         dataset.PixelData = encapsulate([packed])
+    if packed.startswith(b"\xff\x4f"):
+        _check_jpeg_2000(packed)
     # JPEG, JPEG 2000.
     with (
         contextlib.suppress(UnidentifiedImageError),
@@ -327,6 +332,33 @@ def _codestream(jp2: bytes) -> bytes:
             raise ValueError(f"its JP2 file has a box of {length} bytes")
         at += length
     raise ValueError(f"its JP2 file has no image in its first {MAX_BOXES} boxes")
+
+
+def _check_jpeg_2000(stream: bytes) -> None:
+    """Refuse an image cut into so many tiles, layers or blocks that their reader takes gigabytes
+    for a file of some kB (ISO/IEC 15444-1, A.5 and A.6).
+    """
+    at, pixels, parts = 2, 0, {"tiles": 0, "layers": 0, "blocks": 0}
+    for _ in range(MAX_BOXES):
+        marker, length = struct.unpack(">HH", stream[at : at + 4])
+        body = stream[at + 4 : at + 2 + length]
+        at += 2 + length
+        if marker == 0xFF51:  # sizes
+            right, bottom, left, top, width, height = struct.unpack(">6L", body[2:26])
+            pixels = (right - left) * (bottom - top)
+            parts["tiles"] = math.ceil(right / width) * math.ceil(bottom / height)
+        elif marker in (0xFF52, 0xFF53):  # coding, of all and of one component
+            coding = body[5:] if marker == 0xFF52 else body[2:]
+            if marker == 0xFF52:
+                parts["layers"] = int.from_bytes(body[2:4], "big")
+            # Sides as powers of two, of blocks and of the precincts that hold them.
+            powers = [coding[1] + coding[2] + 4, *(side // 16 + side % 16 for side in coding[5:])]
+            parts["blocks"] = max(parts["blocks"], pixels // 2 ** min(powers))
+        elif marker == 0xFF90:  # the first tile
+            break
+    for name, count in parts.items():
+        if count > MAX_JPEG_2000[name]:
+            raise ValueError(f"its JPEG 2000 has {count:,} {name}, far too many")
 
 
 def _check_rle(packed: bytes, pixels: int, bytes_per_pixel: int) -> None:

@@ -353,6 +353,37 @@ def test_jpeg_2000_in_boxes_that_lead_nowhere_is_refused(tmp_path, reason, lengt
         read_dicom(path)
 
 
+@pytest.mark.parametrize(
+    ("reason", "at", "value"),
+    [
+        ("65,536 tiles", b"\xff\x51", (22, ">LL", 16, 16)),
+        ("1,048,576 blocks", b"\xff\x52", (10, ">BB", 0, 0)),
+        ("16,777,216 blocks", b"\xff\x52", (4, ">B5x4x5B", 1, 0, 0, 0, 0, 0)),
+        ("65,535 layers", b"\xff\x52", (6, ">H", 65535)),
+    ],
+)
+def test_jpeg_2000_in_parts_without_number_is_refused(tmp_path, monkeypatch, reason, at, value):
+    """As a file of some kB can have: each part takes its reader some hundred bytes."""
+    packed = io.BytesIO()
+    options = {"no_jp2": True, "precinct_size": (64, 64), "num_resolutions": 5}
+    Image.new("L", (64, 64)).save(packed, "JPEG2000", **options)
+    stream = bytearray(packed.getvalue())
+    struct.pack_into(">LL", stream, 8, 4096, 4096)
+    struct.pack_into(">LL", stream, 24, 4096, 4096)
+    place, form, *values = value
+    start = stream.index(at) + place
+    if "x" in form:  # each precinct is a pixel
+        stream[start + 10 : start + 15] = bytes(5)
+    else:
+        struct.pack_into(form, stream, start if at == b"\xff\x52" else 24, *values)
+    more = {"PixelData": encapsulate([bytes(stream)]), "BitsAllocated": 8, "HighBit": 7}
+    more |= {"Rows": 4096, "Columns": 4096}
+    path = dicom(tmp_path / "a.dcm", FLAT, bits=8, syntax=JPEG2000Lossless, **more)
+    monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("it was decoded"))
+    with pytest.raises(DataError, match=reason):
+        read_dicom(path)
+
+
 def test_a_jpeg_in_dicom_of_too_many_scans_is_refused(tmp_path):
     with_scans = scans(4096, 4096, 100)
     more = {"PixelData": encapsulate([with_scans]), "BitsAllocated": 8, "HighBit": 7}
