@@ -201,14 +201,10 @@ def read_dicom(path: str | Path) -> np.ndarray:
         No DICOM, no pixels or more than the header tells, colour, several frames, over 67 MP, made
         to take its reader minutes, or compressed in a way that cannot be decoded here.
     """
-    from pydicom.filereader import read_file_meta_info
-
     try:
         size = os.path.getsize(path)
         if size > MAX_BYTES:
             raise ValueError(f"{size:,} bytes, over the limit of {MAX_BYTES:,}")
-        if getattr(read_file_meta_info(path), "TransferSyntaxUID", "") == DEFLATED:
-            raise ValueError("its data set is deflated as a whole, which is not accepted")
         dataset = _read_dataset(path)
         _check(dataset)
         for name in SHOWN_BY:
@@ -239,7 +235,7 @@ class _Counted(io.BufferedReader):
 
 def _read_dataset(path: str | Path):
     """The elements of `READ`, up to the pixels."""
-    from pydicom.filereader import read_partial
+    from pydicom.filereader import _read_file_meta_info, read_partial, read_preamble
     from pydicom.tag import Tag
 
     tags = [Tag(name) for name in READ]
@@ -251,6 +247,11 @@ def _read_dataset(path: str | Path):
         return tag > pixels
 
     with _Counted(io.FileIO(path)) as file:
+        read_preamble(file, force=False)
+        # pydicom's function for paths would open the file once more, without a limit.
+        if _read_file_meta_info(file).get("TransferSyntaxUID", "") == DEFLATED:
+            raise ValueError("its data set is deflated as a whole, which is not accepted")
+        file.seek(0)
         return read_partial(file, stop, specific_tags=tags)
 
 
