@@ -45,6 +45,7 @@ FAULTS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "kill": -1}
 # Names that are made up anew at each call.
 RANDOM = re.compile(
     r"[0-9a-f]{32}|\d{8}-\d{6}(-\d+)?|(?<=\.)\d+-\d+$|(?<=\.)[0-9a-f]{8}(?=\.partial)"
+    r"|(?<=\.latest\.)\d+|(?<=__autograph_generated_file)\w+"
 )
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 job = json.loads(sys.argv[1])
@@ -302,7 +303,7 @@ def is_whole(path, same):
             return all(arrays[name].size >= 0 for name in arrays.files)
     elif path.suffix == ".html":
         return path.read_text().rstrip().endswith("</html>")
-    elif path.name in ("id", "kernel.log") or path.is_symlink():
+    elif path.name in ("id", "kernel.log") or path.suffix == ".py" or path.is_symlink():
         return True
     else:
         return same is not None and path.read_bytes() == same.read_bytes()
@@ -333,6 +334,7 @@ KEPT = {
     "phantom": r"^\.p\.(.*partial/|lock$)",
     "fetch": r"^nih/\.fetch/",
     "tune": r"^\.tuned\.json\.lock$",
+    "predict": r"^tmp/tmp",
 }
 NEVER = re.compile(r"(?!)")
 DRAFT = r"(^|/)\.[^/]+\.\*$"  # whole, between its first name and its last
@@ -419,7 +421,7 @@ def tell(name, every):
         told[kind] = len(chosen)
         for at in chosen:
             wrong, line = trial(command, name, at, kind, calls)
-            print(f"{name}, {kind}: {at} of {len(calls)}", file=sys.stderr, flush=True)
+            print(f"{name}, {kind}: {at} of {len(calls)} {wrong}", file=sys.stderr, flush=True)
             said.add(re.sub(r"[0-9]+", "N", line.replace(str(root), "")))
             faults += [f"{name}, {kind} at {calls[at - 1]} ({at}): {word}" for word in wrong]
     found = {"calls": counts, "tried": told, "faults": faults, "said": sorted(said)}

@@ -17,7 +17,7 @@ import pytest
 
 HERE = Path(__file__).parent
 # Every so manyth call in the quick tier.
-QUICK = {"phantom": 11, "cache": 9, "card": 3, "tune": 7, "fetch": 19, "clean": 1}
+QUICK = {"phantom": 17, "cache": 13, "card": 3, "tune": 11, "fetch": 29, "clean": 2}
 # 1: every call. 0: the first of each call on each file.
 WHOLE = [*dict.fromkeys([*QUICK, "evaluate", "compare", "run", "report"], 1).items()]
 WHOLE += [("predict", 0), ("train", 0)]

@@ -221,8 +221,9 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_told_at_its_notebook_and_the_report_has_all_others(tmp_path, damage):
-    report = make_run(tmp_path / "run")
+def test_a_damaged_file_is_told_at_its_notebook_and_the_report_has_all_others(
+    report, tmp_path, damage
+):
     for name in ("metrics.json", "environment.json", "notebook.ipynb", "figures/auroc.png"):
         run = tmp_path / name.replace("/", "-")
         shutil.copytree(report.parent, run)
@@ -239,10 +240,11 @@ def test_a_damaged_file_is_told_at_its_notebook_and_the_report_has_all_others(tm
 @pytest.mark.parametrize(
     "metrics", [{"auroc": "x"}, {"auroc": {}}, {"auroc": {"mean": 0.5}}, {"auroc": None}]
 )
-def test_aurocs_of_another_form_are_told_and_not_shown(tmp_path, metrics):
-    report = make_run(tmp_path / "run")
-    write_json(report.parent / "03_train" / "metrics.json", metrics)
-    text = build_report(report.parent).read_text()
+def test_aurocs_of_another_form_are_told_and_not_shown(report, tmp_path, metrics):
+    run = tmp_path / "run"
+    shutil.copytree(report.parent, run)
+    write_json(run / "03_train" / "metrics.json", metrics)
+    text = build_report(run).read_text()
     assert "AUROCs of another form" in text and "AUROC per finding, test part" not in text
 
 
