@@ -11,15 +11,18 @@ export UV_COMPILE_BYTECODE := 1
 export UV_PYTHON_DOWNLOADS := never
 HOROVOD ?= 1
 export JUPYTER_PREFER_ENV_PATH := 1
+unexport JUPYTER_PATH
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 unexport PYTHONDONTWRITEBYTECODE  # or each process compiles chexlib anew
 
 PROFILE ?= quick
 DATA ?=
+# As it was given, for the shell to read from its environment: a folder's name may have ' and $$.
+override export DATA := $(value DATA)
 ENGINES ?=
 RESUME ?=
 
-.PHONY: help env run test test-long check faults fuzz peer lab lint clean real-model
+.PHONY: help env run test test-long check faults fuzz peer lab lint clean real-model has-data
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,7 +31,7 @@ help:  ## list the targets
 env: $(STAMP)  ## make the environment in .venv
 
 run: $(STAMP)  ## execute every notebook headless and write the report
-	@exec $(BIN)/python -m chexlib run --profile $(PROFILE) $(if $(DATA),--data '$(DATA)') $(if $(ENGINES),--engines $(ENGINES)) $(if $(RESUME),--resume)
+	@exec $(BIN)/python -m chexlib run --profile $(PROFILE) $(if $(DATA),--data "$$DATA") $(if $(ENGINES),--engines $(ENGINES)) $(if $(RESUME),--resume)
 
 # Two test processes, of a thread each (tests/conftest.py): first on files that start nothing, then on
 # those that start ranks, engines or notebooks, the longest first.
@@ -50,9 +53,11 @@ check: $(STAMP)  ## run the tests of what the change since main touches: two min
 	@tests=$$($(BIN)/python tests/touched.py) || exit $$?; \
 	[ -z "$$tests" ] || $(TOGETHER) -q --durations=5 --durations-min=1 $$tests || [ $$? = 5 ]
 
-real-model: $(STAMP)  ## train on the real radiographs in DATA=DIR or DIR:DIR, an hour
-	@[ -n '$(DATA)' ] || { echo "Error: name the radiographs: make real-model DATA=DIR (or DIR:DIR)" >&2; exit 2; }
-	@exec $(BIN)/python -m examples.real_model --data '$(DATA)'
+real-model: has-data $(STAMP)  ## train on the real radiographs in DATA=DIR or DIR:DIR, an hour
+	@exec $(BIN)/python -m examples.real_model --data "$$DATA"
+
+has-data:
+	@[ -n "$$DATA" ] || { echo "Error: name the radiographs: make real-model DATA=DIR (or DIR:DIR)" >&2; exit 2; }
 
 faults: $(STAMP)  ## kill, stall and damage 20 trainings; each must end well
 	@exec $(BIN)/python tests/faults.py

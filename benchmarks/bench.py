@@ -34,14 +34,14 @@ class Worker:
         self, command: list[str], environment: dict[str, str], images: float, sign: int = 1
     ):
         self.images, self.sign, self.facts = images, sign, {}
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the worker
+        self.said = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed with the worker
         self.process = subprocess.Popen(
             command,
             env={**os.environ, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.said,
-            text=True,
+            encoding="utf-8",
             start_new_session=True,
         )
 

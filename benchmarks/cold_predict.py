@@ -58,7 +58,7 @@ def main() -> None:
         seconds = []
         for _ in range(asked.rounds):
             began = time.perf_counter()
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, encoding="utf-8")
             seconds.append(time.perf_counter() - began)
             if done.returncode:
                 sys.exit(done.stderr)

@@ -186,7 +186,7 @@ def peak_memory(scratch: Path, n: int, size: int) -> dict:
         environment = {**os.environ, "CHEXLIB_CACHE": str(scratch / f"cache-{n}")}
         command = [sys.executable, "-c", script, str(size)]
         done = subprocess.run(
-            command, env=environment, input="\n".join(paths), capture_output=True, text=True
+            command, env=environment, input="\n".join(paths), capture_output=True, encoding="utf-8"
         )
         if done.returncode:
             sys.exit(done.stderr[-2000:])

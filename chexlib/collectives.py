@@ -324,13 +324,19 @@ def carrier() -> _Horovod | _Mpi4py:
     return _CARRIER[0]
 
 
-def _make_carrier() -> _Horovod | _Mpi4py:
+def _wanted_carrier() -> str:
+    """What CHEXLIB_COLLECTIVES asks for, "" for nothing; ConfigError for what is none."""
     wanted = os.environ.get("CHEXLIB_COLLECTIVES") or ""
     if wanted not in ("", *CARRIERS):
         raise ConfigError(
             f"CHEXLIB_COLLECTIVES={wanted!r} is not accepted. Use {' or '.join(CARRIERS)}, or "
             "unset it."
         )
+    return wanted
+
+
+def _make_carrier() -> _Horovod | _Mpi4py:
+    wanted = _wanted_carrier()
     if wanted == "mpi4py":
         return _Mpi4py("CHEXLIB_COLLECTIVES asks for it")
     try:
@@ -399,7 +405,7 @@ def expected_carrier() -> tuple[str, str]:
     """Which carrier `carrier` would make, and why it is not Horovod, found without loading
     TensorFlow or MPI.
     """
-    wanted = os.environ.get("CHEXLIB_COLLECTIVES") or ""
+    wanted = _wanted_carrier()
     if wanted:
         return wanted, "" if wanted == "horovod" else "CHEXLIB_COLLECTIVES asks for it"
     if importlib.util.find_spec("horovod") is None:
@@ -418,10 +424,13 @@ def join_world() -> World:
 
     Raises
     ------
+    ConfigError
+        CHEXLIB_COLLECTIVES names no carrier.
     ClusterError
         The launcher started more processes than found each other: each would train on its own, and
         write over all.
     """
+    _wanted_carrier()
     launched = {int(os.environ.get(name) or 1) for name in _LAUNCHERS}
     if launched == {1}:
         return World()

@@ -53,6 +53,7 @@ _STEPS = {
     errno.ENOENT: "Check the name.",
     errno.ENOTDIR: "Check the name.",
     errno.ENAMETOOLONG: "Use a shorter name.",
+    errno.ENXIO: "Name a regular file.",
     errno.EMFILE: "Raise the limit on open files (ulimit -n), and repeat the command.",
     errno.ENOMEM: "Use less at a time, or a machine with more memory.",
 }
@@ -66,8 +67,21 @@ def first_line(error: BaseException) -> str:
     )[:200]
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line with the next step, whatever raised it."""
+def printable(text: str) -> str:
+    """A text in which all but line ends can be shown: what steers a terminal, and bytes of a name
+    that are no UTF-8, are escaped.
+    """
+    shown = (
+        letter
+        if letter.isprintable() or letter == "\n"
+        else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+    return "".join(shown)
+
+
+def one_line(error: BaseException | str) -> str:
+    """What an error says, in one line with the next step, whatever raised it; or a text so."""
     said = " ".join(str(error).split())
     if isinstance(error, OSError):
         what = f"{error.filename} cannot be used" if error.filename else "reading or writing failed"
@@ -78,8 +92,6 @@ def one_line(error: BaseException) -> str:
         said = f"something in the input is nested too deeply ({said}). {_DEBUG}"
     elif isinstance(error, EOFError):
         said = f"a file ends too early ({said or 'end of file'}). {_DEBUG}"
-    elif not isinstance(error, ChexlibError):
+    elif not isinstance(error, ChexlibError | str):
         said = f"{type(error).__name__}: {said}"
-    said = " ".join(said.split())
-    # Names of files may hold escapes, which a terminal would obey.
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)
+    return printable(" ".join(said.split()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import math
 import os
 import platform
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from chexlib.errors import ClusterError
 from chexlib.files import ROOT
-from chexlib.mpi import find_mpi
+from chexlib.mpi import find_mpi, thread_environment
 
 BATCH = "CHEXLIB_BATCH"  # set for notebooks that run headless: lines instead of bars
 PACKAGES = (
@@ -37,6 +38,8 @@ PACKAGES = (
 )
 _SYSTEM = Path("/sys/devices/system")
 _CPUINFO = Path("/proc/cpuinfo")
+_GROUPS = Path("/proc/self/cgroup")
+_CGROUP = Path("/sys/fs/cgroup")
 # Of aarch64, which names no model: what tells one design of a core from another.
 _ARM_DESIGN = ("CPU implementer", "CPU variant", "CPU part")
 
@@ -49,8 +52,47 @@ def processors() -> set[int]:
 
 
 def cores() -> int:
-    """Processors that this process may use; two hardware threads of one core are two."""
-    return len(processors())
+    """Processors that this process may use, no more than its container's quota pays for, rounded
+    up; two hardware threads of one core are two.
+    """
+    return max(1, math.ceil(min(len(processors()), _quota())))
+
+
+def _quota() -> float:
+    """Processors that the control groups of this process leave it (docker --cpus, Kubernetes'
+    limits); infinite without.
+
+    A group and those above it each may have a limit. Within a container the path that the kernel
+    tells may be of the host's; then what is mounted is the container's own group.
+    """
+    quota = math.inf
+    for line in _lines(_GROUPS):
+        _, controllers, name = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = _CGROUP / ("cpu" if controllers else "")  # of version 1, or the one tree of 2
+        group = root / name.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(root):
+                break
+            if controllers:
+                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+                told = [word for name in names for word in _lines(folder / name)]
+            else:
+                told = " ".join(_lines(folder / "cpu.max")).split()
+            with contextlib.suppress(ValueError):  # "max", or no file here
+                allowed, period = map(int, told)
+                if allowed > 0 and period > 0:
+                    quota = min(quota, allowed / period)
+    return quota
+
+
+def _lines(path: Path) -> list[str]:
+    """Of a file of the kernel's; none where it has no such file."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def import_tensorflow() -> None:
@@ -59,8 +101,12 @@ def import_tensorflow() -> None:
     What is written to standard error meanwhile is shown only if the import fails. Keras does not
     find scikit-learn and matplotlib while it is imported: its wrappers for them, which nothing here
     calls, are then off in this process. That and a garbage collector that rests make 1.8 s of
-    3.1 s.
+    3.1 s. It makes as many threads as there are processors; under a container's quota, as many as
+    that pays for.
     """
+    if cores() < len(processors()):
+        for name, value in thread_environment(cores()).items():
+            os.environ.setdefault(name, value)
     sys.stderr.flush()
     with tempfile.TemporaryFile() as said, _hidden("sklearn", "matplotlib"), _no_collector():
         stderr = os.dup(2)
@@ -124,19 +170,18 @@ def _processor_name() -> str:
     if platform.system() == "Darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         with contextlib.suppress(OSError):  # it is not on the PATH
-            name = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+            name = subprocess.run(command, capture_output=True, encoding="utf-8").stdout.strip()
     return name or "unknown"
 
 
 def _cpuinfo() -> dict[str, str]:
     """What the kernel says of the first processor that it lists; empty where it lists none."""
-    if not _CPUINFO.exists():
-        return {}
     facts = {}
-    for line in _CPUINFO.read_text().split("\n\n")[0].splitlines():
+    for line in _lines(_CPUINFO):
         name, separator, value = line.partition(":")
-        if separator:
-            facts[name.strip()] = value.strip()
+        if not separator:  # the next processor
+            break
+        facts[name.strip()] = value.strip()
     return facts
 
 
@@ -174,14 +219,14 @@ def topology() -> dict[str, int]:
 
 
 def _read(cpu: int, name: str, *, default: str) -> str:
-    path = _SYSTEM / "cpu" / f"cpu{cpu}" / "topology" / name
-    return path.read_text().strip() if path.exists() else default
+    lines = _lines(_SYSTEM / "cpu" / f"cpu{cpu}" / "topology" / name)
+    return lines[0].strip() if lines else default
 
 
 def _members(path: Path) -> set[int]:
     """Of a list such as "0-3,8"."""
     members = set()
-    for part in path.read_text().strip().split(","):
+    for part in ",".join(_lines(path)).split(","):
         if part:
             first, _, last = part.partition("-")
             members.update(range(int(first), int(last or first) + 1))
@@ -231,7 +276,8 @@ def _commit() -> str | None:
 
 
 def _git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    answer = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, encoding="utf-8")
+    return answer.stdout.strip()
 
 
 def _versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,12 @@ _SIGNATURES = (
     (r"(?:Open MPI\)?|OpenRTE\)?) *v?(\d+)", "Open MPI"),
     (r"PRRTE", "Open MPI 5"),  # its runtime, numbered on its own
     (r"HYDRA|MPICH", "MPICH"),
+)
+
+# Variables of an allocation, from which mpiexec would take other hosts or a number of ranks, and of
+# a rank, which would tie it to the job that this process is in. MCA settings are the user's own.
+_ALLOCATION = re.compile(
+    r"(SLURM|PBS|LSB|SGE|FLUX|COBALT|LOADL|PMI|PMIX)_(?!MCA_)|PE_HOSTFILE|OMPI_COMM_WORLD_"
 )
 
 # How Open MPI brings messages over TCP. With "put", which it prefers, two ranks that send to each
@@ -37,6 +44,23 @@ class Mpi:
     family: str  # "Open MPI", "MPICH" or "Intel MPI"
     major: int  # 0 where the family's flags do not depend on it
     version: str  # first line of `mpiexec --version`
+
+    def start(self, *, alone: bool = True) -> list[str]:
+        """Words that begin a command of mpiexec.
+
+        Open MPI needs a HOME, which services and containers may not have.
+
+        Parameters
+        ----------
+        alone : bool
+            Ranks are on this host alone: an allocation of a batch system is not looked at.
+        """
+        home = os.path.expanduser("~")
+        home = home if os.path.isabs(home) else tempfile.gettempdir()  # a user that no list knows
+        words = [] if os.environ.get("HOME") else [f"HOME={home}"]
+        for name in filter(_ALLOCATION.match, sorted(os.environ) if alone else ()):
+            words = ["-u", name, *words]
+        return ["env", *words, self.command] if words else [self.command]
 
     def flags(
         self, hosts: Sequence[tuple[str, int]] = (), network: str = "", export: Sequence[str] = ()
@@ -102,7 +126,10 @@ def find_mpi() -> Mpi:
         raise ClusterError(
             "there is no mpiexec in this environment or on the PATH. Run `make env`."
         )
-    answer = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=60)
+    words = [*Mpi(command, "", 0, "").start(), "--version"]
+    answer = subprocess.run(
+        words, capture_output=True, encoding="utf-8", errors="replace", timeout=60
+    )
     return recognise_mpi(command, answer.stdout + answer.stderr)
 
 

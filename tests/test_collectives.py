@@ -130,8 +130,9 @@ def test_a_carrier_that_is_not_there_or_unknown_is_refused_with_the_remedy(fresh
     with pytest.raises(ClusterError, match="needs no compiler"):
         collectives.carrier()
     fresh.setenv("CHEXLIB_COLLECTIVES", "nccl")
-    with pytest.raises(ConfigError, match="'nccl' is not accepted"):
-        collectives.carrier()
+    for find in (collectives.carrier, collectives.join_world, collectives.expected_carrier):
+        with pytest.raises(ConfigError, match="'nccl' is not accepted"):
+            find()
 
 
 def test_what_is_expected_to_carry_is_known_without_loading_it():

@@ -74,6 +74,53 @@ def test_a_kernel_that_tells_nothing_has_one_socket_of_as_many_cores(pretend, mo
     assert topology() == {"sockets": 1, "numa_nodes": 1, "physical_cores": 3, "processors": 3}
 
 
+# A container's limit as the kernel tells it: lines of /proc/self/cgroup, files, and the cores left.
+QUOTAS = {
+    "version 2": ("0::/\n", {"cpu.max": "200000 100000"}, 2),
+    "no limit": ("0::/\n", {"cpu.max": "max 100000"}, 8),
+    "half of a core": ("0::/\n", {"cpu.max": "50000 100000"}, 1),
+    "a part of a core more": ("0::/\n", {"cpu.max": "250000 100000"}, 3),
+    "more than there are": ("0::/\n", {"cpu.max": "9900000 100000"}, 8),
+    "of a group above": (
+        "0::/pod/box\n",
+        {"pod/cpu.max": "300000 100000", "pod/box/cpu.max": "max 100000"},
+        3,
+    ),
+    "a path of the host": ("0::/kubepods/pod/box\n", {"cpu.max": "300000 100000"}, 3),
+    "a path above": ("0::/../../box\n", {"cpu.max": "300000 100000"}, 3),
+    "version 1": (
+        "3:cpu,cpuacct:/docker/box\n1:name=systemd:/docker/box\n0::/\n",
+        {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "50000"},
+        2,
+    ),
+    "version 1, a group": (
+        "3:cpu:/box\n",
+        {"cpu/box/cpu.cfs_quota_us": "400000", "cpu/box/cpu.cfs_period_us": "100000"},
+        4,
+    ),
+    "version 1, no limit": (
+        "3:cpu:/\n",
+        {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"},
+        8,
+    ),
+    "of another kind": ("3:cpuset:/\n", {"cpu/cpu.cfs_quota_us": "1"}, 8),
+    "nothing": ("", {}, 8),
+}
+
+
+@pytest.mark.parametrize("case", QUOTAS)
+def test_a_container_has_as_many_cores_as_its_quota_pays_for(tmp_path, monkeypatch, case):
+    groups, told, expected = QUOTAS[case]
+    for name, text in told.items():
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / name).write_text(f"{text}\n")
+    (tmp_path / "groups").write_text(groups)
+    monkeypatch.setattr(machine, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path / "tree")
+    monkeypatch.setattr(machine, "processors", lambda: set(range(8)))
+    assert cores() == expected
+
+
 def test_ranges_of_processors_are_read(tmp_path):
     (tmp_path / "cpulist").write_text("0-2,5,8-9\n")
     assert machine._members(tmp_path / "cpulist") == {0, 1, 2, 5, 8, 9}

@@ -1,5 +1,8 @@
 """The README's figures are those of the reference runs, its links exist, and it stays short."""
 
+import ast
+import builtins
+import importlib
 import json
 import re
 from pathlib import Path
@@ -51,6 +54,26 @@ def test_links_of_the_pages_lead_somewhere(page):
 
 def test_the_readme_is_short_enough_to_be_read():
     assert len(README.splitlines()) <= 130 and len(README.split()) <= 1300
+
+
+SNIPPETS = [
+    code
+    for page in PAGES
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
+]
+
+
+@pytest.mark.parametrize("code", SNIPPETS)
+def test_what_a_snippet_of_a_page_uses_it_imports_from_where_it_is(code):
+    tree = ast.parse(code, type_comments=False)
+    named = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    known = {node.id for node in named if isinstance(node.ctx, ast.Store)} | set(dir(builtins))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            known |= {alias.asname or alias.name for alias in node.names}
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names)
+    assert {node.id for node in named} <= known
 
 
 def test_nothing_in_the_readme_waits_to_be_filled_in():

@@ -1,7 +1,10 @@
 """The files around the code: git's settings, the release, and recipes of one environment."""
 
+import ast
 import json
+import os
 import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -11,6 +14,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+FLAGS = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
@@ -43,6 +47,81 @@ def test_a_clone_without_nbstripout_can_add_a_notebook(tmp_path):
     assert (added.returncode, added.stderr) == (0, "")
     shown = git("show", ":notebooks/00_start_here.ipynb", folder=tmp_path).stdout
     assert shown == (ROOT / "notebooks" / "00_start_here.ipynb").read_text()
+
+
+def reads_or_writes_text(call: ast.Call) -> bool:
+    """Whether a call reads or writes text in the encoding of whatever locale there is."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    if "encoding" in given:
+        return False
+    if name in ("read_text", "write_text"):
+        return isinstance(call.func, ast.Attribute) and len(call.args) < (name == "write_text") + 1
+    if isinstance(given.get("text"), ast.Constant) or "universal_newlines" in given:
+        return True
+    if name in ("open", "fdopen", "TemporaryFile", "NamedTemporaryFile"):
+        other = getattr(call.func, "value", None)  # Image.open, tarfile.open, os.open
+        if name == "open" and isinstance(other, ast.Name) and other.id != "path":
+            return False
+        modes = [node.value for node in (*call.args, *given.values()) if is_mode(node)]
+        return not any("b" in mode for mode in modes) and (bool(modes) or "Temp" not in name)
+    return False
+
+
+def is_mode(node) -> bool:
+    return isinstance(node, ast.Constant) and bool(re.fullmatch("[rwxa][bt+]*", str(node.value)))
+
+
+@pytest.mark.parametrize("room", ["chexlib", "examples", "benchmarks", "notebooks"])
+def test_every_text_that_is_read_or_written_names_its_encoding(room):
+    found = []
+    for path in [*(ROOT / room).rglob("*.py"), *(ROOT / room).glob("*.ipynb")]:
+        texts = [path.read_text("utf-8")]
+        if path.suffix == ".ipynb":
+            cells = json.loads(texts[0])["cells"]
+            texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+            texts = [re.sub(r"(?m)^\s*[%!].*$", "pass", text) for text in texts]
+        for text in texts:
+            for node in ast.walk(compile(text, str(path), "exec", FLAGS)):
+                if isinstance(node, ast.Call) and reads_or_writes_text(node):
+                    found.append(f"{path.name}: {ast.unparse(node)[:80]}")
+    assert found == []
+
+
+def make(folder, *words, **environment):
+    """Run make on our Makefile in a folder whose environment is there, with a Python that echoes."""
+    shutil.copy(ROOT / "Makefile", folder)
+    for name in ("pyproject.toml", "uv.lock"):
+        (folder / name).touch()
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/bash\nprintf '<%s>' \"$@\"; echo\n")
+    python.chmod(0o755)
+    (folder / ".venv" / ".made").touch()
+    own = {**os.environ, **environment}
+    return subprocess.run(
+        ["make", "-s", *words], cwd=folder, env=own, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("target", ["run", "real-model"])
+@pytest.mark.parametrize("given", ["as a word", "by the environment"])
+@pytest.mark.parametrize(
+    "data",
+    ["O'Brien's films", "a $HOME b", "x'$(touch made)'y", '"`touch made`"', "$(CURDIR)", "é"],
+)
+def test_make_hands_the_name_of_the_data_on_as_it_is(tmp_path, target, given, data):
+    words, environment = ([f"DATA={data}"], {}) if given == "as a word" else ([], {"DATA": data})
+    answer = make(tmp_path, target, *words, **environment)
+    assert f"<--data><{data}>" in answer.stdout, answer.stderr
+    assert not (tmp_path / "made").exists()
+
+
+def test_make_real_model_without_data_is_refused_before_the_environment_is_made(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    answer = subprocess.run(["make", "real-model"], cwd=tmp_path, capture_output=True, text=True)
+    assert answer.returncode and "Error: name the radiographs" in answer.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["Makefile"]
 
 
 def test_one_version_is_released():

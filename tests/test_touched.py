@@ -1,8 +1,28 @@
 """What `make check` runs: tests/touched.py."""
 
-from touched import MOST, ROOT, touched
+import subprocess
+
+from touched import MOST, ROOT, changed, touched
 
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+
+
+def test_a_clone_of_a_branch_compares_with_the_main_of_its_origin(tmp_path, monkeypatch):
+    def git(*words, folder):
+        who = ["-c", "user.name=x", "-c", "user.email=x"]
+        subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True)
+
+    origin, clone = tmp_path / "origin", tmp_path / "clone"
+    origin.mkdir()
+    git("init", "-q", "-b", "main", folder=origin)
+    (origin / "old.py").touch()
+    git("add", ".", folder=origin)
+    git("commit", "-qm", "x", folder=origin)
+    git("branch", "work", folder=origin)
+    git("clone", "-q", "--branch", "work", str(origin), str(clone), folder=tmp_path)
+    (clone / "new.py").touch()
+    monkeypatch.setattr("touched.ROOT", clone)
+    assert changed() == [clone / "new.py"]
 
 
 def names(*files):

@@ -27,6 +27,8 @@ def changed(base: str = "main") -> list[Path]:
             )
         return done.stdout.splitlines()
 
+    if not git("branch", "--list", base) and git("branch", "--remotes", "--list", f"origin/{base}"):
+        base = f"origin/{base}"  # a clone of another branch
     (start,) = git("merge-base", base, "HEAD")
     names = [*git("diff", "--name-only", start), *git("ls-files", "--others", "--exclude-standard")]
     return [ROOT / name for name in sorted(set(names)) if (ROOT / name).exists()]

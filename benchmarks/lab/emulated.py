@@ -47,7 +47,7 @@ def why_not() -> str:
     trial = "hostname trial && ip link set lo up && ip link add x0 type veth peer name x1 && mount -t tmpfs none /mnt"
     trial += " && ip link add trial0 type bridge && tc qdisc add dev x0 root tbf rate 1gbit burst 128kb latency 100ms"
     command = ["unshare", *NAMESPACES, "--fork", "--mount-proc", "bash", "-c", trial]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    answer = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=30)
     return "" if answer.returncode == 0 else f"no namespaces can be made: {answer.stderr.strip()}"
 
 
@@ -77,12 +77,14 @@ class Host:
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
             start_new_session=True,
         )
         if self._holder.stdout.readline() != "up\n":
             raise RuntimeError(f"{name} did not start")
-        children = Path(f"/proc/{self._holder.pid}/task/{self._holder.pid}/children").read_text()
+        children = Path(f"/proc/{self._holder.pid}/task/{self._holder.pid}/children").read_text(
+            "utf-8"
+        )
         self.pid = int(children.split()[0])  # of the first process, as we see it
 
     def wrap(
@@ -150,7 +152,7 @@ class EmulatedHosts:
         (tmp := self.folder / "tmp").mkdir()
         addresses = {name: f"10.77.0.{i}" for i, name in enumerate(self.names, start=1)}
         lines = ["127.0.0.1 localhost", *(f"{ip} {name}" for name, ip in addresses.items()), ""]
-        (file := self.folder / "hosts").write_text("\n".join(lines))
+        (file := self.folder / "hosts").write_text("\n".join(lines), encoding="utf-8")
         switch = self._open["switch"] = Host("switch", "", tmp, file)
         switch.ip_command("link add bridge type bridge")
         switch.ip_command("link set bridge up")
@@ -164,7 +166,8 @@ class EmulatedHosts:
             host.ip_command("link set lo up")
         self.agent = str(self.folder / "agent")
         Path(self.agent).write_text(
-            f'#!/bin/sh\nexec {sys.executable} -I {__file__} {self.folder}/door "$@"\n'
+            f'#!/bin/sh\nexec {sys.executable} -I {__file__} {self.folder}/door "$@"\n',
+            encoding="utf-8",
         )
         os.chmod(self.agent, 0o755)
         self._door = socket.socket(socket.AF_UNIX)

@@ -136,7 +136,10 @@ def _served(point: Mapping, timeout: float) -> dict:
     }
     own["OMPI_MCA_coll_tuned_allreduce_algorithm"] = str(_MCA[point["algorithm"]])
     passed = [name for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ]
-    with EmulatedHosts(point["hosts"], pinned=True) as hosts, tempfile.TemporaryFile("w+") as said:
+    with (
+        EmulatedHosts(point["hosts"], pinned=True) as hosts,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as said,
+    ):
         flags = [*mpi.flags(hosts.slots(point["per_host"]), hosts.network, [*own, *passed])]
         command = [
             mpi.command,

@@ -6,6 +6,7 @@ What takes long to import is imported by the command that needs it, so that help
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import traceback
 
 import click
 
-from chexlib.errors import FAULTS, ChexlibError, ConfigError, one_line
+from chexlib.errors import FAULTS, ChexlibError, ConfigError, one_line, printable
 
 
 def _set_debug(ctx, option, wanted: bool) -> None:
@@ -68,6 +69,12 @@ class _Family(_OneLine, click.Group):
 
     command_class = Command
 
+    def main(self, *args, **kwargs):
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # of a locale that may lack a letter of ours
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **kwargs)
+
 
 @click.group(cls=_Family, context_settings={"help_option_names": ["-h", "--help"]})
 def main():
@@ -81,6 +88,11 @@ def main():
 labels_option = click.option(
     "--data", "data_dir", required=True, help="Folder in the NIH layout; the labels are enough."
 )
+
+
+def _say(text, **options) -> None:
+    """Print what may hold names of files or of other people's tables."""
+    click.echo(printable(str(text)), **options)
 
 
 def _number(value: float) -> str:
@@ -133,7 +145,7 @@ def run(notebooks, data_dir, engines, parameters, **settings):
     if data_dir:
         chosen["data_dir"] = data_dir
     failed, report = execute(notebooks, parameters=chosen, **settings)
-    click.echo(f"Report: {report}")
+    _say(f"Report: {report}")
     sys.exit(1 if failed else 0)
 
 
@@ -155,12 +167,12 @@ def compare(run, every):
         counts = table["verdict"].value_counts()
         told = ", ".join(f"{counts[name]} {name}" for name in VERDICTS if name in counts)
         told = told or "no figure with an interval"
-        click.echo(f"{notebook}, reference of profile {compared['profile']}: {told}")
+        _say(f"{notebook}, reference of profile {compared['profile']}: {told}")
         for name, (then, now) in compared["parameters"].items():
-            click.echo(f"  {name}: {then} then, {now} now")
+            _say(f"  {name}: {then} then, {now} now")
         shown = table if every else table[table["verdict"] == APART]
         if len(shown):
-            click.echo(shown.to_string(float_format=_number, na_rep="-"))
+            _say(shown.to_string(float_format=_number, na_rep="-"))
         differs |= APART in counts
     sys.exit(1 if differs else 0)
 
@@ -171,7 +183,7 @@ def card(run):
     """Write MODEL_CARD.md into RUN, a folder with a model.keras, from what the run's files say."""
     from chexlib.app.report import write_card
 
-    click.echo(write_card(run))
+    _say(write_card(run))
 
 
 @main.command()
@@ -181,7 +193,7 @@ def clean():
     """
     from chexlib.cluster.cleanup import PREFIX, end_members
 
-    click.echo(f"{end_members(PREFIX)} processes ended")
+    _say(f"{end_members(PREFIX)} processes ended")
 
 
 # --- data
@@ -206,7 +218,7 @@ def phantom(directory, **settings):
     """Make synthetic radiographs with all 14 findings in DIRECTORY, in the NIH layout."""
     from chexlib.phantom.write import write_phantom
 
-    click.echo(write_phantom(directory, **settings))
+    _say(write_phantom(directory, **settings))
 
 
 @main.command()
@@ -232,7 +244,7 @@ def fetch(directory, parts):
                 f"--parts {parts!r} is not a list of numbers. Write for instance --parts 1,2."
             ) from None
     show_log()
-    click.echo(download(directory, parts=numbers))
+    _say(download(directory, parts=numbers))
 
 
 @main.command()
@@ -261,9 +273,9 @@ def audit(data_dir, parts):
     lists = {name: read_list(path, radiographs) for name, path in paths.items()}
     checked = check(lists, radiographs, allow_leak=True)
     for part, images in checked.images.items():
-        click.echo(f"{part}: {images} images of {checked.patients[part]} patients")
-    click.echo((100 * checked.prevalence).to_string(float_format=lambda x: f"{x:.2f} %"))
-    click.echo(f"{'LEAK' if checked.leaks else 'No leak'}: {checked}")
+        _say(f"{part}: {images} images of {checked.patients[part]} patients")
+    _say((100 * checked.prevalence).to_string(float_format=lambda x: f"{x:.2f} %"))
+    _say(f"{'LEAK' if checked.leaks else 'No leak'}: {checked}")
     sys.exit(1 if checked.leaks else 0)
 
 
@@ -280,21 +292,22 @@ def train(config_file, resume):
 
     SIGUSR1: stop, keep a checkpoint.
     """
+    from chexlib.files import read_json
     from chexlib.machine import import_tensorflow
 
+    # What is wrong is told before the slow import of TensorFlow.
+    if not os.path.exists(config_file):
+        raise ConfigError(f"there is no file {config_file}. Name a JSON file of settings.")
+    values = read_json(config_file)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import_tensorflow()
     from chexlib.app.live import LiveLine
     from chexlib.app.runs import show_log
     from chexlib.collectives import join_world
-    from chexlib.files import read_json
     from chexlib.training.config import TrainConfig
     from chexlib.training.fit import fit
     from chexlib.training.noise import NoiseScale
 
-    if not os.path.exists(config_file):
-        raise ConfigError(f"there is no file {config_file}. Name a JSON file of settings.")
-    values = read_json(config_file)
     show_log()
     # Once is enough, and every rank would say it.
     logging.getLogger("chexlib.data").setLevel(logging.WARNING)
@@ -357,9 +370,9 @@ def tune(batches, precisions, **settings):
 
     precisions = precisions or (native_precision(),)
     table = measure(batches=batches or (16,), precisions=precisions, **settings)
-    click.echo(table.round(2).to_string(index=False))
+    _say(table.round(2).to_string(index=False))
     save_winner(table)
-    click.echo(f"The fastest is kept in {PROFILE}.")
+    _say(f"The fastest is kept in {PROFILE}.")
 
 
 @main.command()
@@ -411,7 +424,7 @@ def predict(images, weights, form, heatmaps):
     import_tensorflow()
     predicted = predict_all(images, weights=weights, each=draw)
     for error in predicted.errors.values():
-        click.echo(f"Error: {error}", err=True)
+        _say(f"Error: {one_line(error)}", err=True)
     scores, called = read_by_card(predicted.probabilities, card)
     predicted.probabilities = scores
     calibration = (card.get("calibration") or {}).get("method")
@@ -430,14 +443,14 @@ def predict(images, weights, form, heatmaps):
         }
         click.echo(json.dumps(answer, indent=1))
     elif form == "csv":
-        click.echo(predicted.to_table().to_csv(index=False, float_format="%.6f"), nl=False)
+        _say(predicted.to_table().to_csv(index=False, float_format="%.6f"), nl=False)
     elif not scores.empty:
         told = f"calibrated by {calibration}" if calibration else "not calibrated"
-        click.echo(f"Weights: {weights} (trained on the {split_of(card)}; {told})")
-        click.echo(scores.T.to_string(float_format=_number))
+        _say(f"Weights: {weights} (trained on the {split_of(card)}; {told})")
+        _say(scores.T.to_string(float_format=_number))
     if form != "csv":  # which has a column for it
         for image, doubt in predicted.doubts.items():
-            click.echo(f"Doubtful: {image}: {doubt}.", err=True)
+            _say(f"Doubtful: {one_line(image)}: {doubt}.", err=True)
     sys.exit(2 if scores.empty else 1 if predicted.errors else 0)
 
 
@@ -473,10 +486,10 @@ def evaluate(predictions, as_json, **settings):
         return
     split = judged["split"]
     size = f"{split['images']:,} images, {split['patients']:,} patients"
-    click.echo(f"{split['name']} (digest {split['digest']}): {size}")
+    _say(f"{split['name']} (digest {split['digest']}): {size}")
     for name in ("auroc", "difference"):
         if name in judged:
-            click.echo(judged[name].to_string(float_format=_number, na_rep="-"))
+            _say(judged[name].to_string(float_format=_number, na_rep="-"))
 
 
 if __name__ == "__main__":

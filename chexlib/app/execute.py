@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ from chexlib.app.runs import (
     show_log,
 )
 from chexlib.errors import FAULTS, ChexlibError, ConfigError, DataError, first_line, one_line
-from chexlib.files import ROOT, atomic_write, read_json
+from chexlib.files import ROOT, atomic_write, read_json, require_file, require_writable
 from chexlib.machine import BATCH, cores
 from chexlib.mpi import thread_environment
 
@@ -93,6 +94,8 @@ def execute(
     settings = _checked(dict(parameters or {}), _profile(profile), accepted)
     _refuse_what_cannot_work(settings)
     show_log()
+    if reference:
+        require_writable(ROOT / "data" / "reference", "Run without --reference.")
 
     asked = {"notebooks": [path.stem for path in paths], "profile": profile, "settings": settings}
     failed, any_executed, told = [], False, False
@@ -134,8 +137,12 @@ def execute(
                     except (ChexlibError, *FAULTS) as error:
                         log.error("%s is not kept: %s", path.stem, one_line(error))
                         failed.append(path.stem)
-        point_latest(run)
-        return sorted(failed), build_report(run)
+        report = build_report(run)
+        if failed:
+            log.warning("%s does not point to this run: notebooks failed.", run.parent / "latest")
+        else:
+            point_latest(run)
+        return sorted(failed), report
 
 
 def _groups(paths: list[Path]) -> list[list[Path]]:
@@ -281,15 +288,30 @@ def _headless(log_file: Path, *, threads: int = 0) -> Iterator[None]:
     Python's own standard error stays where it was.
     """
     before, stderr, terminal = dict(os.environ), sys.stderr, os.dup(2)
+    # What kernels need of a home, which may be missing, or on NFS, where their history locks up.
+    home = tempfile.TemporaryDirectory(prefix="chexlib-kernels-")
+    # IPython else copies a file there with its mode, which some file systems refuse.
+    readme = Path(home.name, "profile_default", "startup", "README")
+    readme.parent.mkdir(parents=True)
+    readme.touch()
     try:
         # Without room for the file, what kernels say goes where it went before.
         with contextlib.suppress(OSError), open(log_file, "ab") as kernels:
             os.dup2(kernels.fileno(), 2)
-        sys.stderr = open(terminal, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+        sys.stderr = open(  # noqa: SIM115
+            terminal,
+            "w",
+            buffering=1,
+            encoding=stderr.encoding,
+            errors="backslashreplace",
+            closefd=False,
+        )
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        # No bars, lines instead; and the kernel of this environment, whatever the user has
-        # installed.
-        os.environ.update({BATCH: "1", "TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1"})
+        os.environ.update({BATCH: "1", "TQDM_DISABLE": "1"})  # lines instead of bars
+        # The kernel of this environment, whatever the user or the site has installed.
+        os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+        os.environ.pop("JUPYTER_PATH", None)
+        os.environ.update({"JUPYTER_RUNTIME_DIR": home.name, "IPYTHONDIR": home.name})
         for name, value in (thread_environment(threads) if threads else {}).items():
             os.environ.setdefault(name, value)  # what the user has set counts more
         yield
@@ -300,6 +322,7 @@ def _headless(log_file: Path, *, threads: int = 0) -> Iterator[None]:
         os.close(terminal)
         os.environ.clear()
         os.environ.update(before)
+        home.cleanup()
 
 
 def end_when_told() -> None:
@@ -358,6 +381,7 @@ def _profile(names: str) -> dict:
             step = " `python -m chexlib tune` makes it." if name == "tuned" else ""
             raise ConfigError(f"there is no profile {name!r}. There are: {profiles}.{step}")
         try:
+            require_file(file)
             values = yaml.safe_load(file.read_bytes()) or {}
             if not isinstance(values, dict):
                 raise ValueError("it has no names with values")

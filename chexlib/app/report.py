@@ -6,7 +6,9 @@ They need no network, fit a phone, and can be read by a screen reader.
 from __future__ import annotations
 
 import base64
+import contextlib
 import math
+import os
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -51,7 +53,7 @@ def build_report(run: Path, only: Collection[str] | None = None) -> Path:
     """Turn every executed notebook of a run into HTML and write the run's `index.html` over them:
     the ledger first.
 
-    A page that is newer than its notebook stays, so that the report can be written anew after each
+    A page that is of its notebook as it is now stays, so that the report can be written anew after each
     notebook.
 
     Parameters
@@ -148,8 +150,12 @@ def _notebook(folder: Path) -> dict:
         for output in cell.get("outputs", []):
             if output.output_type == "error":
                 error = f"{output.ename}: {output.evalue}"
-    if not written.exists() or written.stat().st_mtime_ns <= source.stat().st_mtime_ns:
+    made = source.stat().st_mtime_ns
+    # A page has the time of its notebook: a clock that went back makes none stale.
+    if not written.exists() or written.stat().st_mtime_ns != made:
         write_page(notebook, written, title=title)
+        with contextlib.suppress(OSError):  # then it is written anew each time
+            os.utime(written, ns=(made, made))
     seconds = notebook.metadata.get("papermill", {}).get("duration")
     return {"title": title, "error": error, "seconds": seconds}
 

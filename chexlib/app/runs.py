@@ -1,13 +1,12 @@
 """Runs: one folder for what a notebook found, with everything needed to know how it came about.
 
 `runs/<id>/<notebook>/` holds params.json, environment.json, metrics.json, figures/*.png and what
-training wrote; `runs/latest` points to the newest run.
+training wrote; `runs/latest` points to the newest run of which no notebook failed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import html
 import json
 import logging
@@ -19,8 +18,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from chexlib.errors import ConfigError, DataError
-from chexlib.files import ROOT, atomic_write, plain, read_json, write_json
+from chexlib.errors import ConfigError, DataError, printable
+from chexlib.files import ROOT, atomic_write, file_lock, is_utf8, plain, read_json, write_json
 from chexlib.machine import environment
 
 PHANTOM_SIZE = 128  # side in pixels of the phantoms that notebooks make
@@ -40,6 +39,8 @@ log = logging.getLogger(__name__)
 def new_run(runs_dir: str | Path = "") -> Path:
     """Make and return a folder for a new run, `runs/<date-time>`."""
     parent = Path(runs_dir or ROOT / "runs").absolute()
+    if not is_utf8(parent):
+        raise ConfigError(f"the name of the run folder {parent} is no UTF-8. Name another.")
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for suffix in ["", *(f"-{i}" for i in range(2, 100))]:
         path = parent / f"{stamp}{suffix}"
@@ -48,7 +49,7 @@ def new_run(runs_dir: str | Path = "") -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise _unwritable(parent, error) from error
         return path
     raise ConfigError(f"{parent} has a hundred runs of this second. Name the folder yourself.")
 
@@ -97,14 +98,11 @@ def run_folder(
         except OSError as error:
             run.rmdir()
             raise _unwritable(run, error) from error
-    with open(run / ASKED) as held:
-        try:
-            # Given back by the system, however this process ends.
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with file_lock(run / ".lock", wait=False) as locked:
+        if not locked:
             raise ConfigError(
                 f"{run} is being executed. Wait for its end, or begin a new run without resume."
-            ) from None
+            )
         yield run
 
 
@@ -120,7 +118,7 @@ def asked_for(file: Path) -> dict:
 
 
 def latest_run(runs_dir: str | Path = "") -> Path | None:
-    """The newest run, or None."""
+    """The newest run of which no notebook failed, or None."""
     link = Path(runs_dir or ROOT / "runs") / "latest"
     return link.resolve() if link.exists() else None
 
@@ -132,7 +130,7 @@ class Run:
     notebook: str
     path: Path
     parameters: dict
-    began: float
+    began: float  # of time.monotonic
     named: bool = False  # the folder was given: what lies around it is not ours
     # It began here before, with the same parameters, and did not finish: trainings go on.
     interrupted: bool = False
@@ -167,7 +165,7 @@ class Run:
             What the ledger reads of this notebook.
         """
         read_by_ledger = {} if record is None else vars(record)
-        seconds = round(time.time() - self.began, 1)
+        seconds = round(time.monotonic() - self.began, 1)
         write_json(self.path / "metrics.json", {**read_by_ledger, **metrics, "seconds": seconds})
         if not self.named:
             point_latest(self.path.parent)
@@ -261,7 +259,8 @@ def start(notebook: str, *, run_dir: str = "", parameters: dict | None = None) -
         write_json(path / "environment.json", environment())
     except OSError as error:
         raise _unwritable(path, error) from error
-    return Run(notebook, path, dict(parameters or {}), time.time(), bool(run_dir), interrupted)
+    began = time.monotonic()
+    return Run(notebook, path, dict(parameters or {}), began, bool(run_dir), interrupted)
 
 
 def _began_before(path: Path, parameters: dict) -> bool:
@@ -298,11 +297,21 @@ def data_folder(data_dir: str = "", *, images: int, difficulty: str, seed: int) 
 
 
 def point_latest(run: Path) -> None:
-    """Let `latest` beside `run` point to it, atomically."""
+    """Let `latest` beside `run` point to it, atomically; a warning says where that cannot be."""
     draft = run.parent / f".latest.{os.getpid()}"
-    draft.unlink(missing_ok=True)
-    draft.symlink_to(run.name)
-    os.replace(draft, run.parent / "latest")
+    try:
+        draft.unlink(missing_ok=True)
+        draft.symlink_to(run.name)
+        os.replace(draft, run.parent / "latest")
+    except OSError as error:  # no links here, as on exFAT, or a folder of this name
+        log.warning(
+            "%s cannot point to this run (%s). Name %s itself.",
+            run.parent / "latest",
+            error.strerror,
+            run,
+        )
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def watermark() -> str:
@@ -319,9 +328,16 @@ def show_log(level: int = logging.INFO) -> None:
     logger.setLevel(level)
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_Printable("%(message)s"))
         logger.addHandler(handler)
         logger.propagate = False
+
+
+class _Printable(logging.Formatter):
+    """What is logged, so that no name of a file in it steers the terminal."""
+
+    def format(self, record):
+        return printable(super().format(record))
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigError:

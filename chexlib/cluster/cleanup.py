@@ -27,7 +27,7 @@ from pathlib import Path
 
 import psutil
 
-from chexlib.files import atomic_write
+from chexlib.files import atomic_write, read_text
 
 PREFIX = "chexlib-cluster-"  # begins the name of every cluster's folder
 PATIENCE = 5.0  # seconds from SIGTERM to SIGKILL
@@ -83,7 +83,7 @@ def sign(folder: str | Path, ranks: Sequence[int] = ()) -> None:
     for rank in ranks:
         # It has just died, or this is macOS, where MPI's files lie in the folder.
         with contextlib.suppress(OSError):
-            maps = Path(f"/proc/{rank}/maps").read_text()
+            maps = Path(f"/proc/{rank}/maps").read_text(encoding="utf-8", errors="replace")
             shared.update(re.findall(rf"{SHARED_MEMORY}/\S+", maps))
     owner = {
         "host": socket.gethostname(),
@@ -101,7 +101,7 @@ def sweep(folder: str | Path) -> None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, psutil.NoSuchProcess):
             if {path.parent.lstat().st_uid, path.lstat().st_uid} != {os.geteuid()}:
                 continue  # what another user wrote is not to be believed
-            owner = json.loads(path.read_text())
+            owner = json.loads(read_text(path))
             if owner["host"] != socket.gethostname() or _runs(owner) or members(str(path.parent)):
                 continue
             remove(path.parent)
@@ -129,7 +129,7 @@ def _is_mine(path: Path) -> bool:
 def release_memory(folder: str | Path) -> None:
     """Remove the shared memory of ranks that have ended, however they did."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        for name in json.loads((Path(folder) / OWNER).read_text())["shared"]:
+        for name in json.loads(read_text(Path(folder) / OWNER))["shared"]:
             if str(Path(name).parent) == SHARED_MEMORY:
                 Path(name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
@@ -157,7 +157,7 @@ def watchdog(folder: str) -> Iterator[None]:
         [sys.executable, "-m", "chexlib.cluster.cleanup", folder],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        text=True,
+        encoding="utf-8",
         start_new_session=True,
     )
     try:
@@ -191,7 +191,7 @@ def watch(folder: str) -> None:
 def end(folder: str) -> None:
     """End the cluster of a notebook that has died, and remove what it leaves."""
     with contextlib.suppress(OSError):  # a Slurm job, which may still wait for its hosts
-        subprocess.run(["scancel", (Path(folder) / JOB).read_text()], timeout=60)
+        subprocess.run(["scancel", read_text(Path(folder) / JOB)], timeout=60)
     for _ in range(3):  # again, for what was just being started
         end_members(folder)
         time.sleep(1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import html
 import logging
+import os
 import socket
 import tempfile
 import time
@@ -25,6 +26,7 @@ from chexlib.cluster.engine import call
 from chexlib.cluster.launch import Launched, launcher_settings, one_world
 from chexlib.cluster.sites import Site
 from chexlib.errors import ClusterError, ConfigError
+from chexlib.files import require_room
 from chexlib.machine import cores, topology
 from chexlib.mpi import find_mpi, thread_environment
 
@@ -34,6 +36,9 @@ CONTROLLER = [
     # On one host too: its other users can listen to its loopback.
     "--IPController.enable_curve=True",
 ]
+
+
+ROOM = 16 * 2**20  # bytes that a cluster's folder may need
 
 
 class Engines:
@@ -48,8 +53,18 @@ class Engines:
     def __init__(self, n: int, site: Site, *, threads: int, timeout: int, stall: int):
         self.n, self.site, self.threads, self.timeout, self.stall = n, site, threads, timeout, stall
         self.mpi = find_mpi()
-        sweep(site.shared or tempfile.gettempdir())
-        self.folder = tempfile.mkdtemp(prefix=PREFIX, dir=site.shared)
+        place = site.shared or tempfile.gettempdir()
+        sweep(place)
+        require_room(place, ROOM)
+        self.folder = tempfile.mkdtemp(prefix=PREFIX, dir=place)
+        try:
+            os.chmod(self.folder, 0o700)
+        except OSError as error:
+            os.rmdir(self.folder)
+            raise ClusterError(
+                f"{place} keeps no permissions of files ({error.strerror}), and others could read "
+                "the keys of the engines. Name another folder in the environment variable TMPDIR."
+            ) from error
         sign(self.folder)
         self.cluster, self.client, self.launched = None, None, None
         self.identities, self._pending, self._starts = [], [], 0
@@ -268,7 +283,7 @@ def mpi_engines(
             "each."
         )
     of_a_host = max((slots for _, slots in site.hosts), default=n)
-    threads = threads or max(1, topology()["physical_cores"] // of_a_host)
+    threads = threads or max(1, min(topology()["physical_cores"], cores()) // of_a_host)
     thread_environment(threads)  # refuses impossible numbers before anything is started
     engines = Engines(n, site, threads=threads, timeout=timeout, stall=stall)
     try:

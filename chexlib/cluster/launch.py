@@ -19,6 +19,7 @@ from chexlib.cluster.cleanup import JOB, WAIT, memory_variables
 from chexlib.cluster.sites import Site
 from chexlib.cluster.slurm import ENGINES_SCRIPT
 from chexlib.errors import ClusterError
+from chexlib.files import read_text
 from chexlib.mpi import Mpi, thread_environment
 
 
@@ -53,7 +54,7 @@ def launcher_settings(site: Site, mpi: Mpi, threads: int, stall: int, folder: st
         names = ("PYTHONPATH", "LD_LIBRARY_PATH", "CHEXLIB_COLLECTIVES")
         passed_on = [name for name in names if name in os.environ]
         export = ["IPP_PROFILE_DIR", "IPP_CLUSTER_ID", *environment, *passed_on]
-        launcher.mpi_cmd = [mpi.command]
+        launcher.mpi_cmd = mpi.start(alone=not site.hosts)
         launcher.mpi_args = [*mpi.flags(site.hosts, site.network, export), *site.options]
         launcher.engine_args = ["--log-level=ERROR"]
     return settings
@@ -66,7 +67,7 @@ def one_world(client: ipp.Client, controller, n: int) -> list[dict]:
     """
     from chexlib.collectives import identify
 
-    address = json.loads(Path(controller.connection_files["engine"]).read_text())
+    address = json.loads(read_text(controller.connection_files["engine"]))
     door = (address["interface"].removeprefix("tcp://"), address["registration"])
     client[:].apply_async(engine.begin, door).get(timeout=WAIT)
     identities = client[:].apply_async(identify).get(timeout=WAIT)
@@ -89,7 +90,7 @@ class Launched:
         self.launcher, self.slurm = launcher, site.slurm
         self._asked, self._known = time.monotonic(), True
         if site.slurm:
-            (Path(folder) / JOB).write_text(launcher.job_id)
+            (Path(folder) / JOB).write_text(launcher.job_id, encoding="utf-8")
 
     def runs(self) -> bool:
         """Is mpiexec there, or Slurm's job?"""
@@ -100,7 +101,7 @@ class Launched:
             command = ["squeue", "--noheader", "--jobs", self.launcher.job_id]
             # Then what was known last counts.
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+                answer = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
                 unknown = answer.returncode == 0 or "Invalid job id" in answer.stderr
                 self._known = bool(answer.stdout.strip()) or not unknown
         return self._known
@@ -109,7 +110,7 @@ class Launched:
         """All that the launcher has said, engines' own output as far as they do not catch it."""
         with contextlib.suppress(Exception):
             try:  # its get_output keeps for ever what it found the first time
-                return Path(self.launcher.output_file).read_text(errors="replace")
+                return Path(self.launcher.output_file).read_text(encoding="utf-8", errors="replace")
             except FileNotFoundError:  # removed by the launcher's end, which kept the whole of it
                 return self.launcher.get_output()
         return ""

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from chexlib.errors import ConfigError
+from chexlib.files import read_text
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,11 @@ def find_site(
 def _read_hosts(hosts: Sequence[str] | str | Path) -> tuple[tuple[str, int], ...]:
     if isinstance(hosts, str | Path):
         try:
-            lines = Path(hosts).read_text().splitlines()
-        except OSError as error:
+            lines = read_text(hosts).splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is no text"
             raise ConfigError(
-                f"the hostfile {hosts} cannot be read ({error.strerror}). Give a file or a list."
+                f"the hostfile {hosts} cannot be read ({reason}). Give a file or a list."
             ) from error
     else:
         lines = list(hosts)

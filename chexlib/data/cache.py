@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from chexlib.data.nih import first_few, read_bytes, read_image
 from chexlib.errors import DataError, first_line
-from chexlib.files import ROOT, atomic_write
+from chexlib.files import ROOT, atomic_write, writing_to
 from chexlib.machine import cores
 
 FOLDER = "CHEXLIB_CACHE"  # the environment variable that names another folder than data/cache
@@ -132,14 +132,10 @@ class ImageStore:
         self.folder = cache_folder(size)
         # Names of pairs; indexes hold their numbers, which take no memory to speak of.
         self._files: list[str] = []
-        try:
+        step = f"Make room, or name another folder in the environment variable {FOLDER}."
+        with writing_to(f"the cache in {self.folder}", step):
             self.folder.mkdir(parents=True, exist_ok=True)
             index = self._complete(gather, progress)
-        except OSError as error:
-            raise DataError(
-                f"the cache in {self.folder} cannot be written ({error.strerror or error}). Make "
-                f"room, or name another folder in the environment variable {FOLDER}."
-            ) from error
         self._file_of = index["pixels"].to_numpy()
         self._rows = index["row"].to_numpy()
         self._crcs = index["crc"].to_numpy()

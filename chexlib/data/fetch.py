@@ -6,7 +6,6 @@ keeps the bytes beside the file and asks for the rest (HTTP Range).
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
@@ -22,7 +21,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from chexlib.errors import ConfigError, DataError
-from chexlib.files import read_json, write_json
+from chexlib.files import file_lock, read_json, require_writable, write_json
 
 CHUNK = 1 << 16  # bytes: what is lost at most when a connection ends
 ATTEMPTS = 5  # in a row that bring no byte
@@ -108,7 +107,7 @@ def _complete(remote: Remote, partial: Path) -> None:
                     f"of {remote.size:,} bytes of {remote.name} are kept; run it again to go on "
                     "from there."
                 ) from fault
-            if have < remote.size:
+            if have < remote.size and idle < 2:  # what goes on is not told again
                 _log.warning("%s: interrupted at %d bytes (%s), going on", remote.name, have, fault)
             if idle:
                 time.sleep(min(PAUSE * 2**idle, 60.0))
@@ -328,17 +327,15 @@ def _locked(work: Path):
             f"{work} is a link, and fetch empties that folder at the end. Remove the link, and fetch "
             "again."
         )
-    work.mkdir(parents=True, exist_ok=True)
+    require_writable(work, "Name another folder for the data.")
     for path in work.iterdir():
         if path.is_symlink() and path.suffix != ".gz":
             path.unlink()
-    with open(work / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+    with file_lock(work / "lock", wait=False) as locked:
+        if not locked:
             raise DataError(
                 f"another fetch is at work in {work.parent}. Wait for it, or stop it first."
-            ) from error
+            )
         for path in work.iterdir():
             if path.is_file() and path.name != "lock" and path.suffix not in (".gz", ".partial"):
                 path.unlink()

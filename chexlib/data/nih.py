@@ -17,7 +17,7 @@ import pandas as pd
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from chexlib.errors import ConfigError, DataError, first_line
-from chexlib.files import files_below
+from chexlib.files import files_below, is_utf8
 from chexlib.findings import ALIASES, FINDINGS, NO_FINDING
 from chexlib.machine import cores
 
@@ -146,6 +146,10 @@ def load_radiographs(
             f"max_images={max_images} is negative. Use 0 for all images, or a positive number."
         )
     root = Path(os.path.abspath(Path(data_dir).expanduser()))
+    if not is_utf8(root):
+        raise DataError(
+            f"The name of the data folder {root} is no UTF-8. Rename it, or use a link to it."
+        )
     csv = _label_file(root)
     listed, files = _read_entries(csv), _image_files(root)
     table = listed.copy()
@@ -507,11 +511,12 @@ def _image_files(root: Path) -> dict[str, str]:
     """
     folders = sorted(glob.glob(os.path.join(glob.escape(str(root)), "images*")))
     paths, lost = files_below(*(path for path in folders if not os.path.isfile(path)))
+    lost |= {path: "its name is no UTF-8" for path in paths if not is_utf8(path)}
     if lost:
         reasons = [f"{path}: {reason}" for path, reason in lost.items()]
         _log.warning("%d files or folders cannot be had: %s", len(lost), first_few(reasons))
     files, pairs = {}, []
-    for path in sorted(paths):
+    for path in sorted(set(paths).difference(lost)):
         name = os.path.basename(path)
         if name.startswith(".") or not name.lower().endswith((*ENDINGS, *OTHER_IMAGES)):
             continue

@@ -18,6 +18,7 @@ import itertools
 import logging
 import math
 import os
+import re
 import stat
 import struct
 from collections.abc import Iterable
@@ -40,10 +41,11 @@ from chexlib.data.nih import (
     white_of,
 )
 from chexlib.errors import DataError
-from chexlib.files import files_below
+from chexlib.files import files_below, folders_below
 from chexlib.phantom.write import phantom_images
 
 log = logging.getLogger(__name__)
+FORMULA = ("=", "+", "-", "@")  # a cell that begins so is run by spreadsheets
 
 
 def find_pictures(wanted: Iterable[str | Path]) -> list[str]:
@@ -59,15 +61,29 @@ def find_pictures(wanted: Iterable[str | Path]) -> list[str]:
     for name in map(str, wanted):
         matches = [name]
         if not os.path.lexists(name):
-            matches = sorted(glob.glob(name, recursive=True)) or [name]
+            matches = sorted(_fitting(name)) or [name]
         for path in matches:
             paths += _below(path) if os.path.isdir(path) else [path]
     folder_of = functools.cache(os.path.realpath)
     first: dict[tuple[str, str], str] = {}
     for path in paths:
         folder, name = os.path.split(path)
+        if path.startswith(FORMULA):
+            path = os.path.join(os.curdir, path)
         first.setdefault((folder_of(folder), name), path)
     return list(first.values())
+
+
+def _fitting(pattern: str) -> set[str]:
+    """Paths that a pattern fits, as `glob` finds them, but below `**` each folder is entered once."""
+    above, *below = re.split(r"(?:^|(?<=/))\*\*/+", pattern, maxsplit=1)
+    if not below:
+        return set(glob.glob(pattern))
+    found = set()
+    for folder, _ in folders_below(*(glob.glob(above) if above else [os.curdir])):
+        here = os.path.join(glob.escape(folder), "")
+        found |= _fitting((here if above else here.removeprefix("./")) + below[0])
+    return found
 
 
 def _below(folder: str) -> list[str]:

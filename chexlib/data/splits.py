@@ -23,6 +23,7 @@ import pandas as pd
 
 from chexlib.data.nih import NEXT_STEP, Radiographs, base_name, first_few, rows_of
 from chexlib.errors import ConfigError, DataError
+from chexlib.files import read_text
 from chexlib.findings import FINDINGS
 
 PARTS = ("train", "validation", "test")
@@ -408,7 +409,7 @@ def read_list(path: str | Path, radiographs: Radiographs | None = None) -> tuple
         they do not list are no error: the official lists are longer than a subset's labels.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(path, encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"The image list {path} cannot be read: {error}. Name a text file with one image name "

@@ -18,7 +18,7 @@ from chexlib.data.nih import Radiographs, base_name, first_few, load_radiographs
 from chexlib.data.splits import LISTS, Split, read_list
 from chexlib.errors import DataError, first_line, one_line
 from chexlib.evaluation.auroc import compare, judge
-from chexlib.files import read_json
+from chexlib.files import read_json, require_file
 from chexlib.findings import ALIASES, FINDINGS
 
 IMAGE_COLUMNS = ("image", "Image Index", "path", "filename")
@@ -202,15 +202,15 @@ def read_predictions(path: str | Path) -> pd.DataFrame:
         It cannot be read, or is another table.
     """
     try:
+        require_file(path)
         table = pd.read_parquet(path)
         of_findings = [f"{kind}_{finding}" for kind in ("label", "score") for finding in FINDINGS]
         if lacking := [c for c in ("image", "patient", "part", *of_findings) if c not in table]:
             raise ValueError(f"it has no column {first_few(lacking)}")
         table[of_findings].astype(float)
     except Exception as error:  # a damaged file makes Arrow raise nearly anything
-        raise DataError(
-            f"{path} cannot be read ({first_line(error)}). Name the folder of a run."
-        ) from error
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise DataError(f"{path} cannot be read ({reason}). Name the folder of a run.") from error
     return table
 
 
@@ -247,16 +247,18 @@ def judged_in(run: str | Path | None, data: str) -> dict[str, dict]:
 
 def _read(path: Path) -> pd.DataFrame:
     """The table of a file; of a CSV all as text, since names of images may be digits alone."""
-    if not path.is_file():
+    if path.is_dir() or not path.exists():
         fault = f"{path} is a folder" if path.is_dir() else f"there is no file {path}"
         raise DataError(
             f"{fault}. Name a CSV or Parquet file of scores, such as a run's predictions.parquet."
         )
     try:
-        table = _read_parquet(path) if path.suffix in (".parquet", ".pq") else _read_text(path)
+        require_file(path)
+        table = _read_parquet(path) if path.suffix in (".parquet", ".pq") else _read_lines(path)
     except Exception as error:  # pandas and Arrow raise many kinds
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise DataError(
-            f"{path} cannot be read: {first_line(error)}. Accepted: CSV, or Parquet with the ending .parquet."
+            f"{path} cannot be read: {reason}. Accepted: CSV, or Parquet with the ending .parquet."
         ) from error
     names = table.columns.astype(str)
     if names.has_duplicates:
@@ -279,7 +281,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     return pd.read_parquet(path)
 
 
-def _read_text(path: Path) -> pd.DataFrame:
+def _read_lines(path: Path) -> pd.DataFrame:
     with open(path, encoding="utf-8-sig") as file:
         first = file.readline()
     separator = max(",;\t", key=first.count)

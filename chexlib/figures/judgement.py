@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from chexlib.findings import FINDINGS
 
 log = logging.getLogger(__name__)
 SIDE = 512  # px: more is not seen in a panel
+LONGEST = 240  # bytes of a file name, of 255, so that an ending fits too
 
 
 def auroc_bars(
@@ -248,9 +250,10 @@ class HeatMapFiles:
             except DataError as error:  # it has gone since it was scored
                 log.warning("no heat map: %s", error)
                 continue
-            name, number = f"{Path(path).stem}.png", 2
+            stem = os.fsdecode(os.fsencode(Path(path).stem)[:LONGEST])
+            name, number = f"{stem}.png", 2
             while name in self.written:  # of another folder
-                name, number = f"{Path(path).stem}-{number}.png", number + 1
+                name, number = f"{stem}-{number}.png", number + 1
             with atomic_write(self.folder / name) as file:
                 heat_figure([image] * len(heat), heat, titles).savefig(file, format="png", dpi=100)
             self.written.append(name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -14,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from chexlib.errors import WeightsError
+from chexlib.files import scratch_folder
 from chexlib.models.hdf5 import find_arrays, find_arrays_apart
 
 COLUMNS = ["tensor", "layer", "weight", "shape", "fate"]  # of a report: shape is that in the file
@@ -33,7 +33,7 @@ def read_arrays(path: Path, *, ours: bool = False) -> dict[str, np.ndarray]:
         An array is packed or lies outside the file, or all together say that they are larger than
         it is. Keras packs none.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder(os.path.getsize(path) if path.suffix == ".keras" else 0) as folder:
         plain = path
         # Inside the archive every step back would be read anew from its beginning.
         if path.suffix == ".keras":
@@ -135,6 +135,11 @@ def _is_grey(kernel: np.ndarray, variable) -> bool:
     return kernel.ndim == 4 and kernel.shape[CHANNELS] == 1 and variable.shape[CHANNELS] == 3
 
 
+def room_for(model) -> int:
+    """Bytes of a file that holds a model's weights, and no more than that many."""
+    return 2**20 + sum(int(np.prod(weight.shape)) for weight in model.weights) * 5
+
+
 def layout(model) -> dict[str, tuple[str, str, object]]:
     """Find where Keras writes each weight of a model: name in the file -> (layer, weight, variable).
 
@@ -145,7 +150,7 @@ def layout(model) -> dict[str, tuple[str, str, object]]:
     before = model.get_weights()
     try:
         model.set_weights([np.full(w.shape, i, np.float32) for i, w in enumerate(before)])
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch_folder(room_for(model)) as folder:
             # In an archive, which Python writes: HDF5 crashes if its disk is full.
             file = Path(folder) / "layout.keras"
             model.save(file)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,10 +51,12 @@ class Predictions:
         """A row an image, read or not: image, doubt, error, then a probability a finding; empty
         where there is none.
         """
-        rows = self.probabilities.reindex([*self.probabilities.index, *self.errors])
-        rows.insert(0, "doubt", [self.doubts.get(image, "") for image in rows.index])
-        rows.insert(1, "error", [self.errors.get(image, "") for image in rows.index])
-        return rows.rename_axis("image").reset_index()
+        images = _names([*self.probabilities.index, *self.errors])
+        rows = self.probabilities.reindex(images)
+        rows.insert(0, "image", images)
+        rows.insert(1, "doubt", _names(self.doubts.get(image, "") for image in images))
+        rows.insert(2, "error", _names(self.errors.get(image, "") for image in images))
+        return rows.reset_index(drop=True)
 
 
 def predict(
@@ -156,7 +158,13 @@ def _score(
             if each is not None:
                 each(model, names[-len(pixels) :], pixels, scores[-1])
     values = np.concatenate(scores) if scores else np.empty((0, len(FINDINGS)), np.float32)
-    return Predictions(pd.DataFrame(values, index=names, columns=list(FINDINGS)), doubts, errors)
+    table = pd.DataFrame(values, index=_names(names), columns=list(FINDINGS))
+    return Predictions(table, doubts, errors)
+
+
+def _names(names: Iterable[str]) -> pd.Index:
+    """Names as they are: pandas' own type for text takes nothing but UTF-8."""
+    return pd.Index(list(names), dtype=object)
 
 
 def _compiled(model):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +19,9 @@ import numpy as np
 import pandas as pd
 
 from chexlib.errors import ChexlibError, ConfigError, WeightsError, first_line
-from chexlib.files import atomic_write, require_plain_zip
+from chexlib.files import atomic_write, require_plain_zip, scratch_folder
 from chexlib.findings import FINDINGS
-from chexlib.models.arrays import fill_model, head_differs, layout, read_arrays
+from chexlib.models.arrays import fill_model, head_differs, layout, read_arrays, room_for
 from chexlib.models.convert import load_torch_weights, require_readable
 from chexlib.models.topologies import NORMALIZATION, SIZES, TOPOLOGIES, WIDTHS, build_model
 
@@ -146,7 +145,7 @@ def load_weights(
 def save_model(model, path, *, card: dict) -> Path:
     """Write `model` and its card to one `.keras` file, atomically."""
     path = Path(path)
-    with tempfile.TemporaryDirectory() as folder, atomic_write(path) as file:
+    with scratch_folder(room_for(model)) as folder, atomic_write(path) as file:
         draft = Path(folder) / "model.keras"  # Keras writes to a name with this ending only
         model.save(draft)
         with zipfile.ZipFile(draft, "a") as archive:

@@ -119,7 +119,9 @@ def _table(min_prevalence):
     """(findings, view) pairs of the NIH table, their cumulative probability, each finding's
     prevalence.
     """
-    with open(Path(__file__).with_name("nih_label_combinations.csv"), newline="") as file:
+    with open(
+        Path(__file__).with_name("nih_label_combinations.csv"), newline="", encoding="utf-8"
+    ) as file:
         rows = list(csv.DictReader(file))
     pairs, films = [], []
     for view in ("PA", "AP"):

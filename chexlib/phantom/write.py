@@ -138,7 +138,7 @@ def write_phantom(
     _remove_drafts(directory.parent)
     if _holds(directory, parameters):
         return directory
-    lock, drawn = directory.with_name(f".{directory.name}.lock"), (difficulty, workers)
+    lock, drawn = directory.with_name(f".{directory.name[:40]}.lock"), (difficulty, workers)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(lock, wait=False) as alone:
@@ -171,7 +171,7 @@ def _make(directory, parameters, difficulty, workers) -> Path:
         return directory
     n_images, size, seed = (parameters[name] for name in ("n_images", "size", "seed"))
     films = _population(n_images, seed, difficulty, parameters["min_prevalence"])
-    draft = directory.with_name(f".{directory.name}.{uuid4().hex[:8]}.partial")
+    draft = directory.with_name(f".{directory.name[:40]}.{uuid4().hex[:8]}.partial")
     try:
         pictures = draft / "images_001" / "images"
         pictures.mkdir(parents=True)
@@ -297,4 +297,4 @@ def _test_patients(films, seed) -> set[int]:
 
 
 def _write(path, lines):
-    path.write_text("".join(f"{line}\n" for line in lines))
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -25,7 +25,7 @@ import pandas as pd
 
 from chexlib.cluster.cleanup import no_longer_than_this
 from chexlib.errors import ClusterError, ConfigError
-from chexlib.files import ROOT
+from chexlib.files import ROOT, read_text
 from chexlib.machine import import_tensorflow
 from chexlib.mpi import find_mpi, thread_environment
 from chexlib.scaling.workload import training_gflop
@@ -50,7 +50,7 @@ def command(settings: dict, *, ranks: int, threads: int) -> tuple[list[str], dic
         topology, size, batch_per_rank; optionally precision, and paths of images.
     """
     mpi = find_mpi()
-    launch = [mpi.command, "-n", str(ranks), *mpi.flags()] if ranks > 1 else []
+    launch = [*mpi.start(), "-n", str(ranks), *mpi.flags()] if ranks > 1 else []
     serve = [sys.executable, "-m", "chexlib.scaling.throughput", json.dumps(settings)]
     return [*launch, *serve], thread_environment(threads)
 
@@ -79,8 +79,16 @@ def measure(
         try:
             done = subprocess.run(
                 words,
-                env={**os.environ, **variables, **guarded, **environment},
-                text=True,
+                # Python's choice for temporary files, where TMPDIR names none that can be used.
+                env={
+                    **os.environ,
+                    "TMPDIR": tempfile.gettempdir(),
+                    **variables,
+                    **guarded,
+                    **environment,
+                },
+                encoding="utf-8",
+                errors="replace",
                 input=f"2\n{steps}\n0\n",
                 capture_output=True,
                 timeout=TIMEOUT,
@@ -178,7 +186,7 @@ def read_timeline(path: str | Path) -> tuple[pd.DataFrame, float]:
         Seconds that rank 0 took for one gradient of one rank, the median over requests that came
         together; NaN if none did.
     """
-    text = Path(path).read_text().rstrip().rstrip(",")
+    text = read_text(path).rstrip().rstrip(",")
     if not text.endswith("]"):  # of a job that was killed
         text += "]"
     events = [event for event in json.loads(text) if event]
@@ -258,7 +266,7 @@ def horovod_costs(observed: dict) -> tuple[float, float, str]:
     source = "measured here"
     if math.isnan(observed["request"]):
         file = ROOT / "data" / "reference" / "08_scale_out.json"
-        observed = next(iter(json.loads(file.read_text())["metrics"]["observed"].values()))
+        observed = next(iter(json.loads(read_text(file))["metrics"]["observed"].values()))
         source = f"from {file.relative_to(ROOT)}, since mpi4py carries here"
         if observed["request"] is None:
             raise ConfigError(

@@ -15,7 +15,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from chexlib.errors import ClusterError, ConfigError, DataError
-from chexlib.files import ROOT, atomic_write, file_lock, read_json
+from chexlib.files import ROOT, atomic_write, file_lock, read_json, require_writable
 from chexlib.machine import cores, hardware
 from chexlib.scaling.throughput import measure
 from chexlib.training.config import TrainConfig
@@ -85,6 +85,8 @@ def tune(
         points.append(dict(zip(KEYS, (topology, size, precision, batch, *layout), strict=True)))
     measured = [row for row in rows if row["images_per_second"] and row["steps"] >= steps]
     missing = [point for point in points if _newest(measured, {**point, **here}) is None]
+    if missing:
+        require_writable(path.parent, "What is measured is kept there.")
     for point in tqdm(missing, desc="layouts", unit="layout", leave=False):
         settings = {name: point[name] for name in KEYS[:4]}
         try:
@@ -135,7 +137,6 @@ def _points(path: Path) -> list[dict]:
 
 def _add(path: Path, point: dict) -> list[dict]:
     """Write one more point after those that are in the file by now. Gives all of them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(path.with_name(f".{path.name}.lock")):
         points = [*_points(path), point]
         with atomic_write(path) as file:

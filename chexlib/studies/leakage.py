@@ -79,7 +79,7 @@ def _folder(folder: Path, radiographs: Radiographs, lists: dict[str, list[str]])
     """A folder in the NIH layout with these lists, and links to the labels and the images."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, images in lists.items():
-        (folder / name).write_text("\n".join(images) + "\n")
+        (folder / name).write_text("\n".join(images) + "\n", encoding="utf-8")
     for source in [
         *(radiographs.root / name for name in EDITIONS),
         *sorted(radiographs.root.glob("images*")),

@@ -13,6 +13,7 @@ from pathlib import Path
 from chexlib.data.pipeline import AUGMENTATIONS
 from chexlib.data.splits import fold_of
 from chexlib.errors import ConfigError, one_line
+from chexlib.files import is_utf8
 from chexlib.machine import native_precision
 from chexlib.models.topologies import NORMS, SIZES, STEMS, TOPOLOGIES, WIDTHS
 from chexlib.training.recipes import resolve
@@ -76,12 +77,13 @@ def _flag(default: bool) -> bool:
 
 
 def _is_path(value) -> bool:
-    return isinstance(value, str | os.PathLike) and "\0" not in os.fspath(value)
+    named = isinstance(value, str | os.PathLike) and "\0" not in os.fspath(value)
+    return named and is_utf8(value)
 
 
 def _path(**settings) -> str:
     """A field that holds a path."""
-    return field(metadata={"check": _is_path, "use": "a path"}, **settings)
+    return field(metadata={"check": _is_path, "use": "a path, in UTF-8"}, **settings)
 
 
 # Settings of chexlib 0.1 that are gone, with the values that mean what is done now.

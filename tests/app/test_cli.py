@@ -26,6 +26,7 @@ import chexlib.models.predict
 from chexlib.app.cli import main
 from chexlib.data.nih import load_radiographs, read_image
 from chexlib.errors import ConfigError
+from chexlib.files import ROOT
 from chexlib.findings import FINDINGS
 from chexlib.models.predict import predict
 from chexlib.models.weights import extend_card
@@ -125,6 +126,23 @@ def test_whatever_a_file_or_the_machine_raises_is_one_line(monkeypatch, fault):
     error, *naming = MACHINE_FAULTS[fault]
     monkeypatch.setattr(chexlib.cluster.cleanup, "end_members", mock.Mock(side_effect=error))
     refused("clean", naming=naming)
+
+
+@pytest.mark.parametrize(
+    "name", ["a\nError: all is well", "b\x1b]0;owned\a", "c\x1b[2J", "film\udce9", "d\u202egnp"]
+)
+def test_no_name_of_a_file_forges_a_line_or_steers_the_terminal(tmp_path, name):
+    line = refused("evaluate", tmp_path / name, "--data", tmp_path, naming=["Error: "])
+    assert line.isprintable() and str(tmp_path) in line
+
+
+def test_output_in_a_locale_without_some_letters_is_escaped_and_does_not_end_in_an_error(tmp_path):
+    name = "fïlm-中-\udce9.csv"
+    command = [sys.executable, "-m", "chexlib", "evaluate", os.fsencode(name), "--data", "."]
+    own = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONPATH": str(ROOT)}
+    answer = subprocess.run(command, env=own, cwd=tmp_path, capture_output=True, timeout=60)
+    assert answer.returncode == 2 and answer.stderr.startswith(b"Error: ")
+    assert answer.stderr.count(b"\n") == 1
 
 
 @pytest.mark.parametrize("words", [("--debug", "clean"), ("clean", "--debug")])
@@ -422,6 +440,28 @@ def test_predict_prints_json_of_every_image_and_finding(images, vgg_file):
         np.testing.assert_allclose(
             list(found["probabilities"][image].values()), expected.loc[image], atol=1e-6
         )
+
+
+@pytest.mark.parametrize("form", ["--csv", "--json", "table"])
+def test_names_that_are_no_utf8_or_hold_escapes_cost_no_image_its_row(
+    images, vgg_file, tmp_path, form
+):
+    odd = [os.fsdecode(b"film\xe9.png"), "=cmd.png", "c\x1b[2Jd.png"]
+    for name in odd:
+        shutil.copyfile(images[0], tmp_path / name)
+    (tmp_path / "a\nError: well.png").write_text("x")
+    words = [] if form == "table" else [form]
+    answer = call("predict", tmp_path, "--weights", vgg_file, *words)
+    assert answer.exit_code == 1
+    (line,) = [line for line in answer.stderr.splitlines() if line.startswith("Error: ")]
+    assert "Error: well.png" in line
+    assert "\x1b" not in answer.output
+    if form == "--json":
+        found = json.loads(answer.stdout)["probabilities"]
+        assert set(found) == {str(tmp_path / name) for name in odd}  # as they are
+    else:
+        told = [r"film\udce9.png", "=cmd.png", r"c\x1b[2Jd.png"]
+        assert all(name in answer.stdout for name in told)
 
 
 def test_predict_prints_a_table_of_every_finding(images, vgg_file):

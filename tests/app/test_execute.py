@@ -24,7 +24,7 @@ import chexlib.app.execute
 from chexlib.app.execute import execute, find_notebooks
 from chexlib.app.report import build_report
 from chexlib.app.runs import latest_run
-from chexlib.errors import ConfigError
+from chexlib.errors import ConfigError, DataError
 from chexlib.files import ROOT, write_json
 from chexlib.findings import FINDINGS
 
@@ -196,7 +196,7 @@ def test_notebooks_that_measure_no_speed_run_two_at_a_time_with_half_of_the_core
 
 
 def test_every_notebook_has_its_folder_in_the_newest_run(executed):
-    assert latest_run(executed.root / "runs") == executed.run
+    assert latest_run(executed.root / "runs") is None  # a notebook of it failed
     made = {path.name for path in executed.run.iterdir()}
     assert made == {"00_good", "01_bad", "02_last", "index.html", "run.json", "kernel.log"}
     good = {path.name for path in (executed.run / "00_good").iterdir()}
@@ -273,6 +273,53 @@ def rehearsed(tmp_path, monkeypatch, quiet):
 
     monkeypatch.setattr("papermill.execute_notebook", note)
     return SimpleNamespace(root=root, asked=asked, runs=str(root / "runs"))
+
+
+def test_latest_moves_to_a_run_without_a_failed_notebook_only(rehearsed, monkeypatch, capsys):
+    execute(["00"], runs_dir=rehearsed.runs)
+    good = latest_run(rehearsed.runs)
+    assert good is not None
+    monkeypatch.setattr(chexlib.app.execute, "_execute_one", lambda *_: False)
+    assert execute(["00"], runs_dir=rehearsed.runs)[0] == ["00_good"]
+    assert latest_run(rehearsed.runs) == good
+    assert "latest does not point to this run: notebooks failed" in capsys.readouterr().out
+
+
+def test_a_notebook_gets_this_environments_kernel_and_needs_no_home(
+    rehearsed, tmp_path, monkeypatch
+):
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_core.paths import jupyter_runtime_dir
+
+    site = tmp_path / "site" / "kernels" / "python3"
+    site.mkdir(parents=True)
+    kernel = {"argv": ["/site/python"], "display_name": "Site", "language": "python"}
+    (site / "kernel.json").write_text(json.dumps(kernel))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "site"))
+    monkeypatch.setenv("HOME", str(tmp_path / "none"))
+    seen = {}
+
+    def note(path, output, **_):
+        seen["kernel"] = KernelSpecManager().get_kernel_spec("python3").argv[0]
+        seen["writable"] = [
+            os.access(folder, os.W_OK)
+            for folder in (jupyter_runtime_dir(), os.environ["IPYTHONDIR"])
+        ]
+        seen["home"] = os.environ["IPYTHONDIR"]
+        output.write_text(path.read_text())
+
+    monkeypatch.setattr("papermill.execute_notebook", note)
+    execute(["00"], runs_dir=rehearsed.runs)
+    assert seen["kernel"] != "/site/python" and seen["writable"] == [True, True]
+    assert not os.path.exists(seen["home"])  # nothing is left
+    assert os.environ["JUPYTER_PATH"] == str(tmp_path / "site")
+
+
+def test_references_that_cannot_be_kept_are_told_before_anything_is_made(rehearsed):
+    (rehearsed.root / "data").write_text("a file")
+    with pytest.raises(DataError, match=r"reference cannot be written .* without --reference"):
+        execute(["00"], runs_dir=rehearsed.runs, reference=True)
+    assert not os.path.exists(rehearsed.runs)
 
 
 def test_the_profile_sets_what_a_notebook_has_and_the_command_line_overrides_it(rehearsed):

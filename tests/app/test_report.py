@@ -8,6 +8,7 @@ screenshots of a run's pages in FOLDER.
 import base64
 import itertools
 import json
+import os
 import re
 import shutil
 import sys
@@ -23,7 +24,7 @@ from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from chexlib.app.reference import compare_run
-from chexlib.app.report import build_report
+from chexlib.app.report import _page, build_report
 from chexlib.app.runs import start
 from chexlib.errors import ConfigError, DataError
 from chexlib.files import write_json
@@ -274,3 +275,19 @@ def test_a_run_that_is_not_there_is_refused_by_compare(tmp_path):
     (tmp_path / "latest").symlink_to("gone")
     with pytest.raises(ConfigError, match=r"no run folder .*latest"):
         compare_run(tmp_path / "latest")
+
+
+def test_a_page_is_written_anew_for_a_notebook_of_a_clock_that_went_back(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        "chexlib.app.report.write_page",
+        lambda notebook, path, title: written.append(title) or path.touch(),
+    )
+    folder = tmp_path / "03_x"
+    folder.mkdir()
+    for title, at in (("first", 2e9), ("first", 2e9), ("second", 1e9)):
+        book = new_notebook(cells=[new_markdown_cell(f"# {title}")])
+        nbformat.write(book, folder / "notebook.ipynb")
+        os.utime(folder / "notebook.ipynb", (at, at))
+        _page(folder)
+    assert written == ["first", "second"]

@@ -3,6 +3,7 @@ half-written.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -140,6 +141,38 @@ def test_latest_still_holds_when_the_runs_folder_is_moved(project):
     run.finish()
     moved = (project / "runs").rename(project / "elsewhere")
     assert runs.latest_run(moved) == moved / run.path.parent.name
+
+
+@pytest.mark.parametrize("lacks", ["links", "a free name"])
+def test_a_run_ends_well_where_latest_cannot_be(project, monkeypatch, capsys, lacks):
+    logging.getLogger("chexlib").handlers.clear()
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if lacks == "links":
+        monkeypatch.setattr(os, "symlink", refuse)
+    else:
+        (project / "runs" / "latest").mkdir(parents=True)  # copied without links
+    run = runs.start("00_a")
+    run.finish()
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if "latest" in line]
+    assert "cannot point to this run" in told and str(run.path.parent) in told
+    left = {run.path.parent.name, *(["latest"] if lacks == "a free name" else [])}
+    assert {path.name for path in (project / "runs").iterdir()} == left
+
+
+def test_a_clock_that_goes_back_makes_no_run_of_negative_length(project, monkeypatch):
+    run = runs.start("00_a")
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    assert 0 <= read(run.finish() / "metrics.json")["seconds"] < 60
+
+
+def test_names_of_files_in_log_lines_do_not_steer_the_terminal(capsys):
+    logging.getLogger("chexlib").handlers.clear()
+    runs.show_log()
+    logging.getLogger("chexlib.x").warning("%s is\nodd", "a\x1b[2J\udce9")
+    assert capsys.readouterr().out == "a\\x1b[2J\\udce9 is\nodd\n"
 
 
 def test_undefined_numbers_become_null_and_numpy_and_pandas_values_plain(tmp_path):

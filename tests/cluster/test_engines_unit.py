@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,6 +119,57 @@ def test_the_mpi_of_this_environment_is_open_mpi_5_and_takes_its_flags():
         timeout=60,
     )
     assert answer.stdout.split() == ["here", "here"], answer.stderr
+
+
+# What batch systems, their launchers and other MPI jobs leave in the environment of a notebook.
+ALLOCATIONS = {
+    "Slurm": {
+        "SLURM_JOBID": "1",
+        "SLURM_JOB_ID": "1",
+        "SLURM_NNODES": "2",
+        "SLURM_NODELIST": "node-[a-b]",
+        "SLURM_TASKS_PER_NODE": "1(x2)",
+    },
+    "a shell within a job": {"SLURM_JOBID": "1", "SLURM_JOB_ID": "1"},
+    "PBS": {"PBS_JOBID": "1", "PBS_ENVIRONMENT": "PBS_BATCH", "PBS_NODEFILE": "/none"},
+    "Grid Engine": {"SGE_ROOT": "/none", "ARC": "x", "PE_HOSTFILE": "/none", "JOB_ID": "1"},
+    "LSF": {"LSB_JOBID": "1", "LSB_HOSTS": "node-a node-b", "LSB_DJOB_HOSTFILE": "/none"},
+    "a rank": {"PMIX_RANK": "0", "PMIX_NAMESPACE": "x", "PMI_FD": "9", "OMPI_COMM_WORLD_SIZE": "2"},
+    "no home": {},
+}
+
+
+@pytest.mark.parametrize("system", ALLOCATIONS)
+def test_ranks_of_this_host_alone_start_whatever_surrounds_the_notebook(monkeypatch, system):
+    for name, value in ALLOCATIONS[system].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("HOME")
+    mpi = find_mpi()
+    show = "import os; print(os.environ['HOME'], 'SLURM_JOBID' in os.environ)"
+    answer = subprocess.run(
+        [*mpi.start(), *mpi.flags(), "-n", "2", sys.executable, "-c", show],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    home = os.path.expanduser("~")
+    assert answer.stdout.splitlines() == [f"{home} False"] * 2, answer.stderr
+
+
+def test_a_command_of_mpiexec_is_plain_where_nothing_is_in_its_way(monkeypatch):
+    for name in list(os.environ):
+        if profiles._ALLOCATION.match(name):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", "/home/me")
+    mpi = recognise_mpi("mpiexec", OPEN_MPI_5)
+    monkeypatch.setenv("PMIX_MCA_gds", "hash")  # a setting of the user's
+    assert mpi.start() == ["mpiexec"]
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    assert mpi.start() == ["env", "-u", "SLURM_JOB_ID", "mpiexec"]
+    assert mpi.start(alone=False) == ["mpiexec"]  # hosts of the allocation are wanted
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(profiles.os.path, "expanduser", lambda path: path)  # in no list of users
+    assert mpi.start(alone=False) == ["env", f"HOME={tempfile.gettempdir()}", "mpiexec"]
 
 
 def test_a_missing_mpiexec_is_an_error_with_the_next_step(monkeypatch, tmp_path):

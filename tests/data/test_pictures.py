@@ -588,3 +588,23 @@ def test_colour_is_noticed_and_grey_stored_as_colour_is_not(tmp_path, films):
         image, colour = read_picture(tmp_path / name)
         assert np.array_equal(image, read_image(tmp_path / name))
         assert ("in colour" in frontal_doubt(image, colour=colour)) == ("tinted" in name), name
+
+
+def test_a_pattern_enters_each_folder_once_wherever_links_lead(tmp_path, monkeypatch):
+    (tmp_path / "films" / "deep" / "x").mkdir(parents=True)
+    for name in ("one", "two"):  # each doubles the paths to everything at every step
+        (tmp_path / "films" / name).symlink_to(".")
+    for name in ("a.png", "deep/b.png", "deep/x/c.png"):
+        (tmp_path / "films" / name).touch()
+    monkeypatch.chdir(tmp_path)
+    every = ["films/a.png", "films/deep/b.png", "films/deep/x/c.png"]
+    assert find_pictures(["films/**/*.png"]) == every
+    assert find_pictures(["**/*.png"]) == every
+    assert find_pictures(["fil*/**/x/*.png", "films/**/deep/**/c.png"]) == every[2:]
+    assert find_pictures(["none/**/*.png"]) == ["none/**/*.png"]
+
+
+def test_a_name_that_a_spreadsheet_would_run_is_spelt_with_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "=cmd.png").touch()
+    assert find_pictures(["=cmd.png", "+no.png"]) == ["./=cmd.png", "./+no.png"]
