@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from chexlib.data.nih import Radiographs, base_name, first_few, load_radiographs
@@ -278,6 +279,16 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     size = sum(metadata.row_group(i).total_byte_size for i in groups)
     if size > MAX_BYTES or metadata.num_rows > MAX_ROWS:
         raise ValueError(f"it has {metadata.num_rows:,} rows, and {size:,} bytes when unpacked")
+    # A text that many rows share is stored once, and would be in memory for each of them.
+    columns = map(metadata.schema.column, range(metadata.num_columns))
+    texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+    stored = pq.read_table(path, columns=texts, read_dictionary=texts)
+    for name in stored.column_names:
+        for chunk in stored[name].chunks:
+            if isinstance(chunk, pa.DictionaryArray):
+                longest = max((len(text or "") for text in chunk.dictionary.to_pylist()), default=0)
+                if longest * metadata.num_rows > MAX_BYTES:
+                    raise ValueError(f"column {name!r} has a text of {longest:,} characters")
     return pd.read_parquet(path)
 
 

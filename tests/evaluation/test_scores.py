@@ -6,6 +6,8 @@ import json
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from small_training import config_for
@@ -172,6 +174,35 @@ def test_scores_that_cannot_be_judged_are_refused_by_name(fault, naming, table, 
     assert answer.exit_code == 2 and answer.stdout == ""
     for word in ["scores.csv", *naming]:
         assert word in answer.stderr
+
+
+def test_a_parquet_file_that_unpacks_to_more_than_scores_take_is_refused_unread(
+    table, radiographs, tmp_path, monkeypatch
+):
+    rows = pa.array(np.zeros(10**7 + 1, np.int8))
+    pq.write_table(pa.table({"image": rows}), tmp_path / "rows.parquet", compression="zstd")
+    text = pa.DictionaryArray.from_arrays(rows[: 10**4], ["x" * 10**6])  # 10 GB, in some kB
+    pq.write_table(pa.table({"image": text}), tmp_path / "text.parquet", compression="zstd")
+    assert all(file.stat().st_size < 10**5 for file in tmp_path.glob("*.parquet"))
+    table.to_parquet(tmp_path / "scores.parquet")
+    monkeypatch.setattr(pd, "read_parquet", lambda *_: pytest.fail("it was unpacked"))
+    with pytest.raises(DataError, match=r"rows\.parquet cannot be read: it has 10,000,001 rows"):
+        read_scores(tmp_path / "rows.parquet", radiographs)
+    with pytest.raises(DataError, match="column 'image' has a text of 1,000,000 characters"):
+        read_scores(tmp_path / "text.parquet", radiographs)
+    monkeypatch.setattr("chexlib.evaluation.scores.MAX_BYTES", 100)
+    with pytest.raises(DataError, match=r"scores\.parquet cannot be read: it has .* when unpacked"):
+        read_scores(tmp_path / "scores.parquet", radiographs)
+
+
+def test_an_error_of_arrow_in_several_lines_is_told_in_one(table, radiographs, tmp_path):
+    path = tmp_path / "scores.parquet"
+    table.to_parquet(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4] + b"\xff" * 40 + whole[44:])  # the header of the first page
+    with pytest.raises(DataError, match=r"scores\.parquet cannot be read") as error:
+        read_scores(path, radiographs)
+    assert "\n" in str(error.value.__cause__) and "\n" not in str(error.value)
 
 
 def labels_of(table, radiographs):
