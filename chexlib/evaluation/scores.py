@@ -289,7 +289,11 @@ def _read_parquet(path: Path) -> pd.DataFrame:
                 longest = max((len(text or "") for text in chunk.dictionary.to_pylist()), default=0)
                 if longest * metadata.num_rows > MAX_BYTES:
                     raise ValueError(f"column {name!r} has a text of {longest:,} characters")
-    return pd.read_parquet(path)
+    table = pd.read_parquet(path)
+    for field in metadata.schema.to_arrow_schema():
+        if pa.types.is_nested(field.type) and field.name in table:
+            table[field.name] = table[field.name].map(str)  # lists are no names and no scores
+    return table
 
 
 def _read_lines(path: Path) -> pd.DataFrame:

@@ -195,6 +195,17 @@ def test_a_parquet_file_that_unpacks_to_more_than_scores_take_is_refused_unread(
         read_scores(tmp_path / "scores.parquet", radiographs)
 
 
+@pytest.mark.parametrize("column", ["image", "part", "Mass", "note"])
+def test_lists_in_a_column_are_no_names_and_no_scores(column, table, radiographs, tmp_path):
+    path = tmp_path / "scores.parquet"
+    table.assign(**{column: [[1, 2]] * len(table)}).to_parquet(path)
+    if column == "note":
+        assert len(read_scores(path, radiographs)) == len(table)
+        return
+    with pytest.raises(DataError, match=r"scores\.parquet"):
+        read_scores(path, radiographs)
+
+
 def test_an_error_of_arrow_in_several_lines_is_told_in_one(table, radiographs, tmp_path):
     path = tmp_path / "scores.parquet"
     table.to_parquet(path)
