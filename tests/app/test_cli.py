@@ -446,19 +446,21 @@ def test_predict_prints_json_of_every_image_and_finding(images, vgg_file):
 def test_names_that_are_no_utf8_or_hold_escapes_cost_no_image_its_row(
     images, vgg_file, tmp_path, form
 ):
+    folder = tmp_path / "odd"
+    folder.mkdir()
     odd = [os.fsdecode(b"film\xe9.png"), "=cmd.png", "c\x1b[2Jd.png"]
     for name in odd:
-        shutil.copyfile(images[0], tmp_path / name)
-    (tmp_path / "a\nError: well.png").write_text("x")
+        shutil.copyfile(images[0], folder / name)
+    (folder / "a\nError: well.png").write_text("x")
     words = [] if form == "table" else [form]
-    answer = call("predict", tmp_path, "--weights", vgg_file, *words)
+    answer = call("predict", folder, "--weights", vgg_file, *words)
     assert answer.exit_code == 1
     (line,) = [line for line in answer.stderr.splitlines() if line.startswith("Error: ")]
     assert "Error: well.png" in line
     assert "\x1b" not in answer.output
     if form == "--json":
         found = json.loads(answer.stdout)["probabilities"]
-        assert set(found) == {str(tmp_path / name) for name in odd}  # as they are
+        assert set(found) == {str(folder / name) for name in odd}  # as they are
     else:
         told = [r"film\udce9.png", "=cmd.png", r"c\x1b[2Jd.png"]
         assert all(name in answer.stdout for name in told)
