@@ -166,7 +166,7 @@ def prepare(home: Path) -> tuple[dict, list]:
         "split": "patient",
         "learning_rate": 1e-4,
     }
-    how = {"epochs": 2, "batch_size": 8, "checkpoint_steps": 2}  # 4 steps an epoch
+    how = {"epochs": 2, "batch_size": 8, "checkpoint_steps": 2}  # 4 steps per epoch
     config = TrainConfig(
         data_dir=str(data), run_dir=str(home / "undisturbed"), **what, **how
     ).to_dict()

@@ -354,7 +354,7 @@ def study(stages, data_dir, rows):
     "batches",
     multiple=True,
     type=int,
-    help="Images a rank; several to compare.  [default: 16]",
+    help="Images per rank; several to compare.  [default: 16]",
 )
 @click.option(
     "--precision", "precisions", multiple=True, help="float32 or mixed_bfloat16; both are compared."
@@ -387,10 +387,10 @@ def tune(batches, precisions, **settings):
     help="Print JSON: probabilities, doubts and errors by image.",
 )
 @click.option(
-    "--csv", "form", flag_value="csv", help="Print CSV: a row an image, a column a finding."
+    "--csv", "form", flag_value="csv", help="Print CSV: a row per image, a column per finding."
 )
 @click.option(
-    "--heatmaps", metavar="DIR", help="Write where the network looked to DIR, a PNG an image."
+    "--heatmaps", metavar="DIR", help="Write where the network looked to DIR, a PNG per image."
 )
 def predict(images, weights, form, heatmaps):
     """Print the probability of each of the 14 findings for every image, calibrated if the weights
@@ -474,7 +474,7 @@ def evaluate(predictions, as_json, **settings):
     """Judge PREDICTIONS, a CSV or Parquet file of scores: AUROC and average precision, intervals
     over patients.
 
-    A row an image (column `image`), a column a finding, with or without a common prefix.
+    A row per image (column `image`), a column per finding, with or without a common prefix.
     """
     from chexlib.evaluation.scores import evaluate as judge_file
     from chexlib.files import plain

@@ -30,7 +30,7 @@ def in_line(row: dict) -> str:
 
 
 class LiveLine:
-    """Logs one line an epoch. Pass it as `report` to `fit`."""
+    """Logs one line per epoch. Pass it as `report` to `fit`."""
 
     def __init__(self):
         self.lines = None

@@ -128,7 +128,7 @@ def compare_run(run: str | Path, *, reference: str | Path = "") -> dict[str, dic
 
     Parameters
     ----------
-    run : folder of a run, with one folder a notebook
+    run : folder of a run, with one folder per notebook
     reference : folder of the reference results; empty for `data/reference` of the project
 
     Returns

@@ -59,7 +59,7 @@ def build_report(run: Path, only: Collection[str] | None = None) -> Path:
     Parameters
     ----------
     run : Path
-        `runs/<id>`, with one folder a notebook.
+        `runs/<id>`, with one folder per notebook.
     only : names of notebooks, optional
         Those that are done, while others are being executed.
 

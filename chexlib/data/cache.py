@@ -1,7 +1,7 @@
 """Cache of decoded radiographs: 8-bit pixels, resized once and found by their files' content.
 
 A cache folder holds pairs of files: `<name>.pixels`, images of size x size bytes one after another,
-and `<name>.parquet`, a row an image: a key made of its file's name and what the system says of it
+and `<name>.parquet`, a row per image: a key made of its file's name and what the system says of it
 (bytes, times, inode), a digest of the file's content, and where the pixels are, with their CRC-32.
 A file that is as it was is found by its key; one that was copied or touched is read and found by
 its content; one that was changed has another content, so that stale pixels are never read. Every

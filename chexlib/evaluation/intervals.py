@@ -90,7 +90,7 @@ def with_mean(values: np.ndarray) -> np.ndarray:
 
 
 def table_of_findings(columns: dict) -> pd.DataFrame:
-    """A table with a row a finding and one for their mean."""
+    """A table with a row per finding and one for their mean."""
     return pd.DataFrame(columns, index=pd.Index([*FINDINGS, "mean"], name="finding"))
 
 
@@ -226,7 +226,7 @@ def half_width(deviation, n, *, level: float = LEVEL):
 
 
 def mean_of_seeds(values: pd.Series, *, level: float = LEVEL) -> dict:
-    """Mean of a value a seed: effect, low, high, seeds. The interval is NaN for one seed."""
+    """Mean of a value per seed: effect, low, high, seeds. The interval is NaN for one seed."""
     values = values.dropna()
     n, mean = len(values), values.mean()
     half = half_width(values.std(), n, level=level) if n else np.nan

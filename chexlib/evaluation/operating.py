@@ -133,7 +133,7 @@ def rates_at(
     Returns
     -------
     DataFrame
-        A row a finding and rule (those of `points`): threshold, tp, fp, fn, tn (images), and for
+        A row per finding and rule (those of `points`): threshold, tp, fp, fn, tn (images), and for
         each rate its value, _low and _high, as of `share`. NaN where nothing is counted. The PPV
         and NPV hold for this part's share of positives alone.
     """

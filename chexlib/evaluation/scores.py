@@ -38,8 +38,8 @@ def read_scores(path: str | Path, radiographs: Radiographs, *, part: str = "test
     Parameters
     ----------
     path : path of a CSV or Parquet file
-        A row an image: its name, or path, in a column `image`, `Image Index`, `path` or `filename`,
-        or else in the first one; and a column a finding, in any order, named as in `FINDINGS`, with
+        A row per image: its name, or path, in a column `image`, `Image Index`, `path` or `filename`,
+        or else in the first one; and a column per finding, in any order, named as in `FINDINGS`, with
         or without a prefix they share. A CSV may have `;` or tabs between columns, and then decimal
         commas.
     radiographs : Radiographs
@@ -268,7 +268,7 @@ def _read(path: Path) -> pd.DataFrame:
         )
     table = table.dropna(how="all")
     if table.empty:
-        raise DataError(f"{path} has no rows. Accepted: a row an image, and a header.")
+        raise DataError(f"{path} has no rows. Accepted: a row per image, and a header.")
     return table
 
 

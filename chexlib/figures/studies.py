@@ -116,7 +116,7 @@ def rules(effects: pd.DataFrame) -> Figure:
 
 
 def updates(table: pd.DataFrame) -> Figure:
-    """Test AUROC over updates an epoch, the batch beside each point, with the interval of what it
+    """Test AUROC over updates per epoch, the batch beside each point, with the interval of what it
     lost to the first.
     """
     fig, ax = subplots(figsize=(7, 3.4))
@@ -125,7 +125,7 @@ def updates(table: pd.DataFrame) -> Figure:
     below = {"xytext": (7, -12), "textcoords": "offset points", **SMALL}
     for batch, row in table.iterrows():
         ax.annotate(f"{batch:,}", (row["updates"], row["auroc"]), **below)
-    ax.set_xlabel("updates an epoch (beside each point the global batch)")
+    ax.set_xlabel("updates per epoch (beside each point the global batch)")
     ax.set_ylabel("mean test AUROC")
     log_ticks(ax, table["updates"])
     return fig

@@ -74,12 +74,12 @@ def build_ledger(run: str | Path) -> pd.DataFrame:
 
     Parameters
     ----------
-    run : folder of a run, with one folder a notebook
+    run : folder of a run, with one folder per notebook
 
     Returns
     -------
     DataFrame
-        A row a figure, index its key. Columns `COLUMNS`: published in `unit`; ours with its 95 %
+        A row per figure, index its key. Columns `COLUMNS`: published in `unit`; ours with its 95 %
         interval, or what a projection spans, the unknown being another (NaN where there is none),
         in `our unit`, in which the published figure comes to `compared with`; origin: "this run",
         "reference results" or ""; verdict: one of `VERDICTS`; why.

@@ -102,7 +102,7 @@ def _highest(aurocs: Sequence[float | None]) -> float | None:
 
 def _rung(claim: Claim, results: Results) -> Measured | str:
     """On our smallest batch: the study's ladder ends at its figure for 8K, which has as many
-    updates an epoch.
+    updates per epoch.
     """
     by_batch, ladder = results.record.ladder, published_ladder()
     rows = by_batch[min(by_batch, key=int)]
@@ -173,10 +173,10 @@ def _losses(results: Results, rung: str) -> list[Mapping]:
 
 
 def _at_updates(rows: Sequence[Mapping], updates: float) -> Mapping | str:
-    """The row with about as many updates an epoch: at most twice or half as many."""
+    """The row with about as many updates per epoch: at most twice or half as many."""
     near = [row for row in rows if 0.5 <= row["updates"] / updates <= 2]
     if not near:
-        return f"no batch of ours has about {updates:.0f} updates an epoch"
+        return f"no batch of ours has about {updates:.0f} updates per epoch"
     return min(near, key=lambda row: abs(math.log(row["updates"] / updates)))
 
 
@@ -235,7 +235,7 @@ def _largest_batch(claim: Claim, results: Results) -> Measured | str:
 
 
 def _tuned_loss(claim: Claim, results: Results) -> Measured | str:
-    """Of fine-tuning, at about ten updates an epoch."""
+    """Of fine-tuning, at about ten updates per epoch."""
     if not results.record.updates:
         return "batches were not compared in this profile"
     rows = sorted(results.record.updates.values(), key=lambda row: -row["updates"])
@@ -247,7 +247,7 @@ def _tuned_loss(claim: Claim, results: Results) -> Measured | str:
 
 
 def _tuned_updates(claim: Claim, results: Results) -> Measured | str:
-    """The updates an epoch nearest to the claim's at which fine-tuning was measured."""
+    """The updates per epoch nearest to the claim's at which fine-tuning was measured."""
     if not results.record.updates:
         return "batches were not compared in this profile"
     row = _at_updates(list(results.record.updates.values()), claim.value)

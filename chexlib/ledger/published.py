@@ -30,7 +30,7 @@ class Claim:
     topic: str
     series: str  # whose it is or of what: a paper, a cluster, a run, top-1 or top-5
     item: str  # a finding, a rung of the ladder, a topology, before or after a collapse
-    at: int  # images an update, number of nodes, or point of the training; 0 where there is none
+    at: int  # images per update, number of nodes, or point of the training; 0 where there is none
     what: str
     bound: str  # ">" or "<" where the source gives a bound
     value: float
@@ -93,7 +93,7 @@ def published_collapses() -> pd.DataFrame:
 
 
 def published_batches() -> pd.DataFrame:
-    """Top-1 in % by images an update ("8K" to "64K"), a row a source."""
+    """Top-1 in % by images per update ("8K" to "64K"), a row a source."""
     figures = [claim for claim in claims() if claim.topic == "large batches" and claim.at]
     table = _table(figures, "series", "at").rename_axis(index=None)
     return table.rename(columns=lambda batch: f"{batch // 1024}K")

@@ -55,7 +55,7 @@ class Recipes:
 class Transfer:
     """Of notebook 07."""
 
-    updates: Any  # by batch: updates an epoch, auroc; loss, loss_low, loss_high in %
+    updates: Any  # by batch: updates per epoch, auroc; loss, loss_low, loss_high in %
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ class Predictions:
     errors: dict[str, str] = field(default_factory=dict)
 
     def to_table(self) -> pd.DataFrame:
-        """A row an image, read or not: image, doubt, error, then a probability a finding; empty
+        """A row per image, read or not: image, doubt, error, then a probability a finding; empty
         where there is none.
         """
         images = _names([*self.probabilities.index, *self.errors])

@@ -95,7 +95,7 @@ def study_workload() -> Workload:
 
 
 def study_job(workload: Workload, *, batch: int = 16) -> Job:
-    """Ranks and batch of the command that the deck prints: 2 ranks a node, 8,192 images on 512
+    """Ranks and batch of the command that the deck prints: 2 ranks per node, 8,192 images on 512
     ranks.
     """
     return Job(workload, speed=study_speed(), per_node=2, batch=batch, images=IMAGENET, epochs=90)
@@ -164,7 +164,7 @@ def study_sensitivity(workload: Workload, *, copying: float, request: float) -> 
     """The projection again, with what is not known of the study's clusters at other values.
 
     The spread of processors is halved: its source gives the largest that was seen. A request is
-    halved and doubled. The images a rank are not printed for Stampede2. MareNostrum's 8,192 images
+    halved and doubled. The images per rank are not printed for Stampede2. MareNostrum's 8,192 images
     are, and its Caffe had no requests.
 
     Returns

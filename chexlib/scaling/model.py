@@ -190,7 +190,7 @@ class Job:
     workload: Workload
     speed: float  # images/s that a node computes, nothing being communicated
     per_node: int  # ranks
-    batch: int  # images a rank
+    batch: int  # images per rank
     images: int  # of an epoch
     epochs: float
 
@@ -297,7 +297,7 @@ def project(
     Raises
     ------
     ConfigError
-        A number of nodes or of ranks a node below 1.
+        A number of nodes or of ranks per node below 1.
     """
     if min([*nodes, job.per_node]) < 1:
         raise ConfigError(

@@ -58,7 +58,7 @@ def tune(
     Returns
     -------
     DataFrame
-        A row a point, the fastest first: topology, size, precision, batch_per_rank, ranks, threads,
+        A row per point, the fastest first: topology, size, precision, batch_per_rank, ranks, threads,
         images_per_second (NaN where the ranks failed), and gflops, its floating-point operations
         per second in 10^9.
 
@@ -187,7 +187,7 @@ def time_to(history: Sequence[dict], *, images: int, auroc: float) -> dict:
 
     Parameters
     ----------
-    history : of `TrainResult`, a row an epoch, with val_auroc and images_per_second
+    history : of `TrainResult`, a row per epoch, with val_auroc and images_per_second
     images : of an epoch
     """
     seconds = 0.0

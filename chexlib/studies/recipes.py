@@ -193,12 +193,12 @@ def batch_losses(rows: pd.DataFrame, *, images: int) -> pd.DataFrame:
     Parameters
     ----------
     rows : of `measure_recipe`
-    images : training images, for the updates an epoch
+    images : training images, for the updates per epoch
 
     Returns
     -------
     DataFrame
-        A row a rung and batch above the smallest: rung, batch, updates (an epoch); baseline, mean
+        A row per rung and batch above the smallest: rung, batch, updates (an epoch); baseline, mean
         AUROC of the smallest batch, loss, low, high, seeds, as of `percent_lost`: NaN where the
         baseline has not learnt.
     """

@@ -92,7 +92,7 @@ def transfer_grid(
     Parameters
     ----------
     snapshots : how many there are
-    batch : images an update
+    batch : images per update
     warmup_epochs : of those with a warm-up, at this batch; at others in proportion
     """
     warmups = [warmup_epochs * WARMUP_BATCH / batch, 0.0]
@@ -304,7 +304,7 @@ def _rate_gain(rows: pd.DataFrame) -> dict:
 
 
 def by_updates(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean test AUROC by updates an epoch, and what each batch loses against the smallest, paired
+    """Mean test AUROC by updates per epoch, and what each batch loses against the smallest, paired
     by seed.
 
     Returns

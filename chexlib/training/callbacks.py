@@ -106,7 +106,7 @@ class Plateau(keras.callbacks.ReduceLROnPlateau):
 
 
 class Progress(keras.callbacks.Callback):
-    """Keeps a row an epoch and a row a step, and tells `report` where training stands, at most
+    """Keeps a row per epoch and a row per step, and tells `report` where training stands, at most
     twice a second.
 
     Skew is by how much of the slowest rank's time the fastest rank is ahead, before they wait for

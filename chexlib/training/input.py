@@ -125,7 +125,7 @@ def divide(config: TrainConfig) -> tuple[Split, dict[str, Radiographs]]:
 
 
 def predictions_of(radiographs: Radiographs, scores: np.ndarray, part: str) -> pd.DataFrame:
-    """One row an image: image, patient, part, the 14 labels as `label_*` and the 14 probabilities
+    """One row per image: image, patient, part, the 14 labels as `label_*` and the 14 probabilities
     as `score_*`.
     """
     table = radiographs.table

@@ -153,7 +153,7 @@ class Schedule:
     momentum: float = 0.9
     # Weight decay from a place on, independent of the phases.
     decay: tuple[tuple[float, float], ...] = ((0, 0.0),)
-    # What it was made for: images an epoch, and the global batch; 0: whatever it is used with.
+    # What it was made for: images per epoch, and the global batch; 0: whatever it is used with.
     images: int = 0
     global_batch: int = 0
     plateau: bool = False  # the rate is also divided when validation stops improving

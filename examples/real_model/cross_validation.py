@@ -57,7 +57,7 @@ def cross_validate(
     Returns
     -------
     DataFrame
-        A row a training: key, arm, fold, seed, auroc (mean on its fold), seconds; fewer rows if it
+        A row per training: key, arm, fold, seed, auroc (mean on its fold), seconds; fewer rows if it
         was stopped.
     """
     folder = Path(folder)

@@ -197,7 +197,7 @@ def test_an_auroc_at_its_end_or_near_it_has_an_interval_that_few_patients_deserv
 
 
 def few_positives(seed, *, auroc=0.97, n_patients=200):
-    """One to three images a patient, alike within one; about 12 patients with the finding; scores
+    """One to three images per patient, alike within one; about 12 patients with the finding; scores
     of a known AUROC.
     """
     rng = np.random.default_rng(seed)

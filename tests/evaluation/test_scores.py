@@ -48,7 +48,7 @@ def radiographs(folder):
 
 @pytest.fixture
 def table(radiographs):
-    """Scores of all images of the official test list, in an order of its own, a column a finding."""
+    """Scores of all images of the official test list, in an order of its own, a column per finding."""
     listed = radiographs.listed
     rows = listed[listed["image"].isin(read_list(radiographs.root / "test_list.txt"))].sample(
         frac=1, random_state=0

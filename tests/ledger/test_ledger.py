@@ -230,7 +230,7 @@ def test_what_the_deck_contradicts_itself_and_what_is_its_own_arithmetic_is_not_
 
 
 def test_one_number_told_twice_has_one_verdict():
-    """The model's hours for 90 epochs are its images a second again: only the speed is judged."""
+    """The model's hours for 90 epochs are its images per second again: only the speed is judged."""
     table = ledger(results(1))
     assert table.loc["scale/tensorflow-256/speed", "verdict"] in (
         "reproduced",
