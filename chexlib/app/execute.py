@@ -444,6 +444,10 @@ def _checked(parameters: dict, profile: dict, accepted: dict[Path, dict]) -> dic
     kinds |= {"engines": "int", "data_dir": "str"}
     kinds = {name: kind for name, kind in kinds.items() if name in settings}
     settings |= {name: _typed(settings[name], kind) for name, kind in kinds.items()}
+    if settings["engines"] < 1:
+        raise ConfigError(
+            f"engines={settings['engines']} is not accepted. Use 1 or more MPI engines."
+        )
     check_parameters(settings, kinds)
     if settings["data_dir"]:
         # The kernels work in another folder.
@@ -452,10 +456,6 @@ def _checked(parameters: dict, profile: dict, accepted: dict[Path, dict]) -> dic
 
 
 def _refuse_what_cannot_work(settings: dict) -> None:
-    if settings["engines"] < 1:
-        raise ConfigError(
-            f"engines={settings['engines']} is not accepted. Use 1 or more MPI engines."
-        )
     if settings["data_dir"]:
         from chexlib.data.nih import load_radiographs
 
