@@ -444,7 +444,7 @@ def _checked(parameters: dict, profile: dict, accepted: dict[Path, dict]) -> dic
     kinds |= {"engines": "int", "data_dir": "str"}
     kinds = {name: kind for name, kind in kinds.items() if name in settings}
     settings |= {name: _typed(settings[name], kind) for name, kind in kinds.items()}
-    if settings["engines"] < 1:
+    if isinstance(settings["engines"], int) and settings["engines"] < 1:
         raise ConfigError(
             f"engines={settings['engines']} is not accepted. Use 1 or more MPI engines."
         )
