@@ -140,7 +140,9 @@ class Progress(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs):
         logs["images_per_second"] = (self.at.image - self.first_image) / (self.trained - self.began)
         slowest, fastest = np.array([row[3:5] for row in self.step_rows if row[0] == epoch]).T
-        logs["skew"] = float(np.mean(1 - fastest / slowest))
+        # A clock that is too coarse for a tiny network sees no time at all.
+        share = np.divide(fastest, slowest, out=np.ones_like(fastest), where=slowest > 0)
+        logs["skew"] = float(np.mean(1 - share))
         self.rows.append({"epoch": epoch, **{name: float(value) for name, value in logs.items()}})
         if self.report:
             self._tell(float(logs["loss"]))

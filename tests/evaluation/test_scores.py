@@ -439,7 +439,10 @@ def test_trained_notebooks_of_a_run_are_found_if_data_and_split_are_the_same(tmp
         )
         if whole:
             (tmp_path / name / "config.json").write_text(json.dumps({"seed": 3}))
-            pd.DataFrame({"image": [name]}).to_parquet(tmp_path / name / "predictions.parquet")
+            of_findings = [f"{kind}_{f}" for kind in ("label", "score") for f in FINDINGS]
+            table = pd.DataFrame({"image": [name], "patient": "1", "part": "test"})
+            table[of_findings] = 0.0
+            table.to_parquet(tmp_path / name / "predictions.parquet")
 
     leave("02_no_training", whole=False)
     leave("03_first")

@@ -215,7 +215,7 @@ EDITS = {
     "07_transfer_learning": [
         "recalibrate=256",
         '"length": 0.25',
-        "default, share = pretrain_rate",
+        "default = pretrain_rate",
         "batch_size=32",
     ],
 }
@@ -224,7 +224,7 @@ ANOTHER = {
     'optimizer="sgd"': 'optimizer="nesterov"',
     "recalibrate=256": "recalibrate=128",
     '"length": 0.25': '"length": 0.5',
-    "default, share = pretrain_rate": "default, share = 2 * pretrain_rate",
+    "default = pretrain_rate": "default = 2 * pretrain_rate",
     "batch_size=32": "batch_size=16",
 }
 
