@@ -50,12 +50,12 @@ class Verdict:
         return f"{self.mean:+.3f} ({interval}): {self.word}{ending}"
 
 
-def judge(differences: Sequence[float], *, margin: float = MARGIN) -> Verdict:
+def judge(differences: Sequence[float]) -> Verdict:
     """The verdict on differences by seed, by Student's t.
 
     - supported: the 95 % interval is above 0;
     - contradicted: it is below 0;
-    - equivalent: the 90 % interval is within +-`margin`, that is, two one-sided tests at 5 % refuse
+    - equivalent: the 90 % interval is within +-`MARGIN`, that is, two one-sided tests at 5 % refuse
       both larger effects (Schuirmann 1987);
     - undecided: none of these. One seed has no interval, and is undecided.
 
@@ -77,7 +77,7 @@ def judge(differences: Sequence[float], *, margin: float = MARGIN) -> Verdict:
         word = SUPPORTED
     elif mean + half < 0:
         word = CONTRADICTED
-    elif abs(mean) + half_90 < margin:
+    elif abs(mean) + half_90 < MARGIN:
         word = EQUIVALENT
     else:
         word = UNDECIDED
