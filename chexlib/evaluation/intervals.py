@@ -21,8 +21,6 @@ LEVEL = 0.95  # of every interval: how often it is to hold the truth
 EDGE = 1e-4  # shares of resamples are kept this far from 0 and 1, where logits are infinite
 
 REPRODUCED, CONTRADICTED, UNDECIDED = "reproduced", "contradicted", "undecided"
-NOT_COMPARABLE, NOT_MEASURED = "not comparable", "not measured"
-VERDICTS = (REPRODUCED, CONTRADICTED, UNDECIDED, NOT_COMPARABLE, NOT_MEASURED)
 
 CHANCE = 0.5  # AUROC of scores that know nothing of the labels
 # Least mean AUROC of a baseline of which something is concluded. From 0.7 discrimination is called

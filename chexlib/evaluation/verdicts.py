@@ -13,9 +13,21 @@ import numpy as np
 from scipy import stats
 from scipy.optimize import brentq
 
-from chexlib.evaluation.intervals import CONTRADICTED, LEVEL, UNDECIDED, half_width
+from chexlib.evaluation.intervals import (
+    CONTRADICTED,
+    LEVEL,
+    REPRODUCED,
+    UNDECIDED,
+    half_width,
+)
 
 SUPPORTED, EQUIVALENT = "supported", "equivalent"
+NOT_COMPARABLE = "not comparable"  # there is no verdict, but a reason
+CHECKED = "checked"  # a count or setting that is equal: no result that could be reproduced
+VERDICTS = (  # a figure is reproduced, a claim is supported
+    *(REPRODUCED, SUPPORTED, CONTRADICTED, EQUIVALENT, UNDECIDED),
+    *(NOT_COMPARABLE, CHECKED),
+)
 MARGIN = 0.02  # of mean AUROC, within which two trainings are called equivalent
 POWER = 0.8  # at which the smallest effect is told
 

@@ -5,11 +5,14 @@ No figure of ours is typed.
 Published figures are in `published.csv`, what of a run answers them in `counterparts`. A verdict is
 the first that applies:
 
-- *not measured*: the notebook that measures it has no results, neither in this run nor among the
-  reference results, or none at a setting that answers it, or its network learnt nothing
-  (`chexlib.evaluation.intervals.LEARNT`); or its record lacks a field, as of another version;
-- *not comparable*: it cannot be measured here, it was measured under other conditions, or the comparison is no test,
-  such as a projection far above a lower bound, or one number told twice. The reason is given;
+- *not comparable*: it cannot be measured here, it was not measured (no results of the notebook,
+  none at a setting that answers it, a record that lacks a field), it was measured under other
+  conditions, its network learnt nothing (`chexlib.evaluation.intervals.LEARNT`), or the comparison
+  is no test, such as a projection far above a lower bound, or one number told twice. The reason is
+  given;
+- *checked*: a count or a setting that is equal. That is no result, so it is not reproduced;
+- a claim without a figure, such as "batch norm is the cause", has the verdict of its notebook:
+  *supported*, *contradicted*, *equivalent* or *undecided* (`chexlib.evaluation.verdicts`);
 - *undecided*: what is known of ours allows both answers: an interval holds both sides of a bound or of 0, or a
   projection depends on what the study does not tell;
 - *reproduced* or *contradicted*, for a figure: the published one lies in our interval (95 %, or what rounding leaves
@@ -33,15 +36,13 @@ import pandas as pd
 from chexlib.errors import DataError
 from chexlib.evaluation.intervals import (
     CONTRADICTED,
-    NOT_COMPARABLE,
-    NOT_MEASURED,
     REPRODUCED,
     UNDECIDED,
-    VERDICTS,
     verdict_on_gain,
 )
+from chexlib.evaluation.verdicts import CHECKED, NOT_COMPARABLE, VERDICTS
 from chexlib.files import ROOT, read_json
-from chexlib.ledger.counterparts import COUNTERPARTS
+from chexlib.ledger.counterparts import COUNTERPARTS, ITSELF
 from chexlib.ledger.published import Claim, claims
 from chexlib.ledger.records import Measured, Results
 
@@ -130,6 +131,8 @@ def verdict(ours: Measured) -> tuple[str, str]:
     """The verdict on a figure that was measured, and why, by the rule at the head of this file."""
     if ours.differs:
         return NOT_COMPARABLE, ours.differs
+    if ours.word:
+        return ours.word, ours.why
     if ours.tolerance is None and ours.low is None:
         return NOT_COMPARABLE, "one training, so that there is no interval"
     low, high = (ours.value, ours.value) if ours.low is None else (ours.low, ours.high)
@@ -137,7 +140,8 @@ def verdict(ours: Measured) -> tuple[str, str]:
         return _projected(ours, low, high)
     if ours.rule == "equal":
         question = "is it within our interval" if low < high else "is it equal"
-        word = REPRODUCED if low <= ours.published <= high else CONTRADICTED
+        equal = CHECKED if ours.tolerance == 0 else REPRODUCED
+        word = equal if low <= ours.published <= high else CONTRADICTED
     elif ours.rule == "side of 0":
         question = "is our interval on its side of 0"
         word = verdict_on_gain(low, high) if ours.published > 0 else verdict_on_gain(-high, -low)
@@ -151,7 +155,8 @@ def verdict(ours: Measured) -> tuple[str, str]:
             word = CONTRADICTED
         else:
             word = UNDECIDED
-    answers = {REPRODUCED: "yes", CONTRADICTED: "no", UNDECIDED: "it holds both sides"}
+    answers = {REPRODUCED: "yes", CHECKED: "yes", CONTRADICTED: "no"}
+    answers[UNDECIDED] = "it holds both sides"
     return word, f"{question}: {answers[word]}"
 
 
@@ -194,9 +199,11 @@ def _row(claim: Claim, results: Mapping[str, Results]) -> dict:
     if not claim.kind:
         return {**row, "verdict": NOT_COMPARABLE, "why": claim.reason}
     number, find = COUNTERPARTS[claim.kind]
+    if number == ITSELF:
+        return _filled(row, find(claim), scale="the source's own figures")
     if number not in results:
         why = f"notebook {number} has no results in this run or among the reference results"
-        return {**row, "notebook": number, "verdict": NOT_MEASURED, "why": why}
+        return {**row, "notebook": number, "verdict": NOT_COMPARABLE, "why": why}
     answering = results[number]
     try:
         ours = _answer(find, claim, answering)
@@ -210,11 +217,15 @@ def _row(claim: Claim, results: Mapping[str, Results]) -> dict:
                     answering, ours = answering.reference, kept
     row |= {"notebook": answering.notebook, "origin": answering.origin, "scale": answering.scale}
     if isinstance(ours, str):
-        return {**row, "verdict": NOT_MEASURED, "why": ours}
+        return {**row, "verdict": NOT_COMPARABLE, "why": ours}
+    return _filled(row, ours, scale=ours.scale or answering.scale)
+
+
+def _filled(row: Mapping, ours: Measured, *, scale: str) -> dict:
     word, why = verdict(ours)
     return {
         **row,
-        "scale": ours.scale or answering.scale,
+        "scale": scale,
         "ours": ours.value,
         "low": ours.low,
         "high": ours.high,

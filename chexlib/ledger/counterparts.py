@@ -6,9 +6,16 @@ import ast
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
-from chexlib.evaluation.intervals import has_learnt, nothing_learnt, over_seeds
+from chexlib.evaluation.intervals import (
+    CONTRADICTED,
+    UNDECIDED,
+    has_learnt,
+    nothing_learnt,
+    over_seeds,
+)
 from chexlib.ledger.published import (
     RELEASE,
     Claim,
@@ -25,6 +32,7 @@ TOP_1 = "top-1 of 1,000 classes of photographs there, mean AUROC of 14 findings 
 RUNGS = {"the study": "+ collapse", "Facebook": "+ warm-up"}
 POINTS = 5  # by which a projected efficiency may be off
 PERCENT = 5  # by which a projected speed may be
+ITSELF = "itself"  # in place of a notebook: the source's own figures answer
 
 
 def _beside(claim: Claim, value: float, **how) -> Measured:
@@ -80,6 +88,50 @@ def _leak(claim: Claim, results: Results) -> Measured:
 
 def _layers(claim: Claim, results: Results) -> Measured:
     return _beside(claim, results.record.counts[claim.item], tolerance=0)
+
+
+def _answer_of(claim: Claim, results: Results) -> Measured | str:
+    """A claim that its notebook has judged."""
+    answers = results.record.answers
+    if claim.item not in answers:
+        return "the trainings that answer it have not been run"
+    answer = answers[claim.item]
+    if answer["mean"] is None:
+        return answer["why"]
+    ends = {name: answer[name] for name in ("low", "high", "word", "why", "scale")}
+    return Measured(answer["mean"], claim.unit, claim.value, **ends)
+
+
+# What a source says of itself, from its own figures
+
+
+def _by_own_figures(claim: Claim) -> Measured:
+    """Two figures of one source that cannot both be right, or are no loss by its own words.
+
+    The interval is what rounding to the printed digits leaves open.
+    """
+    values = {other.key: other.value for other in claims()}
+    if claim.item == "512 nodes":  # minutes were rounded to whole ones
+        minutes_256, minutes_512 = values["scale/caffe-256/time"], values["scale/caffe-512/time"]
+        share, low, high = (
+            100 * 256 * (minutes_256 + half) / (512 * (minutes_512 - half))
+            for half in (0.0, -0.5, 0.5)
+        )
+        word = CONTRADICTED if high < claim.value else UNDECIDED
+        why = "its minutes on 256 and on 512 nodes are less than it says"
+        return Measured(share, claim.unit, claim.value, low, high, word=word, why=why)
+    if claim.item == "an epoch":
+        epochs = [
+            values[f"CheXNet on V100/{end}"] / values["CheXNet on V100/training images"]
+            for end in ("fewest images", "most images")
+        ]
+        word = CONTRADICTED if min(epochs) > 1.5 else UNDECIDED
+        why = "seconds x images/s of its seven rows are that many passes over its training images"
+        return Measured(np.mean(epochs), claim.unit, claim.value, *epochs, word=word, why=why)
+    lost = 100 * (1 - values["densenet/64/top-1"] / values["densenet/authors/top-1"])
+    word = CONTRADICTED if lost < values["rules/scratch/loss"] else UNDECIDED
+    why = "its own DenseNet-121 at batch 8,192 lost less than the 2 % that it calls no loss"
+    return Measured(lost, claim.unit, claim.value, word=word, why=why)
 
 
 # Notebook 06: recipes for large batches
@@ -357,12 +409,14 @@ def _ranks(claim: Claim, results: Results) -> Measured:
 
 
 # By a claim's kind: the notebook that answers it, and how.
-COUNTERPARTS: dict[str, tuple[str, Callable[[Claim, Results], Measured | str]]] = {
+COUNTERPARTS: dict[str, tuple[str, Callable[..., Measured | str]]] = {
     "leaking share": ("02", _leak),
     "auroc": ("03", _auroc),
     "speed": ("03", _speed),
     "epoch": ("03", _epoch),
     "batch-norm layers": ("05", _layers),
+    "claim of 05": ("05", _answer_of),
+    "own figures": (ITSELF, _by_own_figures),
     "rung": ("06", _rung),
     "ensemble": ("06", _ensemble),
     "before collapse": ("06", _before_collapse),

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from chexlib.evaluation.verdicts import NOT_COMPARABLE, Verdict
+
 # Of a notebook's parameters.
 SHOWN = ("topology", "topologies", "size", "epochs", "seeds", "engines")
 
@@ -34,10 +36,11 @@ class Baseline:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Norms:
+class Topologies:
     """Of notebook 05."""
 
     counts: Mapping[str, int]  # batch-norm layers by topology
+    answers: Mapping[str, Mapping[str, Any]]  # `judged`, by question
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,7 @@ class Scaling:
 RECORDS = {
     "02": Preparation,
     "03": Baseline,
-    "05": Norms,
+    "05": Topologies,
     "06": Recipes,
     "07": Transfer,
     "08": Scaling,
@@ -126,6 +129,21 @@ class Measured:
     tolerance: float | None = None  # 0 of a count, more of a projection
     differs: str = ""  # why the two cannot be compared
     scale: str = ""  # at which ours was found, where that is not the notebook's
+    word: str = ""  # the verdict, where the notebook has judged by seeds, and in `why` how
+    why: str = ""
+
+
+def judged(answer: Verdict | str, *, scale: str = "") -> dict:
+    """A notebook's answer to a claim for its record: `word`, `why`, `mean`, `low`, `high`, `scale`.
+
+    Where there is no verdict, `answer` is the reason.
+    """
+    if isinstance(answer, str):
+        found = {"word": NOT_COMPARABLE, "why": answer, "mean": None, "low": None, "high": None}
+    else:
+        found = {"word": answer.word, "why": str(answer)}
+        found |= {name: getattr(answer, name) for name in ("mean", "low", "high")}
+    return found | {"scale": scale}
 
 
 def between(row: Mapping, name: str, times: float = 1.0, *, suffix: str = "") -> dict:

@@ -17,7 +17,6 @@ from chexlib.errors import ConfigError
 from chexlib.evaluation.intervals import (
     CONTRADICTED,
     LEVEL,
-    NOT_MEASURED,
     UNDECIDED,
     has_learnt,
     mean_of_seeds,
@@ -25,6 +24,7 @@ from chexlib.evaluation.intervals import (
     percent_lost,
     verdict_on_gain,
 )
+from chexlib.evaluation.verdicts import NOT_COMPARABLE
 from chexlib.studies.grid import measure_training
 from chexlib.studies.judge import judge_scores
 from chexlib.training.config import TrainConfig
@@ -270,7 +270,7 @@ def rule_effects(rows: pd.DataFrame) -> pd.DataFrame:
         table.loc["earlier", "verdict"] = UNDECIDED
     highest = rows.groupby(["images", "rate", "warmup"])["auroc"].mean().max()
     if not has_learnt(highest):
-        table["verdict"] = NOT_MEASURED
+        table["verdict"] = NOT_COMPARABLE
     table["why"] = [_why(row, highest) for row in table.to_dict("records")]
     return table.astype({"seeds": int, "pairs": int, "diverged": int})
 

@@ -141,7 +141,7 @@ def test_one_snapshot_or_a_last_one_that_diverged_leaves_the_rule_of_earlier_one
 
 def test_no_rule_has_a_verdict_where_nothing_was_learnt():
     found = study.rule_effects(rows_of(lambda p: 0.6 + 0.02 * (p["rate"] == study.OWN)))
-    assert found["verdict"].tolist() == ["not measured"] * 3
+    assert found["verdict"].tolist() == ["not comparable"] * 3
     assert (
         found.loc["rate", "why"]
         == "nothing was learnt: a mean AUROC of 0.620 is below 0.7 or not apart from chance"
