@@ -6,6 +6,7 @@ What takes long to import is imported by the command that needs it, so that help
 from __future__ import annotations
 
 import errno
+import importlib
 import io
 import json
 import logging
@@ -16,6 +17,9 @@ import traceback
 import click
 
 from chexlib.errors import FAULTS, ChexlibError, ConfigError, one_line, printable
+
+# Modules of `chexlib.studies`, by notebook.
+STUDIES = {"05": "large_batch"}
 
 
 def _set_debug(ctx, option, wanted: bool) -> None:
@@ -326,22 +330,31 @@ def train(config_file, resume):
     "--data", "data_dir", default="", help="Folder in the NIH layout.  [default: a phantom]"
 )
 @click.option("--rows", help="File of the rows.  [default: the committed ones]")
-def study(stages, data_dir, rows):
-    """Train stages of notebook 05's study, in order: gate, tune, confirm, fixed.
+@click.option(
+    "--notebook",
+    type=click.Choice(sorted(STUDIES)),
+    default="05",
+    show_default=True,
+    help="Whose study it is.",
+)
+def study(stages, data_dir, rows, notebook):
+    """Train stages of a notebook's study, in the order in which they are named.
 
-    What has a row is not trained again. Start it once per core, with one thread each
-    (OMP_NUM_THREADS=1): the processes share the trainings.
+    05: gate, tune, confirm, fixed. What has a row is not trained again. Before each stage it says
+    how many trainings are to go, and about how many core-hours. Start it once per core, with one
+    thread each (OMP_NUM_THREADS=1): the processes share the trainings.
     """
     from chexlib.machine import import_tensorflow
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import_tensorflow()
     from chexlib.app.runs import data_folder, show_log
-    from chexlib.studies.large_batch import PHANTOM, ROWS, run_stages, study_on
 
+    module = importlib.import_module(f"chexlib.studies.{STUDIES[notebook]}")
     show_log()
-    on = study_on(data_folder(data_dir, **PHANTOM), table=rows or ROWS)
-    click.echo("Done." if run_stages(on, stages) else "Stopped: run it again to go on.")
+    data = data_folder(data_dir, **module.PHANTOM)
+    on = module.study_on(data, table=rows or module.ROWS)
+    click.echo("Done." if on.run_stages(stages) else "Stopped: run it again to go on.")
 
 
 @main.command()

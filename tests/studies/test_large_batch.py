@@ -2,6 +2,7 @@
 a planted effect as often as they promise.
 """
 
+import contextlib
 import json
 import re
 from types import SimpleNamespace
@@ -17,17 +18,17 @@ from chexlib.errors import ConfigError, DataError
 from chexlib.evaluation.verdicts import power
 from chexlib.models.weights import load_model
 from chexlib.studies import judge, large_batch
-from chexlib.studies.grid import run_grid
+from chexlib.studies.grid import point_key, run_grid
 from chexlib.studies.large_batch import (
     CELLS,
     Cell,
     LargeBatchStudy,
     answers_of,
+    committed_study,
     losses_of,
-    rate_of,
-    run_stages,
     settings_of,
 )
+from chexlib.studies.stages import TUNING_SEEDS, rate_of
 from chexlib.training.config import TrainConfig
 from chexlib.training.fit import fit
 from chexlib.training.recipes import resolve
@@ -77,6 +78,17 @@ def test_tuning_finds_the_best_rate_and_never_chooses_one_at_an_edge(study, best
     assert sorted(p["seed"] for p in asked)[-2:] == [101, 101] and len(asked) >= 8
 
 
+def test_committed_rows_are_of_points_that_the_study_asks_for():
+    """A key that changed would throw hours of trainings away."""
+    study = committed_study()
+    points = study.gate()
+    with contextlib.suppress(ConfigError):  # while cells have no rate
+        points += study.confirm() + study.fixed()
+    asked = {*map(point_key, points), *study.tuning_rows()["key"]}
+    rows = map(json.loads, large_batch.ROWS.read_text().splitlines())
+    assert {row["key"] for row in rows} <= asked
+
+
 def test_a_cell_that_is_not_tuned_has_no_rate_and_the_error_says_what_to_run(study):
     with pytest.raises(ConfigError, match=r"densenet121 at batch 32.*chexlib study tune"):
         study.rates()
@@ -84,7 +96,7 @@ def test_a_cell_that_is_not_tuned_has_no_rate_and_the_error_says_what_to_run(stu
 
 def test_a_stage_that_is_not_there_is_refused(study):
     with pytest.raises(ConfigError, match=r"no stage warp\. Name some of gate, tune"):
-        run_stages(study, ["gate", "warp"])
+        study.run_stages(["gate", "warp"])
 
 
 def test_confirming_asks_for_every_cell_and_ten_new_seeds(study):
@@ -93,7 +105,7 @@ def test_confirming_asks_for_every_cell_and_ten_new_seeds(study):
     points = study.confirm()
     cells = {(p["topology"], p["batch_size"] * p["accumulation"], p["seed"]) for p in points}
     assert len(points) == len(cells) == 12 * 10
-    assert {p["seed"] for p in points}.isdisjoint(large_batch.TUNING_SEEDS)
+    assert {p["seed"] for p in points}.isdisjoint(TUNING_SEEDS)
     # The study's way keeps the rate of the smallest batch.
     kept = {p["topology"]: p["learning_rate"] for p in points if p["accumulation"] == 1}
     fixed = study.fixed()
