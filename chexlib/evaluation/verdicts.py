@@ -6,7 +6,7 @@ Every verdict is the first that applies of *supported*, *contradicted*, *equival
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from chexlib.evaluation.intervals import (
     REPRODUCED,
     UNDECIDED,
     half_width,
+    holm,
 )
 
 SUPPORTED, EQUIVALENT = "supported", "equivalent"
@@ -62,7 +63,7 @@ class Verdict:
         return f"{self.mean:+.3f} ({interval}): {self.word}{ending}"
 
 
-def judge(differences: Sequence[float]) -> Verdict:
+def judge(differences: Sequence[float], *, apart: bool = True) -> Verdict:
     """The verdict on differences by seed, by Student's t.
 
     - supported: the 95 % interval is above 0;
@@ -75,6 +76,8 @@ def judge(differences: Sequence[float]) -> Verdict:
     ----------
     differences : (n,)
         One value per seed; NaN is left out.
+    apart : bool
+        False where one of many looks is not apart from 0 once it is corrected for their number.
     """
     values = np.asarray(differences, float)
     values = values[~np.isnan(values)]
@@ -85,9 +88,9 @@ def judge(differences: Sequence[float]) -> Verdict:
     deviation = float(values.std(ddof=1))
     half = half_width(deviation, n)
     half_90 = half_width(deviation, n, level=0.9)
-    if mean - half > 0:
+    if apart and mean - half > 0:
         word = SUPPORTED
-    elif mean + half < 0:
+    elif apart and mean + half < 0:
         word = CONTRADICTED
     elif abs(mean) + half_90 < MARGIN:
         word = EQUIVALENT
@@ -95,6 +98,17 @@ def judge(differences: Sequence[float]) -> Verdict:
         word = UNDECIDED
     p = float(stats.ttest_1samp(values, 0).pvalue) if deviation else float(mean == 0)
     return Verdict(word, mean, mean - half, mean + half, deviation, n, p)
+
+
+def judge_many(differences: Mapping[Hashable, Sequence[float]]) -> dict[Hashable, Verdict]:
+    """`judge` of several differences, of which one would be apart from 0 by chance.
+
+    Supported and contradicted are only those whose p, corrected for their number (Holm 1979), is
+    below 5 %; the others are equivalent or undecided. Intervals stay those of one look.
+    """
+    corrected = holm(np.array([judge(values).p for values in differences.values()]))
+    looks = zip(differences.items(), corrected, strict=True)
+    return {name: judge(values, apart=p < 1 - LEVEL) for (name, values), p in looks}
 
 
 def power(effect: float, deviation: float, n: int) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from chexlib.evaluation.verdicts import judge, power, smallest_effect
+from chexlib.evaluation.verdicts import judge, judge_many, power, smallest_effect
 
 LOSSES = {  # differences by seed, and what must be said of them, by hand
     "supported": [0.03, 0.05, 0.04, 0.06],
@@ -66,3 +66,24 @@ def test_effects_beyond_the_margin_are_called_equivalent_in_at_most_one_of_twent
 def test_an_undecided_verdict_tells_what_could_have_been_seen():
     verdict = judge(LOSSES["undecided"])
     assert f"could have seen {verdict.smallest:.3f} with 80%" in str(verdict)
+
+
+def test_of_many_looks_at_nothing_one_in_twenty_families_claims_anything():
+    rng = np.random.default_rng(5)
+    families = rng.normal(0, 0.016, (1000, 10, 6))
+    claims = [
+        {v.word for v in judge_many(dict(enumerate(looks))).values()}
+        & {"supported", "contradicted"}
+        for looks in families
+    ]
+    assert 0.03 < np.mean([bool(words) for words in claims]) < 0.07
+
+
+def test_a_look_that_does_not_outlive_the_correction_is_judged_for_equivalence():
+    """p of 0.04 alone is supported, and of two looks it is not; a clear one stays."""
+    small = stats.norm.ppf((np.arange(10) + 0.5) / 10)
+    small = 0.01 * (small / small.std(ddof=1) + stats.t.ppf(0.98, 9) / np.sqrt(10))
+    found = judge_many({"small": small, "clear": small + 0.1, "none": small - small.mean()})
+    assert judge(small).word == "supported"
+    assert [verdict.word for verdict in found.values()] == ["equivalent", "supported", "equivalent"]
+    assert judge_many({"one seed": [0.3]})["one seed"].word == "undecided"
