@@ -48,6 +48,37 @@ def test_a_notebook_has_the_form_that_its_readers_know(path):
     assert "solution" in {tag for c in cells for tag in c.metadata.get("tags", [])}
 
 
+def code_of(cell) -> ast.Module:
+    """A cell's code as Python reads it, without the magics of IPython."""
+    lines = [line for line in cell.source.splitlines() if not line.startswith("%")]
+    return ast.parse("\n".join(lines))
+
+
+@each_notebook
+def test_cells_that_teach_use_only_the_names_of_chexlib_that_the_first_cell_lists(path):
+    cells = nbformat.read(path, as_version=4).cells
+    row = re.findall(r"^\| from chexlib \| (.*) \|$", cells[0].source, re.M)
+    if not row:
+        pytest.skip("its first cell lists no names yet")
+    listed = set(re.findall(r"`(\w+)`", row[0]))
+    code = {c.id: code_of(c) for c in cells if c.cell_type == "code"}
+    ours = {
+        alias.asname or alias.name
+        for tree in code.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "chexlib"
+        for alias in node.names
+    }
+    used = {
+        node.id
+        for cell in cells
+        if cell.cell_type == "code" and "plumbing" not in cell.metadata.get("tags", [])
+        for node in ast.walk(code[cell.id])
+        if isinstance(node, ast.Name)
+    }
+    assert used & ours == listed and len(listed) <= 10
+
+
 @each_notebook
 def test_outputs_are_not_in_git(path):
     for cell in nbformat.read(path, as_version=4).cells:

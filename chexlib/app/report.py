@@ -34,6 +34,8 @@ RESULTS = {
     "parameters": "params.json",
     "environment": "environment.json",
 }
+# Tags of cells that a reader of the page does not need, or should first try without.
+HIDDEN = {"plumbing", "solution", "check"}
 TEMPLATES = Path(__file__).parent / "templates"
 JINJA = jinja2.Environment(
     loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -233,9 +235,14 @@ def write_page(notebook, path: Path, *, title: str) -> None:
 
 
 def _prepare(notebook, figures: Path) -> None:
-    """Drop TensorFlow's greetings, and give pictures the text that the template describes them by."""
-    heading = "the beginning"
+    """Drop hidden cells, if nothing failed in them, and TensorFlow's greetings; give pictures the
+    text that the template describes them by.
+    """
+    heading, shown = "the beginning", []
     for cell in notebook.cells:
+        failed = any(output.output_type == "error" for output in cell.get("outputs", []))
+        if failed or HIDDEN.isdisjoint(cell.metadata.get("tags", [])):
+            shown.append(cell)
         if cell.cell_type == "markdown":
             heading = (re.findall(r"^#+ (.+)", cell.source, re.M) or [heading])[-1]
         if cell.cell_type != "code":
@@ -252,6 +259,7 @@ def _prepare(notebook, figures: Path) -> None:
             if output.get("text", "shown"):
                 outputs.append(output)
         cell.outputs = outputs
+    notebook.cells = shown
 
 
 # --- a model card

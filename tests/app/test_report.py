@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from chexlib.app.reference import compare_run
-from chexlib.app.report import _page, build_report
+from chexlib.app.report import HIDDEN, _page, build_report
 from chexlib.app.runs import start
 from chexlib.errors import ConfigError, DataError
 from chexlib.files import write_json
@@ -39,6 +39,7 @@ BEYOND = """[...document.querySelectorAll('body *')].filter(e => e.getBoundingCl
 AXE = """axe.run(document, {resultTypes: ['violations']}).then(found => found.violations
     .filter(v => ['serious', 'critical'].includes(v.impact)).map(v => [v.id, v.nodes[0].html.slice(0, 200)]))"""
 OPEN = "document.querySelectorAll('details').forEach(d => { d.open = true }); 0"
+PAGES = ("03_train", "05_other")
 CAPTION = "Test AUROC of each finding."
 
 
@@ -81,11 +82,13 @@ def make_run(folder):
         new_code_cell(code, outputs=[new_output("stream", name="stdout", text=LONG), table]),
         new_code_cell('run.save_figure(figure, "auroc", caption=caption)', outputs=[picture]),
         new_code_cell("figure", outputs=[picture]),
+        *(new_code_cell(f"hidden_{tag}()", metadata={"tags": [tag]}) for tag in HIDDEN),
     ]
     nbformat.write(new_notebook(cells=cells), folder / "03_train" / "notebook.ipynb")
     (folder / "05_other").mkdir()
     error = new_output("error", ename="ValueError", evalue=LONG, traceback=[f"ValueError: {LONG}"])
-    failed = [new_markdown_cell("# Other"), new_code_cell("fail()", outputs=[error])]
+    tags = {"tags": ["plumbing"]}  # a failure is shown wherever it is
+    failed = [new_markdown_cell("# Other"), new_code_cell("f()", outputs=[error], metadata=tags)]
     nbformat.write(new_notebook(cells=failed), folder / "05_other" / "notebook.ipynb")
     return build_report(folder)
 
@@ -170,6 +173,12 @@ def test_the_ledger_comes_first_and_shows_every_figure_with_ours(report):
         cells[2] == "not comparable our images are synthetic"
         and row.a["href"] == "03_train/notebook.html"
     )
+
+
+def test_pages_leave_out_what_only_a_machine_needs_and_the_solutions(report):
+    page, failed = ((report.parent / n / "notebook.html").read_text() for n in PAGES)
+    assert "hidden_" not in page and "save_figure" in page
+    assert "ValueError" in failed
 
 
 def look(report, each):
