@@ -21,6 +21,7 @@ from pathlib import Path
 from chexlib.errors import ConfigError, DataError, printable
 from chexlib.files import ROOT, atomic_write, file_lock, is_utf8, plain, read_json, write_json
 from chexlib.machine import environment
+from chexlib.phantom.population import REPEAT
 
 PHANTOM_SIZE = 128  # side in pixels of the phantoms that notebooks make
 # Least prevalence of each finding in them; in the NIH release the rarest has 0.002.
@@ -270,14 +271,16 @@ def _began_before(path: Path, parameters: dict) -> bool:
     return asked_for(file) == json.loads(json.dumps(plain(parameters)))
 
 
-def data_folder(data_dir: str = "", *, images: int, difficulty: str, seed: int) -> Path:
+def data_folder(
+    data_dir: str = "", *, images: int, difficulty: str, seed: int, repeat: float = REPEAT
+) -> Path:
     """The folder a notebook works on: `data_dir`, or without one a phantom under `data/phantom`,
     made if missing. A relative `data_dir` is taken from the project's root where it is not below the
     current folder.
 
     The phantom has `images` synthetic radiographs of `PHANTOM_SIZE` px, and every finding in at
     least `PHANTOM_PREVALENCE` of them: with the release's own prevalence, 12,000 images have seven
-    hernias to test on.
+    hernias to test on. `repeat` is as for `write_phantom`.
     """
     if data_dir:
         here, of_project = Path(data_dir).absolute(), ROOT / data_dir
@@ -291,8 +294,11 @@ def data_folder(data_dir: str = "", *, images: int, difficulty: str, seed: int) 
         / "phantom"
         / f"v{VERSION}-{difficulty}-{images}x{PHANTOM_SIZE}px-seed{seed}-enriched"
     )
+    if repeat != REPEAT:
+        folder = folder.with_name(f"{folder.name}-repeat{repeat:g}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     settings = {"n_images": images, "size": PHANTOM_SIZE, "difficulty": difficulty, "seed": seed}
+    settings["repeat"] = repeat
     return write_phantom(folder, **settings, min_prevalence=PHANTOM_PREVALENCE)
 
 

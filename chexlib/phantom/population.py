@@ -152,11 +152,11 @@ def _table(min_prevalence):
 
 
 def sample_patient(
-    seed, patient, *, difficulty="standard", min_prevalence=0.0
+    seed, patient, *, difficulty="standard", min_prevalence=0.0, repeat=REPEAT
 ) -> list[Description]:
     """All films of one patient, described and not yet drawn.
 
-    View and findings are drawn together from the NIH table; with probability 0.16 a follow-up
+    View and findings are drawn together from the NIH table; with probability `repeat` a follow-up
     copies those of the film before and is not drawn anew, which leaves the overall frequencies as
     they are. Patients have at most 20 films.
     """
@@ -169,8 +169,8 @@ def sample_patient(
     age, gap = float(np.clip(rng.normal(46.6, 16.6), 1, 95)), rng.exponential(0.4)
     described, pair = [], None
     for follow_up in range(films):
-        repeat, pick, flips = rng.random(), rng.random(), rng.random(len(FINDINGS))
-        if pair is None or repeat >= REPEAT:
+        luck, pick, flips = rng.random(), rng.random(), rng.random(len(FINDINGS))
+        if pair is None or luck >= repeat:
             row = int(np.searchsorted(cumulative, pick, side="right"))
             pair = pairs[min(row, len(pairs) - 1)]
         labels, view = pair

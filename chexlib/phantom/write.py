@@ -70,6 +70,7 @@ def write_phantom(
     seed=0,
     difficulty="standard",
     min_prevalence=0.0,
+    repeat=REPEAT,
     workers=None,
 ) -> Path:
     """Write a synthetic data set in the layout of the NIH release.
@@ -92,6 +93,8 @@ def write_phantom(
     min_prevalence : float
         Combinations of findings are re-weighted until each finding is expected in at least this
         fraction of the films, below 0.5. 0 keeps the prevalence of the NIH table (Hernia 0.2 %).
+    repeat : float
+        Probability from 0 to 1 that a follow-up has the findings of the film before.
     workers : int, optional
         Processes that draw; default: the cores this process may use.
 
@@ -124,6 +127,8 @@ def write_phantom(
             f"min_prevalence={min_prevalence!r} is not a number from 0 to below 0.5. 0 is as in "
             "NIH."
         )
+    if not isinstance(repeat, Real) or not 0 <= repeat <= 1:
+        raise ConfigError(f"repeat={repeat!r} is not a number from 0 to 1. In NIH it is {REPEAT}.")
     level = level_of(difficulty)
     parameters = {
         "version": VERSION,
@@ -134,6 +139,8 @@ def write_phantom(
         "difficulty": "custom" if isinstance(difficulty, Difficulty) else difficulty,
         "knobs": asdict(level),
     }
+    if repeat != REPEAT:  # left out of those of before, which had no such parameter
+        parameters["repeat"] = float(repeat)
     directory = Path(directory)
     _remove_drafts(directory.parent)
     if _holds(directory, parameters):
@@ -170,7 +177,8 @@ def _make(directory, parameters, difficulty, workers) -> Path:
     if _holds(directory, parameters):
         return directory
     n_images, size, seed = (parameters[name] for name in ("n_images", "size", "seed"))
-    films = _population(n_images, seed, difficulty, parameters["min_prevalence"])
+    drawn = {name: parameters[name] for name in ("min_prevalence", "repeat") if name in parameters}
+    films = _population(n_images, seed, difficulty=difficulty, **drawn)
     draft = directory.with_name(f".{directory.name[:40]}.{uuid4().hex[:8]}.partial")
     try:
         pictures = draft / "images_001" / "images"
@@ -206,10 +214,10 @@ def _holds(directory, parameters):
     )
 
 
-def _population(n_images, seed, difficulty, min_prevalence):
+def _population(n_images, seed, **drawn):
     films = []
     for patient in count(1):
-        films += sample_patient(seed, patient, difficulty=difficulty, min_prevalence=min_prevalence)
+        films += sample_patient(seed, patient, **drawn)
         if len(films) >= n_images:
             return films[:n_images]
 
@@ -277,7 +285,7 @@ def _write_tables(folder, films, boxes, parameters):
         "what": "Synthetic chest radiographs drawn by chexlib: they show no person. Not for "
         "clinical use.",
         "parameters": parameters,
-        "repeat": REPEAT,
+        "repeat": parameters.get("repeat", REPEAT),
         "signs_shown": {f: sum(f in d.shown for d in films) for f in FINDINGS},
         "labelled": {f: sum(f in d.findings for d in films) for f in FINDINGS},
     }

@@ -184,6 +184,23 @@ def test_34_to_40_percent_of_follow_ups_have_the_findings_before(min_prevalence,
     assert np.mean(found) == pytest.approx(1 / 6, abs=0.015)
 
 
+@pytest.mark.parametrize("repeat", [0.0, 0.9, 1.0])
+def test_follow_ups_repeat_as_often_as_is_asked(repeat, small, tmp_path):
+    films = [sample_patient(0, patient, repeat=repeat) for patient in range(1, 800)]
+    pairs = [pair for own in films for pair in pairwise(own)]
+    same = np.mean([before.findings == after.findings for before, after in pairs])
+    assert (
+        same == 1 if repeat == 1 else same == pytest.approx(repeat + 0.3 * (1 - repeat), abs=0.05)
+    )
+    firsts = [sample_patient(0, patient)[0] for patient in range(1, 800)]
+    assert [own[0] for own in films] == firsts  # who is on them is not touched
+    folder = write_phantom(tmp_path / "made", n_images=4, size=32, repeat=repeat, workers=1)
+    about = json.loads((folder / "phantom.json").read_text())
+    assert about["repeat"] == about["parameters"]["repeat"] == repeat
+    # A phantom of before, which knew no such parameter, is still known for what it is.
+    assert "repeat" not in json.loads((small / "phantom.json").read_text())["parameters"]
+
+
 def test_min_prevalence_is_reached_by_every_finding():
     films = [
         d for patient in range(1, 3001) for d in sample_patient(2, patient, min_prevalence=0.08)
@@ -341,6 +358,8 @@ def test_two_processes_draw_one_phantom_once(tmp_path):
         {"min_prevalence": 0.5},
         {"min_prevalence": -0.1},
         {"min_prevalence": float("nan")},
+        {"repeat": 1.1},
+        {"repeat": "often"},
         {"workers": 0},
     ],
 )
