@@ -1,4 +1,5 @@
-"""The study's three topologies with a head of 14 sigmoids: grey radiographs in, probabilities out.
+"""The study's three topologies, and VGG-16 with batch norm, each with a head of 14 sigmoids: grey
+radiographs in, probabilities out.
 
 A model takes grey pixels of 0 to 255, shape (batch, size, size, 1), and holds its own ImageNet
 normalisation, so that training, prediction and other people's code cannot disagree about it.
@@ -14,7 +15,7 @@ import zlib
 from chexlib.errors import ConfigError, WeightsError
 from chexlib.findings import FINDINGS
 
-TOPOLOGIES = ("densenet121", "resnet50", "vgg16")
+TOPOLOGIES = ("densenet121", "resnet50", "vgg16", "vgg16_bn")
 # Whose statistics normalise an image in training: those of its rank's batch, of all ranks' batches,
 # of a virtual batch inside its rank's; of a group of its own channels; the moving ones; or
 # nobody's, the layers being left out.
@@ -31,7 +32,12 @@ _TORCH = {
     "offset": [-m / s for m, s in zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)],
 }
 _CAFFE = {"scale": [1.0, 1.0, 1.0], "offset": [-103.939, -116.779, -123.68]}
-NORMALIZATION = {"densenet121": _TORCH, "resnet50": _CAFFE, "vgg16": _CAFFE}
+NORMALIZATION = {
+    "densenet121": _TORCH,
+    "resnet50": _CAFFE,
+    "vgg16": _CAFFE,
+    "vgg16_bn": _CAFFE,
+}
 
 
 def build_model(
@@ -45,6 +51,7 @@ def build_model(
     precision: str = "float32",
     norm: str = "batch",
     ghost_size: int = 0,
+    group_share: float = 0.0,
     momentum: float = 0.9,
     seed: int = 0,
 ):
@@ -53,7 +60,9 @@ def build_model(
 
     Parameters
     ----------
-    topology : {"densenet121", "resnet50", "vgg16"}
+    topology : one of `TOPOLOGIES`
+        "vgg16_bn" is VGG-16 with batch norm between each convolution and its ReLU (13 layers), as
+        torchvision has it.
     size : int
         Side of the input in pixels, within `SIZES`.
     width : one of `WIDTHS`
@@ -77,6 +86,8 @@ def build_model(
         convolutions that had no bias of their own get one.
     ghost_size : int
         Images of a virtual batch, for norm="ghost".
+    group_share : float
+        Share of the layers of batch norm, spread evenly, that are group norm instead.
     momentum : float
         Of the moving statistics of batch norm. CheXNet's is 0.9 (PyTorch's default, there called
         0.1); keras.applications' 0.99 trails far behind in a training of a few hundred steps.
@@ -118,11 +129,18 @@ def build_model(
             f"norm={norm!r} with ghost_size={ghost_size} is not accepted. Use one of "
             f"{', '.join(NORMS)}, and a ghost_size of 1 or more with ghost alone."
         )
-    if imagenet and (width, stem, blocks) != (1, "full", 0):
+    if not 0 <= group_share <= 1 or (group_share and norm not in STATISTICS):
+        raise ConfigError(
+            f"group_share={group_share!r} with norm={norm!r} is not accepted. Use a share from 0 to "
+            f"1, and one above 0 with {', '.join(STATISTICS)} alone."
+        )
+    other = (width, stem, blocks, group_share) != (1, "full", 0, 0) or topology == "vgg16_bn"
+    if imagenet and other:
         raise WeightsError(
-            f"the ImageNet weights of {topology} are of the published network, and do not fit "
-            f"width={width!r}, stem={stem!r}, blocks={blocks}. Use width=1, stem='full', blocks=0, "
-            "or random weights."
+            f"the ImageNet weights of Keras are of the published networks, and do not fit "
+            f"{topology} with width={width!r}, stem={stem!r}, blocks={blocks}, "
+            f"group_share={group_share!r}. Use width=1, stem='full', blocks=0, group_share=0 and a "
+            "topology without batch norm of its own, or random weights."
         )
     if imagenet and norm not in STATISTICS and topology != "vgg16":
         raise WeightsError(
@@ -133,24 +151,37 @@ def build_model(
 
     stock = _published(topology, size, "imagenet") if imagenet else _outline(topology, size)
 
+    adds_norm = topology == "vgg16_bn"
+    normalised = keras.layers.Conv2D if adds_norm else keras.layers.BatchNormalization
+    names = [layer.name for layer in stock.layers if type(layer) is normalised]
+    by_group = {
+        name
+        for place, name in enumerate(names)
+        if norm == "group" or int((place + 1) * group_share) > int(place * group_share)
+    }
+
+    def norm_layer(config: dict, *, place: str):
+        """What stands where the network has batch norm of this Keras config."""
+        if norm == "none":
+            return keras.layers.Identity(name=config["name"], dtype=precision)
+        if stem == "small" and re.fullmatch(r"conv\d_block\d_3_bn", config["name"]):
+            config["gamma_initializer"] = "zeros"
+        if place in by_group:
+            kept = ("name", "dtype", "epsilon", "gamma_initializer")
+            config = {name: config[name] for name in kept} | {"groups": int(GROUPS * width)}
+            return keras.layers.GroupNormalization.from_config(config)
+        config |= {"momentum": momentum, "statistics": norm, "ghost_size": ghost_size}
+        return FusedBatchNormalization.from_config(config)
+
     def clone(layer):
         config = {**layer.get_config(), "dtype": precision}
         kind = type(layer)
         if kind is keras.layers.BatchNormalization:
-            if norm == "none":
-                return keras.layers.Identity(name=layer.name, dtype=precision)
-            if norm == "group":
-                kind = keras.layers.GroupNormalization
-                kept = ("name", "dtype", "epsilon", "gamma_initializer")
-                config = {name: config[name] for name in kept} | {"groups": int(GROUPS * width)}
-            else:
-                kind = FusedBatchNormalization
-                config |= {"momentum": momentum, "statistics": norm, "ghost_size": ghost_size}
-            if stem == "small" and re.fullmatch(r"conv\d_block\d_3_bn", layer.name):
-                config["gamma_initializer"] = "zeros"
-        elif kind is keras.layers.Conv2D:
+            return norm_layer(config, place=layer.name)
+        if kind is keras.layers.Conv2D:
             kind = Conv2D
             config["use_bias"] |= norm == "none"
+            config["activation"] = "linear" if adds_norm else config["activation"]
             config["filters"] = int(width * layer.filters)
             if stem == "small" and layer.name == "conv1_conv":
                 config["strides"] = 1
@@ -164,7 +195,12 @@ def build_model(
         # The layers of a block left out hand on what they are given.
         if place and 0 < blocks < int(place[1]):
             return keras.tree.flatten(tensors)[0]
-        return layer(*tensors, **settings)
+        outputs = layer(*tensors, **settings)
+        if adds_norm and isinstance(layer, Conv2D):
+            config = keras.layers.BatchNormalization(name=f"{layer.name}_bn").get_config()
+            outputs = norm_layer({**config, "dtype": precision}, place=layer.name)(outputs)
+            outputs = keras.layers.ReLU(name=f"{layer.name}_relu", dtype=precision)(outputs)
+        return outputs
 
     backbone = keras.models.clone_model(stock, clone_function=clone, call_function=call)
     if imagenet:
@@ -195,6 +231,7 @@ def _published(topology: str, size: int, weights: str | None):
         "densenet121": keras.applications.DenseNet121,
         "resnet50": keras.applications.ResNet50,
         "vgg16": keras.applications.VGG16,
+        "vgg16_bn": keras.applications.VGG16,  # to which batch norm is added
     }
     state = random.getstate()  # Keras' initializers without a seed draw one from Python's generator
     try:

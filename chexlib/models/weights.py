@@ -221,7 +221,7 @@ def _build_one(path: Path, card: dict):
         raise WeightsError(
             f"{path} is of precision {precision!r:.80}. Accepted: float32, mixed_bfloat16."
         )
-    norm = {name: config[name] for name in ("norm", "ghost_size") if name in config}
+    norm = {name: config[name] for name in ("norm", "ghost_size", "group_share") if name in config}
     network = {name: card.get(name, usual) for name, usual in PUBLISHED.items()}
     try:
         return build_model(topology, size=card["size"], precision=precision, **network, **norm)

@@ -84,15 +84,16 @@ class PooledValidation(keras.callbacks.Callback):
 
 
 class Plateau(keras.callbacks.ReduceLROnPlateau):
-    """Multiplies the learning rate by `factor` after an epoch without a lower `val_loss`.
+    """Multiplies the learning rate by `factor` after an epoch whose `val_loss` is not lower by more
+    than `delta`.
 
     Keras' own, but one that can be resumed in the middle of a training; 1 leaves the rate alone.
     """
 
-    def __init__(self, factor: float):
+    def __init__(self, factor: float, *, delta: float):
         self.idle = factor == 1
         accepted = 0.5 if self.idle else factor  # Keras refuses 1
-        super().__init__("val_loss", accepted, patience=1, min_delta=0)
+        super().__init__("val_loss", accepted, patience=1, min_delta=delta)
         self.best = None
 
     def on_train_begin(self, logs=None):

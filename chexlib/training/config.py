@@ -59,13 +59,17 @@ def _whole(least: int, default: int | None, most: int = MOST) -> int:
     return field(default=default, metadata={"check": check, "use": use})
 
 
+def _is_finite(value) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # False for NaN too; a whole number may be too long for a float.
+    return is_number and abs(value) <= sys.float_info.max
+
+
 def _number(within: str, check: Callable[[float], bool], default: float) -> float:
     """A field that holds a finite number."""
 
     def is_accepted(value) -> bool:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        # False for NaN too; a whole number may be too long for a float.
-        return is_number and abs(value) <= sys.float_info.max and check(value)
+        return _is_finite(value) and check(value)
 
     return field(default=default, metadata={"check": is_accepted, "use": f"a number {within}"})
 
@@ -153,10 +157,20 @@ class TrainConfig:
     norm: str = _choice(NORMS, "batch")
     # Images of a virtual batch, for norm="ghost".
     ghost_size: int = _whole(0, 0)
+    # Share of the layers of batch norm, spread evenly, that are group norm instead.
+    group_share: float = _number("from 0 to 1", lambda value: 0 <= value <= 1, 0.0)
     # Momentum of batch norm's moving statistics; PyTorch, and so CheXNet, calls this 0.1.
     norm_momentum: float = _number("from 0 to below 1", lambda value: 0 <= value < 1, 0.9)
     # Training images that give batch norm its moving statistics before the first step. 0: none.
     recalibrate: int = _whole(0, 0)
+    # Where all biases of a fresh head start. None: at the log-odds of each finding.
+    head_bias: float | None = field(
+        default=None,
+        metadata={
+            "check": lambda value: value is None or _is_finite(value),
+            "use": "a number or null",
+        },
+    )
     # Type of the backbone's computations; "auto" is what this processor is made for.
     precision: str = _choice((*PRECISIONS, "auto"), "auto")
 
@@ -179,9 +193,10 @@ class TrainConfig:
     max_steps: int = _whole(0, 0)
     # A preset's name, or a description (chexlib.training.recipes.resolve), of rate, momentum and
     # weight decay. "": a constant rate, multiplied by plateau_factor after an epoch in which the
-    # validation loss did not fall.
+    # validation loss did not fall by more than plateau_delta.
     schedule: str | dict = ""
     plateau_factor: float = _number("above 0 and up to 1", lambda value: 0 < value <= 1, 0.1)
+    plateau_delta: float = _number("of 0 or more", lambda value: value >= 0, 0.0)
 
     # Run:
     # Folder for model, history, predictions and checkpoints.
@@ -236,6 +251,11 @@ class TrainConfig:
                 f"ghost_size={self.ghost_size!r} is not accepted with norm={self.norm!r}. Use 1 or "
                 "more for ghost, and 0 for every other norm."
             )
+        if self.group_share and self.norm in ("group", "none"):
+            raise ConfigError(
+                f"group_share={self.group_share!r} is not accepted with norm={self.norm!r}. Use 0, or "
+                "a norm that is batch norm."
+            )
         if self.norm == "sync" and self.accumulation > 1:
             raise ConfigError(
                 f'accumulation={self.accumulation!r} is not accepted with norm="sync": a rank takes '
@@ -285,8 +305,10 @@ class TrainConfig:
             A setting that decides what the training is has another value there; the message has
             both.
         """
-        # What chexlib 0.1 had no setting for.
-        other = {"width": 1.0, "stem": "full", "train_images": 0, **other}
+        # What chexlib had no setting for then.
+        later = {"width": 1.0, "stem": "full", "train_images": 0, "group_share": 0.0}
+        later |= {"head_bias": None, "plateau_delta": 0.0}
+        other = {**later, **other}
         mine = {name: value for name, value in self.to_dict().items() if name not in FREE}
         asked = (
             {"preset": self.schedule}

@@ -38,7 +38,7 @@ from chexlib.training.callbacks import (
     Snapshots,
 )
 from chexlib.training.config import TrainConfig
-from chexlib.training.input import Feed, divide, predictions_of, start_head_at_prevalence
+from chexlib.training.input import Feed, divide, predictions_of, start_head
 from chexlib.training.noise import NoiseScale, noise_scale
 from chexlib.training.optimizers import guide
 from chexlib.training.state import Saver
@@ -209,7 +209,7 @@ def learn(
 
         trainer = (reuse or Reuse()).trainer(config, world)
         model, labels = trainer.model, train.labels
-        start_head_at_prevalence(model, labels)
+        start_head(model, labels, bias=config.head_bias)
         if config.shuffle_labels:
             labels = generator_for("control", seed=config.seed).permutation(labels)
         world.broadcast([*model.variables, *trainer.optimizer.variables])
@@ -223,7 +223,9 @@ def learn(
             parts["validation"].labels,
             choose=not config.shuffle_labels,
         )
-        plateau = Plateau(1 if trainer.optimizer.tables else config.plateau_factor)
+        plateau = Plateau(
+            1 if trainer.optimizer.tables else config.plateau_factor, delta=config.plateau_delta
+        )
         progress = Progress(report if world.first else None, at, epochs=config.epochs)
         watchers = (validation, plateau, progress)
         saver = Saver(config, world, at, watchers, facts={"split": split.digest})

@@ -94,18 +94,18 @@ def drawing_of(folder: Path) -> dict:
     return chosen
 
 
-def start_head_at_prevalence(model, labels: np.ndarray) -> None:
-    """Bias of 14 fresh sigmoids at the log-odds of each finding (Lin et al. 2017, section 4.1), one
-    pseudo-count each.
+def start_head(model, labels: np.ndarray, *, bias: float | None = None) -> None:
+    """Biases of 14 fresh sigmoids at `bias`; of None at the log-odds of each finding (Lin et al.
+    2017, section 4.1), one pseudo-count each.
 
     A head whose biases are all 0 is fresh; one that was loaded stays as it is.
     """
     positives = labels.sum(0) + 1
-    kernel, bias = model.get_layer(HEAD).get_weights()
-    if not bias.any():
-        model.get_layer(HEAD).set_weights(
-            [kernel, np.log(positives / (len(labels) + 2 - positives))]
-        )
+    kernel, biases = model.get_layer(HEAD).get_weights()
+    if not biases.any():
+        odds = np.log(positives / (len(labels) + 2 - positives))
+        biases = odds if bias is None else np.full(len(odds), bias, np.float32)
+        model.get_layer(HEAD).set_weights([kernel, biases])
 
 
 def divide(config: TrainConfig) -> tuple[Split, dict[str, Radiographs]]:

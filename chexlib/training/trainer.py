@@ -15,8 +15,17 @@ from chexlib.training.optimizers import has_table, make_optimizer
 # Settings that no graph depends on; any other, also one that is new, means another trainer.
 _SAME_GRAPH = {
     *FREE,
-    *("augment", "fresh_head", "learning_rate", "max_images", "max_steps", "mirror"),
-    *("plateau_factor", "recalibrate", "schedule", "seed", "shuffle_labels", "snapshots", "split"),
+    *("augment", "fresh_head", "head_bias", "learning_rate", "max_images", "max_steps", "mirror"),
+    *(
+        "plateau_delta",
+        "plateau_factor",
+        "recalibrate",
+        "schedule",
+        "seed",
+        "shuffle_labels",
+        "snapshots",
+        "split",
+    ),
     *("split_seed", "stream_images", "train_images", "weights"),
 }
 
@@ -90,6 +99,7 @@ def make_trainer(config: TrainConfig, world: World, *, accumulates: bool) -> Dat
         precision=config.precision,
         norm=config.norm,
         ghost_size=config.ghost_size,
+        group_share=config.group_share,
         momentum=config.norm_momentum,
         seed=config.seed,
         fresh_head=config.fresh_head,

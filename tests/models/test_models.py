@@ -25,7 +25,7 @@ from chexlib.findings import FINDINGS
 from chexlib.models.layers import FusedBatchNormalization
 from chexlib.models.predict import newest_weights, predict
 from chexlib.models.statistics import norm_layers
-from chexlib.models.topologies import TOPOLOGIES, build_model
+from chexlib.models.topologies import build_model
 from chexlib.models.weights import CARD, create_model, load_model, save_model
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 1)).astype(np.float32)
@@ -34,6 +34,7 @@ PREPROCESS = {
     "resnet50": keras.applications.resnet.preprocess_input,
     "vgg16": keras.applications.vgg16.preprocess_input,
 }
+TOPOLOGIES = tuple(PREPROCESS)  # of the study; VGG-16 with batch norm has tests of its own
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +242,63 @@ def test_the_small_stem_keeps_maps_of_2_by_2_where_the_last_convolution_works(
     assert convolutions[0].output.shape[1:3] == (32, 32)
     assert convolutions[-1].output.shape[1:3] == (2, 2)
     assert small_models(topology).input_shape == (None, 32, 32, 1)
+
+
+def test_vgg16_bn_is_vgg16_with_batch_norm_between_each_convolution_and_its_relu(small_models):
+    """As torchvision's vgg16_bn, whose layers are Conv2d, BatchNorm2d, ReLU, thirteen times."""
+    plain, normalised = small_models("vgg16"), small_models("vgg16_bn")
+    layers = [layer for layer in backbone_of(normalised).layers if hasattr(layer, "activation")]
+    convolutions = [layer for layer in layers if hasattr(layer, "kernel_size")]
+    assert len(convolutions) == len(norms(normalised)) == 13
+    assert {layer.activation.__name__ for layer in convolutions} == {"linear"}
+    kernels = [layer.kernel for layer in backbone_of(plain).layers if hasattr(layer, "kernel_size")]
+    for layer, kernel in zip(convolutions, kernels, strict=True):
+        np.testing.assert_array_equal(layer.kernel, kernel)
+        assert layer.bias is not None
+    names = [layer.name for layer in backbone_of(normalised).layers]
+    first = names.index("block1_conv1")
+    assert names[first : first + 3] == ["block1_conv1", "block1_conv1_bn", "block1_conv1_relu"]
+    # With statistics of mean 0 and variance 1 it computes what VGG-16 does, but for the epsilon.
+    np.testing.assert_allclose(normalised(PIXELS), plain(PIXELS), atol=0.01)
+
+
+def test_vgg16_bn_is_saved_and_loaded(small_models, tmp_path):
+    model = small_models("vgg16_bn")
+    card = {"topology": "vgg16_bn", "width": 0.25, "stem": "small", "size": 32}
+    save_model(model, tmp_path / "model.keras", card=card)
+    loaded, read = load_model(tmp_path / "model.keras")
+    assert read["topology"] == "vgg16_bn" and weights_equal(loaded, model)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_a_share_of_the_layers_is_group_norm_spread_evenly(share):
+    model = build_model(
+        "densenet121", size=32, width=0.25, stem="small", blocks=1, group_share=share
+    )
+    kinds = [
+        type(layer)
+        for layer in backbone_of(model).layers
+        if isinstance(layer, keras.layers.GroupNormalization | keras.layers.BatchNormalization)
+    ]
+    by_group = np.array([kind is keras.layers.GroupNormalization for kind in kinds])
+    assert 0 < by_group.sum() < len(by_group)
+    whole = build_model("densenet121", size=32, width=0.25, stem="small", group_share=share)
+    grouped = sum(
+        isinstance(layer, keras.layers.GroupNormalization) for layer in whole._flatten_layers()
+    )
+    assert grouped == int(121 * share)
+
+
+@pytest.mark.parametrize("settings", [{"group_share": 1.5}, {"group_share": 0.5, "norm": "none"}])
+def test_a_share_that_is_none_or_that_has_no_batch_norm_to_share_with_is_refused(settings):
+    with pytest.raises(ConfigError, match="group_share"):
+        build_model("densenet121", size=32, **settings)
+
+
+def test_keras_has_no_imagenet_weights_for_a_network_that_it_does_not_have():
+    for topology, share in (("vgg16_bn", 0.0), ("densenet121", 0.5)):
+        with pytest.raises(WeightsError, match="ImageNet weights"):
+            build_model(topology, imagenet=True, group_share=share)
 
 
 def test_each_residual_branch_of_a_small_resnet_starts_as_nothing(models, small_models):

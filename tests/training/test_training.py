@@ -16,6 +16,7 @@ from chexlib.models.predict import predict
 from chexlib.models.weights import load_model
 from chexlib.training.callbacks import Plateau, PooledValidation
 from chexlib.training.fit import fit
+from chexlib.training.input import start_head
 
 
 @pytest.fixture(scope="module")
@@ -151,10 +152,35 @@ def test_labels_of_the_control_are_not_dealt_in_the_order_of_an_epoch(
         fit(config_for(phantom, tmp_path, shuffle_labels=True, seed=3))
 
 
+def test_a_plateau_asks_for_a_fall_of_more_than_delta():
+    """The 2018 script divided the rate after each epoch that gained less than 0.01 of loss."""
+    optimizer = keras.optimizers.SGD(0.1)
+    plateau = Plateau(0.1, delta=0.01)
+    plateau.set_model(SimpleNamespace(optimizer=optimizer))
+    rates = []
+    for epoch, loss in enumerate([0.500, 0.480, 0.475, 0.460]):
+        plateau.on_epoch_end(epoch, {"val_loss": loss})
+        rates.append(float(optimizer.learning_rate))
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("bias", [None, 1.0])
+def test_a_fresh_head_starts_at_the_log_odds_or_where_it_is_told_to(bias):
+    head = keras.Sequential([keras.Input((3,)), keras.layers.Dense(14, name="findings")])
+    labels = np.zeros((98, 14), np.float32)
+    labels[:9, 0] = 1
+    start_head(head, labels, bias=bias)
+    biases = head.get_layer("findings").bias.numpy()
+    expected = [np.log(10 / 90), np.log(1 / 99)] if bias is None else [1.0, 1.0]
+    np.testing.assert_allclose(biases[:2], expected, rtol=1e-6)
+    start_head(head, labels, bias=5.0)  # no fresh one any more
+    np.testing.assert_array_equal(head.get_layer("findings").bias, biases)
+
+
 @pytest.mark.parametrize("factor", [0.1, 0.5, 0.51, 0.8, 0.99, 1])
 def test_a_plateau_multiplies_the_rate_by_the_factor_that_was_asked_for(factor):
     optimizer = keras.optimizers.SGD(0.1)
-    plateau = Plateau(factor)
+    plateau = Plateau(factor, delta=0.0)
     plateau.set_model(SimpleNamespace(optimizer=optimizer))
     rates = []
     for epoch, loss in enumerate([3.0, 2.0, 2.0, 2.5, 1.0]):
