@@ -120,8 +120,11 @@ class Study:
 
     def point(self, cell: Hashable, rate: float, **how) -> dict:
         """The point of one training, for `run_grid`; `how` as for `settings_of`."""
-        config = self.base.replace(**self.settings_of(cell, rate, **how))
-        return {**deciding_settings(config), **self.where}
+        return self.point_of(self.settings_of(cell, rate, **how))
+
+    def point_of(self, settings: dict) -> dict:
+        """The point of a training with these settings of `TrainConfig`."""
+        return {**deciding_settings(self.base.replace(**settings)), **self.where}
 
     def rows(self, points: Iterable[dict]) -> pd.DataFrame:
         """The rows there are of some points, with `batch`, images per update; the AUROC of a
@@ -182,12 +185,14 @@ class Study:
         return float(rows["auroc"].iloc[0]) if len(rows) else float("nan")
 
     def progress(self) -> pd.DataFrame:
-        """What is done of each stage, and of how much: trainings, but of "tune" cells that have
-        their rate. A stage that waits for the rates has NaN.
+        """What is done of each stage, and of how much: trainings, but where rates are tuned cells
+        that have their rate. A stage that waits for the rates has NaN.
         """
-        tuned = [self.tuning(cell)[1] is not None for cell in self.CELLS]
-        counts = dict.fromkeys(self.STAGES, (0, np.nan)) | {"tune": (sum(tuned), len(tuned))}
-        for name in set(self.STAGES) - {"tune"}:
+        counts = dict.fromkeys(self.STAGES, (0, np.nan))
+        for name, cells in self.tuned_cells().items():
+            tuned = [self.tuning(cell)[1] is not None for cell in cells]
+            counts[name] = (sum(tuned), len(tuned))
+        for name in set(self.STAGES) - set(self.tuned_cells()):
             with contextlib.suppress(ConfigError):  # not tuned yet
                 points = getattr(self, name)()
                 counts[name] = (len(read_grid(points, self.table)), len(points))
@@ -195,9 +200,13 @@ class Study:
 
     # --- the rates
 
-    def tune(self) -> list[dict]:
-        """What all cells need next to be tuned."""
-        return [point for cell in self.CELLS for point in self.tuning(cell)[0]]
+    def tuned_cells(self) -> dict[str, tuple[Hashable, ...]]:
+        """Stages that tune rates, each with the cells that it tunes."""
+        return {"tune": self.CELLS}
+
+    def tune(self, cells: Sequence[Hashable] = ()) -> list[dict]:
+        """What these cells, or all of the study's, need next to be tuned."""
+        return [point for cell in cells or self.CELLS for point in self.tuning(cell)[0]]
 
     def tuning(self, cell: Hashable) -> tuple[list[dict], float | None]:
         """What tuning a cell needs next, and the rate that was chosen once nothing is needed.
@@ -230,15 +239,15 @@ class Study:
         found = self.rows(points).set_index("learning_rate")["val_auroc"]
         return {k: found[rate_of(k)] for k in exponents if rate_of(k) in found}
 
-    def rates(self) -> dict[Hashable, float]:
-        """The tuned learning rate of each cell.
+    def rates(self, cells: Sequence[Hashable] = ()) -> dict[Hashable, float]:
+        """The tuned learning rate of these cells, or of all of the study's.
 
         Raises
         ------
         ConfigError
             A cell is not tuned yet.
         """
-        chosen = {cell: self.tuning(cell)[1] for cell in self.CELLS}
+        chosen = {cell: self.tuning(cell)[1] for cell in cells or self.CELLS}
         if untuned := [cell for cell, rate in chosen.items() if rate is None]:
             raise ConfigError(
                 f"{', '.join(map(str, untuned))}: no tuned learning rate yet. Run "

@@ -21,12 +21,17 @@ from chexlib.studies import judge, large_batch
 from chexlib.studies.grid import point_key, run_grid
 from chexlib.studies.large_batch import (
     CELLS,
+    SWAPS,
     Cell,
     LargeBatchStudy,
+    Switches,
     answers_of,
     committed_study,
     losses_of,
+    recipe_effects,
+    recipe_of,
     settings_of,
+    swap_effects,
 )
 from chexlib.studies.stages import TUNING_SEEDS, rate_of
 from chexlib.training.config import TrainConfig
@@ -82,6 +87,8 @@ def test_committed_rows_are_of_points_that_the_study_asks_for():
     """A key that changed would throw hours of trainings away."""
     study = committed_study()
     points = study.gate()
+    with contextlib.suppress(ConfigError):
+        points += study.pair()
     with contextlib.suppress(ConfigError):  # while cells have no rate
         points += study.confirm() + study.fixed()
     asked = {*map(point_key, points), *study.tuning_rows()["key"]}
@@ -111,6 +118,76 @@ def test_confirming_asks_for_every_cell_and_ten_new_seeds(study):
     fixed = study.fixed()
     assert len(fixed) == 9 * 10
     assert all(p["learning_rate"] == kept[p["topology"]] for p in fixed)
+
+
+def test_the_pair_that_answers_is_a_part_of_what_confirms(study):
+    while needed := study.tune_pair():
+        answer(study, needed, peaked(2e-3))
+    keys = set(map(point_key, study.pair()))
+    assert len(keys) == 6 * 10
+    with pytest.raises(ConfigError, match="batch 128"):
+        study.confirm()
+    while needed := study.tune():
+        answer(study, needed, peaked(2e-3))
+    assert keys < set(map(point_key, study.confirm()))
+
+
+def test_each_stage_that_explains_asks_for_what_it_says(study):
+    while needed := study.tune_pair() + study.tune_swap():
+        answer(study, needed, peaked(2e-3))
+    points = {
+        name: getattr(study, name)() for name in ("swap", "recipe", "dose", "updates", "local")
+    }
+    assert {name: len(set(map(point_key, of))) for name, of in points.items()} == {
+        "swap": 60,
+        "recipe": 60,
+        "dose": 36,
+        "updates": 54,
+        "local": 36,
+    }
+    swapped = {(p["topology"], p["norm"]) for p in points["swap"]}
+    assert swapped == {("densenet121", "group"), ("resnet50", "group"), ("vgg16_bn", "batch")}
+    assert {p["group_share"] for p in points["dose"]} == {0.25, 0.5, 0.75}
+    few = [p for p in points["updates"] if p["max_steps"]]
+    assert {(p["batch_size"] * p["accumulation"], p["max_steps"]) for p in few} == {
+        (32, 64),
+        (32, 16),
+    }
+    assert {p["epochs"] for p in points["updates"] if not p["max_steps"]} == {32}
+    assert {p["batch_size"] * p["accumulation"] for p in points["local"]} == {512}
+
+
+def test_the_recipe_of_2018_is_a_plateau_rule_a_fixed_rate_and_a_head_at_one(study):
+    whole = recipe_of("densenet121", Switches(), seed=0)
+    assert (whole["schedule"], whole["plateau_delta"]) == ("", 0.01)
+    assert (whole["learning_rate"], whole["head_bias"]) == (1e-3, 1.0)
+    mended = recipe_of("densenet121", Switches(False, False, False), seed=0)
+    assert mended["learning_rate"] == pytest.approx(4e-3) and mended["head_bias"] is None
+    assert [phase["kind"] for phase in mended["schedule"]["phases"]] == ["warmup", "cosine"]
+    # Planted: the plateau rule costs 0.1, the rate 0.02, the head nothing.
+    rng = np.random.default_rng(0)
+
+    def pretend(point, folder):
+        cost = 0.1 * (point["schedule"] == "") + 0.02 * (point["learning_rate"] == 1e-3)
+        auroc = 0.9 - cost + rng.normal(0, 0.002)
+        return {"diverged": False, "val_auroc": auroc, "auroc": auroc}
+
+    run_grid(study.recipe(), study.table, pretend)
+    effects = recipe_effects(study.recipe_scores())
+    assert effects["plateau"].mean == pytest.approx(0.1, abs=0.005)
+    assert effects["plateau"].word == effects["fixed_rate"].word == "supported"
+    assert effects["head_at_one"].word == "equivalent"
+
+
+def test_the_swap_finds_a_planted_cause():
+    rng = np.random.default_rng(1)
+    confirmed = scores_with(0.05, rng)
+    columns = pd.MultiIndex.from_tuples([(cell.topology, cell.batch) for cell in SWAPS])
+    swapped = pd.DataFrame(0.92 + rng.normal(0, 0.004, (10, 6)), confirmed.index, columns)
+    swapped[("vgg16_bn", 512)] -= 0.05
+    effects = swap_effects(confirmed, swapped)
+    assert effects["densenet121"].word == effects["vgg16"].word == "supported"
+    assert effects["resnet50"].word in ("equivalent", "undecided")
 
 
 @pytest.mark.parametrize("batch", [32, 2048])

@@ -37,6 +37,9 @@ BAD = {
     "accumulation": [0, 1.5, "2", True],
     "norm": ["layer", "", None, "Batch"],
     "ghost_size": [-1, 8, 0.5, None],
+    "group_share": [-0.1, 1.1, float("nan"), "0.5", None],
+    "head_bias": [float("nan"), float("inf"), "1", True],
+    "plateau_delta": [-0.1, float("nan"), "0.1", None],
     "norm_momentum": [-0.1, 1, float("nan"), "0.9", None],
     "stage_rate": [-0.1, 1.1, float("nan"), "1", None],
     "fresh_head": ["true", 1, None],
@@ -122,7 +125,7 @@ def test_the_message_says_what_is_accepted(name):
         "size": "32",
         "epochs": "1",
         "seed": "0",
-        "topology": "densenet121, resnet50, vgg16",
+        "topology": "densenet121, resnet50, vgg16, vgg16_bn",
     }
     with pytest.raises(ConfigError, match=accepted[name]):
         config(**{name: "wrong"})
@@ -131,7 +134,7 @@ def test_the_message_says_what_is_accepted(name):
 @pytest.mark.parametrize(
     ("name", "values"),
     {
-        "topology": ("densenet121", "resnet50", "vgg16"),
+        "topology": ("densenet121", "resnet50", "vgg16", "vgg16_bn"),
         "split": SPLITS,
         "optimizer": OPTIMIZERS,
         "precision": PRECISIONS,
