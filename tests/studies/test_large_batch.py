@@ -132,6 +132,27 @@ def test_the_pair_that_answers_is_a_part_of_what_confirms(study):
     assert keys < set(map(point_key, study.confirm()))
 
 
+@pytest.mark.parametrize(("deviation", "seeds"), [(0.002, 10), (0.05, 20)])
+def test_there_are_twenty_seeds_where_five_show_that_ten_are_too_few(study, deviation, seeds):
+    while needed := study.tune_pair():
+        answer(study, needed, peaked(2e-3))
+    assert len(study.pair()) == 6 * 10
+    rng = np.random.default_rng(3)
+    first = [point for point in study.pair() if point["seed"] < 5]
+    answer(study, first[:-1], lambda *of: 0.9 + rng.normal(0, deviation))
+    assert len(study.pair()) == 6 * 10  # five are not whole
+    answer(study, first, lambda *of: 0.9 + rng.normal(0, deviation))
+    assert len(study.pair()) == 6 * seeds
+
+
+def test_answers_of_a_stage_that_has_just_begun_are_undecided(study):
+    while needed := study.tune_pair():
+        answer(study, needed, peaked(2e-3))
+    answer(study, study.pair()[:7], lambda *of: 0.9)
+    answers = answers_of(study.scores("pair"), baseline=0.8)
+    assert {found.word for found in answers.values()} == {"undecided"}
+
+
 def test_each_stage_that_explains_asks_for_what_it_says(study):
     while needed := study.tune_pair() + study.tune_swap():
         answer(study, needed, peaked(2e-3))
