@@ -21,17 +21,21 @@ DATA ?=
 override export DATA := $(value DATA)
 ENGINES ?=
 RESUME ?=
+OUT ?= course
 
-.PHONY: help env run test test-long check faults fuzz peer lab lint clean real-model has-data
+.PHONY: help env run course test test-long check faults fuzz peer lab lint clean real-model has-data
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
-	@echo "Settings: DATA=DIR (NIH layout)  PROFILE=quick|standard|cluster  ENGINES=N  RESUME=1  PYTHON=3.13  HOROVOD=0"
+	@echo "Settings: DATA=DIR (NIH layout)  PROFILE=quick|standard|cluster  ENGINES=N  RESUME=1  OUT=DIR (of the course)  PYTHON=3.13  HOROVOD=0"
 
 env: $(STAMP)  ## make the environment in .venv
 
 run: $(STAMP)  ## execute every notebook headless and write the report
 	@exec $(BIN)/python -m chexlib run --profile $(PROFILE) $(if $(DATA),--data "$$DATA") $(if $(ENGINES),--engines $(ENGINES)) $(if $(RESUME),--resume)
+
+course: $(STAMP)  ## write notebooks for students, and solved ones, to OUT=course
+	@exec $(BIN)/python -m chexlib course "$(OUT)"
 
 # Two test processes, of a thread each (tests/conftest.py): first on files that start nothing, then on
 # those that start ranks, engines or notebooks, the longest first.

@@ -10,11 +10,15 @@ import nbformat
 import papermill
 import pytest
 from click.testing import CliRunner
+from nbclient import NotebookClient
 from papermill.cli import papermill as papermill_command
+from papermill.parameterize import parameterize_notebook
 from PIL import Image
 
+from chexlib.app.course import write_course
 from chexlib.app.execute import execute, find_notebooks
 from chexlib.data.cache import cache_folder
+from chexlib.errors import ConfigError
 from chexlib.evaluation.calibration import Calibration
 from chexlib.evaluation.operating import OperatingPoints
 from chexlib.files import ROOT
@@ -111,22 +115,28 @@ def test_help_lists_every_parameter_with_type_and_help(path):
         assert re.search(rf"^\s*{name}: {about['inferred_type_name']}", answer.stdout, re.M), name
 
 
-def run_here(number: str, folder: Path, **parameters) -> str:
-    """The texts that a notebook displays, its cells executed in this process."""
-    (path,) = find_notebooks([number])
-    first, *cells = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+def run_here(path: Path, folder: Path, **parameters) -> str:
+    """The texts that a notebook displays, its cells executed in this process; and what a cell said
+    that may fail.
+    """
+    first, *cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
     said, plain = [], {"run_dir": str(folder), **parameters}
     names = {"display": lambda *shown: said.extend(getattr(s, "data", "") for s in shown)}
-    exec(first, names)
+    exec(first.source, names)
     names.update(plain)
     for cell in cells:
         # The last expression of a cell is displayed too.
-        tree = ast.parse(cell)
+        tree = ast.parse(cell.source)
         if isinstance(tree.body[-1], ast.Expr):
             tree.body[-1].value = ast.Call(
                 ast.Name("display", ast.Load()), [tree.body[-1].value], []
             )
-        exec(compile(ast.fix_missing_locations(tree), path.stem, "exec"), names)
+        try:
+            exec(compile(ast.fix_missing_locations(tree), path.stem, "exec"), names)
+        except AssertionError as error:
+            if "raises-exception" not in cell.metadata.get("tags", []):
+                raise
+            said.append(str(error))
     return "\n".join(text for text in said if isinstance(text, str))
 
 
@@ -136,11 +146,69 @@ def test_small_and_odd_data_are_explored_and_prepared(tiny_nih, tmp_path):
     csv = root / "Data_Entry_2017.csv"
     csv.write_text(re.sub(r",\d{3}Y,([MF]),(PA|AP),", r",,\1,,", csv.read_text()))
     parameters = {"data_dir": str(root), "max_images": 13}
-    told = run_here("01", tmp_path / "01", **parameters)
+    first, second = find_notebooks(["01", "02"])
+    told = run_here(first, tmp_path / "01", **parameters)
     assert "Fewer than two views are named here" in told and "None of the ages is known" in told
     assert " nan" not in told
-    told = run_here("02", tmp_path / "02", **parameters)
+    told = run_here(second, tmp_path / "02", **parameters)
     assert "Seen exactly once in the epoch: **5 of 5** images" in told
+
+
+# --- the course
+
+
+def test_a_students_copy_runs_to_its_end_and_each_check_says_what_is_missing(tiny_nih, tmp_path):
+    (student,) = (write_course(tmp_path / "course") / "student").glob("02_*.ipynb")
+    told = run_here(student, tmp_path / "02", data_dir=str(tiny_nih(edition="2017")))
+    assert "Set `again`: the audit of the parts with one image moved." in told
+    assert (tmp_path / "02" / "metrics.json").exists()
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory):
+    return write_course(tmp_path_factory.mktemp("course"))
+
+
+def tagged(notebook, tag: str) -> list:
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+
+
+@each_notebook
+def test_a_students_copy_keeps_what_is_asked_and_not_the_solution(course, path):
+    source, student, solved = (
+        nbformat.read(file, as_version=4)
+        for file in (path, course / "student" / path.name, course / "solved" / path.name)
+    )
+    assert solved == source and len(student.cells) == len(source.cells)
+    blanks, solutions = tagged(student, "solution"), tagged(source, "solution")
+    for asked, solution in zip(blanks, solutions, strict=True):
+        *comments, blank = asked.source.splitlines()
+        assert blank == "..." and solution.source.startswith("\n".join(comments))
+        assert all(line.startswith("# ") for line in comments)
+    for check in tagged(student, "check"):
+        assert "raises-exception" in check.metadata.tags
+
+
+@each_notebook
+def test_what_a_check_asks_for_is_made_by_the_solutions_alone(path):
+    """Else a check would not see that it is missing."""
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    made = {"solution": set(), "other": set()}
+    for cell in cells:
+        kind = "solution" if "solution" in cell.metadata.get("tags", []) else "other"
+        for node in ast.walk(code_of(cell)):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                made[kind].add(node.id)
+            elif isinstance(node, ast.FunctionDef):
+                made[kind].add(node.name)
+        if "check" in cell.metadata.get("tags", []):
+            asked = set(re.findall(r'"(\w+)" in globals\(\)', cell.source))
+            assert asked and asked <= made["solution"] - made["other"], cell.source
+
+
+def test_a_course_is_not_written_over_answers(course):
+    with pytest.raises(ConfigError, match="not empty, and may hold answers"):
+        write_course(course)
 
 
 def remember_layouts():
@@ -182,6 +250,23 @@ def whole_run(tmp_path_factory):
         "transfer_epochs": 2,
     }
     return execute(parameters=parameters, runs_dir=str(tmp_path_factory.mktemp("runs")))
+
+
+@pytest.mark.long
+@pytest.mark.cores
+@pytest.mark.parametrize("kind", ["student", "solved"])
+def test_both_copies_of_every_notebook_run_to_their_end(course, kind, whole_run, tmp_path):
+    settings = json.loads((whole_run[1].parent / "run.json").read_text())["settings"]
+    for path in sorted((course / kind).glob("*.ipynb")):
+        given = {
+            name: settings[name] for name in papermill.inspect_notebook(path) if name in settings
+        }
+        given["run_dir"] = str(tmp_path / path.stem)
+        notebook = parameterize_notebook(nbformat.read(path, as_version=4), given)
+        NotebookClient(notebook, kernel_name="python3").execute()
+        checks = tagged(notebook, "check")
+        told = [o.evalue for c in checks for o in c.outputs if o.output_type == "error"]
+        assert len(told) == (len(checks) if kind == "student" else 0) and all(told), path
 
 
 @pytest.mark.cores

@@ -191,6 +191,15 @@ def card(run):
 
 
 @main.command()
+@click.argument("out", type=click.Path())
+def course(out):
+    """Write the notebooks to OUT as a course: student/ with blanks to fill in, solved/ without."""
+    from chexlib.app.course import write_course
+
+    _say(write_course(out))
+
+
+@main.command()
 def clean():
     """End the engines and controllers of all notebooks of this project that are yours, running ones
     too.

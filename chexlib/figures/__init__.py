@@ -15,7 +15,11 @@ from chexlib.figures.data import (
     radiographs,
 )
 from chexlib.figures.judgement import auroc_bars, forest, heat_figure, pointing_bars, reliability
-from chexlib.figures.mechanisms import ring_allreduce
+from chexlib.figures.mechanisms import (
+    batch_norm_statistics,
+    data_parallel_step,
+    ring_allreduce,
+)
 from chexlib.figures.scaling import layouts, projection, step_parts, time_and_cost, wires
 from chexlib.figures.studies import (
     along,
