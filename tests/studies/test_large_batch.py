@@ -237,9 +237,9 @@ def scores_with(effect, rng, *, start=0.92):
 def test_a_planted_effect_is_found_and_none_is_seldom_seen():
     """500 simulated studies each: power and false alarms are as `power` says."""
     rng = np.random.default_rng(0)
-    for effect, word in ((0.05, "supported"), (0.02, "supported"), (0.0, "supported")):
+    for effect in (0.05, 0.0):
         answers = [answers_of(scores_with(effect, rng), baseline=0.8) for _ in range(500)]
-        share = np.mean([a["D1"].word == word for a in answers])
+        share = np.mean([a["D1"].word == "supported" for a in answers])
         assert share == pytest.approx(power(effect, DEVIATION, 10), abs=0.05)
     assert power(0.05, DEVIATION, 10) > 0.99 and power(0.0, DEVIATION, 10) < 0.03
 
