@@ -201,8 +201,9 @@ def file_lock(lock: str | Path, *, wait: bool = True) -> Iterator[bool]:
     has no locks a warning says so once, and the lock counts as held.
     """
     while True:
-        # Writable: NFS makes of it a lock for writing.
-        number = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
+        # Writable: NFS makes of it a lock for writing. A link is not followed: it would name a file
+        # of others.
+        number = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

@@ -61,6 +61,15 @@ def test_what_is_locked_can_be_written_as_nfs_wants_it(tmp_path, monkeypatch):
     assert seen[0] & os.O_ACCMODE == os.O_RDWR
 
 
+def test_a_lock_that_is_a_link_is_refused_and_what_it_names_stays(tmp_path):
+    named = tmp_path / "of_others"
+    named.write_text("theirs")
+    (tmp_path / "lock").symlink_to(named)
+    with pytest.raises(OSError, match="lock"), file_lock(tmp_path / "lock"):
+        pass
+    assert named.read_text() == "theirs" and (tmp_path / "lock").is_symlink()
+
+
 def special(folder, kind):
     """A path of what is no regular file."""
     path = folder / kind
