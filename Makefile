@@ -19,20 +19,24 @@ PROFILE ?= quick
 DATA ?=
 # As it was given, for the shell to read from its environment: a folder's name may have ' and $$.
 override export DATA := $(value DATA)
-ENGINES ?=
 RESUME ?=
+# `--name 'value'` of a setting that was given, as it was given: a file's name may have ' and $$.
+option = $(if $(value $1),--$2 '$(subst ','\'',$(value $1))')
 OUT ?= course
 
 .PHONY: help env run course test test-long check faults fuzz peer lab lint clean real-model has-data
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
-	@echo "Settings: DATA=DIR (NIH layout)  PROFILE=quick|standard|cluster  ENGINES=N  RESUME=1  OUT=DIR (of the course)  PYTHON=3.13  HOROVOD=0"
+	@echo "Settings: DATA=DIR (NIH layout)  PROFILE=quick|standard|cluster  RESUME=1  OUT=DIR (of the course)  PYTHON=3.13  HOROVOD=0"
+	@echo "Engines: ENGINES=N  THREADS=N  HOSTS=node1:2,node2:2|FILE INTERFACE=eth0  SLURM=1 INTERFACE=eth0 SLURM_OPTIONS='--time=02:00:00'"
 
 env: $(STAMP)  ## make the environment in .venv
 
 run: $(STAMP)  ## execute every notebook headless and write the report
-	@exec $(BIN)/python -m chexlib run --profile $(PROFILE) $(if $(DATA),--data "$$DATA") $(if $(ENGINES),--engines $(ENGINES)) $(if $(RESUME),--resume)
+	@exec $(BIN)/python -m chexlib run --profile $(PROFILE) $(if $(DATA),--data "$$DATA") $(if $(SLURM),--slurm) \
+	  $(call option,ENGINES,engines) $(call option,THREADS,threads) $(call option,HOSTS,hosts) \
+	  $(call option,INTERFACE,interface) $(call option,SLURM_OPTIONS,slurm-options) $(if $(RESUME),--resume)
 
 course: $(STAMP)  ## write notebooks for students, and solved ones, to OUT=course
 	@exec $(BIN)/python -m chexlib course "$(OUT)"

@@ -94,6 +94,28 @@ labels_option = click.option(
 )
 
 
+_PLACE = (
+    click.option("--engines", type=int, help="Processes that share the work; one without."),
+    click.option("--threads", type=int, help="Of each engine.  [default: the cores divided]"),
+    click.option("--hosts", help="node1:2,node2:2 or a hostfile.  [default: this host]"),
+    click.option("--interface", help="Of the network that these hosts share, such as eth0."),
+    click.option("--slurm", is_flag=True, help="Let Slurm choose the hosts."),
+    click.option("--slurm-options", help="For sbatch, such as '--time=02:00:00'."),
+)
+
+
+def place_options(command):
+    """Give a command the options that say where engines run."""
+    for option in reversed(_PLACE):
+        command = option(command)
+    return command
+
+
+def _given(place: dict) -> dict:
+    """Of `place_options`, those that are used."""
+    return {name: told for name, told in place.items() if told is not None and told is not False}
+
+
 def _say(text, **options) -> None:
     """Print what may hold names of files or of other people's tables."""
     click.echo(printable(str(text)), **options)
@@ -117,7 +139,7 @@ def _number(value: float) -> str:
     help="Parameters from notebooks/profiles/NAME.yaml; of several the last one counts.",
 )
 @click.option("--data", "data_dir", help="Folder in the NIH layout; without it a phantom is made.")
-@click.option("--engines", type=int, help="MPI engines of the distributed notebooks.")
+@place_options
 @click.option(
     "-p",
     "parameters",
@@ -135,7 +157,7 @@ def _number(value: float) -> str:
     is_flag=True,
     help="Go on with the newest run of the same settings, if it is not finished.",
 )
-def run(notebooks, data_dir, engines, parameters, **settings):
+def run(notebooks, data_dir, parameters, profile, runs_dir, reference, resume, **place):
     """Execute notebooks headless and write the run's report.
 
     NOTEBOOKS: names or numbers; all without.
@@ -143,12 +165,11 @@ def run(notebooks, data_dir, engines, parameters, **settings):
     from chexlib.app.execute import end_when_told, execute
 
     end_when_told()
-    chosen = dict(parameters)
-    if engines is not None:
-        chosen["engines"] = engines
+    chosen = dict(parameters) | _given(place)
     if data_dir:
         chosen["data_dir"] = data_dir
-    failed, report = execute(notebooks, parameters=chosen, **settings)
+    settings = {"runs_dir": runs_dir, "reference": reference, "resume": resume}
+    failed, report = execute(notebooks, profile=profile, parameters=chosen, **settings)
     _say(f"Report: {report}")
     sys.exit(1 if failed else 0)
 

@@ -30,6 +30,7 @@ from chexlib.app.runs import (
     run_folder,
     show_log,
 )
+from chexlib.cluster.sites import find_site
 from chexlib.errors import FAULTS, ChexlibError, ConfigError, DataError, first_line, one_line
 from chexlib.files import ROOT, atomic_write, read_json, require_file, require_writable
 from chexlib.machine import BATCH, cores
@@ -43,6 +44,12 @@ TOGETHER = (("00", "01", "02"), ("05", "09", "07", "06"))
 # take elsewhere.
 QUICK_SECONDS = dict(zip(range(11), (3, 5, 4, 63, 112, 34, 14, 17, 65, 23, 5), strict=True))
 READERS = ("09", "10")  # notebooks that read what others of their run found
+# Where engines run, with what holds where no profile says it.
+PLACE = {"engines": 1, "threads": 0, "hosts": "", "interface": ""}
+PLACE |= {"slurm": False, "slurm_options": ""}
+FEW = (
+    2  # engines that a profile may ask for on one core: they wait for each other, and not for long
+)
 PATIENCE = 20.0  # seconds that notebooks have to end when they are told to
 log = logging.getLogger(__name__)
 
@@ -82,7 +89,8 @@ def execute(
     Raises
     ------
     ConfigError
-        An unknown notebook, profile or parameter; engines below 1; a run folder that cannot be
+        An unknown notebook, profile or parameter; engines below 1, or on hosts that cannot be used;
+        a profile's engines, where they are more than this host's cores; a run folder that cannot be
         written, or that another process works in.
     DataError
         The data folder cannot be used. All of these before anything is made.
@@ -440,8 +448,9 @@ def _checked(parameters: dict, profile: dict, accepted: dict[Path, dict]) -> dic
                 f"no notebook of this run has a parameter {name!r}.{hint} Accepted: "
                 f"{', '.join(names)}."
             )
-    settings = {"engines": 1, "data_dir": "", **profile, **parameters}
-    kinds |= {"engines": "int", "data_dir": "str"}
+    on_engines = "engines" in kinds
+    settings = {**PLACE, "data_dir": "", **profile, **parameters}
+    kinds |= {"data_dir": "str"} | {name: type(value).__name__ for name, value in PLACE.items()}
     kinds = {name: kind for name, kind in kinds.items() if name in settings}
     settings |= {name: _typed(settings[name], kind) for name, kind in kinds.items()}
     if isinstance(settings["engines"], int) and settings["engines"] < 1:
@@ -449,9 +458,23 @@ def _checked(parameters: dict, profile: dict, accepted: dict[Path, dict]) -> dic
             f"engines={settings['engines']} is not accepted. Use 1 or more MPI engines."
         )
     check_parameters(settings, kinds)
-    if settings["data_dir"]:
-        # The kernels work in another folder.
-        settings["data_dir"] = str(Path(settings["data_dir"]).absolute())
+    for name in ("data_dir", "hosts"):  # the kernels work in another folder
+        if settings[name] and (name == "data_dir" or os.path.isfile(settings[name])):
+            settings[name] = str(Path(settings[name]).absolute())
+    site = find_site(
+        settings["hosts"],
+        interface=settings["interface"],
+        slurm=settings["slurm"],
+        options=settings["slurm_options"],
+    )
+    site.threads_of(settings["engines"], settings["threads"])
+    here = on_engines and not site.network
+    if here and "engines" not in parameters and settings["engines"] > max(FEW, cores()):
+        raise ConfigError(
+            f"engines={settings['engines']} of this profile are more than the {cores()} cores of "
+            "this host. Name hosts (--hosts node1:32,node2:32 --interface eth0) or --slurm, or ask "
+            f"for so many here: --engines {settings['engines']}."
+        )
     return settings
 
 

@@ -27,8 +27,8 @@ from chexlib.cluster.launch import Launched, launcher_settings, one_world
 from chexlib.cluster.sites import Site
 from chexlib.errors import ClusterError, ConfigError
 from chexlib.files import require_room
-from chexlib.machine import cores, topology
-from chexlib.mpi import find_mpi, thread_environment
+from chexlib.machine import cores
+from chexlib.mpi import find_mpi
 
 CONTROLLER = [
     "--HeartMonitor.period=2000",
@@ -272,19 +272,7 @@ def mpi_engines(
         if value < 1:
             raise ConfigError(f"{name}={value} is not accepted. Use 1 or more.")
     site = site or Site()
-    if site.slurm and not threads:
-        raise ConfigError(
-            "threads=0 says nothing of hosts that Slurm will choose. Name the threads of each rank."
-        )
-    slots = sum(slots for _, slots in site.hosts)
-    if site.hosts and slots < n:
-        raise ConfigError(
-            f"engines={n}, but the hosts have {slots} slots. Name more hosts, or more slots of "
-            "each."
-        )
-    of_a_host = max((slots for _, slots in site.hosts), default=n)
-    threads = threads or max(1, min(topology()["physical_cores"], cores()) // of_a_host)
-    thread_environment(threads)  # refuses impossible numbers before anything is started
+    threads = site.threads_of(n, threads)
     engines = Engines(n, site, threads=threads, timeout=timeout, stall=stall)
     try:
         engines.restart()

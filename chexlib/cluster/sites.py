@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
+import shutil
 import socket
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,8 @@ import psutil
 
 from chexlib.errors import ConfigError
 from chexlib.files import read_text
+from chexlib.machine import cores, topology
+from chexlib.mpi import thread_environment
 
 
 @dataclass(frozen=True)
@@ -30,28 +35,54 @@ class Site:
     options: tuple[str, ...] = ()  # further flags for mpiexec, or lines of #SBATCH
     shared: str | None = None  # folder that all hosts see
 
+    def threads_of(self, n: int, threads: int = 0) -> int:
+        """Threads of each of `n` ranks here; 0 divides the cores of this machine among its ranks.
+
+        Raises
+        ------
+        ConfigError
+            The ranks do not fit the hosts, or nothing says how many threads they have.
+        """
+        if self.slurm and not threads:
+            raise ConfigError(
+                "threads=0 says nothing of hosts that Slurm will choose. Name the threads of each "
+                "rank."
+            )
+        slots = sum(slots for _, slots in self.hosts)
+        if self.hosts and slots < n:
+            raise ConfigError(
+                f"engines={n}, but the hosts have {slots} slots. Name more hosts, or more slots of "
+                "each."
+            )
+        of_a_host = max((slots for _, slots in self.hosts), default=n)
+        threads = threads or max(1, min(topology()["physical_cores"], cores()) // of_a_host)
+        thread_environment(threads)  # refuses impossible numbers
+        return threads
+
 
 def find_site(
     hosts: Sequence[str] | str | Path = (),
     *,
     interface: str = "",
     slurm: bool = False,
-    options: Sequence[str] = (),
+    options: Sequence[str] | str = (),
     shared: str | Path = "",
 ) -> Site:
     """Describe where engines shall run.
 
     Parameters
     ----------
-    hosts : sequence of str, or path
-        Hosts as "name" or "name:slots", or a hostfile with lines such as "name slots=4"; none for
-        this host alone.
+    hosts : sequence of str, text or path
+        Hosts as "name" or "name:slots", in a text with commas between them, or a hostfile with
+        lines such as "name slots=4"; none for this host alone. A text is a hostfile's name where
+        there is this file, or where it has a "/". A host that is there twice has the sum of slots.
     interface : str
         Network interface over which controller and engines speak; needed beyond this host.
     slurm : bool
         Let Slurm choose the hosts.
-    options : sequence of str
-        Further flags for mpiexec, or for sbatch, such as "--partition=short".
+    options : sequence of str, or text
+        Further flags for mpiexec, or for sbatch, such as "--partition=short"; a text only for
+        sbatch.
     shared : path
         Folder that all hosts see, by default the current one: keys are handed over in it, and not
         on the wire.
@@ -59,9 +90,21 @@ def find_site(
     Raises
     ------
     ConfigError
-        No interface is named, it has no address, or a host is not understood.
+        No interface is named, it has no address, a host or a text of options is not understood,
+        hosts are named and Slurm shall choose them too, or there is no Slurm.
     """
     named = _read_hosts(hosts)
+    if named and slurm:
+        raise ConfigError(
+            "hosts are named, and slurm=True lets Slurm choose them. Use one of both."
+        )
+    if isinstance(options, str) and options.strip():
+        options = (" ".join(options.split()),)
+        if not slurm or not options[0].startswith("-"):
+            raise ConfigError(
+                f"slurm_options={options[0]!r} is not accepted. Write flags of sbatch, such as "
+                "--time=02:00:00, and set slurm."
+            )
     if not named and not slurm:
         return Site(options=tuple(options))
     addresses = {}
@@ -75,6 +118,10 @@ def find_site(
             f"interface={interface!r} has no IPv4 address here. Name the one that all hosts share, "
             f"of {names}."
         )
+    if slurm and not shutil.which("sbatch"):
+        raise ConfigError(
+            "slurm=True, but this host has no sbatch. Use a login node of the cluster."
+        )
     address = addresses[interface]
     network = ipaddress.ip_network(f"{address.address}/{address.netmask}", strict=False)
     folder = str(Path(shared or ".").absolute())
@@ -82,7 +129,9 @@ def find_site(
 
 
 def _read_hosts(hosts: Sequence[str] | str | Path) -> tuple[tuple[str, int], ...]:
-    if isinstance(hosts, str | Path):
+    if isinstance(hosts, str) and "/" not in hosts and not os.path.isfile(hosts):
+        lines = hosts.split(",")
+    elif isinstance(hosts, str | Path):
         try:
             lines = read_text(hosts).splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -92,7 +141,7 @@ def _read_hosts(hosts: Sequence[str] | str | Path) -> tuple[tuple[str, int], ...
             ) from error
     else:
         lines = list(hosts)
-    named = []
+    named = Counter()
     for line in lines:
         text = line.split("#")[0].strip()
         if not text:
@@ -102,5 +151,5 @@ def _read_hosts(hosts: Sequence[str] | str | Path) -> tuple[tuple[str, int], ...
             raise ConfigError(
                 f"Expected a host as 'name', 'name:slots', or 'name slots=4', got {line!r}."
             )
-        named.append((match[1], int(match[2] or match[3] or 1)))
-    return tuple(named)
+        named[match[1]] += int(match[2] or match[3] or 1)
+    return tuple(named.items())

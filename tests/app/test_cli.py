@@ -30,6 +30,7 @@ from chexlib.files import ROOT
 from chexlib.findings import FINDINGS
 from chexlib.models.predict import predict
 from chexlib.models.weights import extend_card
+from chexlib.mpi import LOOPBACK
 
 COMMANDS = ("run", "phantom", "audit", "predict", "evaluate", "card", "train", "clean")
 
@@ -228,6 +229,41 @@ def test_run_refuses_no_engines(tmp_path, engines):
 )
 def test_run_refuses_a_value_of_the_wrong_type(tmp_path, name, value):
     refused_run(tmp_path, "04", "-p", name, value, naming=[name, value])
+
+
+@pytest.mark.parametrize(
+    ("options", "naming"),
+    [
+        (["--hosts", "node1:none"], ["'node1:none'", "name:slots"]),
+        (["--hosts", "a/hostfile"], ["a/hostfile", "cannot be read"]),
+        (["--hosts", "node1:2", "--interface", "eth77"], ["'eth77'", "Name the one"]),
+        (["--hosts", "node1", "--interface", LOOPBACK], ["engines=2", "1 slots"]),
+        (["--hosts", "node1:2", "--interface", LOOPBACK, "--slurm"], ["Use one of both"]),
+        (["--slurm-options", "--time=10"], ["slurm_options='--time=10'", "set slurm"]),
+        (["--threads", "-1"], ["threads=-1"]),
+    ],
+)
+def test_run_refuses_engines_where_they_cannot_be(tmp_path, options, naming):
+    refused_run(tmp_path, "04", *options, naming=naming)
+
+
+def test_run_refuses_more_engines_of_a_profile_than_cores_unless_told_to(tmp_path, monkeypatch):
+    monkeypatch.setattr("chexlib.app.execute.cores", lambda: 3)
+    refused_run(
+        tmp_path, "04", "--profile", "cluster", naming=["engines=64", "3 cores", "--engines 64"]
+    )
+    for told in (["--engines", "64"], ["--hosts", "a:32,b:32", "--interface", LOOPBACK]):
+        refused_run(
+            tmp_path,
+            "04",
+            "--profile",
+            "cluster",
+            *told,
+            "-p",
+            "data_dir",
+            "/none",
+            naming=["/none"],
+        )
 
 
 def test_run_refuses_more_engines_than_images(tmp_path, tiny_nih):

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import pandas as pd
 import pytest
 from hosts_job import MARKER, notebook, write_slurm
@@ -23,6 +24,7 @@ from chexlib.cluster.engines import mpi_engines
 from chexlib.cluster.sites import Site, find_site
 from chexlib.collectives import identify
 from chexlib.errors import ClusterError, ConfigError
+from chexlib.files import ROOT
 from chexlib.mpi import LOOPBACK, recognise_mpi
 from chexlib.phantom.write import write_phantom
 
@@ -229,11 +231,22 @@ def test_hosts_are_understood_in_a_list_and_in_a_file(tmp_path):
         "# rack 1\nnode1 slots=4 max_slots=8\n\nnode-2.lan slots = 2 # half\nnode3\n"
     )
     expected = (("node1", 4), ("node-2.lan", 2), ("node3", 1))
-    for hosts in (file, str(file), ["node1:4", "node-2.lan:2", "node3"]):
+    text = "node1:4, node-2.lan:2,node3"
+    for hosts in (file, str(file), ["node1:4", "node-2.lan:2", "node3"], text):
         site = find_site(hosts, interface=LOOPBACK, shared=tmp_path, options=["--verbose"])
         assert site == Site(
             expected, "127.0.0.1", "127.0.0.0/8", False, ("--verbose",), str(tmp_path)
         )
+
+
+def test_a_hostfile_in_this_folder_is_read_and_of_lines_of_one_host_the_slots_are_summed(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "nodes").write_text("node1\nnode1\nnode2\nnode1\n")  # as PBS writes its own
+    monkeypatch.chdir(tmp_path)
+    site = find_site("nodes", interface=LOOPBACK)
+    assert site.hosts == (("node1", 3), ("node2", 1))
+    assert find_site("nodes:2", interface=LOOPBACK).hosts == (("nodes", 2),)  # a host's name
 
 
 @pytest.mark.parametrize(
@@ -242,6 +255,52 @@ def test_hosts_are_understood_in_a_list_and_in_a_file(tmp_path):
 def test_a_host_that_is_not_understood_is_quoted(line):
     with pytest.raises(ConfigError, match=f"got '{line}'"):
         find_site(["node0", line], interface=LOOPBACK)
+
+
+def test_options_of_slurm_are_one_line_of_its_script_as_they_were_written(slurm):
+    site = find_site(slurm=True, interface=LOOPBACK, options=" --time 10  --partition=short ")
+    assert site.slurm and site.options == ("--time 10 --partition=short",)
+
+
+@pytest.mark.parametrize(
+    ("where", "named"),
+    [
+        ({"hosts": "node1", "slurm": True}, "Use one of both"),
+        ({"hosts": "node1", "options": "--time=10"}, "slurm_options='--time=10' is not accepted"),
+        ({"slurm": True, "options": "time=10"}, "slurm_options='time=10' is not accepted"),
+        ({"slurm": True}, "this host has no sbatch"),
+        ({"hosts": "a b"}, "got 'a b'"),
+    ],
+)
+def test_a_site_that_cannot_be_is_refused_with_the_value_and_the_next_step(
+    monkeypatch, tmp_path, where, named
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=named):
+        find_site(**where, interface=LOOPBACK)
+
+
+def test_notebook_04_starts_its_engines_where_its_parameters_say():
+    class Asked(Exception):
+        pass
+
+    def ask(n, **settings):
+        raise Asked(n, settings)
+
+    (cell,) = (
+        cell
+        for cell in nbformat.read(ROOT / "notebooks" / "04_train_distributed.ipynb", 4).cells
+        if cell.cell_type == "code" and "(mpi_engines(" in cell.source
+    )
+    source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("%"))
+    given = {"engines": 3, "threads": 2, "hosts": "node1:2,node2", "interface": LOOPBACK}
+    given |= {"slurm": False, "slurm_options": ""}
+    with pytest.raises(Asked) as asked:
+        exec(source, {**given, "ExitStack": contextlib.ExitStack, "mpi_engines": ask})
+    n, settings = asked.value.args
+    assert (n, settings["threads"]) == (3, 2)
+    assert settings["site"].hosts == (("node1", 2), ("node2", 1))
+    assert settings["site"].address == "127.0.0.1"
 
 
 @pytest.mark.parametrize("where", [{"hosts": ["node1"]}, {"slurm": True}])
