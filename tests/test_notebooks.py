@@ -241,6 +241,9 @@ def whole_run(tmp_path_factory):
         "norm_topology": "resnet50",
         "norm_batches": "16,32",
         "norm_passes": 2,
+        "recipe_topology": "vgg16",
+        "recipe_batch": 16,
+        "recipe_passes": 2,
     }
     parameters |= {
         "phantom_images": 80,

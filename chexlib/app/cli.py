@@ -19,7 +19,7 @@ import click
 from chexlib.errors import FAULTS, ChexlibError, ConfigError, one_line, printable
 
 # Modules of `chexlib.studies`, by notebook.
-STUDIES = {"05": "large_batch"}
+STUDIES = {"05": "large_batch", "06": "recipes"}
 
 
 def _set_debug(ctx, option, wanted: bool) -> None:
@@ -370,9 +370,9 @@ def train(config_file, resume):
 def study(stages, data_dir, rows, notebook):
     """Train stages of a notebook's study, in the order in which they are named.
 
-    05: gate, tune, confirm, fixed. What has a row is not trained again. Before each stage it says
-    how many trainings are to go, and about how many core-hours. Start it once per core, with one
-    thread each (OMP_NUM_THREADS=1): the processes share the trainings.
+    A wrong name is answered with those that there are. What has a row is not trained again. Before
+    each stage it says how many trainings are to go, and about how many core-hours. Start it once
+    per core, with one thread each (OMP_NUM_THREADS=1): the processes share the trainings.
     """
     from chexlib.machine import import_tensorflow
 

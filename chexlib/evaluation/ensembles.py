@@ -1,4 +1,4 @@
-"""Ensembles: which members, how unlike each other they are, and one file that predicts.
+"""Ensembles: which members, and one file that predicts.
 
 Members may be any trainings: seeds, the ends of a schedule's cycles, checkpoints, or collapses from
 these, as in the study's collapsed ensembles (77.5 % after 76.8 % of the best member).
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
 
 from chexlib.errors import DataError
 from chexlib.evaluation.auroc import mean_auroc, part_of
@@ -63,26 +62,6 @@ def choose(scores: np.ndarray, labels: np.ndarray) -> list[int]:
         best = max(tried)
         chosen.append(left[int(np.argmax(tried))])
     return chosen
-
-
-def diversity(scores: np.ndarray, names: Sequence[str]) -> pd.DataFrame:
-    """How unlike members order the images: 1 - Spearman's correlation of each two, averaged over
-    findings.
-
-    Parameters
-    ----------
-    scores : (members, n, 14)
-    names : of the members
-
-    Returns
-    -------
-    DataFrame
-        (members, members), 0 on the diagonal, about 1 for members that have nothing to do with each
-        other.
-    """
-    ranks = rankdata(scores, axis=1)
-    apart = [1 - np.corrcoef(ranks[:, :, finding]) for finding in range(scores.shape[2])]
-    return pd.DataFrame(np.nanmean(apart, axis=0).round(12), index=list(names), columns=list(names))
 
 
 def save_ensemble(members: Sequence[str | Path], path: str | Path) -> Path:

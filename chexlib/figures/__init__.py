@@ -23,11 +23,8 @@ from chexlib.figures.mechanisms import (
 from chexlib.figures.scaling import layouts, projection, step_parts, time_and_cost, wires
 from chexlib.figures.studies import (
     along,
-    by_setting,
-    collapse_curve,
-    ladder,
     rules,
     updates,
 )
 from chexlib.figures.style import set_theme
-from chexlib.figures.training import history, pretraining, schedule, workbench
+from chexlib.figures.training import history, pretraining

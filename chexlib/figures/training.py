@@ -1,8 +1,7 @@
-"""Figures of trainings: live progress, histories, schedules of the learning rate."""
+"""Figures of trainings: live progress and histories."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -10,8 +9,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from chexlib.figures.style import LINES, REFERENCE, SMALL, subplots
-from chexlib.machine import BATCH
-from chexlib.training.recipes import resolve
 
 
 def history(rows: Iterable[Mapping] | pd.DataFrame) -> Figure:
@@ -82,80 +79,3 @@ def pretraining(snapshots: pd.DataFrame) -> Figure:
     quality.set(ylabel="mean validation AUROC")
     rate.set(xlabel="images of the stream, each seen once", ylabel="learning rate", yscale="log")
     return fig
-
-
-def schedule(values, *, steps_per_epoch: float = 1.0, title: str = "") -> Figure:
-    """Learning rate, momentum and weight decay of every step, with the names of the phases.
-
-    Where images are cropped the background is white; where they are not, grey.
-
-    Parameters
-    ----------
-    values : chexlib.training.schedules.Values
-    steps_per_epoch : float
-        If not 1, the axis has epochs.
-    """
-    at = np.arange(len(values)) / steps_per_epoch
-    fig, axs = subplots(3, 1, figsize=(9, 7), sharex=True, height_ratios=[5, 2, 2])
-    rate, momentum, decay = axs
-    rate.plot(at, values.rate, lw=1.5)
-    momentum.plot(at, values.momentum, lw=1.5)
-    decay.plot(at, values.weight_decay, lw=1.5)
-    starts = np.flatnonzero(np.diff(values.phase, prepend=-1))
-    ends = np.append(starts[1:], len(values))
-    for start, end in zip(starts, ends, strict=True):
-        for ax in axs:
-            ax.axvline(at[start], color="0.6", linestyle=":", lw=0.8)
-            if not values.augment[start]:
-                ax.axvspan(at[start], at[end - 1], color="0.9")
-        above = {"transform": rate.get_xaxis_transform(), "rotation": 45, **SMALL}
-        rate.text(at[start], 1.01, f" {values.names[values.phase[start]]}", **above)
-    rate.set(ylabel="learning rate")
-    momentum.set(ylabel="momentum")
-    unit = "epoch" if steps_per_epoch != 1 else "step"
-    decay.set(ylabel="weight decay", xlabel=unit, ylim=(0, None))
-    rate.set_ylim(bottom=0)
-    fig.suptitle(title)
-    return fig
-
-
-def workbench(presets: Sequence[str], *, images: int, batch: int, epochs: int):
-    """Sliders over `schedule`: a preset, its global batch, epochs and rule, drawn before anything
-    is trained.
-
-    Parameters
-    ----------
-    presets : sequence of str
-        Names that `chexlib.training.recipes.resolve` takes.
-    images : int
-        Of an epoch.
-    batch, epochs : int
-        Where the sliders begin.
-
-    Returns
-    -------
-    ipywidgets.Widget, or a text where a notebook runs headless and nobody moves sliders
-    """
-    import ipywidgets as widgets
-    from IPython.display import display
-
-    from chexlib.markup import Markdown, escaped
-
-    if os.environ.get(BATCH):
-        return Markdown("The sliders are not shown headless.")
-
-    def draw(preset, global_batch, epochs, rule, warmup):
-        recipe = {"preset": preset, "rule": rule, "warmup": warmup}
-        made = resolve(recipe, images=images, global_batch=global_batch, epochs=epochs)
-        display(widgets.HTML("<br>".join(map(escaped, made.notes))))
-        display(schedule(made.compile(), steps_per_epoch=-(-images // global_batch), title=preset))
-
-    batches = sorted({batch, *(2**i for i in range(3, 13))})
-    return widgets.interactive(
-        draw,
-        preset=list(presets),
-        global_batch=widgets.SelectionSlider(options=batches, value=batch),
-        epochs=widgets.IntSlider(epochs, 1, 90),
-        rule=["linear", "sqrt", "none"],
-        warmup=["epochs", "batch"],
-    )

@@ -29,9 +29,10 @@ from chexlib.scaling.clusters import IMAGENET, study_speed
 
 TOP_1 = "top-1 of 1,000 classes of photographs there, mean AUROC of 14 findings here"
 # Whose batches are answered by which rung of our ladder.
-RUNGS = {"the study": "+ collapse", "Facebook": "+ warm-up"}
+RUNGS = {"the study": "+ weight-decay scaling", "Facebook": "+ warm-up"}
 POINTS = 5  # by which a projected efficiency may be off
 PERCENT = 5  # by which a projected speed may be
+NOT_RUN = "the trainings that answer it have not been run"
 ITSELF = "itself"  # in place of a notebook: the source's own figures answer
 
 
@@ -94,7 +95,7 @@ def _answer_of(claim: Claim, results: Results) -> Measured | str:
     """A claim that its notebook has judged."""
     answers = results.record.answers
     if claim.item not in answers:
-        return "the trainings that answer it have not been run"
+        return NOT_RUN
     answer = answers[claim.item]
     if answer["mean"] is None:
         return answer["why"]
@@ -157,6 +158,8 @@ def _rung(claim: Claim, results: Results) -> Measured | str:
     updates per epoch.
     """
     by_batch, ladder = results.record.ladder, published_ladder()
+    if not by_batch:
+        return NOT_RUN
     rows = by_batch[min(by_batch, key=int)]
     trained = [rung for rung in ladder if rung in rows]
     if claim.item not in trained:
@@ -177,6 +180,8 @@ def _ensemble(claim: Claim, results: Results) -> Measured | str:
     one training.
     """
     seeds = pd.DataFrame(results.record.ensemble.values())
+    if seeds.empty:
+        return NOT_RUN
     member = seeds["member"].mean()
     if not has_learnt(member):
         return nothing_learnt(member)
@@ -195,7 +200,9 @@ def _collapse_row(claim: Claim, results: Results) -> Mapping:
     return rows[epochs[reached - 1]]
 
 
-def _before_collapse(claim: Claim, results: Results) -> Measured:
+def _before_collapse(claim: Claim, results: Results) -> Measured | str:
+    if not results.record.collapse:
+        return NOT_RUN
     return _level(claim, _collapse_row(claim, results)["before"])
 
 
@@ -204,6 +211,8 @@ def _after_collapse(claim: Claim, results: Results) -> Measured | str:
     then (`gain_later`), and the study's over what it had reached at its next point. Neither is
     known of the end of a training.
     """
+    if not results.record.collapse:
+        return NOT_RUN
     row = _collapse_row(claim, results)
     before = published_collapses()["before"]
     if row["gain_later"] is None or claim.at == before.index[-1]:
@@ -226,6 +235,8 @@ def _losses(results: Results, rung: str) -> list[Mapping]:
 
 def _at_updates(rows: Sequence[Mapping], updates: float) -> Mapping | str:
     """The row with about as many updates per epoch: at most twice or half as many."""
+    if not rows:
+        return NOT_RUN
     near = [row for row in rows if 0.5 <= row["updates"] / updates <= 2]
     if not near:
         return f"no batch of ours has about {updates:.0f} updates per epoch"
@@ -245,6 +256,8 @@ def _large_batch(claim: Claim, results: Results) -> Measured | str:
     rung, published = RUNGS[claim.series], published_batches()
     if claim.at == 8192:
         by_batch = results.record.auroc_by_batch
+        if not by_batch:
+            return NOT_RUN
         smallest = by_batch[min(by_batch, key=int)].get(rung)
         return "this rung was not trained" if smallest is None else _level(claim, smallest)
     row = _at_updates(_losses(results, rung), IMAGENET / claim.at)
@@ -261,8 +274,10 @@ def _scratch_loss(claim: Claim, results: Results) -> Measured | str:
 def _kept_batches(results: Results) -> list[Mapping] | str:
     """The batches that lose less than 2 % with their whole interval."""
     losses = _losses(results, RUNGS["the study"])
+    if not losses:
+        return NOT_RUN
     learnt = [row for row in losses if row["loss"] is not None and has_learnt(row["baseline"])]
-    if losses and not learnt:
+    if not learnt:
         return nothing_learnt(losses[0]["baseline"])
     kept = [row for row in learnt if row["high"] is not None and row["high"] < 2]
     return kept or "no batch of ours is known to lose less than 2 % of the skill above chance"

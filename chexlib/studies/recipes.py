@@ -1,379 +1,289 @@
-"""The large-batch recipes of notebook 06: their grid, what each training leaves in it, collapses
-and their ensemble, and the tables of it.
+"""The study of notebook 06: what each part of a large-batch recipe gives back, on ResNet-50 of
+quarter width, the study's network.
+
+Every rate is tuned at its batch, and none is at an edge. The same passes over the same images mean
+fewer updates for a larger batch; at batch 128 there are 32 an epoch, about the 40 that the study
+names. Fixed before anything was run:
+
+- *ladder*: each part is judged by what it adds to the ones before it, at the batch's own rate;
+- *optimizers*: LARS and LAMB against SGD at batch 512, with as many rates tried for each;
+- *collapse*: from the end of each epoch but the last, judged against one more epoch of the same
+  training. The ensemble is the mean of all collapses, as the study made it; a greedy choice on
+  validation stands beside it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from itertools import combinations
+import dataclasses
 from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from chexlib.errors import ConfigError
-from chexlib.evaluation.auroc import auroc, mean_auroc, paired_difference
-from chexlib.evaluation.ensembles import choose, diversity, save_ensemble, stack
-from chexlib.evaluation.intervals import mean_of_seeds, over_seeds, percent_lost
-from chexlib.findings import FINDINGS
-from chexlib.studies.collapse import collapse, epoch_ends, score_checkpoints
-from chexlib.studies.grid import measure_training
-from chexlib.studies.judge import judge_scores, recalibrate_on_train
-from chexlib.training.config import OPTIMIZERS, TrainConfig
-from chexlib.training.fit import Training, fit
-from chexlib.training.recipes import LADDER, RULES
+from chexlib.errors import DivergedError
+from chexlib.evaluation.auroc import mean_auroc
+from chexlib.evaluation.ensembles import choose
+from chexlib.files import ROOT
+from chexlib.models.weights import load_weights
+from chexlib.studies.judge import recalibrate_on_train
+from chexlib.studies.large_batch import PHANTOM as PHANTOM
+from chexlib.studies.stages import TRAIN_IMAGES, Study
+from chexlib.training.callbacks import snapshots_of
+from chexlib.training.config import TrainConfig
+from chexlib.training.fit import Training, learn
+from chexlib.training.recipes import LADDER, PRESETS, scale
+from chexlib.training.schedules import Schedule
 from chexlib.training.trainer import Reuse
 
+ROWS = ROOT / "data" / "reference" / "rows" / "06_recipes.jsonl"
 
-def read_peaks(text: str) -> list[dict]:
-    """Highest rates as notebook 06 takes them: "0.03,0.1,lamb 0.0025", SGD's where no optimizer is
-    named.
+TOPOLOGY = "resnet50"
+BATCHES = (32, 128, 512, 2048)  # images per update
+SMALL = 32  # whose rate the plain training keeps at every batch
+LOCAL_BATCH = 32  # images that are normalised together
+PASSES = 8
+SEEDS = tuple(range(6))
+DECAYED = 0.8  # sum of rate x weight decay over a training; 0.7 to 0.9 in the study's solver
+RAISED = 2.0  # weight decay of a collapse over that before it (solver_collapse.prototxt, 448 nodes)
 
-    Returns
-    -------
-    list of dict
-        optimizer and peak of each, once.
+# Each rung has what the one before has, and one part more. Beside it the published schedule.
+PLAIN, OWN_RATE, POLYNOMIAL = "plain", "+ own rate", "+ polynomial decay"
+RUNGS = {
+    PLAIN: "step decay",
+    OWN_RATE: "step decay",
+    "+ warm-up": "+ warm-up",
+    POLYNOMIAL: "+ polynomial decay",
+    "+ weight decay": "+ weight-decay scaling",
+}
+# At the smallest batch the plain training has its own rate. The largest makes 16 updates, too few
+# for a warm-up.
+CLIMBED = {
+    32: list(RUNGS)[1:],
+    128: list(RUNGS),
+    512: list(RUNGS),
+    2048: [POLYNOMIAL, "+ weight decay"],
+}
+CYCLES = "cycles"  # in place of a rung: the training that collapses
+COLLAPSING = 128  # its batch
 
-    Raises
-    ------
-    ConfigError
-        An unknown optimizer, no rate, or one that is not above 0; the first is not SGD's.
+# Where tuning starts: the least exponent of its rates.
+FIRST_RATE = {
+    ("sgd", 32): 2,
+    ("sgd", 128): 3,
+    ("sgd", 512): 4,
+    ("sgd", 2048): 4,
+    ("lars", 512): 7,  # times 0.001 x weight / gradient in each layer
+    ("lamb", 512): 1,
+}
+SECONDS = {32: 71, 128: 60, 512: 54, 2048: 53}  # of a training
+SECONDS_OF_COLLAPSES = 190
+
+
+class Cell(NamedTuple):
+    """What has a learning rate of its own."""
+
+    optimizer: str
+    batch: int
+
+    def __str__(self) -> str:
+        """For a sentence."""
+        return f"{self.optimizer} at batch {self.batch}"
+
+
+class RecipeStudy(Study):
+    """The grid of the study on one data set."""
+
+    NOTEBOOK = "06"
+    CELLS: ClassVar = tuple(Cell(*cell) for cell in FIRST_RATE)
+    STAGES: ClassVar = ("tune", "ladder", "optimizers", "collapse")
+
+    def settings_of(self, cell: Cell, rate: float, *, seed: int, rung: str) -> dict:
+        local_batch = min(LOCAL_BATCH, cell.batch)
+        return {
+            "topology": TOPOLOGY,
+            "optimizer": cell.optimizer,
+            "batch_size": local_batch,
+            "accumulation": cell.batch // local_batch,
+            "epochs": PASSES,
+            "learning_rate": rate,
+            "schedule": schedule_of(rung, rate, batch=cell.batch).to_dict(),
+            "seed": seed,
+        }
+
+    def point(self, cell: Cell, rate: float, *, seed: int, rung: str = POLYNOMIAL) -> dict:
+        return {**super().point(cell, rate, seed=seed, rung=rung), "rung": rung}
+
+    def first_exponent(self, cell: Cell) -> int:
+        return FIRST_RATE[cell]
+
+    def seconds_of(self, point: dict) -> float:
+        if "rung" not in point:  # the ridge regression
+            return 0
+        batch = point["batch_size"] * point["accumulation"]
+        return SECONDS_OF_COLLAPSES if point["rung"] == CYCLES else SECONDS[batch]
+
+    def measure(self, point: dict, folder: Path, *, reuse: Reuse) -> dict | None:
+        if point["rung"] != CYCLES:
+            return super().measure(point, folder, reuse=reuse)
+        return measure_collapses(self.config_of(point, folder), reuse=reuse)
+
+    # --- the stages
+
+    def ladder(self) -> list[dict]:
+        """The ridge regression, and every rung at every batch; a seed is whole before the next."""
+        rates, points = self.rates(), [self.ridge()]
+        for seed in SEEDS:
+            for batch, rungs in CLIMBED.items():
+                for rung in rungs:
+                    rate = rates["sgd", SMALL if rung == PLAIN else batch]
+                    points.append(self.point(Cell("sgd", batch), rate, seed=seed, rung=rung))
+        return points
+
+    def optimizers(self) -> list[dict]:
+        """The other optimizers; SGD at their batch is in the ladder."""
+        rates = self.rates()
+        others = [cell for cell in self.CELLS if cell.optimizer != "sgd"]
+        return [self.point(cell, rates[cell], seed=seed) for seed in SEEDS for cell in others]
+
+    def collapse(self) -> list[dict]:
+        """A training in the study's cycles, collapsed from the end of its epochs."""
+        cell = Cell("sgd", COLLAPSING)
+        rate = self.rates()[cell]
+        return [self.point(cell, rate, seed=seed, rung=CYCLES) for seed in SEEDS]
+
+    def scores(self) -> pd.DataFrame:
+        """Test AUROC of what was trained: index seed, columns (batch, rung); of the other
+        optimizers the rung is their name.
+        """
+        rows = self.rows([*self.ladder(), *self.optimizers()])
+        rows = rows.dropna(subset="batch").astype({"batch": int})  # without the ridge regression
+        other = rows["optimizer"] != "sgd"
+        rows["rung"] = rows["rung"].mask(other, rows["optimizer"])
+        table = rows.pivot_table(index="seed", columns=["batch", "rung"], values="auroc")
+        columns = [(batch, rung) for batch in BATCHES for rung in (*RUNGS, "lars", "lamb")]
+        return table[[column for column in columns if column in table]]
+
+
+def schedule_of(rung: str, rate: float, *, batch: int) -> Schedule:
+    """The schedule of a rung, in epochs, with this highest rate; one that has a weight decay has
+    one that sums to `DECAYED`.
     """
-    peaks = []
-    for entry in text.split(","):
-        *named, rate = entry.split() or [""]
-        optimizer = " ".join(named) or "sgd"
-        try:
-            highest = float(rate)
-        except ValueError:
-            highest = np.nan
-        if optimizer not in OPTIMIZERS or not 0 < highest < np.inf:
-            raise ConfigError(
-                f"a highest rate of {entry.strip()!r} is not accepted. Write rates above 0, those "
-                "of other optimizers than SGD after their name, as in 0.03,lamb 0.0025. "
-                f"Optimizers: {', '.join(OPTIMIZERS)}."
-            )
-        peak = {"optimizer": optimizer, "peak": highest}
-        if peak not in peaks:
-            peaks.append(peak)
-    if peaks[0]["optimizer"] != "sgd":
-        raise ConfigError(
-            f"the first highest rate, {text.split(',')[0]!r}, is of the ladder. Begin with one of "
-            "SGD."
-        )
-    return peaks
+    published = PRESETS["64-nodes-cycles"] if rung == CYCLES else LADDER[RUNGS[rung]]
+    made = scale(published, images=1, global_batch=1, epochs=PASSES, peak=rate)
+    made = dataclasses.replace(made, unit="epochs", images=0, global_batch=0, name="")
+    if rung in (CYCLES, "+ weight decay"):
+        values = made.compile(steps_per_epoch=TRAIN_IMAGES / batch)
+        factor = DECAYED / float(values.rate @ values.weight_decay)
+    else:
+        factor = 0.0
+    phases = [
+        dataclasses.replace(phase, weight_decay=phase.weight_decay and factor * phase.weight_decay)
+        for phase in made.phases
+    ]
+    decay = [(place, factor * value) for place, value in made.decay]
+    return dataclasses.replace(made, phases=tuple(phases), decay=tuple(decay))
 
 
-def recipe_grid(
-    *,
-    rungs: Sequence[str],
-    batches: Sequence[int],
-    local_batch: int,
-    peak: float,
-    rule: str,
-    optimizer: str = "sgd",
-    seeds: Sequence[int],
-    images: int,
-    epochs: int,
-    augment: str = "radiograph",
-) -> list[dict]:
-    """The trainings of the ladder at each global batch, all of equal epochs.
+def collapse_of(config: TrainConfig, start: pd.Series) -> TrainConfig:
+    """One more epoch from a snapshot, in which the rate falls to 0 with power 2.
 
-    Batches that leave fewer than 4 updates in all are left out: the longest rung has 3 phases.
+    Weights and moving statistics are taken over, the optimizer's slots are not, as in the study
+    (`solver_collapse.prototxt` is started with `--weights`). Its weight decay is `RAISED`.
 
     Parameters
     ----------
-    rungs : names in `chexlib.training.recipes.LADDER`
-    batches : global batches, the smallest first
-    local_batch : images normalised together; the rest of a global batch is accumulated
-    images : of an epoch
-    peak : the highest rate at the smallest global batch
-    rule : how it follows the global batch
-    optimizer : named in the points unless it is SGD
-
-    Raises
-    ------
-    ConfigError
-        A global batch above the local one that is no multiple of it; or too few images.
+    config : of the training
+    start : a row of `snapshots_of`
     """
-    for batch in batches:
-        if batch > local_batch and batch % local_batch:
-            raise ConfigError(
-                f"a global batch of {batch} is not accepted with a local batch of {local_batch}. "
-                "Use multiples of it, or batches below it."
-            )
-    points = []
-    for batch in sorted(batches, reverse=True):
-        if epochs * -(-images // batch) < 4:
-            continue
-        local = min(local_batch, batch)
-        highest = peak * (batch / min(batches)) ** RULES[rule]
-        for rung in rungs:
-            schedule = {"preset": rung, "peak": highest, "epochs": epochs}
-            point = {
-                "rung": rung,
-                "batch": batch,
-                "batch_size": local,
-                "accumulation": batch // local,
-                "schedule": json.dumps(schedule),
-                "epochs": epochs,
-                "augment": augment,
-            }
-            if optimizer != "sgd":
-                point["optimizer"] = optimizer
-            points += [{**point, "seed": seed} for seed in seeds]
-    if not points:
-        raise ConfigError(
-            f"{images} images in global batches of {min(batches)} leave fewer than 4 updates in "
-            f"{epochs} epochs. Use more images, smaller batches or more epochs."
-        )
-    return points
+    decay = Schedule.from_dict(config.schedule).phases[-1].weight_decay or 0.0
+    phase = {"kind": "collapse", "length": 1, "rate": start["learning_rate"]}
+    phase["weight_decay"] = RAISED * decay
+    return config.replace(
+        weights=start["path"],
+        epochs=1,
+        schedule={"unit": "epochs", "phases": [phase]},
+        snapshots=False,
+    )
 
 
-def measure_recipe(config: TrainConfig, *, reuse: Reuse) -> dict | None:
-    """Train, and judge the last weights on the test part.
-
-    Judged by the statistics of the population (`recalibrate`), because after few updates moving
-    statistics trail the weights: that loss is not the recipe's, and notebook 05 measures it.
+def measure_collapses(config: TrainConfig, *, reuse: Reuse) -> dict | None:
+    """Train, collapse from the end of each epoch but the last, and average what comes out.
 
     Returns
     -------
     dict or None
-        diverged; auroc (mean) and loss; auroc_<finding>; auroc_moving, by moving statistics;
-        validation, mean AUROC there; seconds. None if the training was stopped.
+        diverged; before_<epoch> of all epochs and after_<epoch>, mean test AUROC without and with a
+        collapse, by the population's statistics; ensemble, of the mean of all collapses; greedy, of
+        the mean of those `chosen` on validation; member, of the best on validation; seconds. None
+        if the training was stopped.
     """
-
-    def columns(training: Training) -> dict:
-        labels = training.parts["test"].labels
-        moving = mean_auroc(labels, training.score("test"))
-        recalibrate_on_train(training)
-        validation = training.score("validation")
-        scores = training.score("test")
-        row = judge_scores(labels, scores)
-        for i, finding in enumerate(FINDINGS):
-            row[f"auroc_{finding}"] = auroc(labels[:, i], scores[:, i])
-        row["auroc_moving"] = moving
-        row["validation"] = mean_auroc(training.parts["validation"].labels, validation)
-        row["seconds"] = training.seconds
-        return row
-
-    return measure_training(config, columns, reuse=reuse)
-
-
-def ladder_gains(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean test AUROC of each rung, and what it gains over the rung before, paired by seed, with
-    Student's t interval.
-
-    Parameters
-    ----------
-    rows : of `measure_recipe`, of one global batch
-
-    Returns
-    -------
-    DataFrame
-        Index the rungs in their order; columns auroc, gain, low, high, seeds. The interval is over
-        seeds, NaN for one.
-    """
-    if rows.empty:
-        raise ConfigError("there are no rows of this batch. Train the grid first.")
-    table = rows.pivot_table(index="seed", columns="rung", values="auroc", dropna=False)
-    table = table[[rung for rung in LADDER if rung in table]]
-    gains = table.diff(axis=1)
-    summary = pd.DataFrame({rung: mean_of_seeds(gains[rung]) for rung in table}).T
-    summary = summary.rename(columns={"effect": "gain"}).assign(seeds=table.notna().sum())
-    summary.insert(0, "auroc", table.mean())
-    return summary.rename_axis("rung")
-
-
-def batch_losses(rows: pd.DataFrame, *, images: int) -> pd.DataFrame:
-    """What each global batch loses against the smallest, in % of that one's skill above chance,
-    paired by seed.
-
-    Parameters
-    ----------
-    rows : of `measure_recipe`
-    images : training images, for the updates per epoch
-
-    Returns
-    -------
-    DataFrame
-        A row per rung and batch above the smallest: rung, batch, updates (an epoch); baseline, mean
-        AUROC of the smallest batch, loss, low, high, seeds, as of `percent_lost`: NaN where the
-        baseline has not learnt.
-    """
-    table = rows.pivot_table(index="seed", columns=["batch", "rung"], values="auroc")
-    smallest = table.columns.levels[0].min()
-    losses = []
-    for batch, rung in table:
-        if batch > smallest and (smallest, rung) in table:
-            lost = percent_lost(table[smallest, rung], table[batch, rung])
-            updates = -(-images // int(batch))
-            losses.append({"rung": rung, "batch": batch, "updates": updates, **lost})
-    columns = ["rung", "batch", "updates", "baseline", "loss", "low", "high", "seeds"]
-    return pd.DataFrame(losses, columns=columns)
-
-
-def peaks_tried(rows: pd.DataFrame) -> pd.DataFrame:
-    """How a recipe does at each highest rate that was tried, by batch; `chosen` is the best on
-    validation.
-
-    Parameters
-    ----------
-    rows : of `measure_recipe`, of one rung
-
-    Returns
-    -------
-    DataFrame
-        A row a batch, optimizer and peak: batch, optimizer, peak, validation and auroc (means over
-        seeds), low, high (Student's interval of auroc over seeds), seeds, chosen.
-    """
-    by = ["batch", "optimizer", "peak"]
-    rows = _with_peaks(rows)
-    table = over_seeds(rows, by, ["auroc"]).drop(columns="value").rename(columns={"mean": "auroc"})
-    means = rows.groupby(by)["validation"].mean().rename("validation").reset_index()
-    table = table.merge(means).sort_values(by, ascending=[True, False, True], ignore_index=True)
-    best = table.groupby("batch")["validation"].transform("max")
-    table["chosen"] = table["validation"] == best
-    return table[[*by, "validation", "auroc", "low", "high", "seeds", "chosen"]]
-
-
-def best_peak_loss(rows: pd.DataFrame, *, optimizer: str = "") -> dict:
-    """Mean test AUROC of the smallest batch less the largest's, each at its `chosen` peak, paired
-    by seed.
-
-    Parameters
-    ----------
-    rows : of `measure_recipe`, of one rung
-    optimizer : of this one only; empty: the best of all that were tried
-
-    Returns
-    -------
-    dict
-        batches, optimizers (of both), difference, low, high (Student's over seeds, NaN for one),
-        seeds.
-    """
-    rows = _with_peaks(rows)
-    rows = rows[rows["optimizer"] == optimizer] if optimizer else rows
-    chosen = peaks_tried(rows).query("chosen")[["batch", "optimizer", "peak"]]
-    table = rows.merge(chosen).pivot_table(index="seed", columns="batch", values="auroc")
-    smallest, largest = int(table.columns.min()), int(table.columns.max())
-    gain = mean_of_seeds(table[smallest] - table[largest])
-    used = chosen.set_index("batch")["optimizer"]
-    return {
-        "batches": [smallest, largest],
-        "optimizers": [used[smallest], used[largest]],
-        "difference": gain["effect"],
-        "low": gain["low"],
-        "high": gain["high"],
-        "seeds": gain["seeds"],
-    }
-
-
-def _with_peaks(rows: pd.DataFrame) -> pd.DataFrame:
-    """With the columns peak, from the schedule, and optimizer."""
-    optimizers = rows["optimizer"].fillna("sgd") if "optimizer" in rows else "sgd"
-    peaks = [json.loads(schedule)["peak"] for schedule in rows["schedule"]]
-    return rows.assign(peak=peaks, optimizer=optimizers)
-
-
-def measure_collapses(config: TrainConfig, *, ensemble: Path) -> dict | None:
-    """Train, collapse from the end of every epoch, and make an ensemble of what comes out.
-
-    Parameters
-    ----------
-    config : TrainConfig
-        With a schedule that does not end in a rate of 0.
-    ensemble : path
-        Where the ensemble's one file goes.
-
-    Returns
-    -------
-    dict or None
-        before_<epoch> and after_<epoch>, mean test AUROC without and with a collapse;
-        validation_<epoch> of the collapsed; chosen, the epochs of the ensemble; best_member, of
-        those the best on validation; ensemble and member, their mean test AUROC; gain, gain_low,
-        gain_high, and the same for each finding; diversity_<i>_<j> of each two epochs' members on
-        validation, and diversity, their mean. None if the training was stopped.
-
-    Raises
-    ------
-    WeightsError
-        The checkpoint of an epoch's end is gone.
-    """
-    work = Path(config.run_dir)
-    keep = 2 * config.epochs  # one an epoch, and a stop leaves one within an epoch too
-    config = config.replace(checkpoint_steps=0, keep_checkpoints=keep, resume=True)
-    result = fit(config)
-    if result.stopped:
-        return None
-    points = epoch_ends(work / "checkpoints", epochs=len(result.history))
-    before = score_checkpoints(list(points.values()))
-    collapsed = {}
-    for epoch, point in points.items():
-        folder = work / f"collapse-{epoch}"
-        done = (folder / "predictions.parquet").exists()  # by an earlier start of this row
-        if not done and collapse(point, run_dir=folder, epochs=1, keep_checkpoints=0).stopped:
+    collapsing = Reuse(accumulates=True)  # the graph of a training that begins with weights
+    before, after, validation, row = [], [], [], {"diverged": False}
+    try:
+        training = learn(config.replace(snapshots=True), reuse=reuse)
+        if training.stopped:
             return None
-        collapsed[epoch] = pd.read_parquet(folder / "predictions.parquet")
-    validation, labels, _ = stack(collapsed, part="validation")
-    test, test_labels, patients = stack(collapsed, part="test")
-    chosen = choose(validation, labels)
-    together, best = test[chosen].mean(axis=0), chosen[0]
-    members = [work / f"collapse-{i + 1}" / "model.keras" for i in chosen]
-    ensemble.parent.mkdir(parents=True, exist_ok=True)
-    save_ensemble(members, ensemble)
-    row = {"chosen": ",".join(str(i + 1) for i in chosen), "best_member": best + 1}
-    row |= _aurocs("before", test_labels, before)
-    row |= _aurocs("after", test_labels, test)
-    row |= _aurocs("validation", labels, validation)
-    gains = paired_difference(test_labels, together, test[best], patients)
-    for finding, gain in gains.iterrows():
-        ending = "" if finding == "mean" else f"_{finding}"
-        row[f"gain{ending}"] = gain["difference"]
-        row[f"gain_low{ending}"] = gain["low"]
-        row[f"gain_high{ending}"] = gain["high"]
-    row["ensemble"] = mean_auroc(test_labels, together)
-    row["member"] = mean_auroc(test_labels, test[best])
-    unlike = diversity(validation, list(collapsed))
-    pairs = {f"diversity_{i}_{j}": float(unlike.loc[i, j]) for i, j in combinations(collapsed, 2)}
-    mean = float(np.mean(list(pairs.values()))) if pairs else 0.0
-    return {**row, **pairs, "diversity": mean}
+        for _, start in snapshots_of(config.run_dir).iterrows():
+            load_weights(training.model, start["path"])
+            before.append(_score_population(training, "test"))
+            if start["epoch"] == config.epochs:
+                break
+            collapsed = learn(collapse_of(config, start), reuse=collapsing)
+            if collapsed.stopped:
+                return None
+            after.append(_score_population(collapsed, "test"))
+            validation.append(collapsed.score("validation"))
+    except DivergedError:
+        return {"diverged": True}
+    labels = {name: part.labels for name, part in training.parts.items()}
+    for name, scores in (("before", before), ("after", after)):
+        for epoch, own in enumerate(scores, start=1):
+            row[f"{name}_{epoch}"] = mean_auroc(labels["test"], own)
+    chosen = choose(np.array(validation), labels["validation"])
+    after = np.array(after)
+    row |= {
+        "ensemble": mean_auroc(labels["test"], after.mean(axis=0)),
+        "greedy": mean_auroc(labels["test"], after[chosen].mean(axis=0)),
+        "member": mean_auroc(labels["test"], after[chosen[0]]),
+        "chosen": ",".join(str(i + 1) for i in chosen),
+    }
+    return row | {"seconds": round(training.seconds, 1)}
 
 
-def _aurocs(name: str, labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """Mean AUROC of each epoch's scores, (epochs, n, 14)."""
-    epochs = enumerate(scores, start=1)
-    return {f"{name}_{epoch}": mean_auroc(labels, of_epoch) for epoch, of_epoch in epochs}
+def _score_population(training: Training, part: str) -> np.ndarray:
+    recalibrate_on_train(training)
+    return training.score(part)
 
 
 def collapse_gains(rows: pd.DataFrame) -> pd.DataFrame:
-    """AUROC before and after a collapse from each epoch, and means over seeds of its gain with
-    Student's t intervals.
+    """What a collapse gains, by the epoch from which it begins.
+
+    Parameters
+    ----------
+    rows : of `measure_collapses`, a row a seed
 
     Returns
     -------
     DataFrame
-        Index the epoch; columns before, after, gain, low, high, seeds. A collapse is one epoch
-        more, so the same over what the training itself had reached one epoch later: gain_later,
-        low_later, high_later, NaN for the last.
+        Columns epoch, seed; later, what one more epoch of the training gains; collapse, what the
+        collapse gains in as much time; gain_later, the difference of the two.
     """
-    epochs = sorted(int(name.split("_")[1]) for name in rows if name.startswith("before_"))
-    gains = []
+    epochs = [int(name.removeprefix("after_")) for name in rows if name.startswith("after_")]
+    tables = []
     for epoch in epochs:
-        before, after = rows[f"before_{epoch}"], rows[f"after_{epoch}"]
-        gain = mean_of_seeds(after - before)
-        later = mean_of_seeds(after - rows.get(f"before_{epoch + 1}", np.nan))
-        row = {
-            "before": before.mean(),
-            "after": after.mean(),
-            "gain": gain["effect"],
-            "low": gain["low"],
-            "high": gain["high"],
-            "seeds": gain["seeds"],
-            "gain_later": later["effect"],
-            "low_later": later["low"],
-            "high_later": later["high"],
-        }
-        gains.append(row)
-    return pd.DataFrame(gains, index=pd.Index(epochs, name="epoch"))
+        start = rows[f"before_{epoch}"]
+        later, collapse = rows[f"before_{epoch + 1}"] - start, rows[f"after_{epoch}"] - start
+        own = {"epoch": epoch, "seed": rows["seed"], "later": later, "collapse": collapse}
+        tables.append(pd.DataFrame({**own, "gain_later": collapse - later}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def study_on(data: str | Path, *, table: str | Path = ROWS) -> RecipeStudy:
+    """`Study.on` of this study."""
+    return RecipeStudy.on(data, table)
+
+
+def committed_study() -> RecipeStudy:
+    """`Study.committed` of this study."""
+    return RecipeStudy.committed(ROWS)

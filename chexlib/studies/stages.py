@@ -112,9 +112,13 @@ class Study:
 
     def measure(self, point: dict, folder: Path, *, reuse: Reuse) -> dict | None:
         """Train one point, and measure it, for `run_grid`."""
+        return measure_last(self.config_of(point, folder), reuse=reuse)
+
+    def config_of(self, point: dict, folder: Path) -> TrainConfig:
+        """The training that a point describes, in a folder of its own."""
         names = {setting.name for setting in dataclasses.fields(TrainConfig)}
         settings = {name: value for name, value in point.items() if name in names}
-        return measure_last(self.base.replace(**settings, run_dir=str(folder)), reuse=reuse)
+        return self.base.replace(**settings, run_dir=str(folder))
 
     # --- trainings and their rows
 
@@ -130,10 +134,11 @@ class Study:
         """The rows there are of some points, with `batch`, images per update; the AUROC of a
         training that diverged is 0.5.
         """
-        columns = ["topology", "batch_size", "accumulation", "learning_rate", "seed", "diverged"]
-        columns += ["auroc", "val_auroc"]
-        rows = read_grid(list(points), self.table)
-        rows = rows.reindex(columns=dict.fromkeys([*rows.columns, *columns]))
+        points = list(points)
+        rows = read_grid(points, self.table)
+        settings = [name for point in points for name in point]
+        columns = [*rows, *settings, "batch_size", "accumulation", "diverged", "auroc", "val_auroc"]
+        rows = rows.reindex(columns=dict.fromkeys(columns))
         rows = rows.assign(batch=rows["batch_size"] * rows["accumulation"])
         rows.loc[rows["diverged"].eq(True), ["auroc", "val_auroc"]] = CHANCE
         return rows
@@ -257,7 +262,7 @@ class Study:
 
     def tuning_rows(self) -> pd.DataFrame:
         """Every row that tuning has seen, with the columns of `rows`."""
-        reach = range(-12, 13)  # steps of the ladder, more than tuning ever climbs
+        reach = range(-12, 20)  # steps of the ladder, more than tuning ever climbs
         points = [
             self.point(cell, rate_of(exponent), seed=seed)
             for cell in self.CELLS

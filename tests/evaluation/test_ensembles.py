@@ -5,12 +5,11 @@ that predicts.
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 from chexlib.errors import DataError
 from chexlib.evaluation.auroc import mean_auroc
-from chexlib.evaluation.ensembles import choose, diversity, save_ensemble, stack
+from chexlib.evaluation.ensembles import choose, save_ensemble, stack
 from chexlib.findings import FINDINGS
 from chexlib.models.predict import predict
 from chexlib.models.topologies import build_model
@@ -35,18 +34,6 @@ def test_the_greedy_choice_takes_what_gains_and_leaves_the_guesser(scored):
     alone = [np.mean([roc_auc_score(labels[:, f], s[:, f]) for f in range(14)]) for s in scores]
     assert chosen[0] == int(np.argmax(alone)) and sorted(chosen) == [0, 1, 2]
     assert mean_auroc(labels, scores[chosen].mean(axis=0)) > max(alone) + 0.02
-
-
-def test_diversity_is_one_less_spearmans_correlation(scored):
-    scores = np.concatenate([scored[0], scored[0][:1] ** 2])
-    table = diversity(scores, ["a", "b", "c", "guesser", "a squared"])
-    expected = np.mean(
-        [1 - spearmanr(scores[0, :, f], scores[1, :, f]).statistic for f in range(14)]
-    )
-    assert table.loc["a", "b"] == pytest.approx(expected, abs=1e-9)
-    assert table.loc["a", "a squared"] == 0 and table.loc["guesser", "a"] == pytest.approx(
-        1, abs=0.1
-    )
 
 
 def test_predictions_of_other_images_are_refused(scored):

@@ -211,7 +211,6 @@ def test_every_setting_that_decides_a_training_is_in_its_key_and_no_folder_is(tm
 
 
 EDITS = {
-    "06_large_batch_recipes": ['optimizer="sgd"', 'precision="float32"'],
     "07_transfer_learning": [
         "recalibrate=256",
         '"length": 0.25',
@@ -220,8 +219,6 @@ EDITS = {
     ],
 }
 ANOTHER = {
-    'precision="float32"': 'precision="mixed_bfloat16"',
-    'optimizer="sgd"': 'optimizer="nesterov"',
     "recalibrate=256": "recalibrate=128",
     '"length": 0.25': '"length": 0.5',
     "default = pretrain_rate": "default = 2 * pretrain_rate",

@@ -12,13 +12,9 @@ import pandas as pd
 import pytest
 from small_training import config_for, with_a_tiny_network
 
-from chexlib import figures
-from chexlib.errors import ConfigError, WeightsError
-from chexlib.models.predict import predict
 from chexlib.models.weights import load_model
 from chexlib.mpi import find_mpi, thread_environment
 from chexlib.phantom.write import write_phantom
-from chexlib.studies.collapse import collapse
 from chexlib.training.callbacks import Position
 from chexlib.training.fit import fit, learn
 from chexlib.training.optimizers import values_at
@@ -147,9 +143,7 @@ def test_resuming_in_the_middle_of_any_phase_continues_exactly(
 @pytest.mark.parametrize(
     ("images", "batch", "steps"), [(90, 8, 4), pytest.param(2860, 64, 32, marks=pytest.mark.long)]
 )
-def test_a_preset_scaled_to_the_data_is_drawn_and_trains_through_all_its_phases(
-    images, batch, steps, tmp_path
-):
+def test_a_preset_scaled_to_the_data_trains_through_all_its_phases(images, batch, steps, tmp_path):
     """The whole: 2,000 images to train on, batch 64, 6 epochs."""
     data = write_phantom(
         tmp_path / "phantom", n_images=images, size=32, min_prevalence=0.1, workers=2
@@ -161,8 +155,6 @@ def test_a_preset_scaled_to_the_data_is_drawn_and_trains_through_all_its_phases(
     result = fit(config)
     values = values_at(config, Position(batch, min(result.split["images"]["train"], batch * steps)))
     assert len(values) == 6 * steps and len(set(values.phase)) == 8
-    drawn = figures.schedule(values, steps_per_epoch=steps)
-    np.testing.assert_array_equal(drawn.axes[0].lines[0].get_ydata(), values.rate)
     told = [row["learning_rate"] for row in result.history]
     assert told == pytest.approx(values.rate[[*range(steps, 6 * steps, steps), -1]])
     assert np.isfinite([row["loss"] for row in result.history]).all()
@@ -243,75 +235,3 @@ def test_without_a_schedule_the_rate_is_constant_until_the_plateau_and_chexnet_i
         == pytest.approx(5e-4)
     )
     assert chexnet.history[0]["loss"] == plain.history[0]["loss"]
-
-
-def test_any_checkpoint_collapses_by_one_call(undisturbed, phantom, tmp_path):
-    config, _ = undisturbed
-    file = checkpoints_of(config)[2]
-    arrays, facts = load_checkpoint(file)
-    collapsed = collapse(file, run_dir=tmp_path, epochs=1, **QUIET)
-    now = values_at(config, Position(**facts["position"]))
-    phase = collapsed.config["schedule"]["phases"][0]
-    assert phase["rate"] == pytest.approx(now.rate[facts["position"]["step"]])
-    assert phase["weight_decay"] == pytest.approx(2 * now.weight_decay[facts["position"]["step"]])
-    start = load_model(tmp_path / "start.keras")[0]
-    for i, variable in enumerate(start.trainable_variables):
-        np.testing.assert_array_equal(variable.numpy(), arrays[f"weights/{i}"])
-    own = collapsed.config["schedule"]
-    values = values_at(config.replace(schedule=own), Position(8, facts["position"]["images"]))
-    steps = np.arange(len(values))
-    np.testing.assert_allclose(values.rate, phase["rate"] * (1 - steps / len(steps)) ** 2)
-    assert not values.augment.any() and set(values.weight_decay) == {phase["weight_decay"]}
-    moved = [
-        np.abs(a - b).max()
-        for a, b in zip(weights_of(collapsed.model), start.get_weights(), strict=True)
-    ]
-    assert max(moved) > 0
-    rows = pd.read_parquet(collapsed.predictions).query("part == 'test'").head(3)
-    scores = predict(
-        [phantom / "images_001" / "images" / n for n in rows["image"]], weights=collapsed.model
-    )
-    np.testing.assert_allclose(scores, rows[[c for c in rows if c.startswith("score_")]], atol=1e-5)
-
-
-def test_a_collapse_starts_from_exactly_the_weights_of_the_checkpoint(
-    phantom, tmp_path, monkeypatch
-):
-    """Of a training that began with a head of its own and other statistics than its file's."""
-    with_a_tiny_network(monkeypatch)
-    plain = {"optimizer": "sgd", "learning_rate": 0.1, "epochs": 1}
-    first = fit(config_for(phantom, tmp_path / "first", **plain))
-    began = {"weights": first.model, "fresh_head": True, "recalibrate": 32}
-    trained = fit(config_for(phantom, tmp_path / "trained", **plain, **began))
-    file = checkpoints_of(config_for(phantom, tmp_path / "trained"))[-1]
-    arrays, _ = load_checkpoint(file)
-    # Nothing moves that one could see.
-    monkeypatch.setattr("chexlib.studies.collapse.rate_reached", lambda *_: (1e-30, 0.0))
-    still = {"norm_momentum": 1 - 1e-9, "keep_checkpoints": 0}
-    collapsed = collapse(file, run_dir=tmp_path / "collapsed", **still)
-    for result in (trained, collapsed):
-        model = load_model(result.model)[0]
-        for i, variable in enumerate(model.trainable_variables):
-            np.testing.assert_array_equal(variable.numpy(), arrays[f"weights/{i}"])
-        for i, variable in enumerate(model.non_trainable_variables):
-            np.testing.assert_allclose(
-                variable.numpy(), arrays[f"statistics/{i}"][0], rtol=1e-6, atol=1e-6
-            )
-
-
-def test_a_collapse_from_nothing_or_from_a_rate_of_0_says_so(undisturbed, tmp_path, monkeypatch):
-    with pytest.raises(WeightsError, match="there is no checkpoint"):
-        collapse(tmp_path, run_dir=tmp_path / "run")
-    config, _ = undisturbed
-    zero = {"unit": "epochs", "phases": [{"kind": "constant", "length": 1, "rate": 0}]}
-    monkeypatch.setattr(
-        "chexlib.studies.collapse.load_checkpoint",
-        lambda path: _with_schedule(load_checkpoint(path), config.replace(schedule=zero)),
-    )
-    with pytest.raises(ConfigError, match=r"has come to 0"):
-        collapse(checkpoints_of(config)[0], run_dir=tmp_path / "run")
-
-
-def _with_schedule(loaded, config):
-    arrays, facts = loaded
-    return arrays, {**facts, "config": config.to_dict()}
