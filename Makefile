@@ -23,6 +23,7 @@ RESUME ?=
 # `--name 'value'` of a setting that was given, as it was given: a file's name may have ' and $$.
 option = $(if $(value $1),--$2 '$(subst ','\'',$(value $1))')
 OUT ?= course
+override export OUT := $(value OUT)
 
 .PHONY: help env run course test test-long check faults fuzz peer lab lint clean real-model has-data
 
@@ -39,7 +40,7 @@ run: $(STAMP)  ## execute every notebook headless and write the report
 	  $(call option,INTERFACE,interface) $(call option,SLURM_OPTIONS,slurm-options) $(if $(RESUME),--resume)
 
 course: $(STAMP)  ## write notebooks for students, and solved ones, to OUT=course
-	@exec $(BIN)/python -m chexlib course "$(OUT)"
+	@exec $(BIN)/python -m chexlib course "$$OUT"
 
 # Two test processes, of a thread each (tests/conftest.py): first on files that start nothing, then on
 # those that start ranks, engines or notebooks, the longest first.

@@ -104,16 +104,19 @@ def make(folder, *words, **environment):
     )
 
 
-@pytest.mark.parametrize("target", ["run", "real-model"])
+@pytest.mark.parametrize(
+    "target, name, word",
+    [("run", "DATA", "--data"), ("real-model", "DATA", "--data"), ("course", "OUT", "course")],
+)
 @pytest.mark.parametrize("given", ["as a word", "by the environment"])
 @pytest.mark.parametrize(
     "data",
     ["O'Brien's films", "a $HOME b", "x'$(touch made)'y", '"`touch made`"', "$(CURDIR)", "é"],
 )
-def test_make_hands_the_name_of_the_data_on_as_it_is(tmp_path, target, given, data):
-    words, environment = ([f"DATA={data}"], {}) if given == "as a word" else ([], {"DATA": data})
+def test_make_hands_the_name_of_a_folder_on_as_it_is(tmp_path, target, name, word, given, data):
+    words, environment = ([f"{name}={data}"], {}) if given == "as a word" else ([], {name: data})
     answer = make(tmp_path, target, *words, **environment)
-    assert f"<--data><{data}>" in answer.stdout, answer.stderr
+    assert f"<{word}><{data}>" in answer.stdout, answer.stderr
     assert not (tmp_path / "made").exists()
 
 

@@ -10,7 +10,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import jinja2
@@ -22,9 +22,10 @@ from chexlib.data.nih import data_name
 from chexlib.errors import DataError, WeightsError, one_line
 from chexlib.evaluation.auroc import in_words, judge
 from chexlib.evaluation.scores import read_predictions
+from chexlib.evaluation.verdicts import CHECKED, NOT_COMPARABLE, VERDICTS
 from chexlib.files import atomic_write, read_json
 from chexlib.findings import FINDINGS
-from chexlib.ledger.answers import VERDICTS, build_ledger, count_verdicts
+from chexlib.ledger.answers import build_ledger, count_verdicts
 from chexlib.markup import inert
 from chexlib.models.weights import config_of, find_weights, read_card
 
@@ -36,6 +37,9 @@ RESULTS = {
 }
 # Tags of cells that a reader of the page does not need, or should first try without.
 HIDDEN = {"plumbing", "solution", "check"}
+CHOSEN = "chosen"  # tag of the cell whose figure stands for its notebook; else the last one does
+SAVED = re.compile(r'save_figure\(\s*[\w.]+,\s*"(\w+)"')
+POINT = re.compile(r"^- (.+(?:\n  .+)*)", re.M)  # of a list
 TEMPLATES = Path(__file__).parent / "templates"
 JINJA = jinja2.Environment(
     loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -53,10 +57,10 @@ START = re.compile(
 
 def build_report(run: Path, only: Collection[str] | None = None) -> Path:
     """Turn every executed notebook of a run into HTML and write the run's `index.html` over them:
-    the ledger first.
+    what the run found first, the ledger of published figures last.
 
-    A page that is of its notebook as it is now stays, so that the report can be written anew after each
-    notebook.
+    A notebook that is still to come has a page that says so, since others link to it. A page that is
+    of its notebook as it is now stays, so that the report can be written anew after each notebook.
 
     Parameters
     ----------
@@ -70,11 +74,18 @@ def build_report(run: Path, only: Collection[str] | None = None) -> Path:
     Path
         The page.
     """
-    folders = [file.parent for file in sorted(run.glob("*/notebook.ipynb"))]
-    pages = [_page(folder) for folder in folders if only is None or folder.name in only]
-    judged = {page["title"]: page["metrics"]["auroc"] for page in pages if page["judged"]}
+    asked = asked_for(run / ASKED)
+    done = [file.parent.name for file in sorted(run.glob("*/notebook.ipynb"))]
+    done = [name for name in done if only is None or name in only]
+    waiting = [name for name in asked.get("notebooks", []) if name not in done]
+    names = sorted({*done, *waiting})
+    for name in waiting:
+        page = run / name / "notebook.html"
+        page.parent.mkdir(exist_ok=True)
+        if not page.exists():
+            _write(page, "waiting.html", name=name)
+    pages = [_page(run / name, names) for name in done]
     environments = [page["environment"] for page in pages]
-    asked, names = asked_for(run / ASKED), {page["name"] for page in pages}
     table = build_ledger(run)
     topics = {topic: rows.to_dict("records") for topic, rows in table.groupby("topic", sort=False)}
     JINJA.filters["figure"] = figure
@@ -84,14 +95,16 @@ def build_report(run: Path, only: Collection[str] | None = None) -> Path:
         run=run.name,
         asked=asked,
         pages=pages,
-        links=names,
-        waiting=[name for name in asked.get("notebooks", []) if name not in names],
-        judged=judged,
+        waiting=waiting,
+        names=done,
+        judged=[page for page in pages if page["judged"]],
         findings=[*FINDINGS, "mean"],
         environment=next(filter(None, environments), {}),
         topics=topics,
         counts=count_verdicts(table).to_dict("index"),
         verdicts=VERDICTS,
+        claims=len(table),
+        tested=sum(~table["verdict"].isin([NOT_COMPARABLE, CHECKED])),
     )
 
 
@@ -115,7 +128,7 @@ def _write(path: Path, template: str, **values) -> Path:
     return path
 
 
-def _page(folder: Path) -> dict:
+def _page(folder: Path, names: Sequence[str] = ()) -> dict:
     """What the report shows of one notebook, of which the page is written.
 
     A file that is damaged is told as this notebook's error, and what the others say is shown.
@@ -129,37 +142,58 @@ def _page(folder: Path) -> dict:
             faults.append(f"{name}: {one_line(error)}")
             return otherwise
 
-    page = {"name": folder.name, "title": folder.name, "error": None, "seconds": None}
-    page |= read(_notebook, folder, name="notebook.ipynb", otherwise={})
+    def notebook(path):
+        return _notebook(path, names)
+
+    page = {"name": folder.name, "title": folder.name, "figure": None}
+    page |= read(notebook, folder / "notebook.ipynb", name="notebook.ipynb", otherwise={})
     for part, file in RESULTS.items():
         page[part] = read(read_json, folder / file, name=file, otherwise={})
     page["judged"] = read(_is_judged, page["metrics"], name=RESULTS["metrics"], otherwise=False)
-    pictures = sorted((folder / "figures").glob("[!.]*.png"))
-    figures = [read(_figure, path, name=path.name, otherwise=None) for path in pictures]
-    page["figures"] = [figure for figure in figures if figure]
-    page["error"] = " ".join(filter(None, [page["error"], *faults]))
+    if page["figure"]:
+        file = folder / "figures" / f"{page['figure']}.png"
+        page["figure"] = read(_figure, file, name=file.name, otherwise=None)
+    page["error"] = " ".join(filter(None, [page.get("error"), *faults]))
     return page
 
 
-def _notebook(folder: Path) -> dict:
-    """Title, error and seconds of an executed notebook, of which the page is written."""
-    source, written = folder / "notebook.ipynb", folder / "notebook.html"
+def _notebook(source: Path, names: Sequence[str]) -> dict:
+    """What an executed notebook says of itself: title, question, answer, error, seconds, and the
+    name of its figure. Its page is written, with links to those before and after it in `names`.
+    """
     notebook = nbformat.read(source, as_version=4)
-    title, error = "?", None
-    for cell in reversed(notebook.cells):  # so that the first of each counts
-        if cell.cell_type == "markdown" and cell.source.startswith("# "):
-            title = cell.source.splitlines()[0].removeprefix("# ")
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    opening = next((text for text in texts if text.startswith("# ")), "# ?")
+    title, _, lead = opening.removeprefix("# ").partition("\n")
+    question = re.match(r"[^*?]+\?", " ".join(lead.split()))
+    answer = error = chosen = saved = None
+    concluding = False
+    for cell in notebook.cells:
+        concluding |= "What we found" in cell.source
         for output in cell.get("outputs", []):
             if output.output_type == "error":
-                error = f"{output.ename}: {output.evalue}"
-    made = source.stat().st_mtime_ns
+                error = error or f"{output.ename}: {output.evalue}"
+            said = output.get("data", {}).get("text/markdown", "")
+            if concluding and not answer and (point := POINT.search(said)):
+                answer = re.sub(r"[*`\u2060]", "", " ".join(point[1].split()))
+        for name in SAVED.findall(cell.source):
+            if (source.parent / "figures" / f"{name}.png").exists():
+                saved = name
+                chosen = name if CHOSEN in cell.metadata.get("tags", []) else chosen
+    made, written = source.stat().st_mtime_ns, source.with_suffix(".html")
     # A page has the time of its notebook: a clock that went back makes none stale.
     if not written.exists() or written.stat().st_mtime_ns != made:
-        write_page(notebook, written, title=title)
+        write_page(notebook, written, title=title, names=names)
         with contextlib.suppress(OSError):  # then it is written anew each time
             os.utime(written, ns=(made, made))
-    seconds = notebook.metadata.get("papermill", {}).get("duration")
-    return {"title": title, "error": error, "seconds": seconds}
+    return {
+        "title": title,
+        "question": question and question[0],
+        "answer": answer,
+        "error": error,
+        "figure": chosen or saved,
+        "seconds": notebook.metadata.get("papermill", {}).get("duration"),
+    }
 
 
 def _is_judged(metrics: dict) -> bool:
@@ -171,6 +205,7 @@ def _is_judged(metrics: dict) -> bool:
             row = metrics["auroc"][name]
             for value in (row["auroc"], row["low"], row["high"], row["positives"]):
                 float(value or 0)
+        float(metrics.get("ridge") or 0)
         for part in ("train", "validation", "test"):
             int(metrics["split"]["images"][part])
     except (KeyError, TypeError, ValueError) as error:
@@ -190,7 +225,7 @@ def _figure(path: Path) -> dict:
 # --- a notebook's page
 
 
-def write_page(notebook, path: Path, *, title: str) -> None:
+def write_page(notebook, path: Path, *, title: str, names: Sequence[str] = ()) -> None:
     """Write `notebook.html`; pictures are described by the captions of the figures that their cells
     saved.
 
@@ -199,6 +234,7 @@ def write_page(notebook, path: Path, *, title: str) -> None:
     notebook : nbformat.NotebookNode
     path : where to write; the figures are in `figures` beside it
     title : of the page
+    names : of the notebooks that have a page beside it, in their order
     """
     from bs4 import BeautifulSoup
     from nbconvert import HTMLExporter
@@ -211,7 +247,12 @@ def write_page(notebook, path: Path, *, title: str) -> None:
         exclude_input_prompt=True,
         exclude_output_prompt=True,
     )
-    page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})
+    name = path.parent.name
+    beside = {
+        "previous": max((other for other in names if other < name), default=None),
+        "next": min((other for other in names if other > name), default=None),
+    }
+    page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": title}, **beside})
     soup = BeautifulSoup(page, "html.parser")
     for script in soup.find_all("script"):  # of a library; the page would not run it either
         script.decompose()
@@ -226,7 +267,7 @@ def write_page(notebook, path: Path, *, title: str) -> None:
     # To another notebook: its page, if it is here.
     for link in soup.find_all("a", href=re.compile(r"^\d\w*\.ipynb$")):
         name = link["href"].removesuffix(".ipynb")
-        if (path.parent.parent / name).exists():
+        if name in names:
             link["href"] = f"../{name}/notebook.html"
         else:
             link.unwrap()
@@ -248,7 +289,7 @@ def _prepare(notebook, figures: Path) -> None:
         if cell.cell_type != "code":
             continue
         text, outputs = f"Figure under “{heading}”", []
-        for name in re.findall(r'save_figure\(\s*\w+,\s*"(\w+)"', cell.source)[:1]:
+        for name in SAVED.findall(cell.source)[:1]:
             if (figures / f"{name}.png").exists():
                 text = _figure(figures / f"{name}.png")["caption"]
         for output in cell.outputs:

@@ -40,6 +40,7 @@ AXE = """axe.run(document, {resultTypes: ['violations']}).then(found => found.vi
     .filter(v => ['serious', 'critical'].includes(v.impact)).map(v => [v.id, v.nodes[0].html.slice(0, 200)]))"""
 OPEN = "document.querySelectorAll('details').forEach(d => { d.open = true }); 0"
 PAGES = ("03_train", "05_other")
+FOUND = "\n- **AUROC**:\n  0.81.\n- More."
 CAPTION = "Test AUROC of each finding."
 
 
@@ -69,19 +70,22 @@ def make_run(folder):
         "images": {"train": 70, "validation": 10, "test": 20},
     }
     auroc = dict.fromkeys((*FINDINGS, "mean"), row)
-    run.finish(auroc=auroc, split=split, data="phantom (synthetic)", ranks=2, images_per_second=9.5)
+    facts = dict(data="phantom (synthetic)", ranks=2, images_per_second=9.5, ridge=0.79)
+    run.finish(auroc=auroc, split=split, **facts)
     code = (
         "# why\nfor name in sorted(found):  # each\n    print(f'{name}', 1.5, None, " + LONG + ")"
     )
     table = new_output("display_data", {"text/html": WIDE, "text/plain": "a table"})
     cells = [
         new_markdown_cell(
-            "# Train\n\nText with a [link](05_other.ipynb) and [another](08_missing.ipynb).\n\n## "
+            "# Train\n\nHow good is it? Text with a [link](05_other.ipynb) and [another](08_missing.ipynb).\n\n## "
             "Part"
         ),
         new_code_cell(code, outputs=[new_output("stream", name="stdout", text=LONG), table]),
         new_code_cell('run.save_figure(figure, "auroc", caption=caption)', outputs=[picture]),
         new_code_cell("figure", outputs=[picture]),
+        new_markdown_cell("## What we found"),
+        new_code_cell("found", outputs=[new_output("display_data", {"text/markdown": FOUND})]),
         *(new_code_cell(f"hidden_{tag}()", metadata={"tags": [tag]}) for tag in HIDDEN),
     ]
     nbformat.write(new_notebook(cells=cells), folder / "03_train" / "notebook.ipynb")
@@ -122,7 +126,6 @@ def test_headings_follow_each_other_without_a_gap(report):
     soup = soups(report)[report]
     levels = [int(heading.name[1]) for heading in soup.find_all(re.compile(r"^h\d$"))]
     assert levels[0] == 1 and all(b <= a + 1 for a, b in itertools.pairwise(levels))
-    assert soup.find_all("h2")[0].text == "The ledger"
 
 
 def test_tables_scroll_in_a_region_that_the_keyboard_reaches_and_that_has_a_name(report):
@@ -154,16 +157,73 @@ def test_links_between_notebooks_lead_to_pages_of_this_run_or_are_text(report):
     assert "and another." in soups(report)[page].text
 
 
-def test_the_ledger_comes_first_and_shows_every_figure_with_ours(report):
+def test_the_first_screen_says_what_was_trained_on_what_how_well_and_beside_what(report):
+    soup = soups(report)[report]
+    first, second = soup.find_all("h2")[:2]
+    assert (first.text, second.text) == ("How good is the network?", "Questions and answers")
+    told = " ".join(first.find_parent("section").get_text(" ", strip=True).split())
+    assert "70 images of 64 px, 2 passes: phantom (synthetic)" in told and "abc123" in told
+    assert "0.810 mean test AUROC, 95 % interval 0.750 to 0.900" in told
+    assert "0.790 a ridge regression" in told and "0.500 chance" in told and "One seed." in told
+    assert "from chance" not in told and "beat" not in told
+    assert [picture["alt"] for picture in soup.find_all("img")] == [CAPTION]
+    train, other = soup.select("[aria-label='Notebooks of this run'] tbody tr")
+    assert [cell.text for cell in train.find_all("td")][1:3] == ["How good is it?", "AUROC: 0.81."]
+    assert "ValueError" in other.text
+
+
+@pytest.mark.parametrize(
+    "low, ridge, told",
+    [(0.49, 0.6, "not distinguishable from chance"), (0.7, 0.82, "not beat the ridge")],
+)
+def test_a_result_that_says_nothing_has_a_banner(report, tmp_path, low, ridge, told):
+    run = shutil.copytree(report.parent, tmp_path / "run")
+    file = run / "03_train" / "metrics.json"
+    metrics = json.loads(file.read_text())
+    metrics["auroc"]["mean"] |= {"low": low}
+    write_json(file, metrics | {"ridge": ridge})
+    assert told in soups(build_report(run))[run / "index.html"].select_one(".main .note").text
+
+
+def test_halfway_the_report_says_so_and_every_link_leads_somewhere(report, tmp_path):
+    run = shutil.copytree(report.parent, tmp_path / "run")
+    (run / "03_train" / "notebook.html").unlink()
+    write_json(run / "run.json", {"notebooks": ["03_train", "05_other", "08_missing"]})
+    pages = soups(build_report(run, {"03_train"}))
+    assert "1 of 3 notebooks were done" in pages[run / "index.html"].select_one(".note").text
+    assert "not done yet" in pages[run / "08_missing" / "notebook.html"].main.text
+    assert "Next: 05 other" in pages[run / "03_train" / "notebook.html"].nav.text
+    for path, soup in pages.items():
+        for link in soup.find_all("a", href=re.compile("^[^#]")):
+            assert (path.parent / link["href"]).exists(), link
+
+
+def test_the_figure_of_a_notebook_is_the_last_one_that_it_saved_or_the_chosen_one(tmp_path):
+    run = start("03_x", run_dir=str(tmp_path / "03_x"))
+    cells = [new_markdown_cell("# X")]
+    for name in ("first", "second"):
+        run.save_figure(Figure(), name, caption=name)
+        cells.append(new_code_cell(f'run.save_figure(ax.figure, "{name}", caption="{name}")'))
+    book = new_notebook(cells=cells)
+    for chosen in ("second", "first"):
+        nbformat.write(book, run.path / "notebook.ipynb")
+        assert _page(run.path)["figure"]["caption"] == chosen
+        cells[1].metadata["tags"] = ["chosen"]
+
+
+def test_the_ledger_shows_every_figure_with_ours_and_begins_with_what_can_be_tested(report):
     from chexlib.ledger.answers import build_ledger, count_verdicts
 
     soup, table = soups(report)[report], build_ledger(report.parent)
     assert len(soup.select(".ledger tbody tr")) == len(table)
     tally = {
-        li.text.strip().split(" ", 1)[1]: int(li.strong.text) for li in soup.select(".tally li")
+        li.text.strip().split(" ", 1)[1]: int(li.strong.text)
+        for li in soup.select("#ledger ~ .tally li")
     }
     counts = count_verdicts(table).loc["all"]
     assert tally == {name: counts[name] for name in tally} and sum(tally.values()) == len(table)
+    tested = len(table) - counts["not comparable"] - counts["checked"]
+    assert soup.select_one("#ledger ~ p").text.startswith(f"{tested} of {len(table)} published")
     row = next(
         tr for tr in soup.select(".ledger tbody tr") if tr.th.text.startswith("CheXNet, Mass")
     )
@@ -290,7 +350,7 @@ def test_a_page_is_written_anew_for_a_notebook_of_a_clock_that_went_back(tmp_pat
     written = []
     monkeypatch.setattr(
         "chexlib.app.report.write_page",
-        lambda notebook, path, title: written.append(title) or path.touch(),
+        lambda notebook, path, title, names: written.append(title) or path.touch(),
     )
     folder = tmp_path / "03_x"
     folder.mkdir()
