@@ -22,6 +22,8 @@ from pathlib import Path
 
 import psutil
 
+from chexlib.cluster.cleanup import no_longer_than_this
+
 WORKERS = Path(__file__).parent / "workers"
 
 
@@ -82,18 +84,19 @@ class Worker:
 def frozen_workers(commands: dict[str, tuple]) -> Iterator[dict[str, Worker]]:
     """Start the workers one after another, each frozen as soon as it has taken two steps.
 
-    SIGTERM ends them too.
+    SIGTERM ends them too, and so does whatever kills this process: a frozen worker would not notice.
     """
     workers = {}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        for name, command in commands.items():
-            workers[name] = Worker(*command)
-            workers[name].steps(2)
-        yield workers
-    finally:
-        for worker in workers.values():
-            worker.close()
+    with no_longer_than_this() as guarded:
+        try:
+            for name, (command, environment, *about) in commands.items():
+                workers[name] = Worker(command, {**environment, **guarded}, *about)
+                workers[name].steps(2)
+            yield workers
+        finally:
+            for worker in workers.values():
+                worker.close()
 
 
 def peak_memory(who: int) -> int:

@@ -55,7 +55,6 @@ from chexlib.evaluation.intervals import effective_number, holm, mean_of_seeds, 
 from chexlib.evaluation.operating import RATES, OperatingPoints, rates_at
 from chexlib.findings import FINDINGS
 from chexlib.phantom.population import FILMS
-from chexlib.scaling.workload import Workload
 from examples.real_model.cross_validation import arm_gains
 
 SHARES = np.geomspace(0.25, 0.02, len(FINDINGS))  # of images with the finding
@@ -274,23 +273,20 @@ def seeds(rng, tally: Tally, trials: int) -> None:
 
 def wires(rng, tally: Tally, trials: int) -> None:
     """Times of steps on emulated hosts, 1 % off each and 1 % off each launch."""
-    workloads = {
-        "one": Workload("one", 1.0, (3e7,), (1.0,)),
-        "two": Workload("two", 1.0, (9e7,), (1.0,)),
-    }
+    sizes = {"one": 3e7, "two": 9e7}
     truth = {"latency": 4e-4, "payload": 0.93, "handling": 2e-9, "copying": 1.5e-9}
     points = launches(["one", "two"], [2, 3, 4], size=64, batch=2)
     rows = pd.DataFrame(
         [{**point, "rate": rate, "compute": 0.3} for point in points for rate in (1e8, 1e9, 1e10)]
     )
     exact = [
-        wire_seconds(row, workloads[row["topology"]], truth, processors=2)
+        wire_seconds(row, sizes[row["topology"]], truth, processors=2)
         for row in rows.to_dict("records")
     ]
     launch = rows.groupby(LAUNCH, sort=False).ngroup().to_numpy()
     for _ in range(trials):
         noise = rng.normal(0, 0.01, launch.max() + 1)[launch] + rng.normal(0, 0.01, len(rows))
-        unknowns, _ = fit_wires(rows.assign(seconds=exact * (1 + noise)), workloads, processors=2)
+        unknowns, _ = fit_wires(rows.assign(seconds=exact * (1 + noise)), sizes, processors=2)
         tally.add(
             "what the wires cost", list(truth.values()), unknowns["low"], unknowns["high"], np.nan
         )

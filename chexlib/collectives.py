@@ -15,7 +15,7 @@ import os
 import socket
 import time
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -165,7 +165,6 @@ class _Mpi4py:
         self._comm, self._arrivals, self._ends = (MPI.COMM_WORLD.Dup() for _ in range(3))
         self.rank, self.ranks = self._comm.rank, self._comm.size
         self.name = f"mpi4py {mpi4py.__version__}"
-        self.sums = deque(maxlen=10_000)  # (bytes, seconds) of each sum over ranks
         self._given_up = None  # requests of a wait that was given up
         self._warn_after = float(os.environ.get("HOROVOD_STALL_CHECK_TIME_SECONDS") or 60)
         self._give_up_after = float(os.environ.get("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS") or 0)
@@ -226,9 +225,7 @@ class _Mpi4py:
     def _sum(self, values: np.ndarray) -> np.ndarray:
         total = np.empty_like(values)
         self._await_all()
-        began = time.perf_counter()
         self._comm.Allreduce(values, total, op=self._mpi.SUM)
-        self.sums.append((values.nbytes, time.perf_counter() - began))
         return total
 
     def _await_all(self) -> None:
@@ -387,18 +384,6 @@ def require_agreement(world: World, variables: dict, *, when: str) -> None:
         "was stopped: go on from the last checkpoint with resume=true; if it happens again, look "
         "for a faulty host or a function that is not the same on all ranks."
     )
-
-
-def seconds_of_sums() -> list[dict]:
-    """Of each sum over ranks that mpi4py carried: bytes, seconds of allreduce.
-
-    Horovod writes a timeline instead.
-    """
-    sums = getattr(_CARRIER[0], "sums", ()) if _CARRIER else ()
-    return [
-        {"bytes": size, "allreduce": seconds, "copy_in": 0.0, "copy_out": 0.0}
-        for size, seconds in sums
-    ]
 
 
 def expected_carrier() -> tuple[str, str]:

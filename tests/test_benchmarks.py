@@ -2,15 +2,17 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
 
 import numpy as np
+import psutil
 import pytest
 
 from chexlib.files import ROOT
 from chexlib.models.topologies import build_model
-from chexlib.scaling.workload import training_gflop
+from chexlib.scaling.throughput import training_gflop
 
 pytestmark = pytest.mark.cores
 
@@ -85,6 +87,26 @@ def test_the_input_is_measured_against_its_peers():
         line["images_per_second"] > 0 and line["peer_images_per_second"] > 0 for line in found
     )
     assert all(line["lost"] == pytest.approx(1 - line["ratio"], abs=1e-3) for line in found[2:])
+
+
+HOLDER = """
+import sys, time
+from bench import frozen_workers
+worker = 'print("[0.1, 0.1]", flush=True); import time; time.sleep(600)'
+with frozen_workers({"one": ([sys.executable, "-c", worker], {}, 1)}) as workers:
+    print(workers["one"].process.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_benchmark_leaves_no_frozen_worker():
+    command = [sys.executable, "-c", HOLDER]
+    folder = ROOT / "benchmarks"
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as holder:
+        worker = psutil.Process(int(holder.stdout.readline()))
+        assert worker.status() == psutil.STATUS_STOPPED
+        holder.send_signal(signal.SIGKILL)
+    worker.wait(60)
 
 
 def test_the_bootstrap_is_measured_against_scikit_learn():

@@ -237,6 +237,7 @@ def whole_run(tmp_path_factory):
     )
     parameters = {"data_dir": str(data), "topology": "vgg16", "size": 32, "epochs": 2, "engines": 2}
     parameters["resume_ranks"] = ",".join(map(str, RESUMED))
+    parameters["plan_noise_scale"] = 500.0
     parameters |= {
         "norm_topology": "resnet50",
         "norm_batches": "16,32",
@@ -317,6 +318,13 @@ def test_the_launch_script_finds_its_settings_from_the_projects_folder(whole_run
     (config,) = re.findall(r"--config (\S+)", (folder / "train.sbatch").read_text())
     assert (ROOT / config).samefile(folder / "train.json")
     assert TrainConfig(**json.loads((ROOT / config).read_text())).topology == "densenet121"
+
+
+@pytest.mark.cores
+def test_a_plan_has_no_more_nodes_than_the_noise_scale_lets_be_of_use(whole_run):
+    """Two ranks per node take 32 images each: 7 nodes have 448 images, 8 have 512."""
+    script = (whole_run[1].parent / "08_scale_out" / "train.sbatch").read_text()
+    assert "#SBATCH --nodes=4\n" in script
 
 
 @pytest.mark.cores
@@ -404,6 +412,7 @@ def test_the_ledger_reads_what_the_notebooks_of_a_run_saved(whole_run):
     ]
     assert len(rows) == len(claims()) and len(measured) >= 25
     assert not [row["why"] for row in rows.values() if "lacks" in row["why"]]
+    assert rows["scale/caffe-256/speed"]["origin"] == "this run"  # 11 comes before the report
     assert rows["batch norm/densenet121"]["verdict"] == "reproduced"
 
 

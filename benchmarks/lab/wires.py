@@ -30,8 +30,6 @@ from benchmarks.lab.emulated import EmulatedHosts, why_not
 from chexlib.errors import ClusterError
 from chexlib.machine import cores, hardware
 from chexlib.mpi import find_mpi, thread_environment
-from chexlib.scaling.model import Fabric, Horovod, Link, communication_left
-from chexlib.scaling.workload import Workload
 from chexlib.studies.grid import run_grid
 
 # Open MPI's numbers of the algorithms; without a fixed one it chooses by size, and its module han
@@ -192,25 +190,36 @@ def _served(point: Mapping, timeout: float) -> dict:
             process.communicate()
 
 
-def wire_seconds(row: Mapping, workload: Workload, unknown: Mapping, processors: int) -> float:
-    """The model's word on a setting.
+def messages(ranks: int, algorithm: str) -> tuple[int, float]:
+    """How many messages follow one another in an allreduce, and the share of the vector in each.
 
-    Hosts are dealt to processors, and ranks that share one handle and copy slower.
+    In a ring each rank sends a P-th to its neighbour, P-1 times to add up and P-1 times to hand
+    round (Patarasuk and Yuan 2009). In recursive doubling pairs at distances 1, 2, 4, ... exchange
+    all they have; ranks beyond a power of two hand in before, and get back after.
+    """
+    if algorithm == "ring":
+        return 2 * (ranks - 1), 1 / ranks
+    doublings = int(math.log2(ranks))
+    return doublings + 2 * (ranks > 2**doublings), 1.0
+
+
+def wire_seconds(row: Mapping, size: float, unknown: Mapping, processors: int) -> float:
+    """The model's word on a setting, for gradients of `size` bytes: notebook 11 shows it.
+
+    Hosts are dealt to processors, and ranks that share one handle and copy slower. In a ring one
+    rank of a host sends to another host, in recursive doubling all do: one rank a host.
     """
     shared = row["per_host"] * math.ceil(row["hosts"] / processors)
-    wire = Link(unknown["latency"], row["rate"] / 8 * unknown["payload"])
-    memory = Link(0.0, 1 / (shared * unknown["copying"]))
-    fabric = Fabric(
-        memory, wire, handling=shared * unknown["handling"], copying=shared * unknown["copying"]
-    )
-    place = {"nodes": row["hosts"], "per_node": row["per_host"], "fabric": fabric}
-    horovod = Horovod(algorithm=row["algorithm"])
-    return row["compute"] + communication_left(workload, row["compute"], horovod=horovod, **place)
+    count, share = messages(row["hosts"] * row["per_host"], row["algorithm"])
+    piece = share * size
+    wire = piece / (row["rate"] / 8 * unknown["payload"])
+    message = unknown["latency"] + max(wire, shared * unknown["handling"] * piece)
+    return row["compute"] + count * message + shared * unknown["copying"] * size
 
 
 def fit_wires(
     table: pd.DataFrame,
-    workloads: Mapping[str, Workload],
+    sizes: Mapping[str, float],
     *,
     processors: int = 0,
     fitted: np.ndarray | None = None,
@@ -219,6 +228,7 @@ def fit_wires(
 
     Parameters
     ----------
+    sizes : bytes of the gradients, by topology
     fitted : array of bool, optional
         To which rows. Else to half of them, a chequerboard over topology, layout and rate: each of
         these is in both.
@@ -228,7 +238,8 @@ def fit_wires(
     unknowns : DataFrame
         A row an unknown: value, and low and high of its 95 % interval, no further than `UNKNOWN`
         looks: latency (seconds a message), payload (share of the rate), handling and copying
-        (seconds a byte, see `Fabric`). It is the wider of two, in logarithms: from the curvature,
+        (seconds a byte that the processor spends beside the wire,
+        and after it for fusion buffer and addition). It is the wider of two, in logarithms: from the curvature,
         and from the jackknife over launches (Tukey 1958), since the settings of a launch share its
         processes and what the model misses of them.
     predicted : DataFrame
@@ -251,7 +262,7 @@ def fit_wires(
     def predict(logs, rows):
         unknown = dict(zip(UNKNOWN, np.exp(logs), strict=True))
         return np.array(
-            [wire_seconds(row, workloads[row["topology"]], unknown, processors) for row in rows]
+            [wire_seconds(row, sizes[row["topology"]], unknown, processors) for row in rows]
         )
 
     def fit(keep, begin):
@@ -303,7 +314,7 @@ def held_back(predicted: pd.DataFrame) -> dict:
 
 
 def hold_whole(
-    table: pd.DataFrame, workloads: Mapping[str, Workload], *, processors: int = 0
+    table: pd.DataFrame, sizes: Mapping[str, float], *, processors: int = 0
 ) -> pd.DataFrame:
     """`held_back` where what is held back is not between settings that were fitted, but beyond all
     of them.
@@ -314,7 +325,7 @@ def hold_whole(
         f"all at {table['rate'].max() / 1e9:g} Gbit/s": ~fastest,
     }
     fits = {
-        name: fit_wires(table, workloads, processors=processors, fitted=keep.to_numpy())
+        name: fit_wires(table, sizes, processors=processors, fitted=keep.to_numpy())
         for name, keep in kept.items()
     }
     return pd.DataFrame({name: held_back(predicted) for name, (_, predicted) in fits.items()}).T

@@ -42,8 +42,9 @@ KERNEL_LOG = "kernel.log"  # in the run's folder: what kernels wrote to standard
 TOGETHER = (("00", "01", "02"), ("05", "09", "07", "06"))
 # Of a quick run on two cores, half of it where two run at a time, for the guess of how long it will
 # take elsewhere.
-QUICK_SECONDS = dict(zip(range(11), (3, 5, 4, 63, 112, 34, 14, 17, 65, 23, 5), strict=True))
+QUICK_SECONDS = dict(zip(range(12), (3, 5, 4, 63, 112, 34, 14, 17, 65, 23, 5, 5), strict=True))
 READERS = ("09", "10")  # notebooks that read what others of their run found
+REPORT = "10"  # which has the others in it, and so comes last
 # Where engines run, with what holds where no profile says it.
 PLACE = {"engines": 1, "threads": 0, "hosts": "", "interface": ""}
 PLACE |= {"slurm": False, "slurm_options": ""}
@@ -361,9 +362,10 @@ def end_when_told() -> None:
 
 def find_notebooks(names: Sequence[str] = ()) -> list[Path]:
     """Paths of the notebooks with these names, numbers or file names, in their order; all if none
-    is named.
+    is named, the report last.
     """
     every = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    every.sort(key=lambda path: path.stem.startswith(REPORT))
     chosen = []
     for name in names:
         stem = Path(name).name.removesuffix(".ipynb")

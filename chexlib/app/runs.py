@@ -30,7 +30,7 @@ ASKED = "run.json"  # what the run was asked for: notebooks, profile, settings
 MOST = 2**32 - 1  # what NumPy and pandas take as a seed; no number of images comes near it
 USE = {  # of the types that a notebook's parameters are annotated with
     "int": f"a whole number from 0 to {MOST}",
-    "float": "a number",
+    "float": "a number of 0 or more",
     "bool": "True or False",
     "str": "text",
 }
@@ -190,7 +190,7 @@ def check_parameters(given: Mapping, kinds: Mapping | None = None) -> None:
     Raises
     ------
     ConfigError
-        A value of another type, a whole number out of bounds, or a number that is not finite.
+        A value of another type, a whole number out of bounds, or a number below 0 or not finite.
     """
     if kinds is None:
         declared = given.get("__annotations__", {}).items()
@@ -208,8 +208,15 @@ def _is_of(kind: str, value) -> bool:
     if kind == "int":
         return isinstance(value, int) and 0 <= value <= MOST
     if kind == "float":
-        return isinstance(value, int | float) and math.isfinite(value)
+        return isinstance(value, int | float) and 0 <= value < math.inf
     return isinstance(value, str)
+
+
+def check_above_zero(**values: float) -> None:
+    """ConfigError for a parameter that is no number above 0."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ConfigError(f"{name}={value!r} is not accepted. Use a number above 0.")
 
 
 def numbers(name: str, text: str, kind: type = int) -> list:

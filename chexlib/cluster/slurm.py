@@ -97,3 +97,21 @@ def launch_script(
         exports="\n".join(exports),
         config=shlex.quote(config),
     )
+
+
+def deal_out(cores: int, ranks: int) -> tuple[int, int]:
+    """Threads of each rank of a node, and cores that it leaves to its communication: two, as the
+    study did, or fewer.
+
+    Raises
+    ------
+    ConfigError
+        More ranks than cores, or no whole number of them.
+    """
+    if ranks % 1 or not 1 <= ranks <= cores:
+        raise ConfigError(
+            f"{ranks:g} ranks on a node of {cores:g} cores are not accepted. Use 1 to {cores:g}."
+        )
+    each = int(cores // ranks)
+    spare = min(2, each - 1)
+    return each - spare, spare

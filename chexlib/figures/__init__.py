@@ -20,7 +20,6 @@ from chexlib.figures.mechanisms import (
     data_parallel_step,
     ring_allreduce,
 )
-from chexlib.figures.scaling import layouts, projection, step_parts, time_and_cost, wires
 from chexlib.figures.studies import (
     along,
     rules,

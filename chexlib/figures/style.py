@@ -62,12 +62,6 @@ def line_style(index: int) -> dict:
     return {"marker": MARKERS[index % len(MARKERS)], "linestyle": LINES[index % len(LINES)]}
 
 
-def bar_style(index: int) -> dict:
-    """Colour and hatch of the bars with this number."""
-    hatch = HATCHES[index % len(HATCHES)]
-    return {"color": f"C{index}", "hatch": hatch, "edgecolor": "white"}
-
-
 def whiskers(rows: pd.DataFrame, value: str) -> np.ndarray:
     """Lengths of error bars, (2, n), from the columns `value`, low and high."""
     ends = rows[["low", "high"]].to_numpy(float).T

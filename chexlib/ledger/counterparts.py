@@ -25,9 +25,9 @@ from chexlib.ledger.published import (
     published_ladder,
 )
 from chexlib.ledger.records import Measured, Results, between
-from chexlib.scaling.clusters import IMAGENET, study_speed
 
 TOP_1 = "top-1 of 1,000 classes of photographs there, mean AUROC of 14 findings here"
+IMAGENET = 1_281_167  # images of ImageNet-1K's training part
 # Whose batches are answered by which rung of our ladder.
 RUNGS = {"the study": "+ weight-decay scaling", "Facebook": "+ warm-up"}
 POINTS = 5  # by which a projected efficiency may be off
@@ -323,7 +323,7 @@ def _tuned_updates(claim: Claim, results: Results) -> Measured | str:
     return _beside(claim, row["updates"], differs="chosen, not found: the loss there is the result")
 
 
-# Notebook 08: the model's projections, the formula, and what is measured here
+# Notebooks 11, the model's projections and the formula, and 08, what is measured here
 
 
 def _projection(claim: Claim, results: Results) -> dict[int, Mapping]:
@@ -336,7 +336,7 @@ def _projected(
     claim: Claim, results: Results, value: float, name: str, times: float = 1.0, **how
 ) -> Measured:
     """A projection, with least and most that the model says where what is not known of the system
-    is another: the column `name` of `study_sensitivity`.
+    is another: `name` in the rows of `sensitivity`.
     """
     rows = [row for row in results.record.sensitivity if row["system"] == claim.series]
     span = [times * row[name] for row in rows]
@@ -361,10 +361,12 @@ def _projected_time(claim: Claim, results: Results) -> Measured:
         f"the model's time is 90 epochs at its speed on {claim.at} nodes: one number is tested "
         "once, there"
     )
-    if needed > study_speed():
+    (run,) = (other for other in claims() if other.key == "hardware/caffe-448/time")
+    node = 90 * IMAGENET / (60 * run.value) / run.at
+    if needed > node:
         differs = (
             f"90 epochs in that time are {needed:.0f} images/s a node, where the deck's own node "
-            f"has {study_speed():.0f}: it is another number of epochs"
+            f"has {node:.0f}: it is another number of epochs"
         )
     name = f"solution_hours_{claim.at}"
     return _projected(claim, results, 60 * hours / minutes, name, 60 / minutes, differs=differs)
@@ -442,12 +444,12 @@ COUNTERPARTS: dict[str, tuple[str, Callable[..., Measured | str]]] = {
     "fewest updates": ("06", _fewest_updates),
     "loss of fine-tuning": ("07", _tuned_loss),
     "updates of fine-tuning": ("07", _tuned_updates),
-    "projected speed": ("08", _projected_speed),
-    "projected time": ("08", _projected_time),
-    "projected efficiency": ("08", _projected_efficiency),
-    "projected efficiency from 256 nodes": ("08", _projected_from_256),
-    "share of peak": ("08", _peak_share),
-    "time to solution": ("08", _solution),
-    "keras ratio": ("08", _keras_ratio),
+    "projected speed": ("11", _projected_speed),
+    "projected time": ("11", _projected_time),
+    "projected efficiency": ("11", _projected_efficiency),
+    "projected efficiency from 256 nodes": ("11", _projected_from_256),
+    "share of peak": ("11", _peak_share),
+    "time to solution": ("11", _solution),
+    "keras ratio": ("11", _keras_ratio),
     "ranks": ("08", _ranks),
 }

@@ -66,9 +66,17 @@ class Scaling:
     """Of notebook 08."""
 
     layouts: Any  # images/s by (ranks, threads)
-    projection: Mapping[str, Any]  # `project` by system
-    sensitivity: Sequence[Mapping[str, Any]]  # rows of `study_sensitivity`
-    peak_percent: Any  # `peak_shares`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Appendix:
+    """Of notebook 11."""
+
+    # By system and nodes: images_per_second, efficiency, solution_hours.
+    projection: Mapping[str, Any]
+    # A row per combination of what is not known: system, those three as efficiency_256, and further.
+    sensitivity: Sequence[Mapping[str, Any]]
+    peak_percent: Any  # by run: formula, low, high
     solution: Any  # seconds by topology; empty where nothing was trained
     ratio: Mapping[str, float]  # ours over stock Keras; empty where it was not measured
 
@@ -80,6 +88,7 @@ RECORDS = {
     "06": Recipes,
     "07": Transfer,
     "08": Scaling,
+    "11": Appendix,
 }
 
 

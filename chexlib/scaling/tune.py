@@ -1,5 +1,5 @@
 """Measured on this machine: which ranks x threads, batch and precision train fastest, kept and made
-a profile; and the time to solution of a training.
+a profile.
 """
 
 from __future__ import annotations
@@ -7,8 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -23,8 +22,6 @@ from chexlib.training.config import TrainConfig
 # What `chexlib run --profile quick,tuned` reads.
 PROFILE = ROOT / "notebooks" / "profiles" / "tuned.yaml"
 SWEEP = ROOT / "data" / "tuned.json"
-# Adam's, for the time to solution; without batch norm a network bears less.
-RATES = {"densenet121": 1e-3, "resnet50": 1e-3, "vgg16": 1e-4}
 KEYS = ["topology", "size", "precision", "batch_per_rank", "ranks", "threads"]
 log = logging.getLogger(__name__)
 
@@ -150,49 +147,3 @@ def _newest(rows: list[dict], settings: dict) -> dict | None:
         if settings.items() <= row.items():
             return row
     return None
-
-
-def measure_solution(point: Mapping, folder: Path, *, data: Path) -> dict:
-    """Time to solution of one point of a grid, for `chexlib.studies.grid.run_grid`: `time_to` an
-    AUROC, and the day of it.
-
-    Parameters
-    ----------
-    point : with topology, size, most_epochs, seed and auroc, the mean validation AUROC that counts
-        as the solution
-    folder : of checkpoints: a killed training goes on from them
-    data : folder in the NIH layout
-    """
-    from chexlib.training.fit import fit
-    from chexlib.training.input import divide
-
-    config = TrainConfig(
-        data_dir=str(data),
-        run_dir=str(folder),
-        topology=point["topology"],
-        size=point["size"],
-        epochs=point["most_epochs"],
-        seed=point["seed"],
-        learning_rate=RATES[point["topology"]],
-        resume=True,
-    )
-    images = len(divide(config)[1]["train"])
-    reached = time_to(fit(config).history, images=images, auroc=point["auroc"])
-    return {**reached, "measured": f"{datetime.now(UTC):%Y-%m-%d}"}
-
-
-def time_to(history: Sequence[dict], *, images: int, auroc: float) -> dict:
-    """Epochs and seconds of training after which validation first reached an AUROC, or None; and
-    images of an epoch.
-
-    Parameters
-    ----------
-    history : of `TrainResult`, a row per epoch, with val_auroc and images_per_second
-    images : of an epoch
-    """
-    seconds = 0.0
-    for epoch, row in enumerate(history, start=1):
-        seconds += images / row["images_per_second"]
-        if row["val_auroc"] >= auroc:
-            return {"epochs": epoch, "seconds": seconds, "images": images}
-    return {"epochs": None, "seconds": None, "images": images}

@@ -21,7 +21,7 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 import chexlib.app.execute
-from chexlib.app.execute import execute, find_notebooks
+from chexlib.app.execute import QUICK_SECONDS, execute, find_notebooks
 from chexlib.app.report import build_report
 from chexlib.app.runs import latest_run
 from chexlib.errors import ConfigError, DataError
@@ -427,6 +427,11 @@ def test_a_dead_kernel_fails_its_notebook_alone(rehearsed, monkeypatch):
 )
 def test_notebooks_are_found_by_number_name_and_file_each_once(rehearsed, names, found):
     assert [path.stem for path in find_notebooks(names)] == found
+
+
+def test_the_report_comes_last_and_the_time_of_every_notebook_is_known():
+    numbers = [path.stem[:2] for path in find_notebooks()]
+    assert numbers[-1] == "10" and {int(n) for n in numbers} == set(QUICK_SECONDS)
 
 
 def test_an_unknown_parameter_is_refused_before_anything_is_made(rehearsed):
