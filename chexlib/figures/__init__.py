@@ -5,15 +5,7 @@ it shows it once. No reading depends on colour alone.
 """
 
 # ruff: noqa: F401
-from chexlib.figures.data import (
-    ages,
-    cooccurrence,
-    finding_counts,
-    images_per_patient,
-    imbalance,
-    prevalence_by_part,
-    radiographs,
-)
+from chexlib.figures.data import radiographs
 from chexlib.figures.judgement import auroc_bars, forest, heat_figure, pointing_bars, reliability
 from chexlib.figures.mechanisms import (
     batch_norm_statistics,

@@ -12,8 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from chexlib.findings import FINDINGS
-
 HATCHES = ("", "///", "...", "xxx")  # of bars side by side
 MARKERS = ("o", "s", "^", "D", "v", "P")
 LINES = ("-", "--", ":", "-.")
@@ -40,9 +38,6 @@ def set_theme() -> None:
 def spaced(name: object) -> str:
     """A name as it is written on axes: "Pleural_Thickening" as "Pleural Thickening"."""
     return str(name).replace("_", " ")
-
-
-NAMES = tuple(map(spaced, FINDINGS))  # as written on axes
 
 
 def subplots(*shape: int, **settings):

@@ -118,7 +118,7 @@ display(Markdown(f"# {name}\\n\\n- **{root}**: `{root}`\\n\\n{rows['patient'][0]
 shown = rows.head(4)
 figure = figures.radiographs([read_image(path) for path in shown["path"]], list(shown["image"]))
 run.save_figure(figure, "names", caption=f"{name}, {rows['patient'][0]}")
-display(figure, figures.ages(rows))
+display(figure)
 print(root, rows["image"][0])
 """
 

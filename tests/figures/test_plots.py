@@ -12,16 +12,9 @@ import pandas as pd
 import pytest
 
 from chexlib import figures
-from chexlib.data.nih import load_radiographs
-from chexlib.data.splits import audit, patient_split
 from chexlib.evaluation.auroc import bootstrap_auroc
 from chexlib.findings import FINDINGS
 from chexlib.ledger.published import beside_published, published_auroc, published_splits
-
-
-@pytest.fixture
-def radiographs(tiny_nih):
-    return load_radiographs(tiny_nih())
 
 
 def words(figure):
@@ -36,15 +29,11 @@ def judged():
     return bootstrap_auroc(labels, generator.random((60, 14)), np.arange(60), resamples=20)
 
 
-def test_every_figure_is_closed_and_has_units_on_its_axes(radiographs):
-    table, labels = radiographs.table, radiographs.labels
+def test_every_figure_is_closed_and_has_units_on_its_axes():
     drawn = [
-        figures.finding_counts({"here": labels, "listed": radiographs.listed}),
-        figures.cooccurrence(labels),
-        figures.images_per_patient(table["patient"]),
-        figures.ages(table),
-        figures.prevalence_by_part(audit(patient_split(radiographs), radiographs)),
-        figures.imbalance(labels),
+        figures.data_parallel_step(3),
+        figures.batch_norm_statistics(2),
+        figures.ring_allreduce(3),
         figures.history(
             [{"epoch": e, "loss": 1 / (e + 1), "val_loss": 1.0, "val_auroc": 0.6} for e in range(3)]
         ),
@@ -53,7 +42,21 @@ def test_every_figure_is_closed_and_has_units_on_its_axes(radiographs):
     assert not plt.get_fignums()
     for figure in drawn:
         axes = [ax for ax in figure.axes if ax.axison]
-        assert any(ax.get_xlabel() or ax.get_ylabel() for ax in axes)
+        assert not axes or any(ax.get_xlabel() or ax.get_ylabel() for ax in axes)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_picture_of_a_step_shows_each_rank_and_one_mean_for_all(ranks):
+    shown = words(figures.data_parallel_step(ranks))
+    counts = {part: shown.count(part) for part in ("own gradient", "equal weights", "mean of all")}
+    assert counts == {"own gradient": ranks, "equal weights": ranks, "mean of all": 1}
+    assert f"rank {ranks - 1}" in shown and f"rank {ranks}" not in shown
+
+
+def test_the_picture_of_norms_gives_a_letter_to_the_images_that_share_statistics():
+    panels = figures.batch_norm_statistics(2, images=4).axes
+    letters = ["".join(text.get_text() for text in ax.texts) for ax in panels]
+    assert letters == ["AAAABBBB", "AAAAAAAA", "AABBCCDD", "ABCDEFGH"]
 
 
 def test_radiographs_are_grey_with_boxes_and_their_names():
