@@ -10,21 +10,20 @@ Every kind of interval that the project prints, with the function that makes it:
 | average precision of a finding | `auroc.bootstrap_auroc` | 03, 04, 09, `evaluate` |
 | difference of AUROC, same images | `auroc.paired_difference` | 04, 06 (ensembles, peaks), 09, leakage, `evaluate` |
 | difference of AUROC, mean of seeds | `cross_validation.arm_gains` | real model |
-| calibration error, Brier score | `calibration.calibration_error` | 09 |
-| difference of Brier scores | `calibration.brier_difference` | 09 |
-| sensitivity, specificity, PPV, NPV | `operating.rates_at` (`share`) | 09 |
-| pointing game, IoU, IoBB | `explain.judge_boxes` (`share`) | 09 |
+| sensitivity, specificity, PPV, NPV | `operating.share` | 09 |
+| pointing game, IoU, IoBB | `operating.share` | 09, `localization.py` |
 | mean over seeds or rounds | `intervals.mean_of_seeds`, `over_seeds` | 05, 06, 07, 08 |
 | what the wires cost | `wires.fit_wires` | 08 |
 
-The expected calibration error and the mean average precision have none, as they are biased. Spans
+The mean average precision has none, as it is biased. The interval of a change of the Brier score in
+09 is SciPy's. Spans
 that are no intervals: of rounded figures, of the lowest and highest round, of a projection's
 assumptions. The ledger scales intervals of the notebooks.
 
 Patients have 1 to 20 images each, as often as in the NIH release; a finding comes back in a
 patient, and so do the errors of the scores (correlation 0.5 within a patient). Scores are normal
-with variance 1 and a distance d between the classes, so that the true AUROC is Phi(d / sqrt 2), and
-the true probability of a finding is known. One JSON line a kind and range of patients (effective
+with variance 1 and a distance d between the classes, so that the true AUROC is Phi(d / sqrt 2). One
+JSON line a kind and range of patients (effective
 number, `intervals.effective_number`, of the smaller class): *coverage*, the share of intervals
 that hold the truth, and *told*, "below 93 %" or "above 98 %".
 
@@ -48,11 +47,9 @@ from scipy.stats import norm
 
 from benchmarks.lab.wires import LAUNCH, fit_wires, launches, wire_seconds
 from chexlib.app.reference import difference_p, estimates
-from chexlib.evaluation import calibration
 from chexlib.evaluation.auroc import bootstrap_auroc, paired_difference
-from chexlib.evaluation.explain import judge_boxes
 from chexlib.evaluation.intervals import effective_number, holm, mean_of_seeds, patients_behind
-from chexlib.evaluation.operating import RATES, OperatingPoints, rates_at
+from chexlib.evaluation.operating import share
 from chexlib.findings import FINDINGS
 from chexlib.phantom.population import FILMS
 from examples.real_model.cross_validation import arm_gains
@@ -62,8 +59,8 @@ AUROC = np.tile([0.6, 0.75, 0.9, 0.97, 0.85], 3)[: len(FINDINGS)]  # true, of ea
 APART = np.sqrt(2) * norm.ppf(AUROC)  # distance of the classes
 WORSE = 0.8  # of this distance, the other model's where two are not alike
 WITHIN = 0.5  # correlation of errors, and of what decides a label, between images of a patient
-SHARP = 1.5  # by how much the logits of miscalibrated scores are too large
 RANGES = (5, 8, 15, 40, 100, np.inf)  # effective patients
+THRESHOLDS = (0.1, 0.25, 0.5, 0.75, 0.9)  # of overlap
 GRID = np.linspace(-8, 12, 20_001)  # of scores, for what is true
 
 
@@ -127,29 +124,13 @@ def simulate(rng, n_patients: int, *distances: np.ndarray):
     )
 
 
-def probabilities(scores, *, sharp: float = 1.0) -> np.ndarray:
-    """Of the findings, given scores of `simulate`; with logits that are too large by `sharp`."""
-    return expit(sharp * (logit(SHARES) + APART * scores - APART**2 / 2))
-
-
 def true_values() -> dict[str, np.ndarray]:
-    """Average precision, Brier score and calibration error of each finding in the whole population."""
+    """Average precision of each finding in the whole population."""
     grid = GRID[:, None]
     up, down = SHARES * norm.pdf(grid - APART), (1 - SHARES) * norm.pdf(grid)
     step = GRID[1] - GRID[0]
     above = [np.cumsum(part[::-1], axis=0)[::-1] for part in (up, down)]
     found = {"ap": (above[0] / (above[0] + above[1]) * up).sum(axis=0) * step / SHARES}
-    place = np.minimum(
-        (np.cumsum(up + down, axis=0) * step * calibration.BINS).astype(int), calibration.BINS - 1
-    )
-    for name, sharp in (("calibrated", 1.0), ("sharp", SHARP)):
-        p = probabilities(grid, sharp=sharp)
-        found[f"brier {name}"] = (up * (1 - p) ** 2 + down * p**2).sum(axis=0) * step
-        gaps = [
-            np.where(place == b, up - (up + down) * p, 0).sum(axis=0) * step
-            for b in range(calibration.BINS)
-        ]
-        found[f"rms {name}"] = np.sqrt(calibration.BINS * np.square(gaps).sum(axis=0))
     return found
 
 
@@ -203,19 +184,6 @@ def cohort(
         behind,
     )
 
-    given = {"calibrated": probabilities(scores), "sharp": probabilities(scores, sharp=SHARP)}
-    every = np.ones(len(FINDINGS), bool)
-    for name, own in given.items():
-        found = calibration.calibration_error(labels, own, patients, **asked)
-        rms, brier = truth[f"rms {name}"], with_mean(truth[f"brier {name}"], every)
-        rms = np.append(rms, np.sqrt(np.square(rms).mean()))
-        tally.add(f"calibration error, {name}", rms, found["rms_low"], found["rms_high"], behind)
-        tally.add("Brier score", brier, found["brier_low"], found["brier_high"], behind)
-    found = calibration.brier_difference(
-        labels, given["calibrated"], given["sharp"], patients, **asked
-    )
-    true = with_mean(truth["brier calibrated"] - truth["brier sharp"], every)
-    tally.add("difference of Brier scores", true, found["low"], found["high"], behind)
     rates(tally, labels, scores, patients)
     return table
 
@@ -223,41 +191,33 @@ def cohort(
 def rates(tally: Tally, labels, scores, patients) -> None:
     """Sensitivity and so on at thresholds that are given, as those of a validation part are."""
     ninety = norm.ppf(0.9)
-    at = {
-        "youden": APART / 2,
-        "sensitivity": APART - ninety,
-        "specificity": np.full(len(FINDINGS), ninety),
-    }
-    chosen = {f: {rule: float(own[i]) for rule, own in at.items()} for i, f in enumerate(FINDINGS)}
-    table = rates_at(labels, scores, patients, OperatingPoints(0.9, 0.9, chosen))
-    for i, finding in enumerate(FINDINGS):
-        for rule, own in at.items():
-            row, called, y = table.loc[(finding, rule)], scores[:, i] >= own[i], labels[:, i] == 1
-            cells = {"tp": y & called, "fp": ~y & called, "fn": y & ~called, "tn": ~y & ~called}
-            sensitive, specific = norm.cdf(APART[i] - own[i]), norm.cdf(own[i])
-            mass = {"tp": SHARES[i] * sensitive, "fn": SHARES[i] * (1 - sensitive)}
-            mass |= {"tn": (1 - SHARES[i]) * specific, "fp": (1 - SHARES[i]) * (1 - specific)}
-            for rate, (success, other) in RATES.items():
-                n = effective_number(patients[cells[success] | cells[other]])
-                true = mass[success] / (mass[success] + mass[other])
-                tally.add(rate, true, row[f"{rate}_low"], row[f"{rate}_high"], n)
+    at = (APART / 2, APART - ninety, np.full(len(FINDINGS), ninety))
+    for i in range(len(FINDINGS)):
+        y = labels[:, i] == 1
+        for own in at:
+            called = scores[:, i] >= own[i]
+            found, mistaken = norm.cdf(APART[i] - own[i]), 1 - norm.cdf(own[i])
+            tp, fp = SHARES[i] * found, (1 - SHARES[i]) * mistaken
+            fn, tn = SHARES[i] - tp, 1 - SHARES[i] - fp
+            for rate, right, among, true in (
+                ("sensitivity", called, y, found),
+                ("specificity", ~called, ~y, 1 - mistaken),
+                ("ppv", y, called, tp / (tp + fp)),
+                ("npv", ~y, ~called, tn / (tn + fn)),
+            ):
+                _, low, high = share(right[among], patients[among])
+                tally.add(rate, true, low, high, effective_number(patients[among]))
 
 
 def pointing(rng, tally: Tally, n_patients: int) -> None:
     """Boxes of two findings: half of the patients have the one, all the other."""
-    for finding, n in (("Mass", n_patients), ("Nodule", max(n_patients // 2, 5))):
+    for n in (n_patients, max(n_patients // 2, 5)):
         patients = owners(rng, n)
         p = rng.choice([0.1, 0.3, 0.5, 0.8, 0.95])
         place = norm.cdf(alike(rng, patients, 1)[:, 0])  # uniform
-        overlap = 1 - place
-        scored = pd.DataFrame(
-            {"patient": patients, "finding": finding, "hit": place < p, "chance": 0.1}
-        )
-        table = judge_boxes(scored.assign(iou=overlap, iobb=overlap))
-        true = np.where(table["measure"] == "pointing", p, 1 - table["threshold"])
-        tally.add(
-            "pointing, IoU, IoBB", true, table["low"], table["high"], effective_number(patients)
-        )
+        for right, true in ((place < p, p), *((1 - place > t, 1 - t) for t in THRESHOLDS)):
+            _, low, high = share(right, patients)
+            tally.add("pointing, IoU, IoBB", true, low, high, effective_number(patients))
 
 
 def seeds(rng, tally: Tally, trials: int) -> None:

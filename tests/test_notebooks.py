@@ -247,6 +247,9 @@ def whole_run(tmp_path_factory):
         "recipe_passes": 2,
     }
     parameters |= {
+        "leak_images": 60,
+        "leak_epochs": 2,
+        "boxed_images": 12,
         "phantom_images": 80,
         "pretrain_images": 64,
         "snapshots": 2,
@@ -363,10 +366,22 @@ def test_the_judgement_is_carried_as_plain_values(whole_run):
         (whole_run[1].parent / "09_evaluate_and_explain" / "metrics.json").read_text()
     )
     assert found["models"] == ["03_train_baseline", "04_train_distributed"]
-    assert len(found["difference"]) == len(found["leakage"]["gain"]) == 15
-    assert Calibration.from_dict(found["calibration"]["isotonic"]).method == "isotonic"
+    assert len(found["difference"]) == 15
+    told = {row["data"]: row for row in found["leakage"]}
+    assert set(told) == {"this data", "control, 0.9 repeat"}
+    assert all(len(row["split"]) == 12 for row in found["leakage"])
+    assert Calibration.from_dict(found["calibration"]["temperature"]).method == "temperature"
     assert OperatingPoints.from_dict(found["operating_points"]).sensitivity == 0.9
-    assert found["published"]["Mass"]["Dell DenseNet (LEAKS)"] == 0.8231
+    assert set(found["pointing"]) == {"LayerCAM", "Grad-CAM", "LayerCAM, never trained"}
+
+
+@pytest.mark.cores
+def test_what_the_reader_of_09_writes_is_what_the_library_does(whole_run):
+    """A bootstrap with Student's t, Holm's correction and Grad-CAM, held against it in the cells."""
+    notebook = whole_run[1].parent / "09_evaluate_and_explain" / "notebook.ipynb"
+    outputs = [o for c in nbformat.read(notebook, 4).cells for o in c.get("outputs", [])]
+    said = [line for o in outputs for line in o.get("text", "").splitlines()]
+    assert said.count("as the library's: True") == 2 and "as the library's: False" not in said
 
 
 @pytest.mark.cores

@@ -27,7 +27,6 @@ from chexlib.findings import FINDINGS
 from chexlib.machine import cores
 
 CHUNK = 125  # resamples at a time: their patients' weights stay in the processor's cache
-AGES = {"under 40": 40, "40 to 59": 60, "60 and over": np.inf}  # years: band, and where it ends
 log = logging.getLogger(__name__)
 
 
@@ -180,20 +179,6 @@ def bootstrap_auroc(
         precision is too high with few positives: of one finding by less than its interval is wide,
         but an interval of the mean would hold the truth in about 0.9 of trials, so it has none.
     """
-    table = auroc_table(labels, scores, patients, resamples=resamples, seed=seed)
-    findings = table.drop(index="mean")
-    undefined = findings["auroc"].isna()
-    if undefined.any():
-        names = ", ".join(findings.index[undefined])
-        log.info("AUROC is undefined, one class only, for: %s", names)
-    if (too_few := ~undefined & findings["low"].isna()).any():
-        names = ", ".join(findings.index[too_few])
-        log.info("no interval, under %d patients a class, for: %s", FEWEST_PATIENTS, names)
-    return table
-
-
-def auroc_table(labels, scores, patients, *, resamples: int, seed: int) -> pd.DataFrame:
-    """`bootstrap_auroc` without a word in the log."""
     labels = np.asarray(labels)
     drawn, codes = draw_patients(patients, resamples=resamples, seed=seed)
     points, samples = resample(labels, scores, drawn, codes)
@@ -211,6 +196,14 @@ def auroc_table(labels, scores, patients, *, resamples: int, seed: int) -> pd.Da
     table = table_of_findings(columns)
     # Of 14 findings the bias of each adds up, and chance does not.
     table.loc["mean", ["ap_low", "ap_high"]] = np.nan
+    findings = table.drop(index="mean")
+    undefined = findings["auroc"].isna()
+    if undefined.any():
+        names = ", ".join(findings.index[undefined])
+        log.info("AUROC is undefined, one class only, for: %s", names)
+    if (too_few := ~undefined & findings["low"].isna()).any():
+        names = ", ".join(findings.index[too_few])
+        log.info("no interval, under %d patients a class, for: %s", FEWEST_PATIENTS, names)
     return table
 
 
@@ -235,9 +228,7 @@ def part_of(predictions: pd.DataFrame, part: str) -> tuple[pd.DataFrame, np.ndar
     if rows.empty:
         parts = ", ".join(predictions["part"].unique())
         raise DataError(f"the predictions have no part {part!r} (parts: {parts}).")
-    labels = rows[[f"label_{finding}" for finding in FINDINGS]]
-    scores = rows[[f"score_{finding}" for finding in FINDINGS]]
-    return rows, labels.to_numpy(np.float64), scores.to_numpy(np.float64)
+    return rows, *_matrices(rows)
 
 
 def judge(
@@ -314,66 +305,43 @@ def compare(
     return paired_difference(labels, scores, others, patients, resamples=resamples, seed=seed)
 
 
-def traits_of(table: pd.DataFrame) -> pd.DataFrame:
-    """Sex, age band, view position and visit ("first" or "follow-up") of radiographs; "unknown"
-    where not told.
-
-    `table` is that of `Radiographs`, its columns sex, age, view and follow_up.
-    """
-    bands = np.array([*AGES, "unknown"])
-    ages = np.searchsorted(list(AGES.values()), table["age"].fillna(np.inf), side="right")
-    ages[table["age"].isna()] = len(AGES)
-    visits = np.where(table["follow_up"] == 0, "first", "follow-up")
-    told = table[["sex", "view"]].replace("", "unknown")
-    traits = {"sex": told["sex"], "age": bands[ages], "view": told["view"], "visit": visits}
-    return pd.DataFrame(traits, index=table.index)
-
-
-def subgroup_auroc(
-    predictions: pd.DataFrame,
-    radiographs,
-    *,
-    part: str = "test",
-    resamples: int = 1000,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """AUROC of each finding and their mean in each subgroup by sex, age band, view position and
-    visit, with intervals over patients.
+def subgroup_auroc(predictions: pd.DataFrame, groups: np.ndarray, *, seed: int = 0) -> pd.DataFrame:
+    """Mean AUROC in each group of images, over the same findings, with intervals over patients.
 
     Parameters
     ----------
-    predictions : DataFrame, as `predictions.parquet`
-    radiographs : Radiographs
-        Of which the images are; all that are listed are known.
+    predictions : DataFrame, as rows of `predictions.parquet`
+    groups : (n,)
+        Name of the group of each row.
 
     Returns
     -------
     DataFrame
-        Index trait, group, finding; columns images, patients, findings, auroc, low, high,
-        positives, negatives. The mean of a group is over the `findings` that have `FEWEST_PATIENTS`
-        patients of each class in every group of the trait that has any such finding: so groups of a
-        trait can be compared. One without is too small to speak: NaN.
+        Index group; columns images, patients, findings, auroc, low, high. The mean is over the
+        `findings` that have `FEWEST_PATIENTS` patients of each class in every group that has any
+        such finding. A group without one is too small to speak: NaN.
     """
-    rows, labels, scores = part_of(predictions, part)
-    patients = rows["patient"].to_numpy()
-    listed = radiographs.listed.set_index("image").loc[rows["image"]].reset_index()
-    drawing = {"resamples": resamples, "seed": seed}
-    tables = {}
-    for trait, values in traits_of(listed).items():
-        groups = {group: (values == group).to_numpy() for group in sorted(values.unique())}
-        enough = {g: enough_patients(labels[own], patients[own]) for g, own in groups.items()}
-        speaking = [findings for findings in enough.values() if findings.any()]
-        common = np.all(speaking, axis=0) if speaking else np.zeros(len(FINDINGS), bool)
-        for group, inside in groups.items():
-            its_labels, its_scores, its_patients = labels[inside], scores[inside], patients[inside]
-            table = auroc_table(its_labels, its_scores, its_patients, **drawing)
-            shared = common & enough[group]
-            its_labels = np.where(shared, its_labels, np.nan)
-            mean = auroc_table(its_labels, its_scores, its_patients, **drawing).loc["mean"]
-            table.loc["mean", ["auroc", "low", "high"]] = mean[["auroc", "low", "high"]]
-            table["images"] = inside.sum()
-            table["patients"] = len(np.unique(its_patients))
-            table["findings"] = int(shared.sum())
-            tables[trait, group] = table
-    columns = ["images", "patients", "findings", "auroc", "low", "high", "positives", "negatives"]
-    return pd.concat(tables, names=["trait", "group"])[columns]
+    labels, scores = _matrices(predictions)
+    patients, names = predictions["patient"].to_numpy(), pd.Series(np.asarray(groups))
+    inside = {name: (names == name).to_numpy() for name in sorted(names.unique())}
+    enough = {name: enough_patients(labels[own], patients[own]) for name, own in inside.items()}
+    speaking = [findings for findings in enough.values() if findings.any()]
+    common = np.all(speaking, axis=0) if speaking else np.zeros(len(FINDINGS), bool)
+    table = {}
+    for name, own in inside.items():
+        shared = common & enough[name]
+        its_labels = np.where(shared, labels[own], np.nan)
+        drawn, codes = draw_patients(patients[own], resamples=1000, seed=seed)
+        points, samples = map(with_mean, auroc_samples(its_labels, scores[own], drawn, codes))
+        low, high = interval_of(points, samples, patients_behind(its_labels, codes), share=True)
+        counts = {"images": own.sum(), "patients": len(drawn), "findings": shared.sum()}
+        table[name] = counts | {"auroc": points[-1], "low": low[-1], "high": high[-1]}
+    whole = dict.fromkeys(("images", "patients", "findings"), int)
+    return pd.DataFrame.from_dict(table, orient="index").astype(whole).rename_axis("group")
+
+
+def _matrices(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and scores (n, 14) of rows of `predictions.parquet`."""
+    kinds = ([f"{kind}_{finding}" for finding in FINDINGS] for kind in ("label", "score"))
+    labels, scores = (rows[columns].to_numpy(np.float64) for columns in kinds)
+    return labels, scores

@@ -1,6 +1,4 @@
-"""Operating points: from which score on a finding is called, chosen on validation; what that means
-on the test part.
-"""
+"""Operating points: from which score on a finding is called; and the interval of a share of images."""
 
 from __future__ import annotations
 
@@ -11,20 +9,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.stats import norm, t
-from sklearn.metrics import roc_curve
 
 from chexlib.errors import ConfigError, WeightsError
 from chexlib.evaluation.calibration import Calibration
-from chexlib.evaluation.intervals import FEWEST_PATIENTS, LEVEL, enough_patients, wilson
+from chexlib.evaluation.intervals import FEWEST_PATIENTS, LEVEL, wilson
 from chexlib.findings import FINDINGS
 
 RULES = ("youden", "sensitivity", "specificity")
-RATES = {  # the cell of the confusion that is a success, and the one that is not
-    "sensitivity": ("tp", "fn"),
-    "specificity": ("tn", "fp"),
-    "ppv": ("tp", "fp"),
-    "npv": ("tn", "fn"),
-}
 
 
 @dataclass(frozen=True)
@@ -82,95 +73,15 @@ def _is_number(value) -> bool:
     return isinstance(value, int | float) and bool(np.isfinite(value))
 
 
-def choose_points(
-    labels: np.ndarray,
-    scores: np.ndarray,
-    patients: np.ndarray,
-    *,
-    sensitivity: float = 0.9,
-    specificity: float = 0.9,
-) -> OperatingPoints:
-    """Choose the thresholds of each finding on the validation part.
-
-    Parameters
-    ----------
-    labels, scores : (n, 14) of the validation part, never of the test part; a label may be NaN
-    patients : (n,)
-        Findings without `FEWEST_PATIENTS` patients of each class get no threshold.
-    sensitivity, specificity : float
-        The rule "sensitivity" takes the highest threshold with at least this sensitivity,
-        "specificity" the lowest with at least this specificity; "youden" the one with the largest
-        sum of both (Youden 1950).
-    """
-    OperatingPoints(sensitivity, specificity, {})  # refuses what is no rate
-    labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
-    thresholds = {}
-    for k in np.flatnonzero(enough_patients(labels, patients)):
-        told = ~np.isnan(labels[:, k])
-        false, true, at = roc_curve(labels[told, k], scores[told, k], drop_intermediate=False)
-        # Above every score; scikit-learn has infinity, which is no JSON.
-        at[0] = np.nextafter(at[1], np.inf)
-        sensitive, specific = true >= sensitivity - 1e-12, 1 - false >= specificity - 1e-12
-        thresholds[FINDINGS[k]] = {
-            "youden": float(at[np.argmax(true - false)]),
-            "sensitivity": float(at[sensitive][0]),  # thresholds fall: the highest one
-            "specificity": float(at[specific][-1]),
-        }
-    return OperatingPoints(sensitivity, specificity, thresholds)
-
-
-def rates_at(
-    labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, points: OperatingPoints
-) -> pd.DataFrame:
-    """Sensitivity, specificity, PPV and NPV of chosen points on other images, with intervals and
-    counts.
-
-    Parameters
-    ----------
-    labels, scores : (n, 14), of the test part; a label may be NaN
-    patients : (n,)
-
-    Returns
-    -------
-    DataFrame
-        A row per finding and rule (those of `points`): threshold, tp, fp, fn, tn (images), and for
-        each rate its value, _low and _high, as of `share`. NaN where nothing is counted. The PPV
-        and NPV hold for this part's share of positives alone.
-    """
-    labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
-    codes, rows = pd.factorize(np.asarray(patients))[0], []
-    for finding, chosen in points.thresholds.items():
-        k = FINDINGS.index(finding)
-        positive, negative = labels[:, k] == 1, labels[:, k] == 0
-        for rule, threshold in chosen.items():
-            called = scores[:, k] >= threshold
-            confusion = {
-                "tp": positive & called,
-                "fp": negative & called,
-                "fn": positive & ~called,
-                "tn": negative & ~called,
-            }
-            row = {"finding": finding, "rule": rule, "threshold": threshold}
-            row |= {cell: images.sum() for cell, images in confusion.items()}
-            for rate, (success, other) in RATES.items():
-                counted = confusion[success] | confusion[other]
-                value, low, high = share(confusion[success][counted], codes[counted])
-                row |= {rate: value, f"{rate}_low": low, f"{rate}_high": high}
-            rows.append(row)
-    names = [f"{rate}{edge}" for rate in RATES for edge in ("", "_low", "_high")]
-    columns = ["finding", "rule", "threshold", "tp", "fp", "fn", "tn", *names]
-    return pd.DataFrame(rows, columns=columns).set_index(["finding", "rule"])
-
-
-def share(successes: np.ndarray, codes: np.ndarray) -> tuple[float, float, float]:
+def share(successes: np.ndarray, patients: np.ndarray) -> tuple[float, float, float]:
     """A share of images, and Wilson's interval with as many independent images as the patients are
     worth.
 
     Parameters
     ----------
     successes : (images,) bool
-    codes : (images,) int
-        Says whose each image is.
+    patients : (images,)
+        Whose each image is.
 
     Returns
     -------
@@ -182,20 +93,20 @@ def share(successes: np.ndarray, codes: np.ndarray) -> tuple[float, float, float
         of patients (Kish 1965); with one image a patient the variance is that of the share itself,
         and the interval the plain Wilson's.
     """
-    n = len(codes)
+    n = len(patients)
     if not n:
         return np.nan, np.nan, np.nan
-    counts = pd.Series(successes).groupby(codes).agg(["sum", "size"])
+    counts = pd.Series(successes).groupby(patients).agg(["sum", "size"])
     hits, images = counts["sum"].to_numpy(), counts["size"].to_numpy()
-    patients, p = len(images), hits.sum() / n
-    if patients < FEWEST_PATIENTS:
+    people, p = len(images), hits.sum() / n
+    if people < FEWEST_PATIENTS:
         return float(p), np.nan, np.nan
     worth, end = n, (1 + LEVEL) / 2
     reach = norm.ppf(end)
-    if n > patients:
+    if n > people:
         without = (hits.sum() - hits) / (n - images)
-        variance = ((without - p) ** 2).sum() * (patients - 1) / patients
-        worth = min(n, p * (1 - p) / variance) if variance > 0 else patients
+        variance = ((without - p) ** 2).sum() * (people - 1) / people
+        worth = min(n, p * (1 - p) / variance) if variance > 0 else people
         reach = t.ppf(end, max(n**2 / (images**2).sum() - 1, 1))
     low, high = wilson(p, worth, reach)
     return float(p), float(low), float(high)

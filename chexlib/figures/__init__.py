@@ -6,10 +6,11 @@ it shows it once. No reading depends on colour alone.
 
 # ruff: noqa: F401
 from chexlib.figures.data import radiographs
-from chexlib.figures.judgement import auroc_bars, forest, heat_figure, pointing_bars, reliability
+from chexlib.figures.judgement import auroc_bars, forest, heat_figure
 from chexlib.figures.mechanisms import (
     batch_norm_statistics,
     data_parallel_step,
+    leaking_split,
     ring_allreduce,
 )
 from chexlib.figures.studies import (

@@ -1,4 +1,4 @@
-"""Figures of judgement: scores with their intervals, calibration, heat maps."""
+"""Figures of judgement: scores with their intervals, heat maps."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from chexlib.data.pictures import read_picture
@@ -18,13 +20,11 @@ from chexlib.errors import ConfigError, DataError
 from chexlib.evaluation.explain import heat_maps
 from chexlib.evaluation.operating import read_by_card
 from chexlib.figures.style import (
-    MARKERS,
     REFERENCE,
     SMALL,
     draw_boxes,
     draw_intervals,
     image_grid,
-    line_style,
     spaced,
     subplots,
 )
@@ -33,12 +33,11 @@ from chexlib.findings import FINDINGS
 
 log = logging.getLogger(__name__)
 SIDE = 512  # px: more is not seen in a panel
+LEVELS = (60 / 255, 180 / 255)  # at which Wang et al. 2017, section 4.2, cut maps of 0..255
 LONGEST = 240  # bytes of a file name, of 255, so that an ending fits too
 
 
-def auroc_bars(
-    table: pd.DataFrame, *, title: str = "", published: Mapping[str, Mapping] | None = None
-) -> Figure:
+def auroc_bars(table: pd.DataFrame, *, title: str = "") -> Figure:
     """AUROC of each finding, sorted, with its interval; the mean on top, undefined findings named
     at the bottom.
 
@@ -46,8 +45,6 @@ def auroc_bars(
     ----------
     table : DataFrame
         As `chexlib.evaluation.auroc.bootstrap_auroc` returns it.
-    published : dict of source to {finding: AUROC}, optional
-        Drawn as open markers, for orientation.
     """
     findings = table.drop(index="mean", errors="ignore")
     findings = findings.sort_values("auroc", na_position="first", kind="stable")
@@ -58,9 +55,6 @@ def auroc_bars(
     ax.text(0.5, -0.75, "chance ", ha="right", va="center", color="0.3", **SMALL)
     for shown, marker in ((~is_mean, "o"), (is_mean, "D")):
         draw_intervals(ax, rows[shown], y[shown], "auroc", marker=marker, markersize=7)
-    for i, (source, aurocs) in enumerate((published or {}).items()):
-        at = [aurocs.get(finding, np.nan) for finding in rows.index]
-        ax.plot(at, y, MARKERS[1 + i % 5], label=source, color=f"C{i + 2}", markerfacecolor="none")
     labels = []
     for row, (name, n) in enumerate(rows["positives"].items()):
         labels.append(f"mean ({n:,.0f} labels)" if name == "mean" else f"{spaced(name)} ({n:,.0f})")
@@ -69,8 +63,6 @@ def auroc_bars(
     least = np.nanmin([0.45, rows[["auroc", "low"]].min().min() - 0.03])
     ax.set(yticks=y, yticklabels=labels, ylabel="finding (positives)", xlabel="AUROC", title=title)
     ax.set(xlim=(max(0, least), 1.01), ylim=(-1.1, len(rows) - 0.4))
-    if published:
-        ax.legend(loc="lower right", **SMALL)
     return fig
 
 
@@ -120,53 +112,6 @@ def forest(
     return fig
 
 
-def reliability(curves: Mapping[str, pd.DataFrame], *, title: str = "") -> Figure:
-    """Share of positives against mean score, on logarithmic axes: most scores are small.
-
-    Parameters
-    ----------
-    curves : dict of name to table
-        As `chexlib.evaluation.calibration.reliability_curve` returns it.
-    """
-    fig, ax = subplots(figsize=(6, 5))
-    values = np.concatenate([t[["predicted", "observed"]].to_numpy() for t in curves.values()])
-    least = min(values[values > 0].min(initial=0.1), 0.1) / 2
-    ax.plot([least, 1], [least, 1], label="predicted as observed", **REFERENCE)
-    for i, (name, table) in enumerate(curves.items()):
-        x, y = table["predicted"].clip(least), table["observed"].clip(least)
-        ax.plot(x, y, label=name, alpha=0.85, **line_style(i))
-    ax.set(xscale="log", yscale="log", xlim=(least, 1.1), ylim=(least * 0.9, 1.1), title=title)
-    ax.set_xlabel("mean score of the bin (log scale)")
-    ax.set_ylabel("share of positives in the bin (log scale)")
-    ax.legend(loc="upper left", **SMALL)
-    return fig
-
-
-def pointing_bars(judged: pd.DataFrame) -> Figure:
-    """Pointing game: share of cases whose hottest point lies in the box, with intervals, and what a
-    blind guess would hit.
-
-    Parameters
-    ----------
-    judged : DataFrame
-        As `chexlib.evaluation.explain.judge_boxes` returns it.
-    """
-    rows = judged[judged["measure"] == "pointing"].set_index("finding")
-    findings = rows.drop(index="all").sort_values("share", kind="stable")
-    rows = pd.concat([findings, rows.loc[["all"]]])
-    y = np.arange(len(rows))
-    fig, ax = subplots(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
-    draw_intervals(ax, rows, y, "share", markersize=7, label="heat map, 95 % interval")
-    chance = {"color": "C1", "label": "blind guess: area of the boxes"}
-    ax.plot(rows["chance"], y, "|", markersize=12, markeredgewidth=2, **chance)
-    names = [f"{spaced(name)} ({n})" for name, n in rows["cases"].items()]
-    ax.set(yticks=y, yticklabels=names, ylabel="finding (cases)", xlim=(-0.02, 1.02))
-    ax.set(xlabel="hottest place lies in the box (share of cases)")
-    # Beside no point, wherever the points are.
-    fig.legend(loc="outside upper right", ncols=2, **SMALL)
-    return fig
-
-
 def heat_figure(
     images: Sequence[np.ndarray],
     maps: Sequence[np.ndarray],
@@ -174,8 +119,8 @@ def heat_figure(
     *,
     boxes=None,
 ) -> Figure:
-    """Heat maps over radiographs in grey: lines around what is hotter than 60 and 180 of 255, and a
-    light tint inside.
+    """Heat maps over radiographs in grey: lines around what is hotter than a quarter and than 0.7
+    of the hottest place, and a light tint inside.
 
     Parameters
     ----------
@@ -186,9 +131,10 @@ def heat_figure(
         For each image, rows of finding, x, y (upper left), width, height in fractions of the side.
     """
     fig, axs = image_grid(len(images))
-    levels = {"levels": [60 / 255, 180 / 255], "linewidths": [0.8, 1.6]}
-    lines = {"colors": "gold", "linestyles": ["dashed", "solid"], "origin": "upper", **levels}
-    tint = {"cmap": "cividis", "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
+    lines = {"colors": "gold", "linestyles": ["dashed", "solid"], "linewidths": [1, 2]}
+    # Dark on both sides, so that they are seen on white bone and on black air.
+    halo = [withStroke(linewidth=3.5, foreground="black", alpha=0.7)]
+    tint = {"cmap": "inferno", "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
     for i, (ax, image, heat, title) in enumerate(zip(axs, images, maps, titles, strict=False)):
         small = Image.fromarray(image)
         small.thumbnail((SIDE, SIDE))
@@ -196,11 +142,21 @@ def heat_figure(
         extent = (-0.5, width - 0.5, height - 0.5, -0.5)
         ax.imshow(small, cmap="gray", vmin=0, vmax=255)
         ax.imshow(heat, alpha=0.35 * heat, extent=extent, **tint)
-        if heat.max() > 60 / 255:
-            ax.contour(heat, extent=extent, **lines)
+        if heat.max() > LEVELS[0]:
+            drawn = ax.contour(heat, LEVELS, extent=extent, origin="upper", **lines)
+            drawn.set_path_effects(halo)
         ax.set_title(title, **SMALL)
         if boxes is not None:
             draw_boxes(ax, boxes[i], width, height)
+    keys = [
+        Line2D([], [], color="gold", linestyle=style, linewidth=width, path_effects=halo)
+        for style, width in zip(lines["linestyles"], lines["linewidths"], strict=True)
+    ]
+    names = [f"at least {level:.2f} of the hottest place" for level in LEVELS]
+    if boxes is not None:
+        keys.append(Line2D([], [], color="C1", linewidth=1.5))
+        names.append("box that was drawn for the finding")
+    fig.legend(keys, names, loc="outside lower center", ncols=len(keys), **SMALL)
     return fig
 
 

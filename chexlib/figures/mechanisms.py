@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from chexlib.figures.style import subplots
+from chexlib.figures.style import SMALL, bar_style, subplots
+
+BOLD = {"fontweight": "bold", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
 
 
 def ring_allreduce(ranks: int) -> Figure:
@@ -75,4 +77,31 @@ def batch_norm_statistics(ranks: int, images: int = 4) -> Figure:
         ax.grid(visible=False)
     axs[0].set_ylabel("rank")
     fig.suptitle("Images with the same letter are normalised by the same mean and variance")
+    return fig
+
+
+def leaking_split() -> Figure:
+    """Seven patients and their images, divided by image and by patient: whoever is in both parts
+    has leaked.
+    """
+    films = (3, 1, 4, 2, 1, 3, 2)
+    tested = {  # images of the test part, counted over all patients
+        "by image: the test part knows its patients": {1, 4, 6, 9, 13, 15},
+        "by patient: nobody is in both parts": {4, 5, 6, 7, 10},
+    }
+    fig, axs = subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    for ax, (title, test) in zip(axs, tested.items(), strict=True):
+        for patient, count in enumerate(films):
+            first = sum(films[:patient])
+            parts = ["test" if i in test else "train" for i in range(first, first + count)]
+            for place, part in enumerate(parts):
+                style = bar_style(("train", "test").index(part)) | {"edgecolor": "black"}
+                ax.barh(patient, 0.9, left=place, height=0.8, alpha=0.5, **style)
+                ax.text(place + 0.45, patient, part, ha="center", va="center", **BOLD)
+            if len(set(parts)) > 1:
+                ax.text(count + 0.05, patient, "in both", va="center", **SMALL)
+        ax.set(title=title, xlabel="image of the patient", xlim=(-0.1, 5), ylim=(6.6, -0.6))
+        ax.set_xticks(np.arange(4) + 0.45, ["1", "2", "3", "4"])
+        ax.grid(visible=False)
+    axs[0].set(ylabel="patient", yticks=range(len(films)), yticklabels="ABCDEFG")
     return fig

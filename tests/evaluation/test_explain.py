@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 from scipy.stats import norm
 
+from benchmarks.localization import judge_boxes, localize, score_boxes
 from chexlib.data.nih import load_radiographs
 from chexlib.errors import ConfigError, DataError
-from chexlib.evaluation.explain import METHODS, heat_maps, judge_boxes, localize, score_boxes
-from chexlib.figures.judgement import HeatMapFiles, heat_figure, pointing_bars
+from chexlib.evaluation.explain import METHODS, heat_maps
+from chexlib.figures.judgement import HeatMapFiles, heat_figure
 from chexlib.findings import FINDINGS
 from chexlib.models.topologies import TOPOLOGIES, build_model
 from chexlib.models.weights import combine_models, load_model
@@ -147,14 +148,6 @@ def test_maps_come_in_batches_that_stay_small(monkeypatch):
     monkeypatch.setattr("chexlib.evaluation.explain.batch_of", lambda size: 2)
     np.testing.assert_allclose(heat_maps(model, pixels, ASKED, cells=4), whole, atol=1e-6)
     assert heat_maps(model, pixels[:0], [], cells=4).shape == (0, 32, 32)
-
-
-def test_a_file_and_the_live_model_give_the_same_maps(vgg_file):
-    pixels = PIXELS[:, :32, :32]
-    live, _ = load_model(vgg_file)
-    np.testing.assert_allclose(
-        heat_maps(vgg_file, pixels, ASKED), heat_maps(live, pixels, ASKED), atol=1e-5
-    )
 
 
 @pytest.mark.parametrize(
@@ -292,18 +285,9 @@ def test_an_overlay_leaves_the_radiograph_readable():
     assert "Mass" in [text.get_text() for text in figure.axes[0].texts]
     tint = figure.axes[0].images[1]
     assert tint.get_alpha().max() <= 0.35 and (tint.get_alpha()[heat == 0] == 0).all()
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(legend) == 3 and "0.24" in legend[0] and "0.71" in legend[1] and "box" in legend[2]
     assert not plt.get_fignums()
-
-
-def test_the_pointing_figure_shows_every_share_beside_its_chance_level():
-    judged = judge_boxes(scored())
-    (axis,) = pointing_bars(judged).axes
-    rows = judged[judged["measure"] == "pointing"].set_index("finding")
-    names = [label.get_text().split(" ")[0] for label in axis.get_yticklabels()]
-    assert names[-1] == "all" and set(names) == set(rows.index)
-    shares, *_, chances = (line.get_xdata().astype(float) for line in axis.lines)
-    np.testing.assert_allclose(shares, rows.loc[names, "share"])
-    np.testing.assert_allclose(chances, rows.loc[names, "chance"])
 
 
 def test_a_heat_map_file_is_written_for_each_image_also_of_one_name(tmp_path, vgg_file):

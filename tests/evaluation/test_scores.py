@@ -1,6 +1,4 @@
-"""Other people's scores: any CSV or Parquet, matched by name, refused with a reason; subgroups;
-what a leak buys.
-"""
+"""Other people's scores: any CSV or Parquet, matched by name, refused with a reason; subgroups."""
 
 import json
 
@@ -10,18 +8,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from small_training import config_for
 
 from chexlib.app.cli import main
 from chexlib.data.nih import load_radiographs
-from chexlib.data.splits import LISTS, audit, read_list
+from chexlib.data.splits import LISTS, read_list
 from chexlib.errors import DataError
-from chexlib.evaluation.auroc import bootstrap_auroc, compare, judge, subgroup_auroc, traits_of
+from chexlib.evaluation.auroc import bootstrap_auroc, judge, subgroup_auroc
 from chexlib.evaluation.scores import evaluate, judged_in, read_scores, where_from
 from chexlib.findings import FINDINGS
 from chexlib.phantom.write import write_phantom
-from chexlib.studies.leakage import leaking_configs, leaking_lists
-from chexlib.training.fit import fit
 
 
 @pytest.fixture(scope="module")
@@ -460,115 +455,53 @@ def test_trained_notebooks_of_a_run_are_found_if_data_and_split_are_the_same(tmp
 # --- subgroups
 
 
-def test_ages_fall_into_bands_and_blanks_are_unknown():
-    table = pd.DataFrame(
-        {"age": [0, 39.9, 40, 59, 60, np.nan], "sex": ["M", "F", "", "M", "M", "F"]}
-    )
-    found = traits_of(
-        table.assign(view=["PA", "AP", "", "PA", "PA", "PA"], follow_up=[0, 1, 0, 2, 0, 0])
-    )
-    assert found["age"].tolist() == [
-        "under 40",
-        "under 40",
-        "40 to 59",
-        "40 to 59",
-        "60 and over",
-        "unknown",
-    ]
-    assert found["sex"].tolist()[2] == found["view"].tolist()[2] == "unknown"
-    assert found["visit"].tolist() == ["first", "follow-up", "first", "follow-up", "first", "first"]
-
-
-def test_subgroups_are_judged_on_their_own_images_and_cover_all(
-    table, folder, radiographs, tmp_path
-):
-    everything = radiographs.listed[["image"]].copy()
-    rng = np.random.default_rng(0)
-    everything[list(FINDINGS)] = (
-        rng.normal(size=(len(everything), 14)) + radiographs.listed[list(FINDINGS)].to_numpy()
-    )
-    everything.to_csv(tmp_path / "all.csv", index=False)
-    predictions = read_scores(tmp_path / "all.csv", radiographs)
-    found = subgroup_auroc(predictions, radiographs, resamples=50)
-    assert found.groupby("trait")["images"].agg(lambda n: n.sum() / 15).eq(len(everything)).all()
-    women = predictions[radiographs.listed["sex"] == "F"]
-    expected = judge(women, resamples=50)
-    row, other = found.loc[("sex", "F", "Effusion")], found.loc[("sex", "M", "mean")]
-    assert (
-        row[["auroc", "low", "high"]].tolist()
-        == expected.loc["Effusion", ["auroc", "low", "high"]].tolist()
-    )
-    assert found.loc[("sex", "F", "mean"), "findings"] == other["findings"] > 0
-    assert row["images"] == len(women) and row["patients"] == women["patient"].nunique()
-
-
-def test_the_means_of_a_traits_groups_are_over_the_same_findings(radiographs):
+@pytest.fixture
+def predictions(radiographs):
+    """Scores of all listed images, better than chance, beside their labels."""
     rows = radiographs.listed
     labels = rows[list(FINDINGS)].to_numpy(float, copy=True)
-    labels[(rows["sex"] == "F").to_numpy(), 3] = (
-        0  # no woman has it: the men's mean must do without it too
-    )
-    scores = np.random.default_rng(0).normal(size=labels.shape) + labels
-    scores[:, 3] = labels[:, 3]
     frame = rows[["image", "patient"]].assign(part="test")
-    frame[[f"label_{f}" for f in FINDINGS]], frame[[f"score_{f}" for f in FINDINGS]] = (
-        labels,
-        scores,
-    )
-    men = subgroup_auroc(frame, radiographs, resamples=20).loc[("sex", "M")]
-    assert men.loc[FINDINGS[3], "auroc"] == 1 and men.loc["mean", "findings"] <= 13
-    assert men.loc["mean", "auroc"] < men["auroc"].iloc[:14].mean()
+    frame[[f"label_{f}" for f in FINDINGS]] = labels
+    frame[[f"score_{f}" for f in FINDINGS]] = np.random.default_rng(0).normal(labels)
+    return frame
 
 
-def test_a_group_that_is_too_small_does_not_speak(radiographs):
-    rows = radiographs.listed[radiographs.listed["patient"].isin(["1", "2", "3"])]
-    frame = rows[["image", "patient"]].assign(part="test")
-    frame[[f"label_{f}" for f in FINDINGS]] = rows[list(FINDINGS)].to_numpy()
-    frame[[f"score_{f}" for f in FINDINGS]] = 0.5
-    found = subgroup_auroc(frame, radiographs, resamples=5)
-    assert (
-        found[["low", "high"]].isna().all(axis=None)
-        and found.xs("mean", level="finding")["auroc"].isna().all()
-    )
+def test_the_mean_of_a_group_is_that_of_its_own_images(predictions, radiographs):
+    sex = radiographs.listed["sex"]
+    found = subgroup_auroc(predictions, sex)
+    assert list(found.index) == ["F", "M"] and found["images"].sum() == len(predictions)
+    assert found["patients"].sum() == predictions["patient"].nunique()
+    women, men = (judge(predictions[(sex == name).to_numpy()])[:-1] for name in "FM")
+    both = women["low"].notna() & men["low"].notna()
+    assert (found["findings"] == both.sum()).all() and both.any()
+    for name, own in (("F", women), ("M", men)):
+        assert found.loc[name, "auroc"] == pytest.approx(own.loc[both, "auroc"].mean(), abs=1e-12)
+        assert found.loc[name, "low"] < found.loc[name, "auroc"] < found.loc[name, "high"]
+    # Where one group is all images, it is the mean of the table, interval and all.
+    table = judge(predictions)
+    (whole,) = subgroup_auroc(predictions, ["all"] * len(predictions)).to_dict("records")
+    if table[:-1]["low"].notna().all():
+        expected = table.loc["mean", ["auroc", "low", "high"]]
+        assert [whole[x] for x in ("auroc", "low", "high")] == pytest.approx(expected, abs=1e-12)
 
 
-# --- leakage
+def test_the_means_of_groups_are_over_the_same_findings(predictions, radiographs):
+    women = (radiographs.listed["sex"] == "F").to_numpy()
+    label, score = f"label_{FINDINGS[3]}", f"score_{FINDINGS[3]}"
+    predictions.loc[women, label] = 0  # no woman has it: the men's mean must do without it too
+    predictions[score] = predictions[label]
+    found = subgroup_auroc(predictions, np.where(women, "F", "M"))
+    men = judge(predictions[~women])
+    assert men.loc[FINDINGS[3], "auroc"] == 1 and found.loc["M", "findings"] <= 13
+    assert found.loc["M", "auroc"] < men["auroc"].iloc[:14].mean()
 
 
-def test_leaking_lists_share_test_images_and_size_but_not_patients(phantom):
-    data = load_radiographs(phantom)
-    lists = leaking_lists(data, seed=1)
-    leaking, honest = (
-        {"train": v["train_val_list.txt"], "test": v["test_list.txt"]} for v in lists.values()
-    )
-    assert list(lists) == ["by image", "by patient"]
-    assert leaking["test"] == honest["test"] and len(leaking["train"]) == len(honest["train"])
-    assert not audit(honest, data).leaks
-    found = audit(leaking, data, allow_leak=True)
-    assert found.shared["patients"].item() == found.patients["test"] and not found.duplicates
-
-
-def test_too_few_repeated_patients_are_refused(phantom):
-    data = load_radiographs(phantom)
-    with pytest.raises(DataError, match="too few"):
-        leaking_lists(data.select(data.table.drop_duplicates("patient")["image"]))
-
-
-def test_the_gain_is_measured_on_the_same_images_by_two_trainings_of_one_config(phantom, tmp_path):
-    configs = leaking_configs(config_for(phantom, tmp_path, epochs=1, max_steps=1), seed=1)
-    different = {
-        k
-        for k in configs["by image"].to_dict()
-        if len({c.to_dict()[k] for c in configs.values()}) > 1
-    }
-    assert different == {"data_dir", "run_dir"}
-    results = {name: fit(config) for name, config in configs.items()}
-    assert results["by image"].split["digest"] != results["by patient"].split["digest"]
-    scored = [pd.read_parquet(results[name].predictions) for name in ("by image", "by patient")]
-    gain = compare(*scored, resamples=20)
-    for column, name in (("auroc", "by image"), ("other", "by patient")):
-        own = judge(pd.read_parquet(results[name].predictions), resamples=2)
-        np.testing.assert_allclose(gain[column], own["auroc"], atol=1e-12)
+def test_a_group_that_is_too_small_does_not_speak_and_the_others_do(predictions):
+    few = predictions["patient"].isin(["1", "2", "3"]).to_numpy()
+    found = subgroup_auroc(predictions, np.where(few, "few", "others"))
+    assert found.loc["few", ["auroc", "low", "high"]].isna().all()
+    assert found.loc["few", "findings"] == 0 < found.loc["others", "findings"]
+    assert found.loc["others", ["auroc", "low", "high"]].notna().all()
 
 
 def test_labels_of_the_test_part_alone_are_judged_beside_both_official_lists(
