@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from chexlib.figures.style import SMALL, bar_style, subplots
+from chexlib.figures.style import SMALL, subplots
 
 BOLD = {"fontweight": "bold", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
 
@@ -95,8 +95,8 @@ def leaking_split() -> Figure:
             first = sum(films[:patient])
             parts = ["test" if i in test else "train" for i in range(first, first + count)]
             for place, part in enumerate(parts):
-                style = bar_style(("train", "test").index(part)) | {"edgecolor": "black"}
-                ax.barh(patient, 0.9, left=place, height=0.8, alpha=0.5, **style)
+                style = {"color": "C1", "hatch": "///"} if part == "test" else {"color": "C0"}
+                ax.barh(patient, 0.9, left=place, alpha=0.5, edgecolor="black", **style)
                 ax.text(place + 0.45, patient, part, ha="center", va="center", **BOLD)
             if len(set(parts)) > 1:
                 ax.text(count + 0.05, patient, "in both", va="center", **SMALL)

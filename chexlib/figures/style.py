@@ -12,8 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-HATCHES = ("", "///", "...", "xxx")  # of bars side by side
-MARKERS = ("o", "s", "^", "D", "v", "P")
 LINES = ("-", "--", ":", "-.")
 LINE_STYLES = ["o-", "s--", "^:", "D-.", "v-", "P--"]  # of lines in one panel, for pandas
 SMALL = {"fontsize": "small"}
@@ -50,11 +48,6 @@ def subplots(*shape: int, **settings):
     for ax in fig.axes:
         ax.title.set_parse_math(False)
     return fig, axs
-
-
-def line_style(index: int) -> dict:
-    """Marker and dashes of the line with this number."""
-    return {"marker": MARKERS[index % len(MARKERS)], "linestyle": LINES[index % len(LINES)]}
 
 
 def whiskers(rows: pd.DataFrame, value: str) -> np.ndarray:
