@@ -7,10 +7,8 @@ python benchmarks/input_pipeline.py read --size 224
 build    decode and shrink PNGs of --source px into an empty cache, against one thread that does the
 same with Pillow read     training batches from the cache, without training, against tf.data that
 decodes and resizes the PNGs training steps with batches from the cache against the same steps with
-one batch in memory: the share that is lost draw     phantom images for pre-training that a core
-draws in a second, by views of each patient stream   training steps fed by that stream, its workers
-on the same cores, against one batch in memory: what is lost memory   peak of a build and of an
-epoch's reading for 1,000 and for 20,000 images, each in a process of its own
+one batch in memory: the share that is lost memory   peak of a build and of an epoch's reading for
+1,000 and for 20,000 images, each in a process of its own
 
 Prints one JSON line a measurement; rounds alternate, figures are medians over rounds.
 """
@@ -30,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from train_step import PRECISIONS, parser
 
-MEASUREMENTS = ("build", "read", "training", "draw", "stream", "memory")
+MEASUREMENTS = ("build", "read", "training", "memory")
 BUILD = """
 import sys
 from chexlib.data.cache import ImageStore
@@ -162,23 +160,6 @@ def cached(paths: list[str], asked):
     return training_batches(store, labels, global_batch=asked.batch_per_rank, seed=0)
 
 
-def draw(size: int, rounds: int) -> dict:
-    """Phantom images that one core draws in a second, by views of each patient."""
-    from chexlib.data.stream import PATIENTS, stream_images
-
-    speeds = {1: [], 4: [], 8: []}
-    for round_ in range(rounds + 1):
-        for views, found in speeds.items():
-            began, first = time.process_time(), round_ * PATIENTS * views
-            stream_images(range(first, first + PATIENTS * views), seed=0, size=size, views=views)
-            if round_:
-                found.append(PATIENTS * views / (time.process_time() - began))
-    return {
-        f"views_{views}_images_per_core_second": round(statistics.median(s), 1)
-        for views, s in speeds.items()
-    }
-
-
 def peak_memory(scratch: Path, n: int, size: int) -> dict:
     """MB that a process of its own has at most, of a build and of an epoch's reading."""
     paths, found = phantom(scratch, n, 128), {}
@@ -220,9 +201,7 @@ def compared(ours: list[float], peer: list[float], who: str) -> dict:
 def main() -> None:
     options = parser(__doc__)
     options.set_defaults(size=64)
-    options.add_argument(
-        "what", nargs="*", help="of build, read, training, draw, stream, memory; all without"
-    )
+    options.add_argument("what", nargs="*", help="of build, read, training, memory; all without")
     options.add_argument(
         "--source", type=int, default=1024, help="side of the PNGs, where they are decoded"
     )
@@ -246,16 +225,6 @@ def main() -> None:
             source = cached(phantom(scratch, asked.images or 1000, 256), asked)
             steps = max(asked.steps, 3 * (asked.images or 1000) // asked.batch_per_rank // 10)
             found = training(source, asked, skip=1, steps=steps)
-        elif name == "draw":
-            found = draw(asked.size, asked.rounds)
-        elif name == "stream":
-            from chexlib.data.stream import stream_batches
-
-            source = stream_batches(size=asked.size, global_batch=asked.batch_per_rank, seed=0)
-            steps = max(
-                asked.steps, (asked.images or 1536) // asked.batch_per_rank
-            )  # of several tasks of its workers
-            found = training(source, asked, skip=16, steps=steps)
         elif name == "memory":
             few, many = (peak_memory(scratch, n, asked.size) for n in (1000, 20000))
             found = {f"{w}_megabytes": {"1000": few[w], "20000": many[w]} for w in WORK}

@@ -78,11 +78,9 @@ def test_the_input_is_measured_against_its_peers():
         "--steps",
         2,
     )
-    what = ["build", "read", "training", "draw", "stream"]
+    what = ["build", "read", "training"]
     found = lines_of("input_pipeline", *what, *options, "--topology", "vgg16")
     assert [line["what"] for line in found] == what
-    drawn = found.pop(3)
-    assert all(drawn[f"views_{views}_images_per_core_second"] > 0 for views in (1, 4, 8))
     assert all(
         line["images_per_second"] > 0 and line["peer_images_per_second"] > 0 for line in found
     )

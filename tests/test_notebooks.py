@@ -251,10 +251,10 @@ def whole_run(tmp_path_factory):
         "leak_epochs": 2,
         "boxed_images": 12,
         "phantom_images": 80,
-        "pretrain_images": 64,
-        "snapshots": 2,
-        "update_batches": "32,64",
-        "transfer_epochs": 2,
+        "transfer_topology": "vgg16",
+        "pretrain_images": 80,
+        "pretrain_passes": 2,
+        "transfer_passes": 1,
     }
     return execute(parameters=parameters, runs_dir=str(tmp_path_factory.mktemp("runs")))
 
@@ -385,37 +385,12 @@ def test_what_the_reader_of_09_writes_is_what_the_library_does(whole_run):
 
 
 @pytest.mark.cores
-def test_the_three_rules_are_judged_by_the_numbers_beside_them(whole_run):
+def test_what_pretraining_is_worth_stands_beside_ridge_and_chance(whole_run):
     folder = whole_run[1].parent / "07_transfer_learning"
     found = json.loads((folder / "metrics.json").read_text())
-    assert [row["images"] for row in found["snapshots"].values()] == [32, 64]
-    assert set(found["rules"]) == {"earlier", "rate", "warm-up"}
-    verdicts = {row["verdict"] for row in found["rules"].values()}
-    assert len(verdicts) == 1 and verdicts <= {
-        "undecided",
-        "not comparable",
-    }  # of one seed nothing follows
-    own, default = (
-        [
-            found["auroc_along"][n][f"{rate} rate, {w}"]
-            for n in ("32", "64")
-            for w in ("warm-up", "no warm-up")
-        ]
-        for rate in ("the checkpoint's", "the default")
-    )
-    assert found["rules"]["rate"]["effect"] == pytest.approx(sum(own) / 4 - sum(default) / 4)
-    text = "".join(
-        output["data"].get("text/markdown", "")
-        for cell in nbformat.read(folder / "notebook.ipynb", as_version=4).cells
-        for output in cell.get("outputs", [])
-        if "data" in output
-    )
-    assert (
-        f"*start at the rate it was being trained at*: **{found['rules']['rate']['verdict']}**"
-        in text
-    )
-    assert f"{found['rules']['rate']['effect']:+.3f}" in text
-    assert [row["updates"] for row in found["updates"].values()] == [2, 1]
+    assert set(found["results"]) == {"pre-trained", "random weights", "ridge regression", "chance"}
+    assert list(found["pretraining"]) == ["1", "2"] and found["stages"]["tune"]["of"] == 2
+    assert set(found["answers"]) <= {"earlier", "rate", "warm-up"}
 
 
 @pytest.mark.cores

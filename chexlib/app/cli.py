@@ -19,7 +19,7 @@ import click
 from chexlib.errors import FAULTS, ChexlibError, ConfigError, one_line, printable
 
 # Modules of `chexlib.studies`, by notebook.
-STUDIES = {"05": "large_batch", "06": "recipes"}
+STUDIES = {"05": "large_batch", "06": "recipes", "07": "transfer"}
 
 
 def _set_debug(ctx, option, wanted: bool) -> None:

@@ -23,9 +23,6 @@ from chexlib.files import ROOT, atomic_write, file_lock, is_utf8, plain, read_js
 from chexlib.machine import environment
 from chexlib.phantom.population import REPEAT
 
-PHANTOM_SIZE = 128  # side in pixels of the phantoms that notebooks make
-# Least prevalence of each finding in them; in the NIH release the rarest has 0.002.
-PHANTOM_PREVALENCE = 0.04
 ASKED = "run.json"  # what the run was asked for: notebooks, profile, settings
 MOST = 2**32 - 1  # what NumPy and pandas take as a seed; no number of images comes near it
 USE = {  # of the types that a notebook's parameters are annotated with
@@ -281,32 +278,17 @@ def _began_before(path: Path, parameters: dict) -> bool:
 def data_folder(
     data_dir: str = "", *, images: int, difficulty: str, seed: int, repeat: float = REPEAT
 ) -> Path:
-    """The folder a notebook works on: `data_dir`, or without one a phantom under `data/phantom`,
-    made if missing. A relative `data_dir` is taken from the project's root where it is not below the
-    current folder.
+    """The folder a notebook works on: `data_dir`, or without one a `kept_phantom`.
 
-    The phantom has `images` synthetic radiographs of `PHANTOM_SIZE` px, and every finding in at
-    least `PHANTOM_PREVALENCE` of them: with the release's own prevalence, 12,000 images have seven
-    hernias to test on. `repeat` is as for `write_phantom`.
+    A relative `data_dir` is taken from the project's root where it is not below the current folder.
     """
     if data_dir:
         here, of_project = Path(data_dir).absolute(), ROOT / data_dir
         # JupyterLab starts a kernel in the notebook's folder, papermill where it is called.
         return of_project if of_project.exists() and not here.exists() else here
-    from chexlib.phantom.write import VERSION, write_phantom
+    from chexlib.phantom.write import kept_phantom
 
-    folder = (
-        ROOT
-        / "data"
-        / "phantom"
-        / f"v{VERSION}-{difficulty}-{images}x{PHANTOM_SIZE}px-seed{seed}-enriched"
-    )
-    if repeat != REPEAT:
-        folder = folder.with_name(f"{folder.name}-repeat{repeat:g}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"n_images": images, "size": PHANTOM_SIZE, "difficulty": difficulty, "seed": seed}
-    settings["repeat"] = repeat
-    return write_phantom(folder, **settings, min_prevalence=PHANTOM_PREVALENCE)
+    return kept_phantom(images=images, difficulty=difficulty, seed=seed, repeat=repeat)
 
 
 def point_latest(run: Path) -> None:

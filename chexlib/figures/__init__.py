@@ -13,10 +13,5 @@ from chexlib.figures.mechanisms import (
     leaking_split,
     ring_allreduce,
 )
-from chexlib.figures.studies import (
-    along,
-    rules,
-    updates,
-)
 from chexlib.figures.style import set_theme
-from chexlib.figures.training import history, pretraining
+from chexlib.figures.training import history

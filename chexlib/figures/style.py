@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -13,7 +11,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 LINES = ("-", "--", ":", "-.")
-LINE_STYLES = ["o-", "s--", "^:", "D-.", "v-", "P--"]  # of lines in one panel, for pandas
 SMALL = {"fontsize": "small"}
 REFERENCE = {"color": "0.4", "linestyle": ":"}  # a line to compare with: chance, no difference
 
@@ -50,24 +47,13 @@ def subplots(*shape: int, **settings):
     return fig, axs
 
 
-def whiskers(rows: pd.DataFrame, value: str) -> np.ndarray:
-    """Lengths of error bars, (2, n), from the columns `value`, low and high."""
-    ends = rows[["low", "high"]].to_numpy(float).T
-    return np.abs(ends - rows[value].to_numpy(float))
-
-
 def draw_intervals(
     ax: Axes, rows: pd.DataFrame, y: np.ndarray, value: str, *, marker: str = "o", **style
 ) -> None:
     """Points of the column `value` at heights y, with horizontal intervals from low to high."""
-    ax.errorbar(rows[value], y, xerr=whiskers(rows, value), fmt=marker, capsize=3, **style)
-
-
-def log_ticks(ax: Axes, values: Sequence[float]) -> None:
-    """A logarithmic x axis with ticks at these values and nowhere else."""
-    ax.set_xscale("log")
-    ax.set_xticks(values, [f"{value:g}" for value in values])
-    ax.minorticks_off()
+    ends = rows[["low", "high"]].to_numpy(float).T
+    lengths = np.abs(ends - rows[value].to_numpy(float))
+    ax.errorbar(rows[value], y, xerr=lengths, fmt=marker, capsize=3, **style)
 
 
 def image_grid(count: int, columns: int = 4) -> tuple[Figure, np.ndarray]:

@@ -69,13 +69,3 @@ def progress(points: Sequence[Mapping]) -> Figure:
         ax.set(xlim=(0, np.nanmax([at.iloc[-1], ends.max()]) * 1.02), xlabel="epoch")
         ax.tick_params(labelsize="small")
     return fig
-
-
-def pretraining(snapshots: pd.DataFrame) -> Figure:
-    """Validation AUROC and learning rate at each snapshot of a pre-training, over images seen."""
-    fig, (quality, rate) = subplots(2, 1, figsize=(7, 4), sharex=True, height_ratios=[2, 1])
-    quality.plot(snapshots["images"], snapshots["val_auroc"], "o-")
-    rate.plot(snapshots["images"], snapshots["learning_rate"], "s-", color="C1")
-    quality.set(ylabel="mean validation AUROC")
-    rate.set(xlabel="images of the stream, each seen once", ylabel="learning rate", yscale="log")
-    return fig

@@ -304,7 +304,7 @@ def _largest_batch(claim: Claim, results: Results) -> Measured | str:
 def _tuned_loss(claim: Claim, results: Results) -> Measured | str:
     """Of fine-tuning, at about ten updates per epoch."""
     if not results.record.updates:
-        return "batches were not compared in this profile"
+        return "the trainings that compare batches have not been run"
     rows = sorted(results.record.updates.values(), key=lambda row: -row["updates"])
     row = _at_updates(rows[1:], 10)
     if isinstance(row, str):
@@ -316,7 +316,7 @@ def _tuned_loss(claim: Claim, results: Results) -> Measured | str:
 def _tuned_updates(claim: Claim, results: Results) -> Measured | str:
     """The updates per epoch nearest to the claim's at which fine-tuning was measured."""
     if not results.record.updates:
-        return "batches were not compared in this profile"
+        return "the trainings that compare batches have not been run"
     row = _at_updates(list(results.record.updates.values()), claim.value)
     if isinstance(row, str):
         return row
@@ -442,6 +442,7 @@ COUNTERPARTS: dict[str, tuple[str, Callable[..., Measured | str]]] = {
     "loss from scratch": ("06", _scratch_loss),
     "largest batch": ("06", _largest_batch),
     "fewest updates": ("06", _fewest_updates),
+    "claim of 07": ("07", _answer_of),
     "loss of fine-tuning": ("07", _tuned_loss),
     "updates of fine-tuning": ("07", _tuned_updates),
     "projected speed": ("11", _projected_speed),

@@ -59,6 +59,7 @@ class Transfer:
     """Of notebook 07."""
 
     updates: Any  # by batch: updates per epoch, auroc; loss, loss_low, loss_high in %
+    answers: Mapping[str, Mapping[str, Any]]  # `judged`, by rule
 
 
 @dataclass(frozen=True, kw_only=True)

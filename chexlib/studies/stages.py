@@ -83,9 +83,7 @@ class Study:
         One split and one choice of images for all seeds: a seed draws weights, order and mirroring.
         """
         base = small_config(data, table)
-        split, _ = divide(base)
-        where = {"data": data_name(Path(data)), "split_digest": split.digest}
-        return cls(base, Path(table), where)
+        return cls(base, Path(table), data_of(base))
 
     @classmethod
     def committed(cls, table: Path) -> Study:
@@ -290,8 +288,14 @@ def small_config(data: str | Path, table: str | Path) -> TrainConfig:
     )
 
 
-def gate_reason(what: str, reached: float, baseline: float) -> str:
-    """Why a network is not studied, or "" where it is: it reaches `GATE` in the mean of seeds, and
+def data_of(config: TrainConfig) -> dict:
+    """Data and split of a config, as points name them."""
+    split, _ = divide(config)
+    return {"data": data_name(Path(config.data_dir)), "split_digest": split.digest}
+
+
+def gate_reason(what: str, reached: float, baseline: float, *, gate: float = GATE) -> str:
+    """Why a network is not studied, or "" where it is: it reaches `gate` in the mean of seeds, and
     beats the baseline.
 
     Parameters
@@ -300,10 +304,10 @@ def gate_reason(what: str, reached: float, baseline: float) -> str:
     reached : mean test AUROC at the smallest batch
     baseline : mean test AUROC of the ridge regression
     """
-    if reached >= GATE and reached > baseline:
+    if reached >= gate and reached > baseline:
         return ""
     return (
-        f"not comparable: {what} reaches {reached:.3f}, and is studied from {GATE} and above the "
+        f"not comparable: {what} reaches {reached:.3f}, and is studied from {gate} and above the "
         f"ridge regression's {baseline:.3f} on"
     )
 

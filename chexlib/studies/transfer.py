@@ -1,77 +1,65 @@
-"""Transfer learning, for notebook 07: `pretrain` on a stream of phantoms, the schedule of a
-fine-tuning from any snapshot of it, and the grid that tests the study's three rules.
+"""The study of notebook 07: which snapshot of a pre-training to fine-tune, and how.
 
-The rules (published.md, "Transfer learning"): do not take the last pre-trained checkpoint; start at
-the rate it was being trained at; warm up in proportion to the global batch.
+The study of 2018 left three rules without a measurement of them. Asked here, and fixed before
+anything was run, with A the mean test AUROC of a fine-tuning by the population's statistics, and
+all else equal:
+
+- earlier: A from an earlier snapshot less A from the last one;
+- rate: A at the rate at which the snapshot was being trained less A at the highest rate of the
+  pre-training, for snapshots whose rate has not run out;
+- warm-up: A with a warm-up in proportion to the global batch less A without one.
+
+Each is judged by snapshot, of complete pairs of one seed. A seed draws a whole chain: its own
+pre-training, and the fine-tunings that start from it. A training that diverged counts 0.5.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 
+from chexlib.data.cache import cache_folder
 from chexlib.errors import ConfigError
-from chexlib.evaluation.intervals import (
-    CONTRADICTED,
-    LEVEL,
-    UNDECIDED,
-    has_learnt,
-    mean_of_seeds,
-    nothing_learnt,
-    percent_lost,
-    verdict_on_gain,
-)
-from chexlib.evaluation.verdicts import NOT_COMPARABLE
-from chexlib.studies.grid import measure_training
-from chexlib.studies.judge import judge_scores
+from chexlib.evaluation.intervals import LEARNT
+from chexlib.evaluation.verdicts import Verdict, judge
+from chexlib.files import ROOT, file_lock
+from chexlib.phantom.write import kept_phantom
+from chexlib.studies.grid import deciding_settings, measure_training, point_key
+from chexlib.studies.judge import judge_scores, recalibrate_on_train
+from chexlib.studies.stages import Study, data_of, gate_reason, small_config
+from chexlib.training.callbacks import snapshots_of
 from chexlib.training.config import TrainConfig
-from chexlib.training.fit import Training, TrainResult, fit
+from chexlib.training.fit import Training
+from chexlib.training.schedules import Schedule
 from chexlib.training.trainer import Reuse
 
-WARMUP_BATCH = 256  # images of the global batch for which a warm-up is given in epochs
-LONGEST = 0.5  # share of the epochs that a warm-up may take
+ROWS = ROOT / "data" / "reference" / "rows" / "07_transfer.jsonl"
+SOURCE = {"images": 10_000, "difficulty": "easy", "seed": 0}  # the phantom of the pre-training
+PHANTOM = {"images": 5_000, "difficulty": "standard", "seed": 1}  # that is fine-tuned on
+
+TOPOLOGY = "resnet50"
+SOURCE_IMAGES, SOURCE_PASSES = 2_000, 24  # so many passes over few images can over-specialise
+SNAPSHOTS = (4, 8, 12, 16, 20, 24)  # passes after which one is kept
+TARGET_IMAGES, TARGET_PASSES = 1_024, 8
+LOCAL_BATCH = 32  # images that are normalised together
+BATCH = 64  # images per update, but where batches are compared
+BATCHES = (64, 128, 256, 512)  # 16, 8, 4 and 2 updates a pass; the study had about 10
+WARMUP_BATCH = 128  # images of a global batch whose warm-up takes one pass
+LONGEST = 0.5  # share of the passes that a warm-up may take
 FLOOR = 0.01  # of the highest rate, where the cosine ends
-OWN, DEFAULT = "the checkpoint's", "the default"  # rates that a fine-tuning starts at
-RULES = {
-    "earlier": "do not take the last checkpoint",
-    "rate": "start at the rate it was being trained at",
-    "warm-up": "warm up in proportion to the global batch",
-}
+RUN_OUT = 0.1  # of the highest rate: below it, a snapshot's rate has run out
+SEEDS = tuple(range(10))
+SECONDS = 0.0022  # of a training, per image and pass, evaluation included
 
-
-def pretrain(config: TrainConfig, *, images: int, snapshots: int) -> TrainResult:
-    """Train on phantom radiographs none of which is seen twice, and keep a model now and then.
-
-    Parameters
-    ----------
-    config : TrainConfig
-        Its `data_dir` is a phantom: the stream draws others like it, and the phantom itself
-        validates. A training that was stopped goes on with `resume`.
-    images : int
-        Of the stream, in all.
-    snapshots : int
-        Models kept, evenly along the way, with rate, step and images seen (`snapshots_of`).
-
-    Raises
-    ------
-    ConfigError
-        Fewer images than snapshots, or settings that a stream does not go with.
-
-    Examples
-    --------
-    >>> config = TrainConfig(data_dir="data/phantom/p", run_dir="runs/pre", size=64)
-    >>> result = pretrain(config, images=100_000, snapshots=8)
-    >>> snapshots_of("runs/pre")[["path", "learning_rate", "images"]]
-    """
-    if not 1 <= snapshots <= images:
-        raise ConfigError(
-            f"{images} images cannot give {snapshots} snapshots. Use at most one snapshot an image."
-        )
-    each = images // snapshots
-    return fit(config.replace(stream_images=each, epochs=snapshots, snapshots=True))
+PRETRAINING, SCRATCH = "pre-training", "random weights"  # what has a learning rate of its own
+# How a fine-tuning differs from the first of these.
+DEFAULT, OWN, COLD = "default", "checkpoint's rate", "no warm-up"
 
 
 def fine_schedule(rate: float, *, epochs: int, warmup: float) -> dict:
@@ -84,250 +72,261 @@ def fine_schedule(rate: float, *, epochs: int, warmup: float) -> dict:
     return {"unit": "epochs", "phases": [rise, fall] if warmup else [fall]}
 
 
-def transfer_grid(
-    snapshots: int, *, seeds: Sequence[int], batch: int, warmup_epochs: float
-) -> list[dict]:
-    """Fine-tunings from each snapshot at both rates, with and without a warm-up, for each seed.
+def settings_of(rate: float, *, seed: int, batch: int, passes: int, warmup: float) -> dict:
+    """Settings of `TrainConfig` of one training."""
+    return {
+        "batch_size": min(batch, LOCAL_BATCH),
+        "accumulation": -(-batch // LOCAL_BATCH),
+        "epochs": passes,
+        "learning_rate": rate,
+        "schedule": fine_schedule(rate, epochs=passes, warmup=warmup),
+        "seed": seed,
+    }
 
-    Parameters
-    ----------
-    snapshots : how many there are
-    batch : images per update
-    warmup_epochs : of those with a warm-up, at this batch; at others in proportion
+
+@dataclasses.dataclass(frozen=True)
+class TransferStudy(Study):
+    """The grid of the study: `base` and `where` are of the images that are fine-tuned on, `source`
+    and `source_where` of those of the pre-training.
     """
-    warmups = [warmup_epochs * WARMUP_BATCH / batch, 0.0]
-    names = ("snapshot", "rate", "warmup", "seed")
-    settings = itertools.product(range(1, snapshots + 1), (OWN, DEFAULT), warmups, seeds)
-    return [{**dict(zip(names, values, strict=True)), "batch": batch} for values in settings]
 
+    source: TrainConfig
+    source_where: dict
 
-def measure_transfer(
-    config: TrainConfig,
-    point: dict,
-    snapshots: pd.DataFrame,
-    *,
-    default: float,
-    reuse: Reuse | None = None,
-) -> dict | None:
-    """Fine-tune as a point of the grid says, and judge the last weights on the test part.
+    NOTEBOOK = "07"
+    CELLS: ClassVar = (PRETRAINING, SCRATCH)
+    STAGES: ClassVar = ("tune", "pretrain", "rules", "batches")
 
-    From snapshot 0, random weights, all else is the same: epochs, schedule, images whose statistics
-    batch norm takes. At another batch than the grid's own the rate follows its square root, as
-    suits Adam (Malladi et al. 2022).
+    @classmethod
+    def on(cls, data: str | Path, table: str | Path) -> TransferStudy:
+        """The study on a folder in the NIH layout; what is pre-trained on is always a phantom."""
+        base, source = _configs(data, kept_phantom(**SOURCE), table)
+        return cls(base, Path(table), data_of(base), source, data_of(source))
 
-    Parameters
-    ----------
-    config : TrainConfig
-        What all points have in common.
-    snapshots : table of `snapshots_of`
-    default : the default rate
+    @classmethod
+    def committed(cls, table: Path) -> TransferStudy:
+        """The study of rows that come with chexlib, to read them: it needs no images."""
+        lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
+        rows, found = [json.loads(line) for line in lines], []
+        for fine in (True, False):
+            first = next((row for row in rows if ("snapshot" in row) == fine), {})
+            found.append({name: first.get(name, "") for name in ("data", "split_digest")})
+        base, source = _configs("data", "data", table)
+        return cls(base, table, found[0], source, found[1])
 
-    Returns
-    -------
-    dict or None
-        diverged; auroc (mean) and loss; highest (rate), images (of pre-training), updates (an
-        epoch), seconds. None if the training was stopped.
-    """
-    local = min(point["batch"], config.batch_size)
-    if point["batch"] % local:
-        raise ConfigError(
-            f"a global batch of {point['batch']} is no multiple of {local}. Use multiples of it."
+    # --- trainings
+
+    def point(self, cell: str, rate: float, *, seed: int) -> dict:
+        """Of what has a rate of its own."""
+        if cell == SCRATCH:
+            return self.fine_tuning(0, "", rate, seed=seed)
+        config = self.source.replace(
+            **settings_of(rate, seed=seed, batch=BATCH, passes=SOURCE_PASSES, warmup=1)
         )
-    rate, images = default, 0
-    if point["snapshot"]:
-        start = snapshots.iloc[point["snapshot"] - 1]
-        config, images = config.replace(weights=start["path"]), int(start["images"])
-        if point["rate"] == OWN:
-            rate = start["learning_rate"]
-    rate = float(rate * np.sqrt(point["batch"] / point.get("rate_batch", point["batch"])))
-    warmup = point["warmup"] * point["batch"] / WARMUP_BATCH
-    config = config.replace(
-        schedule=fine_schedule(rate, epochs=config.epochs, warmup=warmup),
-        batch_size=local,
-        accumulation=point["batch"] // local,
-        seed=point["seed"],
+        return {**deciding_settings(config), **self.source_where}
+
+    def fine_tuning(
+        self, snapshot: int, start: str, rate: float, *, seed: int, batch=BATCH, arm=DEFAULT
+    ) -> dict:
+        """From a snapshot, counted from 1, of the pre-training whose key is `start`, or from random
+        weights: snapshot 0.
+        """
+        warmup = 0 if arm == COLD else batch / WARMUP_BATCH
+        how = settings_of(rate, seed=seed, batch=batch, passes=TARGET_PASSES, warmup=warmup)
+        told = {"snapshot": snapshot, "start": start, "arm": arm}
+        return {**deciding_settings(self.base.replace(**how)), **self.where, **told}
+
+    def first_exponent(self, cell: str) -> int:
+        return -2
+
+    def seconds_of(self, point: dict) -> float:
+        return SECONDS * point.get("train_images", 0) * point.get("epochs", 0)
+
+    def measure(self, point: dict, folder: Path, *, reuse: Reuse) -> dict | None:
+        config = self.config_of(point, folder)
+        if "snapshot" not in point:
+            config = config.replace(data_dir=self.source.data_dir)
+            return self._pretrain(config, point_key(point), reuse)
+        if point["snapshot"]:
+            path = _kept(point["start"]) / f"pass-{SNAPSHOTS[point['snapshot'] - 1]}.keras"
+            with file_lock(path.parent.with_suffix(".lock")):
+                if not path.exists():  # the rows came from another machine
+                    rate = self.rates()[PRETRAINING]
+                    start = self.point(PRETRAINING, rate, seed=point["seed"])
+                    row = self.measure(start, folder, reuse=Reuse(accumulates=True))
+                    if row is None or row["diverged"]:
+                        return row
+            config = config.replace(weights=str(path))
+        return measure_training(config, _judged, reuse=reuse)
+
+    def _pretrain(self, config: TrainConfig, key: str, reuse: Reuse) -> dict | None:
+        """A row, with the learning curve at each snapshot; and the snapshots, for fine-tuning."""
+
+        def columns(training: Training) -> dict:
+            curve, taken = {}, snapshots_of(config.run_dir)
+            for passes in SNAPSHOTS:
+                epoch = training.history[passes - 1]
+                curve |= {
+                    f"{name}_{passes}": epoch[name] for name in ("loss", "val_loss", "val_auroc")
+                }
+                if config.seed in SEEDS:
+                    path = taken["path"][passes - 1]
+                    shutil.move(path, _kept(key) / f"pass-{passes}.keras")
+            return curve | _judged(training)
+
+        return measure_training(config, columns, reuse=reuse)
+
+    # --- the stages
+
+    def pretrain(self) -> list[dict]:
+        """The pre-trainings, one a seed, at the tuned rate."""
+        rate = self.rates()[PRETRAINING]
+        return [self.point(PRETRAINING, rate, seed=seed) for seed in SEEDS]
+
+    def rules(self) -> list[dict]:
+        """Ridge regression, and for each seed: random weights; each snapshot at the highest rate of
+        the pre-training, with a warm-up and without; and at its own rate, where it has not run out.
+        """
+        rates, own = self.rates(), self.snapshot_rates()
+        points = [self.ridge()]
+        for start in self.pretrain():
+            seed, key = start["seed"], point_key(start)
+            points.append(self.point(SCRATCH, rates[SCRATCH], seed=seed))
+            for snapshot, rate in own.items():
+                arms = {DEFAULT: rates[PRETRAINING], COLD: rates[PRETRAINING]}
+                if rate >= RUN_OUT * rates[PRETRAINING]:
+                    arms[OWN] = rate
+                points += [
+                    self.fine_tuning(snapshot, key, rate, seed=seed, arm=arm)
+                    for arm, rate in arms.items()
+                ]
+        return points
+
+    def batches(self) -> list[dict]:
+        """Each larger batch from the chosen snapshot, with a warm-up and without. The rate follows
+        the square root of the batch, as suits Adam (Malladi et al. 2022).
+        """
+        rate, snapshot = self.rates()[PRETRAINING], self.chosen()
+        return [
+            self.fine_tuning(
+                snapshot,
+                point_key(start),
+                float(f"{rate * np.sqrt(batch / BATCH):.4g}"),
+                seed=start["seed"],
+                batch=batch,
+                arm=arm,
+            )
+            for start in self.pretrain()
+            for batch in BATCHES[1:]
+            for arm in (DEFAULT, COLD)
+        ]
+
+    # --- what there is
+
+    def snapshot_rates(self) -> pd.Series:
+        """The learning rate of the last update before each snapshot, by its number."""
+        phases = self.pretrain()[0]["schedule"]
+        updates = -(-SOURCE_IMAGES // BATCH)
+        rates = Schedule.from_dict(json.loads(phases)).compile(steps_per_epoch=updates).rate
+        found = [float(f"{rates[passes * updates - 1]:.4g}") for passes in SNAPSHOTS]
+        return pd.Series(found, index=range(1, len(SNAPSHOTS) + 1), name="learning_rate")
+
+    def scores(self, stage: str) -> pd.DataFrame:
+        """Test AUROC of a stage's fine-tunings: index seed, columns (batch, arm, snapshot)."""
+        rows = self.rows(point for point in getattr(self, stage)() if "snapshot" in point)
+        return rows.pivot_table(index="seed", columns=["batch", "arm", "snapshot"], values="auroc")
+
+    def chosen(self, *, earlier: bool = False) -> int:
+        """The snapshot of the best mean *validation* AUROC after fine-tuning; with `earlier`, of
+        all but the last.
+
+        Raises
+        ------
+        ConfigError
+            The fine-tunings from them have not all been run.
+        """
+        beyond = len(SNAPSHOTS) if earlier else len(SNAPSHOTS) + 1
+        points = [
+            point
+            for point in self.rules()
+            if point.get("arm") == DEFAULT and 0 < point["snapshot"] < beyond
+        ]
+        rows = self.rows(points)
+        if len(rows) < len(points):
+            raise ConfigError(
+                "no snapshot is chosen yet. Run `python -m chexlib study rules --notebook 07` first."
+            )
+        return int(rows.groupby("snapshot")["val_auroc"].mean().idxmax())
+
+
+def rule_differences(scores: pd.DataFrame) -> pd.DataFrame:
+    """What following each rule gains at each snapshot, NaN where one of a pair is missing: index
+    seed, columns (rule, snapshot).
+
+    Parameters
+    ----------
+    scores : as of `TransferStudy.scores` for "rules", those of `BATCH`: columns (arm, snapshot)
+    """
+    default = scores[DEFAULT].drop(columns=0, errors="ignore")
+    last = len(SNAPSHOTS)
+    rules = {
+        "earlier": default.drop(columns=last).sub(default[last], axis="index"),
+        "rate": scores[OWN] - default[scores[OWN].columns],
+        "warm-up": default - scores[COLD],
+    }
+    return pd.concat(rules, axis="columns", names=["rule", "snapshot"])
+
+
+def answers_of(scores: pd.DataFrame, *, earlier: int, baseline: float) -> dict[str, Verdict | str]:
+    """One verdict a rule; where fine-tuning has not passed the gate, the reason why there is none.
+
+    Parameters
+    ----------
+    scores : as for `rule_differences`
+    earlier : the earlier snapshot that validation chose, of which the first rule is judged
+    baseline : mean test AUROC of the ridge regression
+    """
+    reached = scores[DEFAULT][earlier].mean()
+    reason = gate_reason("fine-tuning", reached, baseline, gate=LEARNT)
+    gains = rule_differences(scores)
+    values = {"earlier": gains["earlier"][earlier]}
+    values |= {rule: gains[rule].mean(axis="columns", skipna=False) for rule in ("rate", "warm-up")}
+    return {rule: reason or judge(gain) for rule, gain in values.items()}
+
+
+def _configs(data, source, table) -> tuple[TrainConfig, TrainConfig]:
+    """What all fine-tunings have in common, and what all pre-trainings have."""
+    common = {"topology": TOPOLOGY, "norm_momentum": 0.9}
+    target = {"train_images": TARGET_IMAGES, "fresh_head": True, "recalibrate": 256}
+    base = small_config(data, table).replace(**common, **target)
+    own = {"train_images": SOURCE_IMAGES, "snapshots": True}
+    return base, small_config(source, table).replace(**common, **own)
+
+
+def _kept(key: str) -> Path:
+    """The folder of a pre-training's snapshots, made if missing."""
+    folder = cache_folder(32).with_name("pretrained") / key
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _judged(training: Training) -> dict:
+    """Of the last weights, by the population's statistics: auroc and loss of the test part,
+    val_auroc; seconds.
+    """
+    recalibrate_on_train(training)
+    validation, test = (
+        judge_scores(training.parts[part].labels, training.score(part))
+        for part in ("validation", "test")
     )
-
-    def columns(training: Training) -> dict:
-        judged = judge_scores(training.parts["test"].labels, training.score("test"))
-        updates = -(-len(training.parts["train"]) // point["batch"])
-        return {**judged, "updates": updates, "seconds": training.seconds}
-
-    row = measure_training(config, columns, reuse=reuse)
-    return row and {**row, "highest": rate, "images": images}
+    return {**test, "val_auroc": validation["auroc"], "seconds": round(training.seconds, 1)}
 
 
-def earlier_gains(rows: pd.DataFrame) -> pd.DataFrame:
-    """What each earlier snapshot gains over the last one at the default rate, paired by seed and
-    warm-up.
-
-    Complete pairs only: where one of the two trainings diverged, the other is left out too. The
-    intervals hold together: each is at 1 - (1 - 0.95) / (number of earlier snapshots), after
-    Bonferroni.
-
-    Parameters
-    ----------
-    rows : of `transfer_grid`, those of trainings that diverged too: their AUROC is NaN
-
-    Returns
-    -------
-    DataFrame
-        Index the snapshot; columns images, effect, low, high, seeds, pairs (complete ones),
-        diverged (trainings).
-    """
-    table = _areas(rows[rows["rate"] == DEFAULT], ["warmup", "seed"], "snapshot")
-    last = table.pop(table.columns.max())
-    return _gains_over(last, table, rows)
+def study_on(data: str | Path, *, table: str | Path = ROWS) -> TransferStudy:
+    """`TransferStudy.on`."""
+    return TransferStudy.on(data, table)
 
 
-def pretraining_gains(rows: pd.DataFrame, scratch: pd.DataFrame) -> pd.DataFrame:
-    """What each snapshot gains over random weights, both at the default rate with a warm-up, paired
-    by seed.
-
-    The pairs are complete and the intervals hold together, as those of `earlier_gains`.
-
-    Parameters
-    ----------
-    rows : of `transfer_grid`
-    scratch : the same from random weights, with columns seed and auroc
-
-    Returns
-    -------
-    DataFrame
-        Index the snapshot; columns as those of `earlier_gains`.
-    """
-    warm = rows[(rows["rate"] == DEFAULT) & (rows["warmup"] > 0)]
-    table = _areas(warm, ["seed"], "snapshot")
-    return _gains_over(scratch.set_index("seed")["auroc"], table, rows)
-
-
-def _gains_over(other: pd.Series, table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """What each snapshot, a column of `table`, gains over `other`, with simultaneous intervals."""
-    level = 1 - (1 - LEVEL) / max(table.shape[1], 1)
-    images = rows.groupby("snapshot")["images"].first()
-    gains = []
-    for snapshot in table:
-        pairs = pd.DataFrame({"one": table[snapshot], "other": other})
-        gains.append({"images": images[snapshot], **_mean_of_pairs(pairs, level)})
-    return pd.DataFrame(gains, index=pd.Index(table.columns, name="snapshot"))
-
-
-def _areas(rows: pd.DataFrame, index: Sequence[str], columns: str) -> pd.DataFrame:
-    """AUROC of each training, NaN where it diverged: a pivot table would leave rows of these out."""
-    return rows.pivot(index=list(index), columns=columns, values="auroc")  # noqa: PD010
-
-
-def _mean_of_pairs(pairs: pd.DataFrame, level: float = LEVEL) -> dict:
-    """The mean gain of the first column over the second: of the pairs of a seed first, then over
-    seeds.
-
-    Parameters
-    ----------
-    pairs : two columns of AUROC, NaN where a training diverged; the index has the seed
-
-    Returns
-    -------
-    dict
-        effect, low, high, seeds; pairs, the complete ones; diverged, the trainings that did.
-    """
-    gains = (pairs.iloc[:, 0] - pairs.iloc[:, 1]).dropna()
-    counts = {"pairs": len(gains), "diverged": int(pairs.isna().sum().sum())}
-    return {**mean_of_seeds(gains.groupby(level="seed").mean(), level=level), **counts}
-
-
-def rule_effects(rows: pd.DataFrame) -> pd.DataFrame:
-    """The three rules: what following each gains in test AUROC, with an interval over seeds, and a
-    verdict.
-
-    "earlier" is the earlier snapshot that gains most over the last, with the interval that holds
-    for all of them together; "rate" and "warm-up" are means over all snapshots. Complete pairs
-    only, as in `earlier_gains`: a mean of what is left after a cell of the grid diverged would
-    compare other snapshots on either side.
-
-    Returns
-    -------
-    DataFrame
-        Index `RULES`; columns rule, effect, low, high, seeds, pairs, diverged, verdict, why. The
-        verdict is one of `chexlib.evaluation.intervals`: undecided where the interval holds 0 or
-        there is none, and not measured where no fine-tuning has learnt.
-    """
-    gains = earlier_gains(rows)
-    if len(gains):
-        best = gains["effect"].fillna(-np.inf).idxmax()
-        earlier = gains.loc[best].drop("images").to_dict()
-    else:
-        none = pd.Index([], name="seed")
-        earlier = _mean_of_pairs(pd.DataFrame({"one": [], "other": []}, none, dtype=float))
-    warm = rows.assign(start=rows["warmup"].gt(0).map({True: "warm-up", False: "none"}))
-    by_warmup = _areas(warm, ["snapshot", "rate", "seed"], "start")
-    warmup = _mean_of_pairs(by_warmup[["warm-up", "none"]])
-    table = pd.DataFrame({"earlier": earlier, "rate": _rate_gain(rows), "warm-up": warmup}).T
-    table.insert(0, "rule", pd.Series(RULES))
-    intervals = zip(table["low"], table["high"], strict=True)
-    table["verdict"] = [verdict_on_gain(low, high) for low, high in intervals]
-    if table.loc["earlier", "verdict"] == CONTRADICTED and not (gains["high"] < 0).all():
-        # Contradicted only where the last beats every earlier one.
-        table.loc["earlier", "verdict"] = UNDECIDED
-    highest = rows.groupby(["images", "rate", "warmup"])["auroc"].mean().max()
-    if not has_learnt(highest):
-        table["verdict"] = NOT_COMPARABLE
-    table["why"] = [_why(row, highest) for row in table.to_dict("records")]
-    return table.astype({"seeds": int, "pairs": int, "diverged": int})
-
-
-def _why(rule: dict, highest: float) -> str:
-    """What a reader of a verdict must know besides the interval."""
-    if not has_learnt(highest):
-        return nothing_learnt(highest)
-    reasons = ["one seed: there is no interval"] if rule["seeds"] == 1 else []
-    if rule["diverged"]:
-        count = f"{rule['diverged']:.0f}"
-        reasons.append(f"trainings that diverged, left out with their pairs: {count}")
-    return "; ".join(reasons)
-
-
-def rate_gains(rows: pd.DataFrame) -> pd.DataFrame:
-    """What each snapshot's own rate gains over the default.
-
-    Returns
-    -------
-    DataFrame
-        Index the snapshot; columns effect, low, high, seeds, pairs, diverged.
-    """
-    gains = {snapshot: _rate_gain(fine) for snapshot, fine in rows.groupby("snapshot")}
-    return pd.DataFrame(gains).T.rename_axis("snapshot")
-
-
-def _rate_gain(rows: pd.DataFrame) -> dict:
-    by_rate = _areas(rows, ["snapshot", "warmup", "seed"], "rate")
-    return _mean_of_pairs(by_rate[[OWN, DEFAULT]])
-
-
-def by_updates(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean test AUROC by updates per epoch, and what each batch loses against the smallest, paired
-    by seed.
-
-    Returns
-    -------
-    DataFrame
-        Index the batch; columns updates, auroc, effect (over the smallest batch), low, high, seeds;
-        loss, loss_low, loss_high: `percent_lost` of the smallest batch's skill above chance, NaN
-        where that has not learnt.
-    """
-    table = rows.pivot_table(index="seed", columns="batch", values="auroc")
-    smallest = table[table.columns.min()]
-    updates = rows.groupby("batch")["updates"].first()
-    losses = []
-    for batch in table:
-        gain = mean_of_seeds(table[batch] - smallest)
-        lost = percent_lost(smallest, table[batch])
-        row = {
-            "updates": int(updates[batch]),
-            "auroc": table[batch].mean(),
-            **gain,
-            "loss": lost["loss"],
-            "loss_low": lost["low"],
-            "loss_high": lost["high"],
-        }
-        losses.append(row)
-    return pd.DataFrame(losses, index=pd.Index(table.columns, name="batch"))
+def committed_study() -> TransferStudy:
+    """`TransferStudy.committed` of this study."""
+    return TransferStudy.committed(ROWS)

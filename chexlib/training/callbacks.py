@@ -32,7 +32,6 @@ class Position:
     epoch: int = 0  # counted from 0
     image: int = 0  # images of this epoch that have been used
     step: int = 0  # since the start of the training
-    drawn: int = 0  # images that a stream has given, whole batches also at the end of an epoch
 
     @property
     def steps_left(self) -> int:
@@ -128,7 +127,6 @@ class Progress(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs):
         self.trained = now = time.perf_counter()
         self.at.step += 1
-        self.at.drawn += self.at.global_batch
         self.at.image = min(self.at.image + self.at.global_batch, self.at.images)
         told = self.model.told()
         seconds = [max(told["busy"]), min(told["busy"])]
@@ -216,9 +214,8 @@ class Snapshots(keras.callbacks.Callback):
         if self.at.epoch == epoch:
             return  # stopped within the epoch
         config, at = self.config, self.at
-        images = at.drawn if config.stream_images else at.epoch * at.images
         rate = float(logs["learning_rate"])
-        values = (at.step, images, rate, at.global_batch, at.epoch, config.epochs)
+        values = (at.step, at.epoch * at.images, rate, at.global_batch, at.epoch, config.epochs)
         facts = dict(zip(FACTS, (*values, config.optimizer), strict=True))
         facts |= {name: float(logs[name]) for name in ("val_loss", "val_auroc")}
         card = {**config.network(), "normalization": NORMALIZATION[config.topology]}
@@ -247,7 +244,7 @@ def snapshots_of(run: str | Path) -> pd.DataFrame:
     """
     files = sorted(Path(run).glob("snapshots/step-*.keras"))
     if not files:
-        raise WeightsError(f"{run} has no snapshots. Train with snapshots=true, or use `pretrain`.")
+        raise WeightsError(f"{run} has no snapshots. Train with snapshots=true.")
     return pd.DataFrame(
         [{"path": str(path), **read_card(path).get("snapshot", {})} for path in files]
     )

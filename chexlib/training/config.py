@@ -90,8 +90,8 @@ def _path(**settings) -> str:
     return field(metadata={"check": _is_path, "use": "a path, in UTF-8"}, **settings)
 
 
-# Settings of chexlib 0.1 that are gone, with the values that mean what is done now.
-RETIRED = {"plateau_patience": 1, "early_stop": 0}
+# Settings of older files that are gone, with the values that mean what is done now.
+RETIRED = {"plateau_patience": 1, "early_stop": 0, "stream_images": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +126,6 @@ class TrainConfig:
     augment: str = _choice(tuple(AUGMENTATIONS), "none")
     # Random horizontal flip.
     mirror: bool = _flag(True)
-    # Images of an epoch that are drawn anew like the phantom in data_dir. 0: its training part.
-    stream_images: int = _whole(0, 0)
     # Leave out images that cannot be decoded, instead of stopping at the first.
     skip_broken: bool = _flag(False)
     # Go on although patients are shared between the parts of the split.
@@ -238,14 +236,6 @@ class TrainConfig:
 
     def _check_together(self) -> None:
         """Refuse settings that are accepted one by one, and do not go together."""
-        if self.stream_images and (
-            self.augment != "none" or self.shuffle_labels or self.accumulation > 1
-        ):
-            raise ConfigError(
-                f"stream_images={self.stream_images} goes with augment='none', accumulation=1 and "
-                "labels as they are: the stream draws every image anew. Change these, or train on "
-                "data_dir's own images."
-            )
         if (self.norm == "ghost") != (self.ghost_size > 0):
             raise ConfigError(
                 f"ghost_size={self.ghost_size!r} is not accepted with norm={self.norm!r}. Use 1 or "

@@ -215,8 +215,7 @@ def learn(
         world.broadcast([*model.variables, *trainer.optimizer.variables])
 
         global_batch = config.batch_size * ranks
-        images = config.stream_images or len(train)
-        at = Position(global_batch, min(images, config.max_steps * global_batch or images))
+        at = Position(global_batch, min(len(train), config.max_steps * global_batch or len(train)))
         scorer = PooledScorer(parts, world, size=config.size)
         validation = PooledValidation(
             lambda part: scorer(part, trainer.infer),

@@ -1,9 +1,8 @@
-"""Input data of a training run: its training images, or the phantom stream, and the head's start."""
+"""Input data of a training run: its training images, and the head's start."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,9 +12,6 @@ from chexlib.data.cache import ImageStore
 from chexlib.data.nih import Radiographs, check_images, load_radiographs
 from chexlib.data.pipeline import generator_for, training_batches
 from chexlib.data.splits import Split, audit, make_split
-from chexlib.data.stream import stream_batches
-from chexlib.errors import DataError
-from chexlib.files import read_json
 from chexlib.findings import FINDINGS
 from chexlib.models.arrays import HEAD
 from chexlib.training.callbacks import Position
@@ -23,33 +19,18 @@ from chexlib.training.config import TrainConfig
 
 
 class Feed:
-    """This rank's batches of a training, from wherever it stands.
-
-    Parameters
-    ----------
-    train : Radiographs
-        Its training part; under `stream_images` a phantom's, like which the stream draws.
-    labels : (n, 14) float32
-    """
+    """This rank's batches of a training part, with labels (n, 14) float32, from wherever it stands."""
 
     def __init__(self, config: TrainConfig, world: World, train: Radiographs, labels: np.ndarray):
-        self.config, self.labels = config, labels
-        self.world = world
-        self.drawing = drawing_of(train.root) if config.stream_images else {}
-        self.store = None
-        if not config.stream_images or config.recalibrate:
-            self.store = ImageStore(
-                train.table["path"], size=config.size, gather=world.allgather_object
-            )
+        self.config, self.labels, self.world = config, labels, world
+        paths = train.table["path"]
+        self.store = ImageStore(paths, size=config.size, gather=world.allgather_object)
 
     def batches(self, at: Position, *, when: np.ndarray | None):
         """Endless tf.data from a position on; `when` as for `training_batches`."""
         config = self.config
         common = {"global_batch": at.global_batch, "seed": config.seed}
         common |= {"rank": self.world.rank, "ranks": self.world.ranks}
-        if config.stream_images:
-            place = {"size": config.size, "first_image": at.drawn, "mirror": config.mirror}
-            return stream_batches(**place, **common, **self.drawing)
         place = {
             "first_epoch": at.epoch,
             "first_image": at.image,
@@ -73,25 +54,6 @@ class Feed:
         chosen = generator.permutation(len(self.store))[:images]
         for places in self.world.batches(len(chosen), batch=self.config.batch_size):
             yield self.store.take(chosen[places])[..., None].astype(np.float32)
-
-
-def drawing_of(folder: Path) -> dict:
-    """How a phantom in `folder` was drawn, as `stream_batches` takes it.
-
-    Raises
-    ------
-    DataError
-        It is no phantom, or one with a difficulty of its own.
-    """
-    try:
-        drawn = read_json(folder / "phantom.json")["parameters"]
-        chosen = {name: drawn[name] for name in ("difficulty", "min_prevalence")}
-    except (DataError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{folder} is no phantom, like which a stream could be drawn. Make one: `python -m "
-            "chexlib phantom DIR`."
-        ) from error
-    return chosen
 
 
 def start_head(model, labels: np.ndarray, *, bias: float | None = None) -> None:

@@ -305,5 +305,3 @@ class Saver(keras.callbacks.Callback):
             trainer.optimizer.learning_rate = rate * now / then
         for name in ("images", "epoch", "image", "step"):
             setattr(self.at, name, position[name])
-        # A checkpoint of chexlib 0.1 has no count of its own.
-        self.at.drawn = position.get("drawn", position["step"] * then)

@@ -26,7 +26,7 @@ _SAME_GRAPH = {
         "snapshots",
         "split",
     ),
-    *("split_seed", "stream_images", "train_images", "weights"),
+    *("split_seed", "train_images", "weights"),
 }
 
 

@@ -27,10 +27,9 @@ from chexlib.machine import environment
 from chexlib.models.topologies import NORMALIZATION
 from chexlib.models.weights import extend_card, save_model, split_of
 from chexlib.phantom.write import write_phantom
-from chexlib.studies.transfer import fine_schedule, pretrain
-from chexlib.training.callbacks import snapshots_of
+from chexlib.studies.transfer import fine_schedule
 from chexlib.training.config import TrainConfig
-from chexlib.training.fit import learn
+from chexlib.training.fit import fit, learn
 from chexlib.training.trainer import Reuse
 from examples.real_model.collection import collect
 from examples.real_model.cross_validation import FEWEST, arm_gains, cross_validate, pooled
@@ -45,12 +44,10 @@ class RealModel:
 
     topology: str = "densenet121"
     size: int = 48  # px
-    pretrain_images: int = 80_000  # of the phantom stream
+    pretrain_images: int = 12_000  # phantoms, of which seven tenths train
+    pretrain_passes: int = 8
     pretrain_rate: float = 1e-3  # Adam's highest
     pretrain_batch: int = 32
-    snapshots: int = 8
-    snapshot: int = 8  # which of them is fine-tuned, counted from 1
-    phantom_images: int = 600  # that validate the pre-training
     folds: int = 5
     seeds: int = 3
     epochs: int = 5
@@ -68,9 +65,7 @@ QUICK = RealModel(
     topology="vgg16",
     size=32,
     pretrain_images=128,
-    snapshots=2,
-    snapshot=2,
-    phantom_images=60,
+    pretrain_passes=2,
     folds=2,
     seeds=1,
     epochs=1,
@@ -167,40 +162,34 @@ def train_real_model(
 
 
 def _pretrained(out: Path, s: RealModel) -> str:
-    """The snapshot that is fine-tuned, pre-trained if it is not there yet; empty if that was
+    """The pre-trained network of the best epoch, trained if it is not there yet; empty if that was
     stopped.
     """
-    if not _finished(out / "pretraining", s.snapshots):
-        log.info("pre-training on %d phantoms ...", s.pretrain_images)
-        phantom = write_phantom(
-            out / "phantom", n_images=s.phantom_images, size=s.size, min_prevalence=0.06, seed=1
-        )
-        rise = {
-            "kind": "warmup",
-            "length": 0.25,
-            "start": s.pretrain_rate / 10,
-            "rate": s.pretrain_rate,
-        }
-        fall = {
-            "kind": "cosine",
-            "length": s.snapshots - 0.25,
-            "rate": s.pretrain_rate,
-            "end": s.pretrain_rate / 100,
-        }
-        first = TrainConfig(
-            data_dir=str(phantom),
-            run_dir=str(out / "pretraining"),
-            topology=s.topology,
-            size=s.size,
-            batch_size=s.pretrain_batch,
-            keep_checkpoints=1,
-            schedule={"unit": "epochs", "phases": [rise, fall]},
-            split="patient",
-            resume=True,
-        )
-        if pretrain(first, images=s.pretrain_images, snapshots=s.snapshots).stopped:
-            return ""
-    return snapshots_of(out / "pretraining")["path"].iloc[s.snapshot - 1]
+    model = out / "pretraining" / "model.keras"
+    history = model.with_name("history.parquet")
+    if history.is_file() and len(pd.read_parquet(history)) == s.pretrain_passes:
+        return str(model)
+    log.info("pre-training on %d phantoms ...", s.pretrain_images)
+    phantom = write_phantom(
+        out / "phantom", n_images=s.pretrain_images, size=s.size, min_prevalence=0.06, seed=1
+    )
+    rate = s.pretrain_rate
+    rise = {"kind": "warmup", "length": 0.25, "start": rate / 10, "rate": rate}
+    fall = {"kind": "cosine", "length": s.pretrain_passes - 0.25, "rate": rate, "end": rate / 100}
+    first = TrainConfig(
+        data_dir=str(phantom),
+        run_dir=str(model.parent),
+        topology=s.topology,
+        size=s.size,
+        batch_size=s.pretrain_batch,
+        epochs=s.pretrain_passes,
+        augment=s.augment,
+        keep_checkpoints=1,
+        schedule={"unit": "epochs", "phases": [rise, fall]},
+        split="patient",
+        resume=True,
+    )
+    return "" if fit(first).stopped else str(model)
 
 
 def describe(radiographs: Radiographs) -> dict:
@@ -213,13 +202,6 @@ def describe(radiographs: Radiographs) -> dict:
         "patients": int(radiographs.table["patient"].nunique()),
         "positives": counts,
     }
-
-
-def _finished(run: Path, snapshots: int) -> bool:
-    return (
-        len(list(run.glob("snapshots/step-*.keras"))) == snapshots
-        and (run / "model.keras").is_file()
-    )
 
 
 def _keep_member(folder: Path, config: TrainConfig, digest: str, point, model) -> None:

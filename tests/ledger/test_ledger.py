@@ -132,7 +132,13 @@ def results(seed, **changes):
         for b, n in ((16, 60), (64, 10 + seed))
     }
     found = {
-        "07": {"updates": updates},
+        "07": {
+            "updates": updates,
+            "answers": {
+                rule: judged(judge(rng.normal(0.05, 0.01, 5)))
+                for rule in ("earlier", "rate", "warm-up")
+            },
+        },
         "08": {"layouts": layouts},
         "11": scaling,
         "02": {"test_images_seen_in_training": {"image": rng.uniform()}},
@@ -308,6 +314,8 @@ def test_no_row_of_a_network_that_learnt_nothing_has_a_verdict():
         row.update(after=0.6, member=0.6)
     for row in found["07"].metrics["updates"].values():
         row.update(auroc=0.6, loss=None, loss_low=None, loss_high=None)
+    reason = judged("nothing was learnt: a mean AUROC of 0.600")
+    found["07"].metrics["answers"] = dict.fromkeys(("earlier", "rate", "warm-up"), reason)
     table = ledger(found)
     of_networks = table[table["notebook"].isin(["06", "07"])]
     assert set(of_networks["verdict"]) == {"not comparable"}

@@ -13,13 +13,11 @@ import sys
 import time
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 import pytest
 from small_training import grid_of_three
 
 from chexlib.errors import ConfigError
-from chexlib.files import ROOT
 from chexlib.studies import grid as sweep
 from chexlib.studies.grid import MADE_BY, deciding_settings, point_key, run_grid
 from chexlib.training.config import TrainConfig
@@ -181,7 +179,7 @@ def test_every_setting_that_decides_a_training_is_in_its_key_and_no_folder_is(tm
     schedule = {"preset": "step decay", "peak": 0.1, "epochs": 10}
     numbers = dict.fromkeys(("size", "batch_size", "accumulation", "epochs", "max_steps"), 48)
     numbers |= dict.fromkeys(
-        ("recalibrate", "max_images", "train_images", "stream_images", "seed", "split_seed"), 48
+        ("recalibrate", "max_images", "train_images", "seed", "split_seed"), 48
     )
     numbers |= dict.fromkeys(
         ("learning_rate", "plateau_factor", "weight_decay", "norm_momentum", "stage_rate"), 0.5
@@ -208,78 +206,6 @@ def test_every_setting_that_decides_a_training_is_in_its_key_and_no_folder_is(tm
     assert len(keys - {key}) == len(numbers) + len(words) + len(flags) + 1
     flat = deciding_settings(base.replace(schedule=schedule))
     assert not [value for value in flat.values() if isinstance(value, dict | list)]
-
-
-EDITS = {
-    "07_transfer_learning": [
-        "recalibrate=256",
-        '"length": 0.25',
-        "default = pretrain_rate",
-        "batch_size=32",
-    ],
-}
-ANOTHER = {
-    "recalibrate=256": "recalibrate=128",
-    '"length": 0.25': '"length": 0.5',
-    "default = pretrain_rate": "default = 2 * pretrain_rate",
-    "batch_size=32": "batch_size=16",
-}
-
-
-class Asked(Exception):
-    """Ends a notebook at its first grid."""
-
-
-def first_grid(notebook, phantom, folder, edit=""):
-    """The keys of the first grid that a notebook asks for, with one edit in its cells; nothing is
-    trained.
-    """
-
-    def ask(points, *args, **kwargs):
-        raise Asked({point_key(point) for point in points})
-
-    stubs = {"run_grid": ask, "pretrain": lambda *args, **kwargs: None}
-    stubs["snapshots_of"] = lambda folder: pd.DataFrame(
-        {
-            "step": [1],
-            "images": [9],
-            "learning_rate": [1e-4],
-            "val_loss": [0.1],
-            "val_auroc": [0.5],
-            "path": ["p"],
-        }
-    )
-    space, edited = {}, 0
-    (path,) = (ROOT / "notebooks").glob(f"{notebook}.ipynb")
-    for cell in nbformat.read(path, 4).cells:
-        if cell.cell_type != "code" or (
-            "save_figure" in cell.source or "build_model(name" in cell.source
-        ):
-            continue
-        source = cell.source
-        if edit in source and edit:
-            source, edited = source.replace(edit, ANOTHER[edit], 1), edited + 1
-        try:
-            exec(source, space)
-        except Asked as asked:
-            assert edited == bool(edit)
-            return asked.args[0]
-        if "parameters" in cell.metadata.get("tags", []):
-            space |= {
-                "data_dir": str(phantom),
-                "run_dir": str(folder),
-            }
-            space |= {"phantom_images": 80}
-        space |= {name: stub for name, stub in stubs.items() if name in space}
-    raise AssertionError("no grid")
-
-
-@pytest.mark.parametrize("notebook", EDITS)
-def test_what_a_reader_edits_in_a_cell_makes_other_rows(notebook, phantom, tmp_path):
-    known = first_grid(notebook, phantom, tmp_path)
-    assert known == first_grid(notebook, phantom, tmp_path)
-    for edit in EDITS[notebook]:
-        assert not known & first_grid(notebook, phantom, tmp_path, edit), edit
 
 
 def test_a_grid_of_trainings_killed_three_times_gives_the_table_of_an_undisturbed_one(

@@ -1,4 +1,4 @@
-"""Pre-training on the stream and fine-tuning from it: what is kept, where it goes on, and what each
+"""Pre-training and fine-tuning from its snapshots: what is kept, where it goes on, and what each
 setting does.
 """
 
@@ -9,14 +9,12 @@ import pytest
 from small_training import Places, config_for, with_a_tiny_network
 
 from chexlib.collectives import World
-from chexlib.data.stream import stream_images
-from chexlib.errors import ConfigError, DataError, WeightsError
+from chexlib.errors import WeightsError
 from chexlib.models.weights import load_model
-from chexlib.studies.transfer import fine_schedule, pretrain
-from chexlib.training.callbacks import Position, snapshots_of
-from chexlib.training.config import TrainConfig
+from chexlib.studies.transfer import fine_schedule
+from chexlib.training.callbacks import snapshots_of
 from chexlib.training.fit import fit, learn
-from chexlib.training.input import Feed, divide, drawing_of
+from chexlib.training.input import Feed, divide
 from chexlib.training.schedules import Schedule
 from chexlib.training.trainer import Reuse
 
@@ -33,7 +31,9 @@ def differ(one, other):
 
 
 def asked(phantom, run_dir, **changes):
-    return config_for(phantom, run_dir, schedule=FALL, keep_checkpoints=2, **changes)
+    """16 images in batches of 8, three times, and as many snapshots."""
+    how = dict(schedule=FALL, epochs=3, train_images=16, snapshots=True, keep_checkpoints=2)
+    return config_for(phantom, run_dir, **how, **changes)
 
 
 def test_a_trainer_that_is_used_again_starts_as_a_new_one_does(
@@ -50,9 +50,8 @@ def test_a_trainer_that_is_used_again_starts_as_a_new_one_does(
 
 @pytest.fixture(scope="module")
 def pretrained(phantom, tmp_path_factory):
-    """48 images of the stream in batches of 8, three snapshots."""
     run = tmp_path_factory.mktemp("pre")
-    pretrain(asked(phantom, run), images=48, snapshots=3)
+    fit(asked(phantom, run))
     return run
 
 
@@ -75,31 +74,10 @@ def test_a_pretraining_that_was_ended_goes_on_to_the_same_weights(pretrained, ph
         run / "snapshots" / "step-000000006.keras",
     ):
         path.unlink()
-    result = pretrain(asked(phantom, run, resume=True), images=48, snapshots=3)
+    result = fit(asked(phantom, run, resume=True))
     assert result.resumed_from == "step-000000004.npz"
     last = snapshots_of(run)["path"].iloc[-1]
     assert differ(weights_of(last), weights_of(snapshots_of(pretrained)["path"].iloc[-1])) == []
-
-
-def test_a_pretraining_eats_the_stream_from_where_it_stands(phantom, tmp_path):
-    config = config_for(phantom, tmp_path, stream_images=16, seed=3)
-    train = divide(config)[1]["train"]
-    at = Position(global_batch=8, images=16, epoch=1, image=8, drawn=24)
-    pixels, labels, _ = next(
-        iter(Feed(config, World(), train, train.labels).batches(at, when=None))
-    )
-    expected = stream_images(range(24, 32), seed=3, size=32, **drawing_of(phantom))
-    np.testing.assert_array_equal(pixels.numpy()[..., 0], expected[0])
-    np.testing.assert_array_equal(labels.numpy(), expected[1])
-
-
-def test_a_stream_needs_a_phantom_to_be_like(tiny_nih, tmp_path):
-    with pytest.raises(DataError, match="is no phantom"):
-        pretrain(config_for(tiny_nih(), tmp_path), images=16, snapshots=1)
-    with pytest.raises(ConfigError, match="cannot give 3 snapshots"):
-        pretrain(config_for(tmp_path, tmp_path), images=2, snapshots=3)
-    with pytest.raises(ConfigError, match="stream_images=8"):
-        TrainConfig(data_dir="d", run_dir="r", stream_images=8, augment="radiograph")
 
 
 def test_a_warmup_takes_half_of_the_epochs_at_most():

@@ -44,7 +44,6 @@ BAD = {
     "stage_rate": [-0.1, 1.1, float("nan"), "1", None],
     "fresh_head": ["true", 1, None],
     "recalibrate": [-1, 0.5, "256", True],
-    "stream_images": [-1, 0.5, "64", None],
     "snapshots": ["true", 6, None],
     "split": ["random", "", None, "fold-0-of-5", "fold-6-of-5", "fold-2"],
     "allow_leak": ["false", "no", 0, None],

@@ -18,7 +18,6 @@ from chexlib.errors import ChexlibError, ClusterError, ConfigError, WeightsError
 from chexlib.files import atomic_write
 from chexlib.models.weights import load_model
 from chexlib.phantom.write import write_phantom
-from chexlib.training.callbacks import snapshots_of
 from chexlib.training.fit import fit
 from chexlib.training.state import (
     checkpoint_files,
@@ -193,35 +192,6 @@ def test_a_larger_batch_takes_no_more_than_the_images_of_a_shortened_epoch(phant
     _, arrays, facts = newest_checkpoint(tmp_path / "checkpoints")
     assert facts["position"]["image"] == 0 and facts["position"]["step"] == 3
     assert arrays["tracker"][1] == 24  # images in the mean of the epoch's loss
-
-
-STREAM = dict(epochs=3, stream_images=21, optimizer="sgd", learning_rate=0.1, snapshots=True)
-
-
-@pytest.fixture(scope="module")
-def undisturbed_stream(phantom, tmp_path_factory):
-    """Epochs of 21 images take 3 batches of 8, which are 24."""
-    return fit(config_for(phantom, tmp_path_factory.mktemp("run"), **STREAM))
-
-
-@pytest.mark.parametrize("where", [(1, 2), (2, 2)])
-def test_a_stream_resumed_after_an_odd_number_of_images_ends_at_the_same_bits(
-    phantom, undisturbed_stream, tmp_path, where
-):
-    stopped = fit(config_for(phantom, tmp_path, **STREAM), report=ask_at(*where))
-    resumed = fit(config_for(phantom, tmp_path, **STREAM, resume=True))
-    assert stopped.stopped and resumed.resumed_from
-    assert untimed(resumed) == untimed(undisturbed_stream)
-    assert_same_model(resumed, undisturbed_stream)
-
-
-def test_a_stream_that_goes_on_for_more_epochs_draws_no_image_twice(
-    phantom, undisturbed_stream, tmp_path
-):
-    fit(config_for(phantom, tmp_path, **{**STREAM, "epochs": 1}))
-    more = fit(config_for(phantom, tmp_path, **{**STREAM, "epochs": 3}, resume=True))
-    assert_same_model(more, undisturbed_stream)
-    assert snapshots_of(tmp_path)["images"].tolist() == [24, 48, 72]
 
 
 def test_ranks_that_do_not_agree_are_named_with_the_variable():
