@@ -23,11 +23,16 @@ _SIGNATURES = (
     (r"HYDRA|MPICH", "MPICH"),
 )
 
-# Variables of an allocation, from which mpiexec would take other hosts or a number of ranks, and of
-# a rank, which would tie it to the job that this process is in. MCA settings are the user's own.
+# Variables of a rank, which would tie a new job to the one that this process is in. MCA settings are
+# the user's own.
+_RANK = r"(PMI|PMIX|HYDI)_(?!MCA_)|OMPI_COMM_WORLD_|OMPI_UNIVERSE_SIZE|PRTE_LAUNCHED|MPI_LOCAL"
+# Of an allocation too, from which mpiexec would take other hosts or a number of ranks, and sbatch
+# what it has of memory and tasks. What says where Slurm is stays.
 _ALLOCATION = re.compile(
-    r"(SLURM|PBS|LSB|SGE|FLUX|COBALT|LOADL|PMI|PMIX)_(?!MCA_)|PE_HOSTFILE|OMPI_COMM_WORLD_"
+    rf"(SLURM|PBS|LSB|SGE|FLUX|COBALT|LOADL|PALS|OAR)_(?!CONF$|CLUSTERS$|MPI_TYPE$)|PE_HOSTFILE|{_RANK}"
 )
+# So that mpiexec lets the others live when a process ends that is no rank of a world.
+RECOVERS = {"Open MPI": ["--enable-recovery"], "MPICH": ["-disable-auto-cleanup"]}
 
 # How Open MPI brings messages over TCP. With "put", which it prefers, two ranks that send to each
 # other at once, as in an allreduce, often have 0.65 of the cable, and 0.94 without: under Horovod
@@ -53,13 +58,13 @@ class Mpi:
         Parameters
         ----------
         alone : bool
-            Ranks are on this host alone: an allocation of a batch system is not looked at.
+            Ranks are on this host alone: an allocation of a batch system is not looked at. Ranks
+            on hosts that were named use it.
         """
         home = os.path.expanduser("~")
         home = home if os.path.isabs(home) else tempfile.gettempdir()  # a user that no list knows
-        words = [] if os.environ.get("HOME") else [f"HOME={home}"]
-        for name in filter(_ALLOCATION.match, sorted(os.environ) if alone else ()):
-            words = ["-u", name, *words]
+        words = without_allocation() if alone else without_allocation(_RANK)
+        words += [] if os.environ.get("HOME") else [f"HOME={home}"]
         return ["env", *words, self.command] if words else [self.command]
 
     def flags(
@@ -109,6 +114,12 @@ class Mpi:
         for name in export:
             flags += ["-x", name]
         return flags
+
+
+def without_allocation(pattern: str | re.Pattern = _ALLOCATION) -> list[str]:
+    """Flags of `env` that take from a command what batch systems and MPI left in the environment."""
+    names = sorted(filter(re.compile(pattern).match, os.environ))
+    return [word for name in names for word in ("-u", name)]
 
 
 @functools.cache

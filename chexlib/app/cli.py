@@ -5,6 +5,7 @@ What takes long to import is imported by the command that needs it, so that help
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import io
@@ -95,7 +96,7 @@ labels_option = click.option(
 
 
 _PLACE = (
-    click.option("--engines", type=int, help="Processes that share the work; one without."),
+    click.option("--engines", type=int, help="How many engines to start."),
     click.option("--threads", type=int, help="Of each engine.  [default: the cores divided]"),
     click.option("--hosts", help="node1:2,node2:2 or a hostfile.  [default: this host]"),
     click.option("--interface", help="Of the network that these hosts share, such as eth0."),
@@ -114,6 +115,21 @@ def place_options(command):
 def _given(place: dict) -> dict:
     """Of `place_options`, those that are used."""
     return {name: told for name, told in place.items() if told is not None and told is not False}
+
+
+def _engines_of_tasks(place: dict):
+    """A block with the engines of `place_options`, each by itself; without a number of them none."""
+    from chexlib.cluster.engines import mpi_engines
+    from chexlib.cluster.sites import find_site
+
+    given = _given(place)
+    if "engines" not in given:
+        if given:
+            raise ConfigError(f"{', '.join(given)}: how many engines? Add --engines N.")
+        return contextlib.nullcontext()
+    n, threads = given.pop("engines"), given.pop("threads", 0)
+    site = find_site(options=given.pop("slurm_options", ""), **given)
+    return mpi_engines(n, threads=site.threads_of(n, threads), site=site, joined=False)
 
 
 def _say(text, **options) -> None:
@@ -367,13 +383,16 @@ def train(config_file, resume):
     show_default=True,
     help="Whose study it is.",
 )
-def study(stages, data_dir, rows, notebook):
+@place_options
+def study(stages, data_dir, rows, notebook, **place):
     """Train stages of a notebook's study, in the order in which they are named.
 
     A wrong name is answered with those that there are. What has a row is not trained again. Before
-    each stage it says how many trainings are to go, and about how many core-hours. Start it once
-    per core, with one thread each (OMP_NUM_THREADS=1): the processes share the trainings.
+    each stage it says how many trainings are to go, and about how many core-hours. With --engines
+    each of them takes one training after the other; give each of them one thread. What is started
+    besides shares the trainings.
     """
+    on_engines = _engines_of_tasks(place)
     from chexlib.machine import import_tensorflow
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -384,7 +403,9 @@ def study(stages, data_dir, rows, notebook):
     show_log()
     data = data_folder(data_dir, **module.PHANTOM)
     on = module.study_on(data, table=rows or module.ROWS)
-    click.echo("Done." if on.run_stages(stages) else "Stopped: run it again to go on.")
+    with on_engines as engines:
+        done = on.run_stages(stages, engines)
+    click.echo("Done." if done else "Stopped: run it again to go on.")
 
 
 @main.command()

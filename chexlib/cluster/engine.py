@@ -3,6 +3,8 @@
 An engine that sits in a collective never looks at its heartbeat again, so a thread of its own
 watches: when the launcher that started it is gone, or nobody answers at the controller's port, the
 process ends, on whatever host it is.
+
+`python -m chexlib.cluster.engine` is an engine that is no rank, though MPI's launcher started it.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
 
 from chexlib import stopping
+from chexlib.mpi import without_allocation
 
 PERIOD, PATIENCE = 1.0, 3  # seconds between looks; failed looks in a row before the end
 
@@ -47,6 +51,11 @@ def _watch(parent: int, controller: tuple[str, int]) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def whereabouts() -> dict:
+    """Host and process of an engine that is no rank."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "carrier": "no world", "why": ""}
+
+
 class _LinesKept(logging.StreamHandler):
     """Prints what chexlib logs, and keeps it."""
 
@@ -75,3 +84,12 @@ def call(function: Callable, args: tuple, kwargs: dict, live: bool) -> tuple:
         return function(*args, **kwargs), handler.lines
     finally:
         logger.removeHandler(handler)
+
+
+if __name__ == "__main__":
+    from ipyparallel.engine.app import main
+
+    for name in without_allocation()[1::2]:
+        del os.environ[name]
+    # ipyparallel's launcher with mpiexec says so of every engine.
+    main([word for word in sys.argv[1:] if word != "--mpi"])

@@ -13,6 +13,7 @@ import os
 import socket
 import tempfile
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,6 +39,7 @@ CONTROLLER = [
 ]
 
 
+POLL = 0.2  # seconds between two looks at the tasks of engines
 ROOM = 16 * 2**20  # bytes that a cluster's folder may need
 
 
@@ -50,8 +52,11 @@ class Engines:
 
     log = logging.getLogger(__name__)
 
-    def __init__(self, n: int, site: Site, *, threads: int, timeout: int, stall: int):
+    def __init__(
+        self, n: int, site: Site, *, threads: int, timeout: int, stall: int, joined: bool = True
+    ):
         self.n, self.site, self.threads, self.timeout, self.stall = n, site, threads, timeout, stall
+        self.joined = joined
         self.mpi = find_mpi()
         place = site.shared or tempfile.gettempdir()
         sweep(place)
@@ -130,10 +135,65 @@ class Engines:
             logging.getLogger(name).log(level, text)
         return [value for value, _ in answers]
 
+    def share(self, function: Callable, tasks: deque) -> Iterator[tuple]:
+        """Let engines that are not joined take one task after the other, each by itself.
+
+        Parameters
+        ----------
+        function : callable
+            Importable on the engines.
+        tasks : deque of tuples
+            Arguments of the function, of which the first names the task. More may be added
+            meanwhile. A task whose engine has died comes in again, for another one, at most twice.
+            After `stopping.request` all are dropped, and trainings end after their current step.
+
+        Yields
+        ------
+        task, result
+            As they end.
+
+        Raises
+        ------
+        ChexlibError
+            What a task raised of this family.
+        ClusterError
+            Any other failure, and no engine that is left.
+        """
+        view, running, lost = self.client.load_balanced_view(), {}, Counter()
+        told_to_stop = False
+        while tasks or running:
+            while tasks and len(running) < len(self.client.ids):
+                task = tasks.popleft()
+                running[view.apply_async(call, function, task, {}, False)] = task
+            time.sleep(POLL)
+            self._pending = list(running)
+            for answer in [answer for answer in running if answer.ready()]:
+                task, error = running.pop(answer), answer.exception()
+                if error is None:
+                    value, lines = answer.get()
+                    for name, level, text in lines:
+                        logging.getLogger(name).log(level, text)
+                    yield task, value
+                elif getattr(error, "ename", "") == "EngineError" and lost[task[0]] < 2:
+                    lost[task[0]] += 1
+                    self.log.warning("An engine has died: another one does its work again.")
+                    tasks.append(task)
+                else:
+                    raise faults.explain(self, {answer.engine_id: error})
+            faults.require_alive(self)
+            if not self.client.ids:
+                raise ClusterError(f"no engine is left. {faults.last_lines(self)}")
+            if stopping.requested():
+                tasks.clear()
+                if not told_to_stop:
+                    self.stop()
+                told_to_stop = True
+
     def stop(self) -> None:
         """Ask the training on the engines to end after its current step, and to keep a checkpoint."""
         if self.client is not None:
-            self.client.send_signal(stopping.SIGNAL, targets=0, block=False)
+            targets = 0 if self.joined else "all"
+            self.client.send_signal(stopping.SIGNAL, targets=targets, block=False)
 
     def restart(self, n: int | None = None) -> None:
         """End the engines, if they are up, and start `n` new ones, or as many as before."""
@@ -159,7 +219,9 @@ class Engines:
             engines="slurm" if site.slurm else "mpi",
             n=self.n,
             profile_dir=f"{self.folder}/{self._starts}",
-            config=launcher_settings(site, self.mpi, self.threads, self.stall, self.folder),
+            config=launcher_settings(
+                site, self.mpi, self.threads, self.stall, self.folder, joined=self.joined
+            ),
             controller_ip=site.address,
             controller_args=CONTROLLER,
             # Else it would cross the wire, and the folder has it.
@@ -186,7 +248,9 @@ class Engines:
                 )
             time.sleep(0.1)
         try:
-            self.identities = one_world(self.client, self.cluster.controller, self.n)
+            self.identities = one_world(
+                self.client, self.cluster.controller, self.n, joined=self.joined
+            )
         except (TimeoutError, ipp.error.IPythonError) as error:
             raise ClusterError(
                 f"{self.n} MPI engines came up and did not answer ({type(error).__name__}: "
@@ -243,7 +307,13 @@ class Engines:
 
 @contextlib.contextmanager
 def mpi_engines(
-    n: int, *, threads: int = 0, site: Site | None = None, timeout: int = 120, stall: int = 60
+    n: int,
+    *,
+    threads: int = 0,
+    site: Site | None = None,
+    timeout: int = 120,
+    stall: int = 60,
+    joined: bool = True,
 ) -> Iterator[Engines]:
     """Start `n` MPI engines, and end them whatever happens inside the block.
 
@@ -260,6 +330,8 @@ def mpi_engines(
         Seconds to wait for the engines to come up.
     stall : int
         Seconds for which one rank may keep the others waiting in a collective.
+    joined : bool
+        One MPI world. Else each engine is by itself, for `Engines.share`, and may end by itself.
 
     Raises
     ------
@@ -268,12 +340,12 @@ def mpi_engines(
     ClusterError
         mpiexec is missing or the engines did not come up; the message has mpiexec's own words.
     """
-    for name, value in {"engines": n, "timeout": timeout, "stall": stall}.items():
+    for name, value in {"timeout": timeout, "stall": stall}.items():
         if value < 1:
             raise ConfigError(f"{name}={value} is not accepted. Use 1 or more.")
     site = site or Site()
     threads = site.threads_of(n, threads)
-    engines = Engines(n, site, threads=threads, timeout=timeout, stall=stall)
+    engines = Engines(n, site, threads=threads, timeout=timeout, stall=stall, joined=joined)
     try:
         engines.restart()
         yield engines

@@ -48,15 +48,7 @@ def follow(
             raise explain(engines, _settle(pending))
         if len(done) == len(pending):
             return [answer.get() for answer in pending]
-        if status(engines.cluster.controller.process.pid) == psutil.STATUS_ZOMBIE:
-            raise ClusterError(
-                f"the engines' controller on {socket.gethostname()} has ended. "
-                f"{last_lines(engines)}"
-            )
-        if not engines.launcher_runs():  # seen before the ranks' own end, where the machine is busy
-            raise _death(engines) or ClusterError(
-                f"the launcher of the engines has ended. {last_lines(engines)}"
-            )
+        require_alive(engines)  # seen before the ranks' own end, where the machine is busy
         if frozen := [who for who in engines.identities if _stopped(who)]:
             since = suspicion.setdefault("frozen", time.monotonic())
             if time.monotonic() - since > STALL_REPORT:
@@ -79,6 +71,18 @@ def follow(
                 f"{name} did not end within {timeout} s on {len(pending)} engines. "
                 f"{last_lines(engines)}"
             )
+
+
+def require_alive(engines) -> None:
+    """ClusterError if the engines' controller or their launcher has ended."""
+    if status(engines.cluster.controller.process.pid) == psutil.STATUS_ZOMBIE:
+        raise ClusterError(
+            f"the engines' controller on {socket.gethostname()} has ended. {last_lines(engines)}"
+        )
+    if not engines.launcher_runs():
+        raise _death(engines) or ClusterError(
+            f"the launcher of the engines has ended. {last_lines(engines)}"
+        )
 
 
 def explain(engines, failed: dict[int, BaseException]) -> ChexlibError:

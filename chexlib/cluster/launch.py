@@ -20,11 +20,16 @@ from chexlib.cluster.sites import Site
 from chexlib.cluster.slurm import ENGINES_SCRIPT
 from chexlib.errors import ClusterError
 from chexlib.files import read_text
-from chexlib.mpi import Mpi, thread_environment
+from chexlib.mpi import RECOVERS, Mpi, thread_environment, without_allocation
 
 
-def launcher_settings(site: Site, mpi: Mpi, threads: int, stall: int, folder: str) -> Config:
-    """Settings of the engines' launcher: command, environment and, under Slurm, the script."""
+def launcher_settings(
+    site: Site, mpi: Mpi, threads: int, stall: int, folder: str, *, joined: bool
+) -> Config:
+    """Settings of the engines' launcher: command, environment and, under Slurm, the script.
+
+    Engines that are not `joined` to one world know no MPI, and one may end without the others.
+    """
     environment = {
         **thread_environment(threads),
         "HOROVOD_STALL_CHECK_TIME_SECONDS": str(faults.STALL_REPORT),
@@ -43,10 +48,16 @@ def launcher_settings(site: Site, mpi: Mpi, threads: int, stall: int, folder: st
     ]
     launcher = settings["SlurmEngineSetLauncher" if site.slurm else "MPIEngineSetLauncher"]
     launcher.environment = environment
+    if not joined:
+        launcher.engine_cmd = [sys.executable, "-m", "chexlib.cluster.engine"]
     if site.slurm:
         options = "\n".join(f"#SBATCH {option}" for option in site.options)
         launcher.batch_template = ENGINES_SCRIPT
-        launcher.namespace = {"threads": threads, "options": options}
+        flags = "--kill-on-bad-exit=1" if joined else "--kill-on-bad-exit=0 --mpi=none"
+        launcher.namespace = {"threads": threads, "options": options, "flags": flags}
+        # What it is given is not of the allocation that this process may be in.
+        if words := without_allocation():
+            launcher.submit_command = ["env", *words, "sbatch"]
         launcher.batch_file_name = f"{folder}/engines.sbatch"
         # Its mpiexec launcher says --mpi by itself.
         launcher.engine_args = ["--mpi", "--log-level=ERROR"]
@@ -56,12 +67,13 @@ def launcher_settings(site: Site, mpi: Mpi, threads: int, stall: int, folder: st
         export = ["IPP_PROFILE_DIR", "IPP_CLUSTER_ID", *environment, *passed_on]
         launcher.mpi_cmd = mpi.start(alone=not site.hosts)
         launcher.mpi_args = [*mpi.flags(site.hosts, site.network, export), *site.options]
+        launcher.mpi_args += [] if joined else RECOVERS.get(mpi.family, [])
         launcher.engine_args = ["--log-level=ERROR"]
     return settings
 
 
-def one_world(client: ipp.Client, controller, n: int) -> list[dict]:
-    """Let every engine guard itself, and check that engine id = MPI rank.
+def one_world(client: ipp.Client, controller, n: int, *, joined: bool) -> list[dict]:
+    """Let every engine guard itself, and check that engine id = MPI rank where they are joined.
 
     Gives who each rank is.
     """
@@ -70,6 +82,9 @@ def one_world(client: ipp.Client, controller, n: int) -> list[dict]:
     address = json.loads(read_text(controller.connection_files["engine"]))
     door = (address["interface"].removeprefix("tcp://"), address["registration"])
     client[:].apply_async(engine.begin, door).get(timeout=WAIT)
+    if not joined:
+        told = client[:].apply_async(engine.whereabouts).get(timeout=WAIT)
+        return [{"rank": number, **who} for number, who in zip(client.ids, told, strict=True)]
     identities = client[:].apply_async(identify).get(timeout=WAIT)
     for number, who in zip(client.ids, identities, strict=True):
         if number != who["rank"] or who["ranks"] != n:

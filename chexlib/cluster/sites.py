@@ -43,6 +43,8 @@ class Site:
         ConfigError
             The ranks do not fit the hosts, or nothing says how many threads they have.
         """
+        if n < 1:
+            raise ConfigError(f"engines={n} is not accepted. Use 1 or more.")
         if self.slurm and not threads:
             raise ConfigError(
                 "threads=0 says nothing of hosts that Slurm will choose. Name the threads of each "

@@ -17,7 +17,7 @@ ENGINES_SCRIPT = """#!/bin/bash
 #SBATCH --output={output_file}
 #SBATCH --export=ALL
 {options}
-srun --kill-on-bad-exit=1 --cpus-per-task={threads} {program_and_args}
+srun {flags} --cpus-per-task={threads} {program_and_args}
 """
 _TRAINING_SCRIPT = """#!/bin/bash
 # {ranks} ranks of {threads} threads on {nodes} nodes. Submit it in the project's folder: sbatch SCRIPT

@@ -3,7 +3,7 @@ on where it was.
 
 Any number of processes may work on one grid, on all hosts that see its folder: where a training is
 too small to keep all cores busy, two processes with half of the cores each are done sooner than
-one.
+one. Engines do the same, and one process hands them the points.
 
 A row names what made it. The version of the training and the precision are part of its key: a row
 of another version is stale, and its point is trained anew. Commit and machine are told in the row
@@ -14,17 +14,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
+import pickle
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from tqdm.auto import tqdm
 
+from chexlib import stopping
 from chexlib.errors import ConfigError, DivergedError, first_line
 from chexlib.files import atomic_write, file_lock
 from chexlib.machine import environment, native_precision
@@ -32,6 +37,9 @@ from chexlib.training import TRAINING_VERSION
 from chexlib.training.config import FREE, TrainConfig
 from chexlib.training.fit import Training, learn
 from chexlib.training.trainer import Reuse
+
+if TYPE_CHECKING:  # ipyparallel takes long to import
+    from chexlib.cluster.engines import Engines
 
 MADE_BY = ("training_version", "precision", "commit", "machine")  # what a row tells of its training
 DEFAULTS = {setting.name: setting.default for setting in dataclasses.fields(TrainConfig)}
@@ -42,6 +50,8 @@ def run_grid(
     points: Sequence[Mapping],
     table: str | Path,
     measure: Callable[[dict, Path], Mapping | None],
+    *,
+    engines: Engines | None = None,
 ) -> pd.DataFrame:
     """Measure every point that `table` does not hold yet, and return the rows of all points in
     their order.
@@ -62,6 +72,10 @@ def run_grid(
         grid ends there. What it keeps in `folder`, such as a training's checkpoints, is there again
         when a killed grid goes on with this point, and removed when its row is written. With `fit`:
         `config.replace(run_dir=folder, resume=True)`.
+    engines : Engines, optional
+        From `mpi_engines(..., joined=False)`: each measures one point after the other, by itself.
+        `measure` must be one that can be pickled. What an engine has not measured when it ends,
+        another one measures.
 
     Returns
     -------
@@ -72,7 +86,10 @@ def run_grid(
     Raises
     ------
     ConfigError
-        No points; results are named as settings or `MADE_BY` are, or the table is no such table.
+        No points; results are named as settings or `MADE_BY` are; the table is no such table, or
+        `measure` cannot be sent to engines.
+    ClusterError
+        Engines that fail, or of which none is left: what is measured stays.
     """
     if not points:
         raise ConfigError(
@@ -95,27 +112,19 @@ def run_grid(
     varied = [name for name in settings if len(settings[name].unique()) > 1]
     began = time.monotonic()
     bar = tqdm(total=len(missing), desc=table.stem, unit="row", disable=not missing, leave=False)
-    with bar, contextlib.closing(_unmeasured(missing, table, work, bar)) as keys:
-        for key in keys:
-            point, folder = wanted[key], work / key
-            bar.set_postfix_str(", ".join(f"{k}={point[k]}" for k in varied if k in point)[:80])
-            folder.mkdir(parents=True, exist_ok=True)
-            with _only_warnings():
-                results = measure(dict(point), folder)
-            if results is None:
-                log.info(
-                    "%s was stopped with %d rows to go: run it again to go on",
-                    table,
-                    len(missing) - bar.n,
-                )
-                break
-            if clash := sorted({"key", *point, *MADE_BY} & set(results)):
-                raise ConfigError(f"results may not be named as settings are: {', '.join(clash)}.")
-            with file_lock(work / "table.lock"):
-                rows = _append(table, {"key": key, **point, **results, **_made_by(point)})
-            shutil.rmtree(folder, ignore_errors=True)
+    todo = {key: wanted[key] for key in missing}
+    if engines is None or not todo:
+        measured = _measured_here(todo, table, measure, bar, varied)
+    else:
+        measured = _measured_on(engines, todo, table, measure, bar)
+    with bar, contextlib.closing(measured):
+        for row_written in measured:
+            rows = _read_rows(table)
             done = sum(key in rows for key in missing)
             left = len(missing) - done
+            if not row_written:
+                log.info("%s was stopped with %d rows to go: run it again to go on", table, left)
+                break
             minutes = round((time.monotonic() - began) / done * left / 60)
             unit = "minute" if minutes == 1 else "minutes"
             log.info(
@@ -133,22 +142,84 @@ def read_grid(points: Sequence[Mapping], table: str | Path) -> pd.DataFrame:
     return pd.DataFrame(shown, columns=list(columns))
 
 
-def _unmeasured(keys: Sequence[str], table: Path, work: Path, bar) -> Iterator[str]:
-    """Each key without a row that no other process holds, locked until the next; ends when all
-    have rows.
+def _measured_here(
+    points: Mapping[str, Mapping], table: Path, measure: Callable, bar, varied: Sequence[str]
+) -> Iterator[bool]:
+    """Measure each point without a row that no other process holds, until all have rows: whether
+    the row was written, or its training was stopped.
     """
-    work.mkdir(exist_ok=True)
-    left = list(keys)
+    left = list(points)
     while left:
         for key in left:
-            with file_lock(work / f"{key}.lock", wait=False) as locked:
-                if locked and key not in _read_rows(table):
-                    yield key
-            bar.update(len(set(keys) & set(_read_rows(table))) - bar.n)
+            point = points[key]
+            bar.set_postfix_str(", ".join(f"{k}={point[k]}" for k in varied if k in point)[:80])
+            if (written := _measure(key, point, table, measure)) is not None:
+                yield written
+            bar.update(len(points.keys() & _read_rows(table).keys()) - bar.n)
         before, left = left, [key for key in left if key not in _read_rows(table)]
         if left == before:
             bar.set_postfix_str(f"{len(left)} rows are in the hands of other processes")
             time.sleep(1)
+
+
+def _measured_on(
+    engines: Engines, points: Mapping[str, Mapping], table: Path, measure: Callable, bar
+) -> Iterator[bool]:
+    """`_measured_here` by engines. After a stop those that were not asked yet end too."""
+    try:
+        packed = pickle.dumps(measure)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"what measures a point cannot be sent to engines ({first_line(error)}). Use a function "
+            "of a module."
+        ) from error
+    tasks = deque((key, dict(points[key]), str(table.absolute()), packed) for key in points)
+    with stopping.listening():
+        for task, written in engines.share(_measure_on_engine, tasks):
+            done = points.keys() & _read_rows(table).keys()
+            bar.update(len(done) - bar.n)
+            if written:
+                yield True
+            elif written is not None:
+                stopping.request()  # those of the others too
+            elif task[0] not in done:
+                tasks.append(task)  # in the hands of another process, which may end without it
+                time.sleep(1)
+        if stopping.requested():
+            yield False
+
+
+def _measure_on_engine(key: str, point: dict, table: str, packed: bytes) -> bool | None:
+    return _measure(key, point, Path(table), _unpacked(packed))
+
+
+@functools.lru_cache(maxsize=1)
+def _unpacked(packed: bytes) -> Callable:
+    """Once for all points, so that the graph of a training serves the next."""
+    return pickle.loads(packed)
+
+
+def _measure(key: str, point: Mapping, table: Path, measure: Callable) -> bool | None:
+    """Measure a point and write its row, unless it has one or another process is at it (None);
+    False if it was stopped.
+    """
+    work = table.with_name(f".{table.stem}-work")
+    folder = work / key
+    work.mkdir(exist_ok=True)
+    with file_lock(work / f"{key}.lock", wait=False) as locked:
+        if not locked or key in _read_rows(table):
+            return None
+        folder.mkdir(exist_ok=True)
+        with _only_warnings():
+            results = measure(dict(point), folder)
+        if results is None:
+            return False
+        if clash := sorted({"key", *point, *MADE_BY} & set(results)):
+            raise ConfigError(f"results may not be named as settings are: {', '.join(clash)}.")
+        with file_lock(work / "table.lock"):
+            _append(table, {"key": key, **point, **results, **_made_by(point)})
+        shutil.rmtree(folder, ignore_errors=True)
+    return True
 
 
 @contextlib.contextmanager
@@ -256,10 +327,8 @@ def _read_rows(table: Path) -> dict[str, dict]:
         ) from error
 
 
-def _append(table: Path, row: dict) -> dict[str, dict]:
-    """Add a row, and return all of them by key."""
+def _append(table: Path, row: dict) -> None:
     # Read anew: another notebook may have written since.
     rows = {**_read_rows(table), row["key"]: row}
     with atomic_write(table) as file:
         file.write("".join(f"{json.dumps(row)}\n" for row in rows.values()).encode())
-    return rows

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -34,6 +35,9 @@ from chexlib.training.config import TrainConfig
 from chexlib.training.fit import Training
 from chexlib.training.input import divide
 from chexlib.training.trainer import Reuse
+
+if TYPE_CHECKING:  # ipyparallel takes long to import
+    from chexlib.cluster.engines import Engines
 
 RIDGE = "ridge"  # in place of a topology: the regression that networks must beat
 GATE = 0.88  # mean AUROC at the smallest batch, below which a network is not studied
@@ -141,8 +145,10 @@ class Study:
         rows.loc[rows["diverged"].eq(True), ["auroc", "val_auroc"]] = CHANCE
         return rows
 
-    def run_stages(self, names: Sequence[str]) -> bool:
-        """Train what these stages lack, one after the other; False if it was stopped."""
+    def run_stages(self, names: Sequence[str], engines: Engines | None = None) -> bool:
+        """Train what these stages lack, one after the other, on engines as of `run_grid` or here;
+        False if it was stopped.
+        """
         if unknown := sorted(set(names) - set(self.STAGES)):
             raise ConfigError(
                 f"there is no stage {', '.join(unknown)}. Name some of {', '.join(self.STAGES)}."
@@ -154,7 +160,7 @@ class Study:
                 hours = sum(map(self.seconds_of, missing)) / 3600
                 say = "stage %s: %d trainings to go, about %.2f core-hours"
                 log.info(say, name, len(missing), hours)
-                if not self.run(missing, reuse=reuse):
+                if not self.run(missing, reuse=reuse, engines=engines):
                     return False
         return True
 
@@ -162,20 +168,20 @@ class Study:
         measured = set(read_grid(points, self.table)["key"]) if points else set()
         return [point for point in points if point_key(point) not in measured]
 
-    def run(self, points: Sequence[dict], *, reuse: Reuse) -> bool:
+    def run(self, points: Sequence[dict], *, reuse: Reuse, engines: Engines | None = None) -> bool:
         """Train what has no row yet; False if it was stopped."""
-
-        def train(point, folder):
-            if point.get("topology") == RIDGE:
-                return self._measure_ridge()
-            return self.measure(point, folder, reuse=reuse)
-
-        rows = run_grid(points, self.table, train)
+        train = functools.partial(self._measure_any, reuse=reuse)
+        rows = run_grid(points, self.table, train, engines=engines)
         return len(rows) == len({str(point) for point in points})
 
     def ridge(self) -> dict:
         """The point of the ridge regression on the same images."""
         return {"topology": RIDGE, **self.where}
+
+    def _measure_any(self, point: dict, folder: Path, *, reuse: Reuse) -> dict | None:
+        if point.get("topology") == RIDGE:
+            return self._measure_ridge()
+        return self.measure(point, folder, reuse=reuse)
 
     def _measure_ridge(self) -> dict:
         _, parts = divide(self.base)

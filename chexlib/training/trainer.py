@@ -53,6 +53,9 @@ class Reuse:
         self.accumulates = accumulates
         self._key, self._trainer, self._start = None, None, ()
 
+    def __getstate__(self) -> dict:  # another process makes graphs of its own
+        return vars(Reuse(accumulates=self.accumulates))
+
     def trainer(self, config: TrainConfig, world: World) -> DataParallelTrainer:
         """What `make_trainer` gives, or the last one that it gave, in the state in which it would
         give it now.

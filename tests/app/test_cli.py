@@ -247,6 +247,18 @@ def test_run_refuses_engines_where_they_cannot_be(tmp_path, options, naming):
     refused_run(tmp_path, "04", *options, naming=naming)
 
 
+@pytest.mark.parametrize(
+    ("options", "naming"),
+    [
+        (["--hosts", "node1"], ["hosts", "--engines N"]),
+        (["--engines", "0"], ["engines=0", "1 or more"]),
+        (["--engines", "2", "--hosts", "node1", "--interface", LOOPBACK], ["1 slots"]),
+    ],
+)
+def test_a_study_refuses_engines_that_cannot_be(options, naming):
+    refused("study", "gate", *options, naming=naming)
+
+
 def test_run_refuses_more_engines_of_a_profile_than_cores_unless_told_to(tmp_path, monkeypatch):
     monkeypatch.setattr("chexlib.app.execute.cores", lambda: 3)
     refused_run(

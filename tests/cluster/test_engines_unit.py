@@ -17,6 +17,8 @@ from chexlib import mpi as profiles
 from chexlib.cluster import cleanup, faults
 from chexlib.cluster.cleanup import end_members, members
 from chexlib.cluster.engines import mpi_engines
+from chexlib.cluster.launch import launcher_settings
+from chexlib.cluster.sites import Site
 from chexlib.errors import ClusterError, ConfigError
 from chexlib.mpi import find_mpi, recognise_mpi, thread_environment
 
@@ -170,6 +172,54 @@ def test_a_command_of_mpiexec_is_plain_where_nothing_is_in_its_way(monkeypatch):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(profiles.os.path, "expanduser", lambda path: path)  # in no list of users
     assert mpi.start(alone=False) == ["env", f"HOME={tempfile.gettempdir()}", "mpiexec"]
+
+
+@pytest.fixture
+def in_a_rank_of_a_job(monkeypatch):
+    """As in a notebook that `srun` has started within an allocation."""
+    for name in list(os.environ):
+        if profiles._ALLOCATION.match(name):
+            monkeypatch.delenv(name)
+    variables = ("SLURM_JOB_ID", "SLURM_MEM_PER_NODE", "SLURM_CONF", "SLURM_MPI_TYPE", "PMIX_RANK")
+    for name in variables:
+        monkeypatch.setenv(name, "1")
+
+
+@pytest.mark.usefixtures("in_a_rank_of_a_job")
+def test_engines_of_an_allocation_use_it_but_are_no_part_of_the_notebooks_own_mpi_job():
+    mpi = recognise_mpi("mpiexec", OPEN_MPI_5)
+    assert mpi.start(alone=False) == ["env", "-u", "PMIX_RANK", "mpiexec"]
+    own = ["-u", "PMIX_RANK", "-u", "SLURM_JOB_ID", "-u", "SLURM_MEM_PER_NODE"]
+    assert mpi.start() == ["env", *own, "mpiexec"]
+
+
+@pytest.mark.usefixtures("in_a_rank_of_a_job")
+@pytest.mark.parametrize(
+    ("joined", "flags"),
+    [(True, "--kill-on-bad-exit=1"), (False, "--kill-on-bad-exit=0 --mpi=none")],
+)
+def test_engines_that_slurm_places_take_nothing_from_the_allocation_of_the_notebook(joined, flags):
+    mpi, site = recognise_mpi("mpiexec", OPEN_MPI_5), Site(slurm=True, shared="/shared")
+    settings = launcher_settings(site, mpi, 2, 60, "/shared/x", joined=joined)
+    launcher = settings.SlurmEngineSetLauncher
+    own = ["-u", "PMIX_RANK", "-u", "SLURM_JOB_ID", "-u", "SLURM_MEM_PER_NODE"]
+    assert launcher.submit_command == ["env", *own, "sbatch"]
+    assert launcher.namespace["flags"] == flags
+
+
+def test_ranks_start_within_a_rank_of_another_job():
+    mpi = find_mpi()
+    nested = (
+        "import subprocess, sys\n"
+        "from chexlib.mpi import find_mpi\n"
+        "mpi = find_mpi()\n"
+        "show = 'import os; print(os.environ[\"OMPI_COMM_WORLD_SIZE\"])'\n"
+        "words = [*mpi.start(), '-n', '2', *mpi.flags(), sys.executable, '-c', show]\n"
+        "sys.exit(subprocess.run(words).returncode)\n"
+    )
+    words = [*mpi.start(), "-n", "1", *mpi.flags(), sys.executable, "-c", nested]
+    answer = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert answer.stdout.split() == ["2", "2"], answer.stderr
 
 
 def test_a_missing_mpiexec_is_an_error_with_the_next_step(monkeypatch, tmp_path):

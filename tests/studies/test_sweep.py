@@ -2,10 +2,12 @@
 grids.
 """
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -17,10 +19,13 @@ import pandas as pd
 import pytest
 from small_training import grid_of_three
 
+from chexlib import stopping
 from chexlib.errors import ConfigError
+from chexlib.files import file_lock
 from chexlib.studies import grid as sweep
 from chexlib.studies.grid import MADE_BY, deciding_settings, point_key, run_grid
 from chexlib.training.config import TrainConfig
+from chexlib.training.trainer import Reuse
 
 POINTS = [{"batch": batch, "seed": seed} for batch in (16, 64) for seed in (0, 1, 2)]
 
@@ -206,6 +211,74 @@ def test_every_setting_that_decides_a_training_is_in_its_key_and_no_folder_is(tm
     assert len(keys - {key}) == len(numbers) + len(words) + len(flags) + 1
     flat = deciding_settings(base.replace(schedule=schedule))
     assert not [value for value in flat.values() if isinstance(value, dict | list)]
+
+
+class InLine:
+    """Stands for engines: what is sent to them is done here. `then(result)` is called after each."""
+
+    def __init__(self, then=lambda result: None):
+        self.then = then
+
+    def share(self, function, tasks):
+        while tasks and not stopping.requested():
+            task = tasks.popleft()
+            result = function(*pickle.loads(pickle.dumps(task)))
+            self.then(result)
+            yield task, result
+
+
+def measured(point, folder):
+    return {"auroc": point["batch"] / 100 + point["seed"]}
+
+
+def stopped_at_large_batches(point, folder):
+    return None if point["batch"] == 64 else measured(point, folder)
+
+
+def test_engines_write_the_rows_of_one_process(tmp_path):
+    run_grid(POINTS[2:3], tmp_path / "shared.jsonl", measured)  # one is there before
+    shared = run_grid(POINTS, tmp_path / "shared.jsonl", measured, engines=InLine())
+    pd.testing.assert_frame_equal(shared, run_grid(POINTS, tmp_path / "alone.jsonl", measured))
+    assert list((tmp_path / ".shared-work").iterdir()) == []
+
+
+def test_a_point_in_other_hands_is_left_to_them_and_taken_over_if_they_end_without_it(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sweep.time, "sleep", lambda seconds: None)
+    (work := tmp_path / ".grid-work").mkdir()
+    seen = []
+
+    def then(result):
+        seen.append(result)
+        if len(seen) == len(POINTS):
+            others.close()  # as by the end of the other process
+
+    with contextlib.ExitStack() as others:
+        others.enter_context(file_lock(work / f"{point_key(POINTS[0])}.lock"))
+        rows = run_grid(POINTS, tmp_path / "grid.jsonl", measured, engines=InLine(then))
+    assert seen == [None, *[True] * len(POINTS)] and len(rows) == len(POINTS)
+
+
+def test_one_stop_ends_the_grid_on_all_engines(tmp_path, caplog):
+    caplog.set_level("INFO", logger="chexlib")
+    table = tmp_path / "grid.jsonl"
+    rows = run_grid(POINTS, table, stopped_at_large_batches, engines=InLine())
+    assert len(rows) == 3 and "stopped with 3 rows to go" in caplog.text
+    assert not stopping.requested()  # the next grid is not stopped
+    assert len(run_grid(POINTS, table, measured, engines=InLine())) == len(POINTS)
+
+
+def test_what_cannot_be_sent_to_engines_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="Use a function of a module"):
+        run_grid(POINTS, tmp_path / "grid.jsonl", lambda point, folder: {}, engines=InLine())
+
+
+def test_a_trainer_that_is_used_again_stays_in_its_process():
+    reuse = Reuse(accumulates=True)
+    reuse._key, reuse._trainer = {}, lambda: "a graph"
+    sent = pickle.loads(pickle.dumps(reuse))
+    assert vars(sent) == vars(Reuse(accumulates=True)) and reuse._trainer() == "a graph"
 
 
 def test_a_grid_of_trainings_killed_three_times_gives_the_table_of_an_undisturbed_one(
