@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -195,14 +196,15 @@ def test_the_command_makes_a_profile_that_run_takes_after_another(measured, tmp_
 @pytest.mark.cores
 @pytest.mark.long  # notebook 08 does it in the whole run
 def test_two_ranks_are_really_measured():
-    found = measure(
-        {"topology": "vgg16", "size": 32, "batch_per_rank": 2}, ranks=2, threads=1, steps=3
-    )
-    assert (
-        len(found["seconds"]) == 3
-        and found["images_per_second"] > 0
-        and found["gflop_per_image"] > 1
-    )
+    settings = {"topology": "vgg16", "size": 32, "batch_per_rank": 2, "detail": True}
+    found = measure(settings, ranks=2, threads=1, steps=3)
+    assert len(found["seconds"]) == 3 and found["images_per_second"] > 0
+    assert found["gflop_per_image"] > 1 and found["gradient_bytes"] == 4 * 14_721_870
+    parts = {name: np.array(found[name]) for name in ("input_wait", "compute", "sum")}
+    assert all(part.shape == (2, 3) and (part >= 0).all() for part in parts.values())
+    # Pixels are ready at once, so it is the network that takes its time.
+    assert np.median(parts["compute"]) > np.median(parts["input_wait"])
+    assert (sum(parts.values())[0] <= found["seconds"]).all()
 
 
 def test_ranks_that_end_or_are_too_slow_are_reported_with_their_words(monkeypatch):
