@@ -8,7 +8,7 @@ Every kind of interval that the project prints, with the function that makes it:
 | --- | --- | --- |
 | AUROC of a finding, and of their mean | `auroc.bootstrap_auroc` | 03, 04, 09, `evaluate`, subgroups |
 | average precision of a finding | `auroc.bootstrap_auroc` | 03, 04, 09, `evaluate` |
-| difference of AUROC, same images | `auroc.paired_difference` | 04, 06 (ensembles, peaks), 09, leakage, `evaluate` |
+| difference of AUROC, same images | `auroc.paired_difference` | 04, 09, leakage, `evaluate` |
 | difference of AUROC, mean of seeds | `cross_validation.arm_gains` | real model |
 | sensitivity, specificity, PPV, NPV | `operating.share` | 09 |
 | pointing game, IoU, IoBB | `operating.share` | 09, `localization.py` |
