@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+from chexlib import stopping
 from chexlib.errors import ConfigError
 
 
@@ -15,7 +16,11 @@ def work(name, folder):
         os.kill(os.getpid(), signal.SIGKILL)
     if name == "wrong":
         raise ConfigError("seed=-1 is not accepted.")
+    if name == "broken":
+        raise ValueError("no such thing")
     if name == "endless":
         time.sleep(600)
+    while name == "patient" and not stopping.requested():
+        time.sleep(0.1)
     time.sleep(0.2)
     return os.getpid(), [key for key in os.environ if key.startswith(("PMIX_", "OMPI_COMM_WORLD"))]

@@ -159,6 +159,8 @@ class Engines:
         ClusterError
             Any other failure, and no engine that is left.
         """
+        if self.client is None:
+            self.restart()
         view, running, lost = self.client.load_balanced_view(), {}, Counter()
         told_to_stop = False
         while tasks or running:
@@ -174,12 +176,17 @@ class Engines:
                     for name, level, text in lines:
                         logging.getLogger(name).log(level, text)
                     yield task, value
-                elif getattr(error, "ename", "") == "EngineError" and lost[task[0]] < 2:
+                elif getattr(error, "ename", "") != "EngineError":
+                    raise faults.explain(self, {answer.engine_id: error})
+                elif lost[task[0]] < 2:
                     lost[task[0]] += 1
                     self.log.warning("An engine has died: another one does its work again.")
                     tasks.append(task)
                 else:
-                    raise faults.explain(self, {answer.engine_id: error})
+                    raise ClusterError(
+                        f"three engines have died of the same work, {task[0]}. Is their memory "
+                        f"enough? Start fewer on a host. {faults.last_lines(self)}"
+                    )
             faults.require_alive(self)
             if not self.client.ids:
                 raise ClusterError(f"no engine is left. {faults.last_lines(self)}")

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import threading
 from collections import deque
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from sharing_job import work
 from small_training import config_for
 from test_distributed import nothing_left
 
+from chexlib import stopping
 from chexlib.cluster import engines as module
 from chexlib.cluster.engines import mpi_engines
 from chexlib.errors import ClusterError, ConfigError
@@ -43,6 +45,11 @@ def test_the_task_of_an_engine_that_dies_is_done_again_and_errors_come_through(t
         assert {len(world) for _, (_, world) in done} == {0}  # no engine is a rank
         with pytest.raises(ConfigError, match="seed=-1"):
             share("wrong")
+        with pytest.raises(ClusterError, match=r"rank [01] on .* ValueError: no such thing"):
+            share("broken")
+        with stopping.listening():
+            threading.Timer(1, stopping.request).start()
+            assert [task[0] for task, _ in share("patient", "never")] == ["patient"]
         os.kill(engines.cluster.controller.process.pid, signal.SIGKILL)
         with pytest.raises(ClusterError, match=r"controller on .* has ended"):
             share("endless")
