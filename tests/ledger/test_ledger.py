@@ -21,7 +21,7 @@ from chexlib.files import ROOT, write_json
 from chexlib.findings import FINDINGS
 from chexlib.ledger import answers
 from chexlib.ledger.answers import VERDICTS, build_ledger, count_verdicts, ledger, verdict
-from chexlib.ledger.counterparts import COUNTERPARTS, ITSELF
+from chexlib.ledger.counterparts import COUNTERPARTS, ITSELF, NOT_RUN
 from chexlib.ledger.published import claims, published_auroc, published_collapses, published_ladder
 from chexlib.ledger.records import RECORDS, Measured, Results, judged
 
@@ -232,6 +232,16 @@ def test_a_loss_that_the_studys_recipe_keeps_small_is_contradicted_by_a_large_on
         assert (
             table.loc["large batches/Facebook/64K", "verdict"] == "reproduced"
         )  # that such batches lose
+
+
+def test_what_the_study_of_recipes_has_not_trained_is_said_to_be_missing():
+    found = results(1)
+    record = ("ladder", "auroc_by_batch", "losses", "collapse", "ensemble")
+    found["06"].metrics.update({name: [] if name == "losses" else {} for name in record})
+    table = ledger(found)
+    asked = table[table["notebook"] == "06"]
+    assert len(asked) > 20 and set(asked["why"]) == {NOT_RUN}
+    assert set(asked["verdict"]) == {"not comparable"}
 
 
 def test_a_claim_has_the_verdict_of_its_notebook_or_the_reason_why_it_has_none():
