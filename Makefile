@@ -91,7 +91,7 @@ clean:  ## end stray engines, remove the environment and all made data (runs/ st
 	rm -rf $(VENV) benchmarks/.torch data/phantom data/cache .pytest_cache .ruff_cache .coverage*
 
 # PYTHON is a program, or a version such as 3.13 that uv finds or fetches. Without a C++ compiler, or with HOROVOD=0,
-# Horovod is left out, and mpi4py carries what the ranks tell each other.
+# Horovod is left out, and the ranks communicate through mpi4py.
 $(STAMP): pyproject.toml uv.lock $(wildcard horovod-headers/horovod_headers/*.py)
 	@case "$${PYTHON:-}" in \
 	3.1[1-3]) python=$$PYTHON; export UV_PYTHON_DOWNLOADS=automatic; \
@@ -110,8 +110,8 @@ $(STAMP): pyproject.toml uv.lock $(wildcard horovod-headers/horovod_headers/*.py
 	without=; said=", Horovod is compiled"; \
 	if [ "$$(uname -sm)" != "Linux x86_64" ] || [ "$(HOROVOD)" = 0 ]; then without="--no-install-package horovod"; said=; \
 	elif ! command -v "$${CXX:-g++}" >/dev/null; then without="--no-install-package horovod"; said=; \
-	  echo "No C++ compiler ($${CXX:-g++}): Horovod is left out, and mpi4py carries what the ranks tell each other. (Later: apt install g++, rm $(STAMP), make env)"; fi; \
+	  echo "No C++ compiler ($${CXX:-g++}): Horovod is left out, and the ranks communicate through mpi4py. To have Horovod later: apt install g++, rm $(STAMP), make env"; fi; \
 	echo "Making the environment in $(VENV): a few minutes$$said ..."; \
 	uv sync --locked --quiet --python "$$python" $$without \
-	  || { echo "Error: the environment was not made; uv's message stands above. If Horovod did not compile, make env HOROVOD=0 leaves it out, and mpi4py carries." >&2; exit 2; }; \
+	  || { echo "Error: the environment could not be made: uv says why above. If Horovod did not compile, make env HOROVOD=0 leaves it out, and the ranks communicate through mpi4py." >&2; exit 2; }; \
 	touch $@

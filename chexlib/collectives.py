@@ -1,5 +1,4 @@
-"""What the ranks of a training do together: sums, broadcasts and exchanges, and nothing when there
-is only one rank.
+"""Collectives of the ranks: allreduce, broadcast, allgather and barrier; with one rank, nothing.
 
 Horovod carries them where it is built, else mpi4py does. `CHEXLIB_COLLECTIVES=horovod` or `mpi4py`
 forces one. Horovod's own Keras classes average nothing under Keras 3 (see the README's FAQ), so the
@@ -24,6 +23,7 @@ import numpy as np
 
 from chexlib.errors import FAULTS, ChexlibError, ClusterError, ConfigError
 from chexlib.machine import import_tensorflow
+from chexlib.mpi import CARRIED_BY
 
 log = logging.getLogger(__name__)
 
@@ -267,8 +267,8 @@ class _Mpi4py:
                 self._given_up = (sent, came, barrier)  # MPI may still write to what they hold
                 raise ClusterError(
                     f"rank {', '.join(map(str, missing)) or 'unknown'} kept the others waiting for "
-                    f"more than {self._give_up_after:g} s. Look at what it was doing, and go on "
-                    "from the last checkpoint."
+                    f"more than {self._give_up_after:g} s. Look at what it was doing, and "
+                    "continue from the last checkpoint with resume=true."
                 )
         self._mpi.Request.Waitall([*sent, *came.values()])
 
@@ -315,9 +315,7 @@ def carrier() -> _Horovod | _Mpi4py:
     if not _CARRIER:
         _CARRIER.append(_make_carrier())
         if _CARRIER[0].why and _CARRIER[0].rank == 0:
-            log.warning(
-                "%s carries what the ranks tell each other: %s.", _CARRIER[0].name, _CARRIER[0].why
-            )
+            log.warning(CARRIED_BY, _CARRIER[0].name, _CARRIER[0].why)
     return _CARRIER[0]
 
 
@@ -343,8 +341,8 @@ def _make_carrier() -> _Horovod | _Mpi4py:
         reason = str(error).splitlines()[0]
         if wanted:
             raise ClusterError(
-                f"CHEXLIB_COLLECTIVES=horovod, but Horovod is not built here ({reason}). Install a "
-                "C++ compiler, remove .venv/.made and run `make env`, or unset "
+                f"CHEXLIB_COLLECTIVES=horovod is set, but Horovod is not built here ({reason}). "
+                "Install a C++ compiler, remove .venv/.made and run `make env`. Or unset "
                 "CHEXLIB_COLLECTIVES: mpi4py needs no compiler."
             ) from error
         return _Mpi4py(f"Horovod is not built here ({reason})")
@@ -380,9 +378,9 @@ def require_agreement(world: World, variables: dict, *, when: str) -> None:
     others = f", and {len(differing) - 1} more variables differ" if len(differing) > 1 else ""
     raise ClusterError(
         f"{when} the ranks no longer agree: {differing[0]} is not the same on rank "
-        f"{', '.join(map(str, odd))}{'' if times == 1 else ' as on the others'}{others}. Training "
-        "was stopped: go on from the last checkpoint with resume=true; if it happens again, look "
-        "for a faulty host or a function that is not the same on all ranks."
+        f"{', '.join(map(str, odd))}{'' if times == 1 else ' as on the others'}{others}. Continue "
+        "from the last checkpoint with resume=true. If it happens again, look for a faulty host, or "
+        "for a function that is not the same on all ranks."
     )
 
 
@@ -423,7 +421,7 @@ def join_world() -> World:
     if ours.ranks not in launched - {1}:
         raise ClusterError(
             f"{max(launched)} processes were started, but MPI joined {ours.ranks} of them. Start "
-            f"them with the MPI that {ours.name} was built with; under srun set SLURM_MPI_TYPE to "
+            f"them with the MPI that {ours.name} was built with. Under srun, set SLURM_MPI_TYPE to "
             "what `srun --mpi=list` offers (pmix for Open MPI; pmi2 for Intel MPI, with "
             "I_MPI_PMI_LIBRARY naming Slurm's libpmi2.so)."
         )

@@ -5,7 +5,9 @@ A message says what is wrong, the value, what is accepted and the next step.
 
 from __future__ import annotations
 
+import difflib
 import errno
+from collections.abc import Iterable
 
 # What a file or the machine can raise at any place. The command line tells them in one line too.
 FAULTS = (OSError, EOFError, MemoryError, RecursionError)
@@ -61,10 +63,15 @@ _DEBUG = "Repeat the command with --debug to see where."
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's text, at most 200 characters: for a message of one line."""
-    return next(
-        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-    )[:200]
+    """The first line of an error's text, at most 200 characters, without the file of an OSError."""
+    text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A hint for a message, such as " Did you mean 'epochs'?"; empty where no name is similar."""
+    near = difflib.get_close_matches(name, names, 1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def printable(text: str) -> str:
@@ -81,7 +88,7 @@ def printable(text: str) -> str:
 
 
 def one_line(error: BaseException | str) -> str:
-    """What an error says, in one line with the next step, whatever raised it; or a text so."""
+    """An error's text, or a text, as one line; errors of files and memory get the next step."""
     said = " ".join(str(error).split())
     if isinstance(error, OSError):
         what = f"{error.filename} cannot be used" if error.filename else "reading or writing failed"

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from chexlib.errors import DataError
+from chexlib.errors import ChexlibError, DataError, first_line
 
 ROOT = Path(__file__).resolve().parents[1]  # the project's folder
 DEEPEST = 50  # levels of a JSON file; ours have ten at most
@@ -54,8 +54,8 @@ def require_room(folder: str | Path, needed: int) -> None:
     """
     if shutil.disk_usage(folder).free < needed:
         raise DataError(
-            f"{folder}, for temporary files, has no room for {needed / 1e6:,.0f} MB. Make room, or "
-            "name another folder in the environment variable TMPDIR."
+            f"the folder for temporary files, {folder}, has no room for {needed / 1e6:,.0f} MB. Make "
+            "room, or name another folder in the environment variable TMPDIR."
         )
 
 
@@ -68,12 +68,14 @@ def scratch_folder(needed: int) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def writing_to(place: str | Path, step: str) -> Iterator[None]:
-    """Let an OSError of the block be a DataError that names the place and the next step."""
+def writing_to(
+    place: str | Path, step: str, *, kind: type[ChexlibError] = DataError
+) -> Iterator[None]:
+    """Let an OSError of the block be an error of `kind` that names the place and the next step."""
     try:
         yield
     except OSError as error:
-        raise DataError(f"{place} cannot be written ({error.strerror or error}). {step}") from error
+        raise kind(f"{place} cannot be written ({first_line(error)}). {step}") from error
 
 
 def require_writable(folder: str | Path, step: str) -> None:
@@ -270,13 +272,12 @@ def read_json(path: str | Path, kind: type = dict):
         for _ in range(DEEPEST):
             level = [inner for value in level for inner in _inside(value)]
         if level:
-            raise ValueError(f"it is nested deeper than {DEEPEST}")
+            raise ValueError(f"it is nested deeper than {DEEPEST} levels")
     except (FileNotFoundError, NotADirectoryError):
         return kind()
     except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(
-            f"{path} cannot be read as JSON ({reason}). Restore it, or move it away."
+            f"{path} cannot be read as JSON ({first_line(error)}). Correct it, or move it away."
         ) from error
     return values
 

@@ -38,6 +38,7 @@ RECOVERS = {"Open MPI": ["--enable-recovery"], "MPICH": ["-disable-auto-cleanup"
 # other at once, as in an allreduce, often have 0.65 of the cable, and 0.94 without: under Horovod
 # on emulated hosts, 100 and 400 Mbit/s.
 TCP_FLAGS = "send"
+CARRIED_BY = "Ranks communicate through %s: %s."  # a carrier, and why it is not Horovod
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"  # the interface of this host alone
 
 
@@ -135,7 +136,7 @@ def find_mpi() -> Mpi:
     command = str(beside) if beside.exists() else shutil.which("mpiexec")
     if command is None:
         raise ClusterError(
-            "there is no mpiexec in this environment or on the PATH. Run `make env`."
+            "there is no mpiexec in this environment or on the PATH. Run `make env` to install one."
         )
     words = [*Mpi(command, "", 0, "").start(), "--version"]
     answer = subprocess.run(
@@ -155,8 +156,8 @@ def recognise_mpi(command: str, text: str) -> Mpi:
             major = int(match[1]) if match.groups() else 0
             return Mpi(command, family, major, version)
     raise ClusterError(
-        f"{command} is no MPI that chexlib knows: it says {version!r}. Known: Open MPI 4 and 5, "
-        "MPICH, Intel MPI."
+        f"{command} is of an MPI that chexlib does not know: it says {version!r}. Put one of these "
+        "first on the PATH: Open MPI 4 and 5, MPICH, Intel MPI."
     )
 
 
@@ -169,7 +170,7 @@ def thread_environment(threads: int) -> dict[str, str]:
         Fewer than one thread.
     """
     if threads < 1:
-        raise ConfigError(f"threads={threads} is not accepted. Use at least 1 thread a rank.")
+        raise ConfigError(f"threads={threads} is not accepted. Use at least 1 thread per rank.")
     return {
         "OMP_NUM_THREADS": str(threads),
         "TF_NUM_INTRAOP_THREADS": str(threads),

@@ -40,7 +40,7 @@ KINDS = {
     "notebook SIGTERM": None,
     "notebook SIGKILL": None,
     "everything killed": None,
-    "disk full": r"checkpoint .*step-\d+\.npz of .* MB could not be written \(No space left on "
+    "disk full": r"checkpoint .*step-\d+\.npz of .* MB cannot be written \(No space left on "
     r"device\)",
     "checkpoint truncated": r"rank {rank} on {host} died of signal 9",
     "checkpoint flipped": r"rank {rank} on {host} died of signal 9",

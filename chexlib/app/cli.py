@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import traceback
+from typing import NoReturn
 
 import click
 
@@ -52,25 +53,25 @@ class _OneLine:
                 raise  # nobody reads on: click ends quietly
             if ctx.meta.get("debug"):
                 traceback.print_exc()
-            _give_up_full_output()
-            click.echo(f"Error: {one_line(error)}", err=True)
-            ctx.exit(2)
+            _end_with(error)
 
 
-def _give_up_full_output() -> None:
-    """Let Python end without a second error if standard output is on a full disk."""
+def _end_with(error: BaseException) -> NoReturn:
+    """Print an error in one line and exit with 2, also if standard output is on a full disk."""
     try:
         sys.stdout.flush()
-    except OSError:
+    except OSError:  # else Python says it a second time when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    click.echo(f"Error: {one_line(error)}", err=True)
+    sys.exit(2)
 
 
 class Command(_OneLine, click.Command):
-    """A command whose errors are told in one line."""
+    """A command that prints an error as one line."""
 
 
 class _Family(_OneLine, click.Group):
-    """Commands whose errors are told in one line."""
+    """Commands that print an error as one line."""
 
     command_class = Command
 
@@ -78,30 +79,36 @@ class _Family(_OneLine, click.Group):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # of a locale that may lack a letter of ours
                 stream.reconfigure(errors="backslashreplace")
-        return super().main(*args, **kwargs)
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:  # help, which click prints before it calls a command
+            _end_with(error)
 
 
 @click.group(cls=_Family, context_settings={"help_option_names": ["-h", "--help"]})
 def main():
-    """The AI radiologist: train, scale and judge a 14-finding chest X-ray classifier.
+    """The AI radiologist: train, scale and judge a classifier of 14 findings in chest X-rays.
 
-    Not for clinical use.
+    Begin with `run`, which executes the notebooks and writes a report. Not for clinical use.
     """
     logging.raiseExceptions = False  # a log line that finds no room is lost, without a traceback
 
 
 labels_option = click.option(
-    "--data", "data_dir", required=True, help="Folder in the NIH layout; the labels are enough."
+    "--data",
+    "data_dir",
+    required=True,
+    help="Data folder in the NIH layout; images are not needed.",
 )
 
 
 _PLACE = (
-    click.option("--engines", type=int, help="How many engines to start."),
-    click.option("--threads", type=int, help="Of each engine.  [default: the cores divided]"),
-    click.option("--hosts", help="node1:2,node2:2 or a hostfile.  [default: this host]"),
-    click.option("--interface", help="Of the network that these hosts share, such as eth0."),
+    click.option("--engines", type=int, help="Number of engines (MPI processes) to start."),
+    click.option("--threads", type=int, help="Threads per engine.  [default: the cores divided]"),
+    click.option("--hosts", help="Such as node1:2,node2:2, or a hostfile.  [default: this host]"),
+    click.option("--interface", help="Network interface that these hosts share, such as eth0."),
     click.option("--slurm", is_flag=True, help="Let Slurm choose the hosts."),
-    click.option("--slurm-options", help="For sbatch, such as '--time=02:00:00'."),
+    click.option("--slurm-options", help="Options for sbatch, such as '--time=02:00:00'."),
 )
 
 
@@ -152,9 +159,11 @@ def _number(value: float) -> str:
     default="quick",
     show_default=True,
     metavar="NAME[,NAME]",
-    help="Parameters from notebooks/profiles/NAME.yaml; of several the last one counts.",
+    help="Take parameters from notebooks/profiles/NAME.yaml; later files overrule earlier ones.",
 )
-@click.option("--data", "data_dir", help="Folder in the NIH layout; without it a phantom is made.")
+@click.option(
+    "--data", "data_dir", help="Data folder in the NIH layout.  [default: synthetic images]"
+)
 @place_options
 @click.option(
     "-p",
@@ -162,21 +171,23 @@ def _number(value: float) -> str:
     nargs=2,
     multiple=True,
     metavar="NAME VALUE",
-    help="Set a notebook parameter.",
+    help="Give a notebook parameter a value; can be repeated.",
 )
-@click.option("--runs-dir", default="", help="Where runs go.  [default: runs/ of the project]")
 @click.option(
-    "--reference", is_flag=True, help="Keep what is found in data/reference, for comparisons."
+    "--runs-dir", default="", help="Folder for new runs.  [default: runs/ of the project]"
+)
+@click.option(
+    "--reference", is_flag=True, help="Save the results in data/reference, for `compare`."
 )
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on with the newest run of the same settings, if it is not finished.",
+    help="Continue the newest run with the same settings, if it is not finished.",
 )
 def run(notebooks, data_dir, parameters, profile, runs_dir, reference, resume, **place):
-    """Execute notebooks headless and write the run's report.
+    """Execute notebooks and write a report of the run.
 
-    NOTEBOOKS: names or numbers; all without.
+    NOTEBOOKS are names or numbers, such as 03. Without any, all notebooks are executed.
     """
     from chexlib.app.execute import end_when_told, execute
 
@@ -192,13 +203,11 @@ def run(notebooks, data_dir, parameters, profile, runs_dir, reference, resume, *
 
 @main.command()
 @click.argument("run", type=click.Path())
-@click.option(
-    "--all", "every", is_flag=True, help="Show every figure, not only those that are apart."
-)
+@click.option("--all", "every", is_flag=True, help="Show all figures, not only those that differ.")
 def compare(run, every):
-    """Compare RUN, a run's folder, with the reference results.
+    """Compare the results in RUN, a run's folder, with the reference results.
 
-    Exits with 1 if a figure is shown to differ.
+    Exits with 1 if a figure differs by more than chance explains.
     """
     from chexlib.app.reference import APART, VERDICTS, compare_run
 
@@ -221,7 +230,7 @@ def compare(run, every):
 @main.command()
 @click.argument("run", type=click.Path())
 def card(run):
-    """Write MODEL_CARD.md into RUN, a folder with a model.keras, from what the run's files say."""
+    """Write a model card, MODEL_CARD.md, into RUN, the folder of one training."""
     from chexlib.app.report import write_card
 
     _say(write_card(run))
@@ -238,8 +247,9 @@ def course(out):
 
 @main.command()
 def clean():
-    """End the engines and controllers of all notebooks of this project that are yours, running ones
-    too.
+    """End all MPI engines that your notebooks of this project have started.
+
+    Engines that are still at work are ended too.
     """
     from chexlib.cluster.cleanup import PREFIX, end_members
 
@@ -255,17 +265,24 @@ def clean():
     "--images", "n_images", default=2000, show_default=True, help="Number of radiographs."
 )
 @click.option("--size", default=128, show_default=True, help="Side in pixels.")
-@click.option("--seed", default=0, show_default=True, help="Another seed, other patients.")
-@click.option("--difficulty", default="standard", show_default=True, help="easy, standard or hard.")
+@click.option(
+    "--seed", default=0, show_default=True, help="Random seed: another one gives other patients."
+)
+@click.option(
+    "--difficulty",
+    default="standard",
+    show_default=True,
+    help="How hard the findings are to see: easy, standard or hard.",
+)
 @click.option(
     "--min-prevalence",
     default=0.0,
     show_default=True,
-    help="Least share of images with each finding.",
+    help="Each finding is in at least this share of the images.",
 )
-@click.option("--workers", type=int, help="Processes.  [default: the cores]")
+@click.option("--workers", type=int, help="Number of processes.  [default: one per core]")
 def phantom(directory, **settings):
-    """Make synthetic radiographs with all 14 findings in DIRECTORY, in the NIH layout."""
+    """Draw synthetic radiographs with known findings into DIRECTORY, in the NIH layout."""
     from chexlib.phantom.write import write_phantom
 
     _say(write_phantom(directory, **settings))
@@ -276,11 +293,12 @@ def phantom(directory, **settings):
 @click.option(
     "--parts",
     default="",
-    help="Archives to fetch, for instance 1,2; 'none': labels alone.  [default: all]",
+    help="Numbers of the archives, such as 1,2; 'none' fetches the labels alone.  [default: all]",
 )
 def fetch(directory, parts):
-    """Download the NIH release (45 GB, or some parts) into DIRECTORY, checked; goes on where it was
-    stopped.
+    """Download the NIH release (45 GB), or parts of it, into DIRECTORY.
+
+    Every file is checked. A download that was stopped continues where it was.
     """
     from chexlib.app.runs import show_log
     from chexlib.data.fetch import fetch as download
@@ -291,7 +309,7 @@ def fetch(directory, parts):
             numbers = () if parts == "none" else [int(part) for part in parts.split(",")]
         except ValueError:
             raise ConfigError(
-                f"--parts {parts!r} is not a list of numbers. Write for instance --parts 1,2."
+                f"--parts {parts!r} is not accepted. Use numbers from 1 to 12, such as 1,2, or none."
             ) from None
     show_log()
     _say(download(directory, parts=numbers))
@@ -301,9 +319,10 @@ def fetch(directory, parts):
 @labels_option
 @click.argument("parts", nargs=-1, required=True, metavar="PART=LIST...")
 def audit(data_dir, parts):
-    """Check that no patient is shared between parts, for instance train=train.txt test=test.txt.
+    """Check that no patient is in two parts of a split.
 
-    Exits 1 on a leak.
+    PART=LIST names a part and its list of images, for instance train=train.txt test=test.txt. Exits
+    with 1 if parts share patients.
     """
     from chexlib.data.nih import load_radiographs
     from chexlib.data.splits import audit as check
@@ -314,7 +333,7 @@ def audit(data_dir, parts):
         name, _, path = item.partition("=")
         if not name or not path:
             raise ConfigError(
-                f"{item!r} is not PART=LIST. Write for instance train=train_list.txt."
+                f"{item!r} is not accepted. Write PART=LIST, for instance train=train_list.txt."
             )
         if name in paths:
             raise ConfigError(f"part {name!r} is given twice. Give each part one list.")
@@ -334,20 +353,28 @@ def audit(data_dir, parts):
 
 @main.command()
 @click.option(
-    "--config", "config_file", required=True, type=click.Path(), help="JSON of a TrainConfig."
+    "--config",
+    "config_file",
+    required=True,
+    type=click.Path(),
+    help="JSON file of settings (TrainConfig).",
 )
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in its run_dir.")
+@click.option("--resume", is_flag=True, help="Continue from the newest checkpoint in its run_dir.")
 def train(config_file, resume):
-    """Train as CONFIG says, on one process or under mpiexec or srun.
+    """Train one model with the settings of a JSON file.
 
-    SIGUSR1: stop, keep a checkpoint.
+    Start it as one process, or as many under mpiexec or srun. The signal SIGUSR1 ends it after the
+    current step, with a checkpoint.
     """
     from chexlib.files import read_json
     from chexlib.machine import import_tensorflow
 
     # What is wrong is told before the slow import of TensorFlow.
     if not os.path.exists(config_file):
-        raise ConfigError(f"there is no file {config_file}. Name a JSON file of settings.")
+        raise ConfigError(
+            f"there is no file {config_file}. Name a JSON file of settings, such as the config.json "
+            "of a run."
+        )
     values = read_json(config_file)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import_tensorflow()
@@ -373,24 +400,27 @@ def train(config_file, resume):
 @main.command()
 @click.argument("stages", nargs=-1, required=True, metavar="STAGE...")
 @click.option(
-    "--data", "data_dir", default="", help="Folder in the NIH layout.  [default: a phantom]"
+    "--data",
+    "data_dir",
+    default="",
+    help="Data folder in the NIH layout.  [default: synthetic images]",
 )
-@click.option("--rows", help="File of the rows.  [default: the committed ones]")
+@click.option("--rows", help="File for the results.  [default: the committed one]")
 @click.option(
     "--notebook",
     type=click.Choice(sorted(STUDIES)),
     default="05",
     show_default=True,
-    help="Whose study it is.",
+    help="Notebook whose study it is.",
 )
 @place_options
 def study(stages, data_dir, rows, notebook, **place):
-    """Train stages of a notebook's study, in the order in which they are named.
+    """Train stages of a notebook's study, in the order in which you name them.
 
-    A wrong name is answered with those that there are. What has a row is not trained again. Before
-    each stage it says how many trainings are to go, and about how many core-hours. With --engines
-    each of them takes one training after the other; give each of them one thread. What is started
-    besides shares the trainings.
+    A wrong name is answered with the names that exist. Trainings that have results are not
+    repeated. Before each stage it says how many trainings are left, and about how many core-hours.
+    With --engines, each engine takes one training after the other: give each one thread. Any number
+    of such commands, and notebooks, share the trainings.
     """
     on_engines = _engines_of_tasks(place)
     from chexlib.machine import import_tensorflow
@@ -405,7 +435,7 @@ def study(stages, data_dir, rows, notebook, **place):
     on = module.study_on(data, table=rows or module.ROWS)
     with on_engines as engines:
         done = on.run_stages(stages, engines)
-    click.echo("Done." if done else "Stopped: run it again to go on.")
+    click.echo("Done." if done else "Stopped. Repeat the command to continue.")
 
 
 @main.command()
@@ -418,15 +448,19 @@ def study(stages, data_dir, rows, notebook, **place):
     "batches",
     multiple=True,
     type=int,
-    help="Images per rank; several to compare.  [default: 16]",
+    help="Images per rank; repeat the option to compare several.  [default: 16]",
 )
 @click.option(
-    "--precision", "precisions", multiple=True, help="float32 or mixed_bfloat16; both are compared."
+    "--precision",
+    "precisions",
+    multiple=True,
+    help="float32 or mixed_bfloat16; repeat the option to compare both.",
 )
-@click.option("--steps", default=6, show_default=True, help="Steps of each measurement.")
+@click.option("--steps", default=6, show_default=True, help="Training steps per measurement.")
 def tune(batches, precisions, **settings):
-    """Measure which ranks x threads train fastest here, and save it: `run --profile quick,tuned`
-    uses it.
+    """Measure how many ranks and threads train fastest on this machine.
+
+    The result is saved as a profile: `run --profile quick,tuned` uses it.
     """
     from chexlib.machine import native_precision
     from chexlib.scaling.tune import PROFILE, save_winner
@@ -448,23 +482,24 @@ def tune(batches, precisions, **settings):
     "--json",
     "form",
     flag_value="json",
-    help="Print JSON: probabilities, doubts and errors by image.",
+    help="Print JSON: for each image its probabilities, and doubts or errors.",
 )
 @click.option(
     "--csv", "form", flag_value="csv", help="Print CSV: a row per image, a column per finding."
 )
 @click.option(
-    "--heatmaps", metavar="DIR", help="Write where the network looked to DIR, a PNG per image."
+    "--heatmaps",
+    metavar="DIR",
+    help="Write heat maps, where the network looked, into DIR: a PNG per image.",
 )
 def predict(images, weights, form, heatmaps):
-    """Print the probability of each of the 14 findings for every image, calibrated if the weights
-    know how.
-
-    JSON also has the findings called at each operating point that the weights carry. Not for
-    clinical use.
+    """Print the probability of each of the 14 findings for every image.
 
     IMAGES are PNG, JPEG or DICOM files, folders of them, or quoted patterns such as
-    'films/**/*.dcm'. Exits with 1 if some could not be read, 2 if none could.
+    'films/**/*.dcm'. Exits with 1 if some could not be read, with 2 if none could.
+
+    If the weights file holds a calibration, the probabilities are calibrated. If it holds operating
+    points, JSON also lists the findings above each of them. Not for clinical use.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import pandas as pd
@@ -531,14 +566,14 @@ def predict(images, weights, form, heatmaps):
     "--part",
     default="test",
     show_default=True,
-    help="Rows to judge, if the file has a column `part`.",
+    help="Part to judge, if the file has a column `part`.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(predictions, as_json, **settings):
-    """Judge PREDICTIONS, a CSV or Parquet file of scores: AUROC and average precision, intervals
-    over patients.
+    """Judge the scores in PREDICTIONS, a CSV or Parquet file, by AUROC and average precision.
 
-    A row per image (column `image`), a column per finding, with or without a common prefix.
+    The file has a row per image, with its name in the column `image`, and a column per finding, with
+    or without a common prefix. Intervals come from resampling patients.
     """
     from chexlib.evaluation.scores import evaluate as judge_file
     from chexlib.files import plain

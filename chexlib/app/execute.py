@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import faulthandler
 import logging
 import os
@@ -31,10 +30,18 @@ from chexlib.app.runs import (
     show_log,
 )
 from chexlib.cluster.sites import find_site
-from chexlib.errors import FAULTS, ChexlibError, ConfigError, DataError, first_line, one_line
+from chexlib.errors import (
+    FAULTS,
+    ChexlibError,
+    ConfigError,
+    DataError,
+    did_you_mean,
+    first_line,
+    one_line,
+)
 from chexlib.files import ROOT, atomic_write, read_json, require_file, require_writable
 from chexlib.machine import BATCH, cores
-from chexlib.mpi import thread_environment
+from chexlib.mpi import CARRIED_BY, thread_environment
 
 KERNEL_LOG = "kernel.log"  # in the run's folder: what kernels wrote to standard error
 # Notebooks that neither measure speed nor start engines run two at a time, those that take longest
@@ -112,7 +119,7 @@ def execute(
         log.info("Run folder: %s", run)
         carrier, why = collectives.expected_carrier()
         if why:
-            log.info("%s carries what the ranks tell each other: %s.", carrier, why)
+            log.info(CARRIED_BY, carrier, why)
         _save_whole(run)
         progress = _Progress(run, asked)
         done = {path.stem for path in paths if finished(run / path.stem)}
@@ -148,7 +155,11 @@ def execute(
                         failed.append(path.stem)
         report = build_report(run)
         if failed:
-            log.warning("%s does not point to this run: notebooks failed.", run.parent / "latest")
+            log.warning(
+                "%s notebooks failed, so %s does not point to this run. Look at the report for the "
+                "errors, and repeat the command with --resume (make run RESUME=1).",
+                *(len(failed), run.parent / "latest"),
+            )
         else:
             point_latest(run)
         return sorted(failed), report
@@ -281,7 +292,7 @@ def _execute_one(path: Path, folder: Path, parameters: dict) -> bool:
     # so, and the other notebooks go on.
     except Exception as error:
         last_words = folder.parent / KERNEL_LOG
-        log.error("%s failed: %s (its last words: %s)", path.stem, one_line(error), last_words)
+        log.error("%s failed: %s Its last output is in %s.", path.stem, one_line(error), last_words)
         with contextlib.suppress(Exception):  # there may be no room for it, or no whole notebook
             _note_death(folder / "notebook.ipynb", path, error)
         return False
@@ -372,7 +383,9 @@ def find_notebooks(names: Sequence[str] = ()) -> list[Path]:
         matches = [path for path in every if stem in (path.stem, path.stem.split("_")[0])]
         if not matches:
             stems = ", ".join(path.stem for path in every)
-            raise ConfigError(f"there is no notebook {name!r}. There are: {stems}.")
+            raise ConfigError(
+                f"there is no notebook {name!r}. Use a name or its two digits, such as 03: {stems}."
+            )
         chosen += [path for path in matches if path not in chosen]
     return chosen or every
 
@@ -388,17 +401,19 @@ def _profile(names: str) -> dict:
         file = folder / f"{name}.yaml"
         if not file.exists():
             profiles = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-            step = " `python -m chexlib tune` makes it." if name == "tuned" else ""
-            raise ConfigError(f"there is no profile {name!r}. There are: {profiles}.{step}")
+            step = f"write one: {file}"
+            if name == "tuned":
+                step = "make this one with `python -m chexlib tune`"
+            raise ConfigError(f"there is no profile {name!r}. Use one of {profiles}, or {step}.")
         try:
             require_file(file)
             values = yaml.safe_load(file.read_bytes()) or {}
             if not isinstance(values, dict):
-                raise ValueError("it has no names with values")
+                raise ValueError("it does not have names with values")
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(
-                f"{file} is no profile ({first_line(error)}). Write a line `name: value` for each "
-                "parameter."
+                f"{file} cannot be read as a profile ({first_line(error)}). Write a line "
+                "`name: value` for each parameter."
             ) from error
         parameters |= values
     return parameters
@@ -444,11 +459,9 @@ def _checked(parameters: dict, profile: dict, accepted: dict[Path, dict]) -> dic
     names = sorted(kinds.keys() - {"run_dir"})  # that one is execute's
     for name in parameters:
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
-                f"no notebook of this run has a parameter {name!r}.{hint} Accepted: "
-                f"{', '.join(names)}."
+                f"no notebook of this run has a parameter {name!r}."
+                f"{did_you_mean(name, names)} Use one of {', '.join(names)}."
             )
     on_engines = "engines" in kinds
     settings = {**PLACE, "data_dir": "", **profile, **parameters}
@@ -487,5 +500,6 @@ def _refuse_what_cannot_work(settings: dict) -> None:
         images = len(load_radiographs(settings["data_dir"]))
         if settings["engines"] > images:
             raise ConfigError(
-                f"{settings['engines']} engines cannot share {images} images. Use at most {images}."
+                f"{settings['engines']} engines cannot share {images} images. Use at most {images} "
+                "engines."
             )

@@ -1,4 +1,4 @@
-"""Where a training stands, shown to a person while it runs."""
+"""Live progress of a training: lines in a log, or bar, plot and Stop button in a notebook."""
 
 from __future__ import annotations
 

@@ -149,7 +149,9 @@ def compare_run(run: str | Path, *, reference: str | Path = "") -> dict[str, dic
     folder = Path(reference or ROOT / "data" / "reference")
     compared = {}
     if not Path(run).is_dir():
-        raise ConfigError(f"there is no run folder {run}. Name one, such as runs/latest.")
+        raise ConfigError(
+            f"there is no run folder {run}. Name a run's folder, such as runs/latest."
+        )
     for file in sorted(Path(run).glob("[0-9]*/metrics.json")):
         kept = read_json(folder / f"{file.parent.name}.json")
         if not kept:
@@ -167,13 +169,14 @@ def compare_run(run: str | Path, *, reference: str | Path = "") -> dict[str, dic
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
-                f"{file} or its reference holds what cannot be compared ({error!r}). Restore it, "
-                "or move its folder away."
+                f"{file} cannot be compared with its reference: one of them is damaged ({error!r}). "
+                "Restore it, or move its folder away."
             ) from error
     if not compared:
         names = ", ".join(file.stem for file in sorted(folder.glob("*.json"))) or "none"
         raise ConfigError(
-            f"{run} has results of no notebook that has reference results. These have: {names}."
+            f"{run} has no results that can be compared. Name the folder of a run, such as "
+            f"runs/latest, with one of these notebooks: {names}."
         )
     tables = [notebook["estimates"] for notebook in compared.values()]
     corrected = holm(np.concatenate([table["p"].to_numpy(float) for table in tables]))

@@ -368,8 +368,8 @@ def write_card(run: str | Path) -> Path:
         )
     except jinja2.UndefinedError as error:
         raise WeightsError(
-            f"the card in {weights} lacks something: {error}. Name the folder of a training, or "
-            "add it with `extend_card`."
+            f"the card in {weights} lacks something ({error}). Name the folder of a training, or "
+            "add what is missing with `extend_card`."
         ) from error
 
 

@@ -19,7 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chexlib.errors import ConfigError, DataError, printable
-from chexlib.files import ROOT, atomic_write, file_lock, is_utf8, plain, read_json, write_json
+from chexlib.files import (
+    ROOT,
+    atomic_write,
+    file_lock,
+    is_utf8,
+    plain,
+    read_json,
+    write_json,
+    writing_to,
+)
 from chexlib.machine import environment
 from chexlib.phantom.population import REPEAT
 
@@ -38,17 +47,13 @@ def new_run(runs_dir: str | Path = "") -> Path:
     """Make and return a folder for a new run, `runs/<date-time>`."""
     parent = Path(runs_dir or ROOT / "runs").absolute()
     if not is_utf8(parent):
-        raise ConfigError(f"the name of the run folder {parent} is no UTF-8. Name another.")
+        raise ConfigError(f"the name of the run folder {parent} is not UTF-8. Name another.")
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for suffix in ["", *(f"-{i}" for i in range(2, 100))]:
         path = parent / f"{stamp}{suffix}"
-        try:
+        with _writing(parent), contextlib.suppress(FileExistsError):
             path.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise _unwritable(parent, error) from error
-        return path
+            return path
     raise ConfigError(f"{parent} has a hundred runs of this second. Name the folder yourself.")
 
 
@@ -92,14 +97,16 @@ def run_folder(
     if run is None or all(finished(run / name) for name in asked["notebooks"]):
         run = new_run(runs_dir)
         try:
-            write_json(run / ASKED, asked)
-        except OSError as error:
+            with _writing(run):
+                write_json(run / ASKED, asked)
+        except ConfigError:
             run.rmdir()
-            raise _unwritable(run, error) from error
+            raise
     with file_lock(run / ".lock", wait=False) as locked:
         if not locked:
             raise ConfigError(
-                f"{run} is being executed. Wait for its end, or begin a new run without resume."
+                f"another process is executing {run}. Wait for its end, or begin a new run without "
+                "--resume (RESUME=1)."
             )
         yield run
 
@@ -123,7 +130,7 @@ def latest_run(runs_dir: str | Path = "") -> Path | None:
 
 @dataclass(frozen=True)
 class Run:
-    """What one notebook leaves behind. Made by `start`."""
+    """Run folder of one notebook: parameters, figures and metrics. Made by `start`."""
 
     notebook: str
     path: Path
@@ -257,13 +264,11 @@ def start(notebook: str, *, run_dir: str = "", parameters: dict | None = None) -
     """
     show_log()
     path = Path(run_dir).absolute() if run_dir else new_run() / notebook
-    try:
+    with _writing(path):
         path.mkdir(parents=True, exist_ok=True)
         interrupted = _began_before(path, parameters or {})
         write_json(path / "params.json", parameters or {})
         write_json(path / "environment.json", environment())
-    except OSError as error:
-        raise _unwritable(path, error) from error
     began = time.monotonic()
     return Run(notebook, path, dict(parameters or {}), began, bool(run_dir), interrupted)
 
@@ -335,8 +340,6 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
-def _unwritable(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"the run folder {path} cannot be written ({error.strerror}). Name another: with "
-        "`run --runs-dir DIR`, or in a notebook with run_dir."
-    )
+def _writing(path: Path) -> contextlib.AbstractContextManager:
+    step = "Name another folder with --runs-dir, or in a notebook with the parameter run_dir."
+    return writing_to(f"the run folder {path}", step, kind=ConfigError)

@@ -1,4 +1,4 @@
-"""What runs on an engine: a thread that ends it when it is orphaned, and the calls of `Engines.run`.
+"""Code that runs on an MPI engine: the calls of `Engines.run`, and a thread that ends orphans.
 
 An engine that sits in a collective never looks at its heartbeat again, so a thread of its own
 watches: when the launcher that started it is gone, or nobody answers at the controller's port, the

@@ -29,7 +29,7 @@ from chexlib.cluster.sites import Site
 from chexlib.errors import ClusterError, ConfigError
 from chexlib.files import require_room
 from chexlib.machine import cores
-from chexlib.mpi import find_mpi
+from chexlib.mpi import CARRIED_BY, find_mpi
 
 CONTROLLER = [
     "--HeartMonitor.period=2000",
@@ -118,7 +118,9 @@ class Engines:
         if len(self.client.ids) < self.n:
             lines = faults.last_lines(self)
             self.down()
-            raise ClusterError(f"engines have died since the last call. {lines}")
+            raise ClusterError(
+                f"engines have died since the last call; the next call starts new ones. {lines}"
+            )
         work = (call, function, args, kwargs, report is not None)
         self._pending = pending = [
             self.client[engine].apply_async(*work) for engine in self.client.ids
@@ -209,7 +211,8 @@ class Engines:
         self._starts += 1
         if not self.site.shared and self.n * self.threads > cores():
             self.log.warning(
-                "%d engines x %d threads on %d cores: they will wait for each other.",
+                "%d engines x %d threads are more than %d cores: engines will wait for each other. "
+                "Use fewer of either.",
                 self.n,
                 self.threads,
                 cores(),
@@ -244,14 +247,15 @@ class Engines:
             self.launched = Launched(launcher, site, self.folder)
         except Exception as error:
             raise ClusterError(
-                f"the controller of the engines did not start ({type(error).__name__}: {error})."
+                f"the controller of the engines did not start ({type(error).__name__}: {error}). "
+                "End what is left of others with `python -m chexlib clean`, and start again."
             ) from error
         while len(self.client.ids) < self.n:
             late = time.monotonic() - began > self.timeout
             if late or not self.launcher_runs():
-                why = f"not within {self.timeout} s" if late else "their launcher ended"
+                why = f"they took more than {self.timeout} s" if late else "their launcher ended"
                 raise ClusterError(
-                    f"{self.n} MPI engines did not come up: {why}. {faults.last_lines(self)}"
+                    f"{self.n} MPI engines did not start: {why}. {faults.last_lines(self)}"
                 )
             time.sleep(0.1)
         try:
@@ -260,14 +264,12 @@ class Engines:
             )
         except (TimeoutError, ipp.error.IPythonError) as error:
             raise ClusterError(
-                f"{self.n} MPI engines came up and did not answer ({type(error).__name__}: "
+                f"{self.n} MPI engines started, but did not answer ({type(error).__name__}: "
                 f"{error}). {faults.last_lines(self)}"
             ) from error
         first = self.identities[0]
         if self._starts == 1 and first["why"]:
-            self.log.warning(
-                "%s carries what the ranks tell each other: %s.", first["carrier"], first["why"]
-            )
+            self.log.warning(CARRIED_BY, first["carrier"], first["why"])
         here = socket.gethostname()
         sign(self.folder, [who["pid"] for who in self.identities if who["host"] == here])
 

@@ -144,8 +144,8 @@ def last_lines(engines) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", engines.output())  # IPython colours its tracebacks
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
-        return "The engines printed nothing."
-    return "\n".join(["The engines' last lines:", *lines[-LINES:]])
+        return "The engines printed nothing. Start them again, and fewer of them if that does not help."
+    return "\n".join(["Look for the cause in the engines' last lines:", *lines[-LINES:]])
 
 
 def _settle(pending: list) -> dict[int, BaseException]:

@@ -47,14 +47,13 @@ class Site:
             raise ConfigError(f"engines={n} is not accepted. Use 1 or more.")
         if self.slurm and not threads:
             raise ConfigError(
-                "threads=0 says nothing of hosts that Slurm will choose. Name the threads of each "
-                "rank."
+                "threads=0 is not accepted where Slurm chooses the hosts. Name the threads per rank."
             )
         slots = sum(slots for _, slots in self.hosts)
         if self.hosts and slots < n:
             raise ConfigError(
-                f"engines={n}, but the hosts have {slots} slots. Name more hosts, or more slots of "
-                "each."
+                f"engines={n} is more than the {slots} slots of the hosts. Name more hosts, or more "
+                "slots per host."
             )
         of_a_host = max((slots for _, slots in self.hosts), default=n)
         threads = threads or max(1, min(topology()["physical_cores"], cores()) // of_a_host)
@@ -98,7 +97,7 @@ def find_site(
     named = _read_hosts(hosts)
     if named and slurm:
         raise ConfigError(
-            "hosts are named, and slurm=True lets Slurm choose them. Use one of both."
+            "hosts are named, and slurm=True lets Slurm choose them. Use only one of both."
         )
     if isinstance(options, str) and options.strip():
         options = (" ".join(options.split()),)
@@ -117,8 +116,8 @@ def find_site(
     if interface not in addresses:
         names = ", ".join(sorted(addresses))
         raise ConfigError(
-            f"interface={interface!r} has no IPv4 address here. Name the one that all hosts share, "
-            f"of {names}."
+            f"interface={interface!r} has no IPv4 address here. Name the one that all hosts share: "
+            f"{names}."
         )
     if slurm and not shutil.which("sbatch"):
         raise ConfigError(
@@ -139,7 +138,7 @@ def _read_hosts(hosts: Sequence[str] | str | Path) -> tuple[tuple[str, int], ...
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is no text"
             raise ConfigError(
-                f"the hostfile {hosts} cannot be read ({reason}). Give a file or a list."
+                f"the hostfile {hosts} cannot be read ({reason}). Name a text file, or give a list."
             ) from error
     else:
         lines = list(hosts)
@@ -151,7 +150,7 @@ def _read_hosts(hosts: Sequence[str] | str | Path) -> tuple[tuple[str, int], ...
         match = re.fullmatch(r"([\w.-]+)(?::(\d+)|\s+slots\s*=\s*(\d+).*)?", text)
         if not match or "0" in match.groups()[1:]:
             raise ConfigError(
-                f"Expected a host as 'name', 'name:slots', or 'name slots=4', got {line!r}."
+                f"the host {line!r} is not accepted. Write 'name', 'name:4' or 'name slots=4'."
             )
         named[match[1]] += int(match[2] or match[3] or 1)
     return tuple(named.items())

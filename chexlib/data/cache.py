@@ -48,6 +48,7 @@ _COLUMNS = {
     "dark": bool,
 }
 DARK = 100  # grey levels; an image of fewer bits than its file says has 95 % below
+SKIP = "With skip_broken=True a training leaves such images out."
 log = logging.getLogger(__name__)
 
 
@@ -228,8 +229,8 @@ class ImageStore:
             named = first_few([self.paths[index] for index in np.flatnonzero(dark)])
             log.warning(
                 f"{dark.sum():,} of {len(dark):,} images are very dark, 95 % of each below {DARK} "
-                f"of 255 grey levels: {named}. Were films of fewer bits converted as if of 16? "
-                "Export them again, or training suffers."
+                f"of 255 grey levels: {named}. Perhaps films of fewer bits were converted as if they "
+                "had 16. Export them again, or training suffers."
             )
 
     def _builders(self, gather: Callable) -> tuple[int, int | None]:
@@ -343,15 +344,16 @@ def content(path: str, size: int, known=()) -> tuple[int, np.ndarray | None]:
     try:
         data = read_bytes(path)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path} cannot be read: {reason}.") from error
+        raise DataError(
+            f"{path} cannot be read: {first_line(error)}. Copy it again, or leave it out. {SKIP}"
+        ) from error
     digest = _digest(data)
     if digest in known:
         return digest, None
     try:
         return digest, resize_area(read_image(path, data), size)
     except DataError as error:
-        raise DataError(f"{error} skip_broken=True does so in a training.") from error
+        raise DataError(f"{error} {SKIP}") from error
 
 
 def _key(path: str) -> int:

@@ -70,14 +70,14 @@ def retrieve(remote: Remote, folder: Path) -> Path:
     except ValueError as error:
         partial.unlink(missing_ok=True)
         raise DataError(
-            f"{remote.name} from {remote.url} is not what was expected ({remote.checksum}): "
-            "damaged on the way, or changed there. It was removed. Try again; then look at the "
-            "page of the release."
+            f"{remote.name} from {remote.url} does not have the expected checksum "
+            f"({remote.checksum}), and was removed. Fetch again. If that does not help, the file has "
+            "changed at its source: look at the page of the release."
         ) from error
     except OSError as error:
         raise DataError(
-            f"{remote.name} cannot be written in {folder}: {error.strerror or error}. What came is "
-            "kept: make room and run it again."
+            f"{remote.name} cannot be written in {folder}: {error.strerror or error}. What has come "
+            "is kept. Make room, and repeat the command."
         ) from error
     partial.unlink(missing_ok=True)
     return folder / remote.name
@@ -103,12 +103,14 @@ def _complete(remote: Remote, partial: Path) -> None:
             idle = 0 if have > before else idle + 1
             if idle == ATTEMPTS:
                 raise DataError(
-                    f"{remote.url} brought nothing in {ATTEMPTS} attempts, last: {fault}. {have:,} "
-                    f"of {remote.size:,} bytes of {remote.name} are kept; run it again to go on "
-                    "from there."
+                    f"{remote.url} sent nothing in {ATTEMPTS} attempts (the last one: {fault}). "
+                    f"{have:,} of {remote.size:,} bytes of {remote.name} are kept. Check the network, "
+                    "and repeat the command: it continues from there."
                 ) from fault
             if have < remote.size and idle < 2:  # what goes on is not told again
-                _log.warning("%s: interrupted at %d bytes (%s), going on", remote.name, have, fault)
+                _log.warning(
+                    "%s: interrupted at %d bytes (%s), continuing", remote.name, have, fault
+                )
             if idle:
                 time.sleep(min(PAUSE * 2**idle, 60.0))
 
@@ -134,8 +136,8 @@ def _receive(remote: Remote, partial: Path, have: int, bar) -> None:
         code = answer.status_code
         if 400 <= code < 500 and code not in (408, 429):
             raise DataError(
-                f"{remote.url} answers {code} {answer.reason}: {remote.name} cannot be had there "
-                "now."
+                f"{remote.url} answers {code} {answer.reason}: {remote.name} is not there now. "
+                "Repeat the command later, or look at the page of the release."
             )
         answer.raise_for_status()
         total = answer.headers.get("Content-Length", "")
@@ -147,7 +149,7 @@ def _receive(remote: Remote, partial: Path, have: int, bar) -> None:
         if total.isdigit() and int(total) != remote.size:
             raise DataError(
                 f"{remote.url} offers {total} bytes, and {remote.name} has {remote.size}: it is "
-                "another file."
+                "another file. Look at the page of the release."
             )
         with open(partial, "ab") as file:
             if code != 206:  # the server begins again, whatever was asked
@@ -157,7 +159,8 @@ def _receive(remote: Remote, partial: Path, have: int, bar) -> None:
                 if file.tell() + len(chunk) > remote.size:
                     file.truncate(0)
                     raise DataError(
-                        f"{remote.url} does not end after the {remote.size} bytes of {remote.name}."
+                        f"{remote.url} does not end after the {remote.size} bytes of {remote.name}: "
+                        "it is another file. Look at the page of the release."
                     )
                 bar.update(file.write(chunk))
 
@@ -236,7 +239,7 @@ def fetch(directory: str | Path, *, parts: Sequence[int] | None = None) -> Path:
     for part in parts:
         if part not in numbered:
             raise ConfigError(
-                f"there is no part {part!r}. Choose from 1 to {len(numbered)}, for instance 1,2."
+                f"there is no part {part!r}. Use numbers from 1 to {len(numbered)}, such as 1,2."
             )
     work = directory / ".fetch"
     archives = [numbered[part] for part in parts if not _unpacked(directory, numbered[part])]
@@ -279,7 +282,7 @@ def _unpacked(directory: Path, archive: Remote) -> bool:
     if _recorded(directory).get(archive.name, {}).get("checksum") == archive.checksum:
         return True
     raise DataError(
-        f"{folder} is there, and fetch has not made it: it may be whole or not. Move it away, or "
+        f"{folder} is there, but fetch did not make it, and it may not be complete. Move it away, or "
         "leave its part out with --parts."
     )
 
@@ -306,7 +309,7 @@ def _check_room(directory: Path, work: Path, tables, archives) -> None:
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir():
-        raise DataError(f"{existing} is a file. Name a folder for the data.")
+        raise DataError(f"{existing} is a file, not a folder. Name a folder for the data.")
     free = shutil.disk_usage(existing).free
     if need > free:
         raise DataError(
@@ -334,7 +337,7 @@ def _locked(work: Path):
     with file_lock(work / "lock", wait=False) as locked:
         if not locked:
             raise DataError(
-                f"another fetch is at work in {work.parent}. Wait for it, or stop it first."
+                f"another fetch is at work in {work.parent}. Wait for its end, or stop it first."
             )
         for path in work.iterdir():
             if path.is_file() and path.name != "lock" and path.suffix not in (".gz", ".partial"):
@@ -358,20 +361,20 @@ def _unpack(archive: Path, draft: Path, *, room: float) -> int:
                 name = MEMBER.fullmatch(member.name)
                 if not name or not member.isreg():
                     raise DataError(
-                        f"{archive.name} holds {member.name!r}, which is no image of the release."
+                        f"{archive.name} holds {member.name!r}, which is not an image of the release."
                     )
                 room -= member.size
                 if member.size > MAX_MEMBER or room < 0:
                     raise DataError(
-                        f"{archive.name} holds {member.name!r} of {member.size} bytes: far too "
-                        "much."
+                        f"{archive.name} holds {member.name!r} of {member.size} bytes, which is "
+                        "far too much."
                     )
                 with open(draft / "images" / name[1], "xb") as file:
                     shutil.copyfileobj(tar.extractfile(member), file)
                 count += 1
     except (tarfile.TarError, zlib.error, EOFError) as error:
         raise DataError(
-            f"{archive.name} is no whole tar.gz ({error}). Remove {archive} and fetch again."
+            f"{archive.name} is not a complete tar.gz ({error}). Remove {archive}, and fetch again."
         ) from error
     except DataError as error:
         archive.unlink()
@@ -379,6 +382,6 @@ def _unpack(archive: Path, draft: Path, *, room: float) -> int:
     except OSError as error:
         raise DataError(
             f"{archive.name} cannot be unpacked in {draft.parent}: {error.strerror or error}. Make "
-            "room, and run it again."
+            "room, and repeat the command."
         ) from error
     return count

@@ -148,7 +148,7 @@ def load_radiographs(
     root = Path(os.path.abspath(Path(data_dir).expanduser()))
     if not is_utf8(root):
         raise DataError(
-            f"The name of the data folder {root} is no UTF-8. Rename it, or use a link to it."
+            f"The name of the data folder {root} is not UTF-8. Rename it, or use a link to it."
         )
     csv = _label_file(root)
     listed, files = _read_entries(csv), _image_files(root)
@@ -157,14 +157,16 @@ def load_radiographs(
     table = table[table["path"].notna()].sort_values("image", ignore_index=True)
     if table.empty and require_images:
         raise DataError(
-            f"None of the {len(listed):,} images of {csv.name} is among {len(files)} image files under "
-            f"{root / 'images*'}. Put them in images_001/images, say. {NEXT_STEP}"
+            f"{csv} lists {len(listed):,} images, but none of them is among the {len(files):,} image "
+            f"files below {root / 'images*'}. Unpack them into {root / 'images_001'}. {NEXT_STEP}"
         )
     _log.info("%s: %d of %d images present", root, len(table), len(listed))
     present = set(table["image"].tolist())
     if unlisted := sorted(files.keys() - present):
         named = first_few(unlisted)
-        _log.warning("%d images have no row in %s: %s", len(unlisted), csv.name, named)
+        _log.warning(
+            "%d images have no row in %s and are left out: %s", len(unlisted), csv.name, named
+        )
     boxes = _read_boxes(root / "BBox_List_2017.csv", present)
     radiographs = Radiographs(root, table, listed, boxes)
     if 0 < max_images < len(table):
@@ -179,9 +181,9 @@ def _label_file(root: Path) -> Path:
     """The CSV with the labels: of the editions that are there, the newest."""
     editions = [root / name for name in EDITIONS if (root / name).is_file()]
     if not editions:
-        fault = "does not exist, or is a file"
+        fault = "is a file, not a folder" if root.exists() else "does not exist"
         if root.is_dir():
-            fault = f"has neither {' nor '.join(EDITIONS)}"
+            fault = f"has no label file ({' or '.join(EDITIONS)})"
         # Archives are often unpacked into a folder of their own name.
         below = sorted(file.parent for file in root.glob("*/*.csv") if file.name in EDITIONS)
         step = f"Did you mean {below[0]}? " if below else ""
@@ -216,7 +218,7 @@ def read_image(path: str | Path, content: bytes | None = None) -> np.ndarray:
             turn = _turn(image)
         return grey if turn is None else np.array(Image.fromarray(grey).transpose(turn))
     except Exception as error:  # a damaged file makes PIL raise nearly anything
-        reason = "it is none" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        reason = "it is neither" if isinstance(error, UnidentifiedImageError) else first_line(error)
         if os.path.isfile(path) and not os.path.getsize(path):
             reason = "it is empty"
         raise DataError(
@@ -230,9 +232,9 @@ def read_bytes(path: str | Path) -> bytes:
     """
     facts = os.stat(path)
     if not stat.S_ISREG(facts.st_mode):
-        raise ValueError("it is no file")
+        raise ValueError("it is not a regular file")
     if facts.st_size > MAX_BYTES:
-        raise ValueError(f"{facts.st_size:,} bytes, over the limit of {MAX_BYTES:,}")
+        raise ValueError(f"it has {facts.st_size:,} bytes, over the limit of {MAX_BYTES:,}")
     return Path(path).read_bytes()
 
 
@@ -253,10 +255,11 @@ def open_packed(content: bytes, formats: Sequence[str]) -> Image.Image:
     if not pixels:
         raise ValueError("it has no pixels")
     if pixels > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} px, over the limit of {MAX_PIXELS:,} px")
+        size = f"{image.width} x {image.height} px"
+        raise ValueError(f"it has {size}, over the limit of {MAX_PIXELS:,} px")
     scans = content.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0
     if scans * pixels > MAX_SCANS * MAX_PIXELS:
-        raise ValueError(f"{scans:,} scans of {image.width} x {image.height} px, far too many")
+        raise ValueError(f"it has {scans:,} scans of {image.width} x {image.height} px: too many")
     return image
 
 
@@ -315,10 +318,10 @@ def check_images(radiographs: Radiographs, *, skip_broken: bool = False) -> Radi
         problems = list(pool.map(problem, radiographs.table["path"]))
     broken = [text for text in problems if text]
     if broken:
-        summary = f"{len(broken)} of {len(radiographs):,} are broken: {' '.join(broken[:3])}"
+        summary = f"{len(broken)} of {len(radiographs):,} images are broken: {' '.join(broken[:3])}"
         if len(broken) == len(problems) or not skip_broken:
-            raise DataError(f"{summary} With skip_broken=True they are left out.")
-        _log.warning("dropped %s", summary)
+            raise DataError(f"{summary} Or leave them all out with skip_broken=True.")
+        _log.warning("left out: %s", summary)
     whole = [not text for text in problems]
     return radiographs.select(radiographs.table.loc[whole, "image"])
 
@@ -346,7 +349,7 @@ def _read_csv(path: Path, **options) -> pd.DataFrame:
         return pd.read_csv(path, dtype=str, index_col=False, **options)
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path} is not a readable CSV: {error}. Use the file of the NIH release."
+            f"{path} cannot be read as CSV: {error}. Use the file of the NIH release."
         ) from error
 
 
@@ -358,7 +361,7 @@ def _read_entries(path: Path) -> pd.DataFrame:
     if repeated:
         columns = [name for name, column in zip(names, header, strict=True) if column in repeated]
         raise DataError(
-            f"{path} has several columns for one thing: {first_few(columns)}. Leave one of each."
+            f"{path} has several columns for one thing: {first_few(columns)}. Keep one of them."
         )
     if missing := [column for column in COLUMNS if column not in header]:
         raise DataError(
@@ -387,7 +390,7 @@ def _require_one_row_per_image(images: pd.Series, path: Path) -> None:
         fault = f"image names that are blank or occur twice: {first_few(repeated)}"
     if fault:
         raise DataError(
-            f"{path} has {fault}. Accepted: one row per image. Use the NIH release's file."
+            f"{path} has {fault}. Give each image one row, or use the NIH release's file."
         )
 
 
@@ -400,15 +403,15 @@ def _patients(column: pd.Series, path: Path) -> pd.Series:
     rounded = patients.str.fullmatch(r"\d+\.0*|\d+([.,]\d*)?[eE]\+\d+")
     if (bad := rounded | (patients == "")).any():
         raise DataError(
-            f"{path}, patient: {bad.sum()} rows have no patient, or a number that a spreadsheet "
-            f"has rounded: {first_few(patients[bad].unique())}. Accepted: any text. Use the file "
-            "as it was released."
+            f"{path}: the patient is missing, or is a number that a spreadsheet has rounded, in "
+            f"{bad.sum()} of {len(bad)} rows: {first_few(patients[bad].unique())}. Any text is "
+            "accepted. Use the file as NIH released it."
         )
     short = patients.drop_duplicates().str.lstrip("0")
     alike = short[short.duplicated(keep=False)].sort_values()
     if len(alike):
         _log.warning(
-            "%s: patients that differ by zeros in front are taken for different people: %s",
+            "%s: patients whose numbers differ by leading zeros are taken for different people: %s",
             path,
             first_few(patients[alike.index].tolist()),
         )
@@ -423,7 +426,7 @@ def _one_of(known: Mapping[str, str], column: pd.Series, path: Path) -> pd.Serie
     if lost:
         rows, accepted = column.isin(lost).sum(), ", ".join(sorted(set(known.values())))
         told = (path, column.name, rows, first_few(lost), accepted)
-        _log.warning("%s, %s: %d rows set to unknown: %s (accepted: %s)", *told)
+        _log.warning("%s, %s: %d rows are set to unknown: %s (accepted: %s)", *told)
     return column.map(value_of)
 
 
@@ -434,7 +437,10 @@ def _ages(column: pd.Series, path: Path) -> pd.Series:
     lost = column[years.isna() & column.notna()]
     if len(lost):
         named = first_few(lost.unique())
-        _log.warning("%s: %d impossible ages set to unknown: %s", path, len(lost), named)
+        _log.warning(
+            "%s: %d ages are set to unknown, as they are not 0 to %d years: %s",
+            *(path, len(lost), OLDEST, named),
+        )
     return years
 
 
@@ -458,8 +464,8 @@ def _numbers(column: pd.Series, where: str, *, whole: bool = False) -> pd.Series
     if bad.any():
         kind = "whole numbers" if whole else "numbers"
         raise DataError(
-            f"{where}: {bad.sum()} rows are no {kind}: {first_few(column[bad].unique())}. Use the "
-            "NIH release's file."
+            f"{where}: {kind} are expected, and {bad.sum()} of {len(bad)} rows have others: "
+            f"{first_few(column[bad].unique())}. Correct them, or use the NIH release's file."
         )
     return numbers
 
@@ -479,8 +485,8 @@ def _label_matrix(labels: pd.Series, path: Path) -> np.ndarray:
                 unknown.add(name)
     if unknown:
         raise DataError(
-            f"{path} has unknown findings: {first_few(sorted(unknown))}. Accepted, joined by '|': "
-            f"{', '.join((NO_FINDING, *FINDINGS))}."
+            f"{path} has unknown findings: {first_few(sorted(unknown))}. Correct them, or use the "
+            f"NIH release's file. Accepted, joined by '|': {', '.join((NO_FINDING, *FINDINGS))}."
         )
     return matrix[codes]
 
@@ -492,7 +498,7 @@ def _read_boxes(path: Path, present: set[str]) -> pd.DataFrame:
         # The header is skipped, as its last name holds commas; columns may be empty.
         headed = str(_read_csv(path, header=None, nrows=1).iloc[0, 0]).strip() not in present
         if not headed:
-            _log.warning("%s has no header line: its first line is taken for a box", path)
+            _log.warning("%s has no header: its first line is read as a box", path)
         options = {"header": None, "names": BOX_COLUMNS, "usecols": range(6)}
         boxes = _read_csv(path, skiprows=int(headed), **options)
     for column in BOX_COLUMNS[2:]:
@@ -500,7 +506,8 @@ def _read_boxes(path: Path, present: set[str]) -> pd.DataFrame:
     boxes["finding"] = boxes["finding"].str.strip().replace(ALIASES)
     if len(unknown := boxes.loc[~boxes["finding"].isin(FINDINGS), "finding"].unique()):
         raise DataError(
-            f"{path} has unknown findings: {first_few(unknown)}. Accepted: {', '.join(FINDINGS)}."
+            f"{path} has unknown findings: {first_few(unknown)}. Correct them, or remove the file. "
+            f"Accepted: {', '.join(FINDINGS)}."
         )
     return rows_of(present, boxes)
 
@@ -514,7 +521,7 @@ def _image_files(root: Path) -> dict[str, str]:
     lost |= {path: "its name is no UTF-8" for path in paths if not is_utf8(path)}
     if lost:
         reasons = [f"{path}: {reason}" for path, reason in lost.items()]
-        _log.warning("%d files or folders cannot be had: %s", len(lost), first_few(reasons))
+        _log.warning("%d files or folders cannot be read: %s", len(lost), first_few(reasons))
     files, pairs = {}, []
     for path in sorted(set(paths).difference(lost)):
         name = os.path.basename(path)
@@ -525,7 +532,7 @@ def _image_files(root: Path) -> dict[str, str]:
             pairs.append(f"{first} and {path}")
     if pairs:
         raise DataError(
-            f"{len(pairs)} images lie in two folders: {first_few(pairs, 2)}. Remove one of each "
+            f"{len(pairs)} images are in two folders: {first_few(pairs, 2)}. Remove one file of each "
             "pair."
         )
     return files

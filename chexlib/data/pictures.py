@@ -40,7 +40,7 @@ from chexlib.data.nih import (
     read_image,
     white_of,
 )
-from chexlib.errors import DataError
+from chexlib.errors import DataError, first_line
 from chexlib.files import files_below, folders_below
 from chexlib.phantom.write import phantom_images
 
@@ -92,8 +92,8 @@ def _below(folder: str) -> list[str]:
     paths = [path for path in (*files, *lost) if _is_picture(path)]
     if others := [path for path in files if path.lower().endswith(OTHER_IMAGES)]:
         log.warning(
-            f"{len(others):,} files in {folder} are left out, as only PNG, JPEG and DICOM are read: "
-            f"{first_few(others)}. Convert them to be scored."
+            f"{len(others):,} files in {folder} are left out: {first_few(others)}. Only PNG, JPEG and "
+            "DICOM are read. Convert the others to PNG to have them scored."
         )
     return paths or [folder]
 
@@ -141,13 +141,14 @@ def read_picture(path: str | Path) -> tuple[np.ndarray, float]:
             os.scandir(path).close()
         if not stat.S_ISREG(mode):
             raise DataError(
-                f"{path} is no file. Name image files, folders, or patterns such as 'films/*.png'."
+                f"{path} is not an image file, and no image was found in it. Name image files, "
+                "folders, or patterns such as 'films/*.png'."
             )
         dicom = is_dicom(path)
     except OSError as error:
         raise DataError(
             f"{path} cannot be read: {error.strerror or error}. Name image files, folders, or "
-            "patterns."
+            "patterns such as 'films/*.png'."
         ) from error
     if dicom:
         return read_dicom(path), 0.0
@@ -159,8 +160,9 @@ def _content(path: str | Path) -> bytes:
     try:
         return read_bytes(path)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path} cannot be read: {reason}. Export it again as PNG.") from error
+        raise DataError(
+            f"{path} cannot be read: {first_line(error)}. Export it again as PNG."
+        ) from error
 
 
 def _colour(content: bytes) -> float:
@@ -220,7 +222,7 @@ def read_dicom(path: str | Path) -> np.ndarray:
     try:
         size = os.path.getsize(path)
         if size > MAX_BYTES:
-            raise ValueError(f"{size:,} bytes, over the limit of {MAX_BYTES:,}")
+            raise ValueError(f"it has {size:,} bytes, over the limit of {MAX_BYTES:,}")
         dataset = _read_dataset(path)
         _check(dataset)
         for name in SHOWN_BY:

@@ -95,11 +95,12 @@ def partition(
     parts, first = ranks * accumulation, rank * accumulation
     if n < parts:
         raise ConfigError(
-            f"{parts} ranks cannot share {n} images. Use at most {n} engines, or more images."
+            f"{parts} ranks cannot share {n} images. Use at most {n} ranks, or more images."
         )
     if global_batch < parts:
         raise ConfigError(
-            f"a global batch of {global_batch} leaves some of {parts} ranks without an image."
+            f"a global batch of {global_batch} leaves some of {parts} ranks without an image. Use a "
+            f"global batch of {parts} or more, or fewer ranks."
         )
     generator = generator_for("order", seed=seed, epoch=epoch)
     order = generator.permutation(n)

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from chexlib.data.nih import NEXT_STEP, Radiographs, base_name, first_few, rows_of
-from chexlib.errors import ConfigError, DataError
+from chexlib.errors import ConfigError, DataError, first_line
 from chexlib.files import read_text
 from chexlib.findings import FINDINGS
 
@@ -147,7 +147,7 @@ def audit(
     parts, digest = parts.parts, parts.digest
     if not parts or not all(parts.values()):
         sizes = {name: len(images) for name, images in parts.items()}
-        raise DataError(f"No part may be empty: {sizes}. Add image names.")
+        raise DataError(f"A part of the split is empty: {sizes}. Add image names to its list.")
     row_of = {image: row for row, image in enumerate(radiographs.listed["image"].tolist())}
     patients: dict[str, pd.Series] = {}
     unknown: dict[str, int] = {}
@@ -174,7 +174,7 @@ def audit(
     if any(unknown.values()):
         counts = [f"{n:,} of {len(parts[name]):,} in {name}" for name, n in unknown.items() if n]
         _log.warning(
-            "not checked, as the label file of %s does not have them: %s",
+            "images that the label file of %s does not have are not checked: %s",
             radiographs.root,
             ", ".join(counts),
         )
@@ -184,7 +184,7 @@ def audit(
             f"{' and '.join(LISTS)} that is done), or train all the same with allow_leak=True."
         )
     if result.leaks:
-        _log.warning("going on with a split that leaks: %s", result)
+        _log.warning("this split leaks: %s", result)
     return result
 
 
@@ -221,12 +221,12 @@ def _official_split(radiographs: Radiographs, lists: Sequence, seed: int) -> Spl
     training, testing = lists
     if both := sorted(set(training) & set(testing)):
         raise DataError(
-            f"{' and '.join(LISTS)} share images: {first_few(both)}. Use the release's lists."
+            f"{' and '.join(LISTS)} share images: {first_few(both)}. Use the lists of the NIH release."
         )
     table = radiographs.table
     test, rest = rows_of(testing, table), rows_of(training, table)
     if unlisted := len(table) - len(test) - len(rest):
-        _log.warning("%d present images are in neither official list: left out", unlisted)
+        _log.warning("%d images are left out, as neither official list has them", unlisted)
     part = stratify_patients(rest, (1 - OFFICIAL_VALIDATION, OFFICIAL_VALIDATION), seed)
     parts = {
         "train": tuple(rest["image"][part == 0].tolist()),
@@ -235,8 +235,8 @@ def _official_split(radiographs: Radiographs, lists: Sequence, seed: int) -> Spl
     }
     if empty := [name for name in PARTS if not parts[name]]:
         raise DataError(
-            f"Official split: of the {len(table):,} images present in {radiographs.root}, none is "
-            f"in {' and '.join(empty)}. Split by patient, or download more."
+            f"Of the {len(table):,} images in {radiographs.root}, the official split puts none into "
+            f"{' and '.join(empty)}. Split by patient (split='patient'), or download more."
         )
     return Split("official", seed, parts)
 
@@ -309,7 +309,7 @@ def fold_of(kind: str) -> tuple[int, int] | None:
     fold, folds = map(int, numbers.groups()) if numbers else (0, 0)
     if folds < 2 or not 1 <= fold <= folds:
         raise ConfigError(
-            f"split={kind!r} is no fold. Write for instance fold-1-of-5, which are counted from 1."
+            f"split={kind!r} is not accepted. Write a fold such as fold-1-of-5; folds count from 1."
         )
     return fold, folds
 
@@ -327,9 +327,7 @@ def make_split(radiographs: Radiographs, *, kind: str = "auto", seed: int = 0) -
     if kind in makers:
         return makers[kind](radiographs, seed=seed)
     if kind != "auto":
-        raise ConfigError(
-            f"There is no split of kind {kind!r}. Use one of auto, {', '.join(makers)}."
-        )
+        raise ConfigError(f"split={kind!r} is not accepted. Use one of auto, {', '.join(makers)}.")
     lists, missing = [], []
     for name in LISTS:
         if (radiographs.root / name).is_file():
@@ -412,8 +410,8 @@ def read_list(path: str | Path, radiographs: Radiographs | None = None) -> tuple
         lines = read_text(path, encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"The image list {path} cannot be read: {error}. Name a text file with one image name "
-            "a line."
+            f"The image list {path} cannot be read ({first_line(error)}). "
+            "Name a text file with one image name per line."
         ) from error
     lines = [line.strip() for line in lines if line.strip()]
     listed = set() if radiographs is None else set(radiographs.listed["image"].tolist())
@@ -438,6 +436,6 @@ def _none_listed(names: Sequence[str], radiographs: Radiographs, where: object) 
     """The error for names of which the label file has none; `where` is the list or part."""
     return DataError(
         f"{where}: none of its {len(names):,} images is in the label file of {radiographs.root}: "
-        f"{first_few(names)}. Names such as {radiographs.listed['image'].iloc[0]!r} are expected. "
-        "Put them right, or remove the list."
+        f"{first_few(names)}. Write names such as {radiographs.listed['image'].iloc[0]!r}, or remove "
+        "the list."
     )

@@ -54,7 +54,8 @@ class Ranking:
         labels, scores = np.asarray(labels, np.float64), np.asarray(scores)
         if not np.isfinite(scores).all():
             raise DataError(
-                f"{(~np.isfinite(scores)).sum()} scores are not finite. Did the training diverge?"
+                f"{(~np.isfinite(scores)).sum()} scores are not finite: the training may have diverged. "
+                "Train again with a lower learning rate."
             )
         if len(strange := np.unique(labels[~np.isin(labels, (0, 1)) & ~np.isnan(labels)])):
             raise DataError(
@@ -227,7 +228,7 @@ def part_of(predictions: pd.DataFrame, part: str) -> tuple[pd.DataFrame, np.ndar
     rows = predictions[predictions["part"] == part]
     if rows.empty:
         parts = ", ".join(predictions["part"].unique())
-        raise DataError(f"the predictions have no part {part!r} (parts: {parts}).")
+        raise DataError(f"the predictions have no part {part!r}. Name one of their parts: {parts}.")
     return rows, *_matrices(rows)
 
 

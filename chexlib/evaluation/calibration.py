@@ -46,7 +46,7 @@ class Calibration:
         for finding, curve in self.curves.items():
             if not _is_curve(self.method, curve):
                 raise ConfigError(
-                    f"{finding}: {curve!r:.200} is no {self.method} calibration. Fit it anew."
+                    f"{finding}: {curve!r:.200} is not a {self.method} calibration. Fit it anew."
                 )
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
@@ -75,7 +75,7 @@ class Calibration:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"{values!r:.200} is no calibration ({error}). Use what `Calibration.to_dict` gave."
+                f"{values!r:.200} is not a calibration ({error}). Use what `Calibration.to_dict` gave."
             ) from error
 
 

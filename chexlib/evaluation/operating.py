@@ -64,7 +64,7 @@ class OperatingPoints:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"{values!r:.200} are no operating points ({error}). Use what "
+                f"{values!r:.200} are not operating points ({error}). Use what "
                 "`OperatingPoints.to_dict` gave."
             ) from error
 

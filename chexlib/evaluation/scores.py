@@ -70,9 +70,7 @@ def _matched(path: Path, radiographs: Radiographs, part: str) -> tuple[pd.DataFr
         parts = first_few(table["part"].unique())
         table = table[table["part"] == part]
         if table.empty:
-            raise DataError(
-                f"{path} has no rows of part {part!r} (parts: {parts}). Name one of these."
-            )
+            raise DataError(f"{path} has no rows of part {part!r}. Name one of its parts: {parts}.")
     column = next((name for name in IMAGE_COLUMNS if name in table), table.columns[0])
     images = table[column].map(lambda name: "" if pd.isna(name) else base_name(str(name)))
     index = pd.Index(images, dtype=object)
@@ -81,12 +79,12 @@ def _matched(path: Path, radiographs: Radiographs, part: str) -> tuple[pd.DataFr
     if not listed.any():
         raise DataError(
             f"{path}: none of {len(images):,} images is in the label file of {radiographs.root}: "
-            f"{first_few(images.tolist())}. Image names are expected in column {column!r}."
+            f"{first_few(images.tolist())}. Write names such as "
+            f"{radiographs.listed['image'].iloc[0]!r} into column {column!r}."
         )
     if len(twice := index[listed & index.duplicated()].unique()):
         raise DataError(
-            f"{path}: {len(twice)} images occur twice: {first_few(twice)}. Accepted: one row an "
-            "image."
+            f"{path}: {len(twice)} images occur twice: {first_few(twice)}. Keep one row per image."
         )
     truth = radiographs.listed.iloc[rows[listed]].reset_index(drop=True)
     labels = truth[list(FINDINGS)].to_numpy()
@@ -95,7 +93,8 @@ def _matched(path: Path, radiographs: Radiographs, part: str) -> tuple[pd.DataFr
     scores = table.loc[listed, columns].apply(_numbers).to_numpy(float)
     if missing := int(np.isnan(scores).sum()):
         raise DataError(
-            f"{path}: {missing:,} scores are missing or no numbers. Give every image all 14 scores."
+            f"{path}: {missing:,} scores are missing, or are not numbers. Give every image all 14 "
+            "scores."
         )
     also = ""
     if unused:
@@ -210,8 +209,9 @@ def read_predictions(path: str | Path) -> pd.DataFrame:
             raise ValueError(f"it has no column {first_few(lacking)}")
         table[of_findings].astype(float)
     except Exception as error:  # a damaged file makes Arrow raise nearly anything
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise DataError(f"{path} cannot be read ({reason}). Name the folder of a run.") from error
+        raise DataError(
+            f"{path} cannot be read ({first_line(error)}). Name the folder of a run."
+        ) from error
     return table
 
 
@@ -251,24 +251,25 @@ def _read(path: Path) -> pd.DataFrame:
     if path.is_dir() or not path.exists():
         fault = f"{path} is a folder" if path.is_dir() else f"there is no file {path}"
         raise DataError(
-            f"{fault}. Name a CSV or Parquet file of scores, such as a run's predictions.parquet."
+            f"{fault}. Name a CSV or Parquet file of scores, such as the predictions.parquet of a "
+            "run."
         )
     try:
         require_file(path)
         table = _read_parquet(path) if path.suffix in (".parquet", ".pq") else _read_lines(path)
     except Exception as error:  # pandas and Arrow raise many kinds
-        reason = getattr(error, "strerror", None) or first_line(error)
         raise DataError(
-            f"{path} cannot be read: {reason}. Accepted: CSV, or Parquet with the ending .parquet."
+            f"{path} cannot be read: {first_line(error)}. Use a CSV file, or a Parquet file whose name ends in "
+            ".parquet."
         ) from error
     names = table.columns.astype(str)
     if names.has_duplicates:
         raise DataError(
-            f"{path} has several columns {first_few(names[names.duplicated()])}. Leave one of each."
+            f"{path} has several columns {first_few(names[names.duplicated()])}. Keep one of each."
         )
     table = table.dropna(how="all")
     if table.empty:
-        raise DataError(f"{path} has no rows. Accepted: a row per image, and a header.")
+        raise DataError(f"{path} has no rows. Write a header, and a row per image.")
     return table
 
 
@@ -329,22 +330,24 @@ def _columns_of_findings(path: Path, columns: list[str]) -> tuple[list[str], lis
                 by_prefix.setdefault(prefix, {}).setdefault(finding, []).append(column)
     if not by_prefix:
         raise DataError(
-            f"{path} has no column of a finding (columns: {first_few(columns)}). Needed, with or "
-            f"without a common prefix: {', '.join(FINDINGS)}."
+            f"{path} has no column of a finding (columns: {first_few(columns)}). Name one column "
+            f"for each, with or without a common prefix: {', '.join(FINDINGS)}."
         )
     prefix = max(by_prefix, key=lambda prefix: len(by_prefix[prefix]))
     by_finding = by_prefix[prefix]
     whole = [prefix for prefix, named in by_prefix.items() if len(named) == len(FINDINGS)]
     if len(whole) > 1:
         raise DataError(
-            f"{path} has several columns a finding, with the prefixes {first_few(whole)}. Leave "
-            "one of each."
+            f"{path} has several columns per finding, with the prefixes {first_few(whole)}. Keep "
+            "one per finding."
         )
     if missing := [prefix + finding for finding in FINDINGS if finding not in by_finding]:
-        raise DataError(f"{path} has no column {first_few(missing, 14)}. Needed: one a finding.")
+        raise DataError(
+            f"{path} has no column {first_few(missing, 14)}. Write one column per finding."
+        )
     if twice := [columns for columns in by_finding.values() if len(columns) > 1]:
         raise DataError(
-            f"{path} has two columns for one finding: {first_few(twice[0])}. Leave one of them."
+            f"{path} has two columns for one finding: {first_few(twice[0])}. Keep one of them."
         )
     used = [by_finding[finding][0] for finding in FINDINGS]
     labels = [TRUTH + finding for finding in FINDINGS]

@@ -16,7 +16,7 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from chexlib.data.pictures import read_picture
-from chexlib.errors import ConfigError, DataError
+from chexlib.errors import ConfigError, DataError, first_line
 from chexlib.evaluation.explain import heat_maps
 from chexlib.evaluation.operating import read_by_card
 from chexlib.figures.style import (
@@ -187,9 +187,8 @@ class HeatMapFiles:
             with tempfile.TemporaryFile(dir=self.folder):
                 pass
         except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
-            reason = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"{folder!s:.300} cannot hold heat maps ({reason}). Name another folder."
+                f"{folder!s:.300} cannot hold heat maps ({first_line(error)}). Name another folder."
             ) from error
 
     def __call__(self, model, paths: Sequence[str], pixels: np.ndarray, scores: np.ndarray) -> None:

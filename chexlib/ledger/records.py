@@ -20,14 +20,14 @@ SHOWN = ("topology", "topologies", "size", "epochs", "seeds", "engines")
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """Of notebook 02."""
+    """Record of notebook 02: what a split by image leaks."""
 
     test_images_seen_in_training: Mapping[str, float]  # share by split; "image": one by image
 
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """Of notebook 03."""
+    """Record of notebook 03: AUROC and speed of the baseline network."""
 
     data: str  # name of the data; "synthetic" is in that of a phantom
     split: Mapping[str, Any]  # name, and images by part
@@ -37,7 +37,7 @@ class Baseline:
 
 @dataclass(frozen=True, kw_only=True)
 class Topologies:
-    """Of notebook 05."""
+    """Record of notebook 05: batch norm by topology, and the answers on large batches."""
 
     counts: Mapping[str, int]  # batch-norm layers by topology
     answers: Mapping[str, Mapping[str, Any]]  # `judged`, by question
@@ -45,7 +45,7 @@ class Topologies:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipes:
-    """Of notebook 06."""
+    """Record of notebook 06: what large-batch recipes, collapse and ensembles gain."""
 
     ladder: Mapping[int, Any]  # by batch, then by rung: auroc, gain, low, high
     auroc_by_batch: Mapping[int, Mapping[str, float]]  # then by rung
@@ -56,7 +56,7 @@ class Recipes:
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """Of notebook 07."""
+    """Record of notebook 07: AUROC of fine-tuning by updates per epoch."""
 
     updates: Any  # by batch: updates per epoch, auroc; loss, loss_low, loss_high in %
     answers: Mapping[str, Mapping[str, Any]]  # `judged`, by rule
@@ -64,7 +64,7 @@ class Transfer:
 
 @dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """Of notebook 08."""
+    """Record of notebook 08: measured speeds, and the projection to many nodes."""
 
     layouts: Any  # images/s by (ranks, threads)
 

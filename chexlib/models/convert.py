@@ -91,8 +91,8 @@ def require_readable(path: Path) -> None:
             is_pickle |= any(name.endswith("/data.pkl") for name in archive.namelist())
     if is_pickle:
         raise WeightsError(
-            f"{path} is a pickle of PyTorch, which can run code and is not read. Convert it, where "
-            f"PyTorch is: {TO_SAFETENSORS}."
+            f"{path} is a pickle of PyTorch. It could run code, so it is not read. Convert it on a "
+            f"machine with PyTorch: {TO_SAFETENSORS}."
         )
     with contextlib.suppress(OSError), h5py.File(path) as file:
         if "layer_names" in file.attrs or "model_weights" in file:
@@ -227,8 +227,8 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             metadata = file.metadata() or {}
     except Exception as error:  # a damaged file makes safetensors raise nearly anything
         raise WeightsError(
-            f"{path} is not a readable safetensors file ({error}). A PyTorch file becomes one, "
-            f"where PyTorch is, by {TO_SAFETENSORS}."
+            f"{path} cannot be read as a safetensors file ({error}). Convert a PyTorch file into one on "
+            f"a machine with PyTorch: {TO_SAFETENSORS}."
         ) from error
     stem = next((name for name in stored if name.endswith("features.conv0.weight")), None)
     if stem is None:
@@ -254,7 +254,7 @@ def _outputs(kernel, findings, metadata, path) -> list[str]:
             findings = json.loads(metadata["findings"]) if "findings" in metadata else FINDINGS
         except ValueError as error:
             raise WeightsError(
-                f"{path}: its metadata 'findings' is no JSON ({error}). Write a JSON list of names there."
+                f"{path}: its metadata 'findings' is not JSON ({error}). Write a JSON list of names there."
             ) from error
     if not isinstance(findings, list | tuple) or not all(
         isinstance(name, str) for name in findings

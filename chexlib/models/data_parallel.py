@@ -149,8 +149,8 @@ class DataParallelTrainer(keras.Model):
         return loss, gradients, squares
 
     def told(self) -> dict:
-        """Of the last step: `step_loss`, `asked`, `busy`, a list of seconds by rank, and `squares`,
-        what `noise_and_signal` takes.
+        """Numbers of the last step: `step_loss`, `asked`, `busy`, a list of seconds by rank, and
+        `squares`, what `noise_and_signal` takes.
         """
         of_sum, loss, images, asked, of_parts, parts, *busy = self._told.numpy().tolist()
         return {

@@ -1,4 +1,4 @@
-"""Radiographs in, `{finding: probability}` out."""
+"""Prediction: the probability of each finding, from radiograph files and a trained model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def batch_of(size: int) -> int:
 
 @dataclass
 class Predictions:
-    """What `predict_all` found.
+    """Probabilities, doubts and errors of many image files, by `predict_all`.
 
     Attributes
     ----------
@@ -89,7 +89,7 @@ def predict(
     """
     paths = [str(path) for path in images]
     if missing := [path for path in paths if not os.path.exists(path)]:
-        raise DataError(f"there is no image {missing[0]}. Name PNG, JPEG or DICOM files.")
+        raise DataError(f"there is no file {missing[0]}. Name PNG, JPEG or DICOM files.")
     return _score(paths, weights, batch, strict=True).probabilities
 
 
@@ -199,7 +199,7 @@ def newest_weights(runs_dir: str | Path) -> Path:
     found = sorted(Path(runs_dir).glob("*/*/model.keras"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise WeightsError(
-            f"no run under {runs_dir} has a model.keras. Train with `make run`, or name --weights "
-            "FILE."
+            f"no run in {runs_dir} has a model.keras. Train one with `make run`, or name a file with "
+            "--weights FILE."
         )
     return found[-1].resolve()

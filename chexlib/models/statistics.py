@@ -14,7 +14,7 @@ from chexlib.errors import ConfigError
 
 
 class Population(NamedTuple):
-    """Of one layer, over all batches: (channels,) float64 each."""
+    """Mean and variance of a batch-norm layer's inputs over all batches: (channels,) float64 each."""
 
     mean: np.ndarray
     variance: np.ndarray  # over images and pixels of all batches

@@ -109,7 +109,7 @@ def build_model(
     """
     if topology not in TOPOLOGIES:
         raise ConfigError(
-            f"topology {topology!r} is not known. Use one of {', '.join(TOPOLOGIES)}."
+            f"topology={topology!r} is not accepted. Use one of {', '.join(TOPOLOGIES)}."
         )
     if not SIZES[0] <= size <= SIZES[1]:
         raise ConfigError(f"size={size} is not accepted. Use {SIZES[0]} to {SIZES[1]} pixels.")

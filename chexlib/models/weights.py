@@ -77,9 +77,9 @@ def create_model(
         except Exception as error:  # Keras raises a bare Exception when its download fails
             raise WeightsError(
                 f"the ImageNet weights of {topology} could not be downloaded "
-                f"({first_line(error)}). Connect to the internet once, or copy that file from a "
-                "machine that has it (Keras keeps it in ~/.keras/models, and checks its checksum), "
-                "start from random weights, or name a file."
+                f"({first_line(error)}). Connect to the internet once, or copy the folder "
+                "~/.keras/models from a machine that has them. Or start from random weights, or from "
+                "a file of your own."
             ) from error
     path = find_weights(weights)
     if path.suffix == ".keras":  # before the slow building
@@ -321,7 +321,9 @@ def combine_models(models: list):
 
     if len({model.input_shape for model in models}) != 1:
         sizes = sorted({model.input_shape[1] for model in models})
-        raise ConfigError(f"{len(models)} models of sizes {sizes} are no ensemble.")
+        raise ConfigError(
+            f"{len(models)} models of sizes {sizes} cannot be one ensemble. Give models of one size."
+        )
     pixels = keras.Input(models[0].input_shape[1:], name="radiograph")
     members = [
         keras.Model(model.inputs[0], model.outputs[0], name=f"{MEMBER}{i}")
@@ -348,8 +350,8 @@ def read_card(path, *, any_findings: bool = False) -> dict:
     path = find_weights(path)
     if path.suffix in (".safetensors", ".h5"):
         raise WeightsError(
-            f"{path} has weights without a card that says of what. Train from them, or write both "
-            f"as one file: {WITH_CARD}."
+            f"{path} has weights, but no card that describes their network. Start a training from "
+            f"them, or write weights and card into one file: {WITH_CARD}."
         )
     try:
         require_plain_zip(path)  # as Keras and save_model write them
@@ -362,11 +364,12 @@ def read_card(path, *, any_findings: bool = False) -> dict:
         ) from error
     if findings != list(FINDINGS) and not any_findings:
         raise WeightsError(
-            f"{path} predicts {findings!s:.300}; expected the 14 findings {list(FINDINGS)}."
+            f"{path} predicts {findings!s:.300}, not our 14 findings. Name a model of these: "
+            f"{', '.join(FINDINGS)}."
         )
     if not isinstance(size := card.get("size"), int) or not SIZES[0] <= size <= SIZES[1]:
         raise WeightsError(
-            f"{path} is for images of {size!r:.80} px. Accepted: {SIZES[0]} to {SIZES[1]}."
+            f"{path} is for images of {size!r:.80} px. Name a model for {SIZES[0]} to {SIZES[1]} px."
         )
     return card
 
@@ -405,20 +408,21 @@ def find_weights(weights: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise WeightsError(
-            f"there is no weights file {path}. Accepted: a .keras, .weights.h5 or .safetensors "
-            "file, a run's folder, 'imagenet', or none at all."
+            f"there is no weights file {path}. Name a .keras, .weights.h5 or .safetensors file, or "
+            "a run's folder. A training also takes 'imagenet', or no weights at all."
         )
     found = [f for f in (path / "model.keras", *sorted(path.glob("*/model.keras"))) if f.is_file()]
     if len(found) == 1 or (found and found[0].parent == path):
         return found[0]
     kept = found or sorted(path.glob("snapshots/*.keras"))
     several = (
-        f"holds several: {', '.join(str(f.relative_to(path)) for f in kept[:9])}"
+        f"several models: {', '.join(str(f.relative_to(path)) for f in kept[:9])}"
         if kept
-        else "has none"
+        else "no model.keras"
     )
     raise WeightsError(
-        f"{path} is no folder of one model.keras: it {several}. Name a weights file, or one run."
+        f"{path} has {several}. Name a weights file, or the folder of one training, such as "
+        "runs/latest/03_train_baseline."
     )
 
 
@@ -433,8 +437,8 @@ def config_of(path, card: dict) -> dict:
     config = card.get("config") or {}
     if not isinstance(config, dict):
         raise WeightsError(
-            f"{path} has the config {config!r:.80}, no settings by name. Use a file that chexlib "
-            "wrote."
+            f"{path} has the config {config!r:.80} in place of names with values. Use a file that "
+            "chexlib wrote."
         )
     return config
 

@@ -1,5 +1,5 @@
-"""Who is on the synthetic films: patients, views, findings, drawn after the table of the 112,120
-NIH films.
+"""Population of the phantom: patients, views and findings, sampled from the table of the 112,120 NIH
+films.
 
 Each combination of findings is as frequent as there, given the view position, so prevalence and
 co-occurrence are those of the table (`nih_label_combinations.csv`: films per combination, in all
@@ -101,8 +101,7 @@ def level_of(difficulty) -> Difficulty:
         return difficulty
     if difficulty not in DIFFICULTIES:
         raise ConfigError(
-            f"difficulty={difficulty!r} is not one of {', '.join(DIFFICULTIES)}. Choose one of "
-            "these."
+            f"difficulty={difficulty!r} is not accepted. Use one of {', '.join(DIFFICULTIES)}."
         )
     return DIFFICULTIES[difficulty]
 

@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from chexlib.errors import ConfigError, DataError
-from chexlib.files import ROOT, file_lock, read_json
+from chexlib.files import ROOT, file_lock, read_json, writing_to
 from chexlib.findings import FINDINGS, NO_FINDING
 from chexlib.machine import cores
 from chexlib.phantom.film import render
@@ -137,15 +137,17 @@ def write_phantom(
     ):
         if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
             raise ConfigError(
-                f"{name}={value!r} is not a whole number from {low} to {high}. Choose one of these."
+                f"{name}={value!r} is not accepted. Use a whole number from {low} to {high}."
             )
     if not isinstance(min_prevalence, Real) or not 0 <= min_prevalence < 0.5:
         raise ConfigError(
-            f"min_prevalence={min_prevalence!r} is not a number from 0 to below 0.5. 0 is as in "
-            "NIH."
+            f"min_prevalence={min_prevalence!r} is not accepted. Use a number from 0 to below 0.5; "
+            "0 keeps the prevalence of NIH."
         )
     if not isinstance(repeat, Real) or not 0 <= repeat <= 1:
-        raise ConfigError(f"repeat={repeat!r} is not a number from 0 to 1. In NIH it is {REPEAT}.")
+        raise ConfigError(
+            f"repeat={repeat!r} is not accepted. Use a number from 0 to 1; in NIH it is {REPEAT}."
+        )
     level = level_of(difficulty)
     parameters = {
         "version": VERSION,
@@ -163,7 +165,7 @@ def write_phantom(
     if _holds(directory, parameters):
         return directory
     lock, drawn = directory.with_name(f".{directory.name[:40]}.lock"), (difficulty, workers)
-    try:
+    with writing_to(f"the phantom {directory}", "Make room, or name another folder."):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(lock, wait=False) as alone:
             if alone:
@@ -171,11 +173,6 @@ def write_phantom(
         log.info("another process makes %s: waiting for it", directory)
         with file_lock(lock):
             return _make(directory, parameters, *drawn)
-    except OSError as error:
-        raise DataError(
-            f"the phantom {directory} cannot be written ({error.strerror or error}). Make room, or "
-            "name another folder."
-        ) from error
 
 
 def _remove_drafts(folder) -> None:
@@ -223,9 +220,15 @@ def _holds(directory, parameters):
         made_with = None
     if made_with == parameters:
         return True
-    what = f"a phantom made with {made_with}, not {parameters}"
-    if made_with is None:
-        what = "something other than a phantom"
+    what = "something other than a phantom"
+    if isinstance(made_with, dict):
+        every = {**made_with, **parameters}
+        differing = [name for name in every if made_with.get(name) != parameters.get(name)]
+        then, now = (
+            ", ".join(f"{name}={told.get(name)}" for name in differing)
+            for told in (made_with, parameters)
+        )
+        what = f"a phantom with {then}, and {now} was asked for"
     raise DataError(
         f"{directory} already holds {what}. Name another folder, or remove this one first."
     )

@@ -65,7 +65,7 @@ def tune(
         A setting that no training accepts, before anything is measured.
     """
     if steps < 1:
-        raise ConfigError(f"steps={steps} is not accepted. Use 1 or more steps a measurement.")
+        raise ConfigError(f"steps={steps} is not accepted. Use 1 or more steps per measurement.")
     for precision, batch in itertools.product(precisions, batches):
         TrainConfig(
             data_dir=".",
@@ -110,7 +110,10 @@ def save_winner(table: pd.DataFrame, path: str | Path = "") -> dict:
         No layout could be measured.
     """
     if table["images_per_second"].isna().all():
-        raise ConfigError("no layout could be measured: see the warnings above.")
+        raise ConfigError(
+            "no number of ranks and threads could be measured: the warnings above say why. Try a "
+            "smaller --size or --batch."
+        )
     best = table.iloc[0]
     winner = {"engines": int(best["ranks"]), "threads": int(best["threads"])}
     if len(set(table["batch_per_rank"])) > 1:  # else it was not asked which one is best
@@ -128,7 +131,7 @@ def save_winner(table: pd.DataFrame, path: str | Path = "") -> dict:
 def _points(path: Path) -> list[dict]:
     points, needed = read_json(path, list), {*KEYS, "images_per_second", "steps"}
     if not all(isinstance(point, dict) and needed <= point.keys() for point in points):
-        raise DataError(f"{path} is no list of measurements of `tune`. Move it away.")
+        raise DataError(f"{path} is not a list of measurements of `tune`. Move it away.")
     return points
 
 

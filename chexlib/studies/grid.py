@@ -93,7 +93,7 @@ def run_grid(
     """
     if not points:
         raise ConfigError(
-            "no training is asked for. Use one seed or more, and one of each setting."
+            "the grid has no training. Name one seed or more, and a value of each setting."
         )
     table, wanted = Path(table), {point_key(point): dict(point) for point in points}
     table.parent.mkdir(parents=True, exist_ok=True)
@@ -215,7 +215,9 @@ def _measure(key: str, point: Mapping, table: Path, measure: Callable) -> bool |
         if results is None:
             return False
         if clash := sorted({"key", *point, *MADE_BY} & set(results)):
-            raise ConfigError(f"results may not be named as settings are: {', '.join(clash)}.")
+            raise ConfigError(
+                f"results have the names of settings: {', '.join(clash)}. Give them other names."
+            )
         with file_lock(work / "table.lock"):
             _append(table, {"key": key, **point, **results, **_made_by(point)})
         shutil.rmtree(folder, ignore_errors=True)
@@ -322,7 +324,7 @@ def _read_rows(table: Path) -> dict[str, dict]:
         return {row["key"]: row for row in rows}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(
-            f"{table} is no table of a grid ({first_line(error)}). Name another file, or move it "
+            f"{table} is not a table of a grid ({first_line(error)}). Name another file, or move it "
             "away."
         ) from error
 

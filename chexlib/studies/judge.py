@@ -37,8 +37,8 @@ def divide_to_judge(config: TrainConfig) -> tuple[Split, dict[str, Radiographs]]
     if not (labels.min(axis=0) < labels.max(axis=0)).any():
         raise DataError(
             f"None of the 14 findings has both positives and negatives among the {len(labels):,} "
-            f"images of the test part ({split.name} split of {config.data_dir}): no AUROC is "
-            "defined, and there is nothing to compare. Use more images, or others."
+            f"images of the test part ({split.name} split of {config.data_dir}), so no AUROC is "
+            "defined. Use more images, or others."
         )
     return split, parts
 

@@ -151,7 +151,7 @@ class Study:
         """
         if unknown := sorted(set(names) - set(self.STAGES)):
             raise ConfigError(
-                f"there is no stage {', '.join(unknown)}. Name some of {', '.join(self.STAGES)}."
+                f"there is no stage {', '.join(unknown)}. Use some of {', '.join(self.STAGES)}."
             )
         reuse = Reuse(accumulates=True)
         for name in names:

@@ -1,5 +1,6 @@
-"""What a study looks at while a training runs: other momenta of batch norm, and validation AUROC by
-updates. Neither feeds back into the training.
+"""Callbacks of studies: batch norm with other momenta, and validation AUROC by updates.
+
+Neither feeds back into the training.
 """
 
 from __future__ import annotations

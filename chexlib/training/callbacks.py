@@ -16,6 +16,7 @@ from chexlib.collectives import World
 from chexlib.data.cache import ImageStore
 from chexlib.data.pipeline import steps_per_epoch
 from chexlib.errors import DivergedError, WeightsError
+from chexlib.files import writing_to
 from chexlib.findings import FINDINGS
 from chexlib.models.topologies import NORMALIZATION
 from chexlib.models.weights import read_card, save_model
@@ -61,7 +62,8 @@ class PooledValidation(keras.callbacks.Callback):
         if not np.isfinite(scores).all():
             rate = float(self.model.optimizer.learning_rate)
             raise DivergedError(
-                f"training diverged in epoch {epoch + 1}: use a learning_rate below {rate:g}."
+                f"training diverged in epoch {epoch + 1}: its scores are not finite. The learning rate "
+                f"was {rate:g}. Use a lower one."
             )
         logs["val_loss"] = float(
             np.mean(
@@ -220,17 +222,13 @@ class Snapshots(keras.callbacks.Callback):
         facts |= {name: float(logs[name]) for name in ("val_loss", "val_auroc")}
         card = {**config.network(), "normalization": NORMALIZATION[config.topology]}
         folder = Path(config.run_dir) / "snapshots"
-        try:
+        step = "Make room, and repeat the training with resume=true."
+        with writing_to(f"the snapshot of step {at.step} in {folder}", step, kind=WeightsError):
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"step-{at.step:09d}.keras"
             save_model(
                 self.model.model, path, card={**card, "config": config.to_dict(), "snapshot": facts}
             )
-        except OSError as error:
-            raise WeightsError(
-                f"the snapshot of step {at.step} could not be written to {folder} "
-                f"({error.strerror or error}). Make room, and run again with resume=true."
-            ) from error
 
 
 def snapshots_of(run: str | Path) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from chexlib.data.pipeline import AUGMENTATIONS
 from chexlib.data.splits import fold_of
-from chexlib.errors import ConfigError, one_line
+from chexlib.errors import ConfigError, did_you_mean, one_line
 from chexlib.files import is_utf8
 from chexlib.machine import native_precision
 from chexlib.models.topologies import NORMS, SIZES, STEMS, TOPOLOGIES, WIDTHS
@@ -174,9 +174,9 @@ class TrainConfig:
 
     # Optimizer:
     optimizer: str = _choice(OPTIMIZERS, "adam")
-    learning_rate: float = _number("above 0", lambda value: value > 0, 1e-3)
+    learning_rate: float = _number("above 0 and up to 1e30", lambda value: 0 < value <= 1e30, 1e-3)
     # L2 of kernels in sgd, nesterov and lars; apart from the gradient in adamw and lamb.
-    weight_decay: float = _number("of 0 or more", lambda value: value >= 0, 0.0)
+    weight_decay: float = _number("from 0 to 1e30", lambda value: 0 <= value <= 1e30, 0.0)
     # Layer-wise learning-rate decay: the rate of each stage over that of the stage after it, the
     # head being last. 0: only the head is trained.
     stage_rate: float = _number("from 0 to 1", lambda value: 0 <= value <= 1, 1.0)
@@ -244,7 +244,7 @@ class TrainConfig:
         if self.group_share and self.norm in ("group", "none"):
             raise ConfigError(
                 f"group_share={self.group_share!r} is not accepted with norm={self.norm!r}. Use 0, or "
-                "a norm that is batch norm."
+                "a kind of batch norm."
             )
         if self.norm == "sync" and self.accumulation > 1:
             raise ConfigError(
@@ -259,17 +259,18 @@ class TrainConfig:
             if isinstance(asked, str) and asked.startswith("{"):
                 asked = json.loads(asked)
             if not isinstance(asked, str | dict):
-                raise ConfigError("Use a preset's name or a JSON object.")
+                raise ConfigError("use the name of a preset, or a JSON object.")
             if asked:
                 resolve(asked, images=10**6, global_batch=1, epochs=self.epochs)
         except Exception as error:  # JSON of another form makes a schedule raise nearly anything
             raise ConfigError(
-                f"schedule={self.schedule!r:.200} is not accepted. {one_line(error)}"
+                f"schedule={self.schedule!r:.200} is not accepted: {one_line(error)}"
             ) from error
         self._set("schedule", json.loads(json.dumps(asked)))  # as a checkpoint gives it back
         if asked and self.weight_decay:
             raise ConfigError(
-                f"weight_decay={self.weight_decay!r} beside a schedule, which has its own. Use 0."
+                f"weight_decay={self.weight_decay!r} is not accepted with a schedule, which has its own. "
+                "Use 0."
             )
 
     def replace(self, **changes) -> TrainConfig:
@@ -321,17 +322,21 @@ class TrainConfig:
         """Make a config from plain values; a name that is no setting is an error."""
         if not isinstance(values, dict):
             raise ConfigError(
-                f"{values!r} is no set of settings. Use an object of names and values."
+                f"settings must be names with values, got {values!r:.80}. Write a JSON object, such as "
+                '{"data_dir": "data/nih", "run_dir": "runs/mine"}.'
             )
         values = {name: value for name, value in values.items() if not _is_retired(name, value)}
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
-            accepted = ", ".join(field.name for field in dataclasses.fields(cls))
-            raise ConfigError(f"unknown settings {', '.join(unknown)}. Accepted: {accepted}.")
+            accepted = [field.name for field in dataclasses.fields(cls)]
+            raise ConfigError(
+                f"there is no setting {', '.join(unknown)}.{did_you_mean(unknown[0], accepted)} Use some "
+                f"of {', '.join(accepted)}."
+            )
         needed = ("data_dir", "run_dir")
         if missing := [name for name in needed if name not in values]:
             raise ConfigError(
-                f"the settings lack {', '.join(missing)}. Needed: {', '.join(needed)}."
+                f"the settings lack {' and '.join(missing)}. Add the path of a folder for each."
             )
         return cls(**values)
 

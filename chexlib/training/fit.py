@@ -8,7 +8,6 @@ fit(config, engines=engines, restarts=1)                     # on a notebook's e
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from chexlib.data.nih import Radiographs, data_name
 from chexlib.data.pipeline import generator_for
 from chexlib.data.splits import Split
 from chexlib.errors import ClusterError, ConfigError, WeightsError
-from chexlib.files import atomic_write, write_json
+from chexlib.files import atomic_write, require_writable, write_json, writing_to
 from chexlib.models.data_parallel import DataParallelTrainer
 from chexlib.models.statistics import recalibrate
 from chexlib.models.topologies import NORMALIZATION
@@ -49,7 +48,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training left: its history, and where model and predictions lie.
+    """Result of a training: its history, and the paths of model and predictions.
 
     Equal on every rank.
     """
@@ -200,12 +199,15 @@ def learn(
         train, ranks = parts["train"], world.ranks * config.accumulation
         if ranks > len(train):
             raise ConfigError(
-                f"{ranks} ranks cannot share {len(train)} images. Use at most {len(train)} ranks."
+                f"{ranks} ranks cannot share {len(train)} training images. Use at most {len(train)} "
+                "ranks."
             )
         if world.first:  # above the lines of the epochs, which have an AUROC
             counts = ", ".join(f"{len(part):,} {name}" for name, part in parts.items())
             log.info("%s split %s: %s images", split.name, split.digest, counts)
-        world.broadcast_object(lambda: _prepare(config))
+        world.broadcast_object(
+            lambda: require_writable(config.run_dir, "Name another folder as run_dir.")
+        )
 
         trainer = (reuse or Reuse()).trainer(config, world)
         model, labels = trainer.model, train.labels
@@ -283,18 +285,6 @@ def _fit_on(engines, config: TrainConfig, *, restarts: int, report) -> TrainResu
             config = config.replace(resume=True)
 
 
-def _prepare(config: TrainConfig) -> None:
-    """The run's folder, which can be written; what another training has left there stays as it is."""
-    try:
-        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=config.run_dir):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"run_dir={config.run_dir!r} cannot be written ({error}). Name another folder."
-        ) from error
-
-
 def _keep_config(config: TrainConfig) -> None:
     """The config in the run's folder, ready for `python -m chexlib train --config`."""
     write_json(Path(config.run_dir) / "config.json", config.to_dict())
@@ -339,13 +329,9 @@ def _write(result: TrainResult, training: Training, predictions: pd.DataFrame) -
         "steps": steps.astype({"epoch": int, "step": int}),
         "predictions": predictions,
     }
-    try:
+    step = "The training is in its checkpoints. Make room, and repeat it with resume=true."
+    with writing_to(f"the results in {run_dir}", step, kind=WeightsError):
         save_model(training.model, result.model, card=card)
         for name, table in tables.items():
             with atomic_write(run_dir / f"{name}.parquet") as file:
                 table.to_parquet(file, index=False)
-    except OSError as error:
-        raise WeightsError(
-            f"the results could not be written to {run_dir} ({error.strerror or error}). Make "
-            "room, and run again with resume=true: what was trained is in its checkpoints."
-        ) from error

@@ -1,5 +1,5 @@
-"""What lets any Keras optimizer follow a schedule: rate, momentum and weight decay read in the
-graph from a table.
+"""Optimizers that follow a schedule: the graph reads learning rate, momentum and weight decay of each
+update from a table.
 
 The table is read by the count of updates; that count is all that a checkpoint has to hold besides
 the slots.
@@ -53,9 +53,7 @@ def is_weight(variable) -> bool:
 
 
 class Scheduled:
-    """What a Keras optimizer needs to follow `Values`, and to leave biases and batch norm
-    undecayed.
-    """
+    """Mixin for Keras optimizers: schedules of `Values`, and no weight decay of biases and batch norm."""
 
     # Of rate, momentum, weight decay, and the update that began the stage.
     tables: tuple[TableSchedule, ...] = ()
@@ -102,11 +100,11 @@ class Scheduled:
         return rate if multiplier == 1 else rate * multiplier
 
     def momentum_now(self):
-        """Of the update that is being made."""
+        """Momentum of the current update."""
         return self._of_update("momentum of the table", 1) if self.tables else self.momentum
 
     def decay_now(self):
-        """Of the update that is being made."""
+        """Weight decay of the current update."""
         return self._of_update("decay", 2) if self.tables else self.decay
 
     def _of_update(self, name, table):

@@ -74,7 +74,7 @@ def preset(name: str, **scaling) -> Schedule:
         There is none of that name.
     """
     if name not in PRESETS:
-        raise ConfigError(f"there is no preset {name!r}. There are: {', '.join(PRESETS)}.")
+        raise ConfigError(f"there is no preset {name!r}. Use one of {', '.join(PRESETS)}.")
     return scale(PRESETS[name], **scaling) if scaling else PRESETS[name]
 
 

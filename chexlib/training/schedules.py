@@ -1,5 +1,6 @@
-"""Checks of a description's fields when it is made: a refusal is a ConfigError that names whose
-field and its value.
+"""Learning-rate schedules: phases of rate, momentum and weight decay, as one value per update.
+
+A phase or schedule is checked when it is made: a ConfigError names the field and its value.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ class Schedule:
 
     @property
     def length(self) -> float:
-        """Of all phases, in the schedule's unit."""
+        """Length of all phases together, in the schedule's unit."""
         return sum(phase.length for phase in self.phases)
 
     def to_dict(self) -> dict:
@@ -202,7 +203,7 @@ class Schedule:
         known = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(values, dict) or "phases" not in values or set(values) - known:
             raise ConfigError(
-                f"{values!r} is no schedule. Use an object with phases; it may have "
+                f"{values!r:.200} is not a schedule. Use an object with phases; it may have "
                 f"{', '.join(known)}."
             )
         return cls(**values)

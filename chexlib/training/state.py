@@ -16,12 +16,13 @@ import numpy as np
 from chexlib import stopping
 from chexlib.collectives import World, require_agreement
 from chexlib.errors import ConfigError, WeightsError
-from chexlib.files import atomic_write, require_plain_zip
+from chexlib.files import atomic_write, require_plain_zip, writing_to
 from chexlib.training.callbacks import Plateau, PooledValidation, Position, Progress
 from chexlib.training.config import TrainConfig
 
 VERSION = 1  # of the file's layout
 _NAME = re.compile(r"step-(\d{9})\.npz")
+_EARLIER = "Use an earlier one."
 log = logging.getLogger(__name__)
 
 
@@ -71,20 +72,16 @@ def save_checkpoint(
         **arrays,
         "facts": np.frombuffer(json.dumps({"version": VERSION, **facts}).encode(), np.uint8),
     }
-    try:
+    size = sum(array.nbytes for array in content.values()) / 1e6
+    step = "Earlier ones are untouched. Make room, or set another run_dir, and repeat the training "
+    step += "with resume=true."
+    with writing_to(f"the checkpoint {path} of {size:.1f} MB", step, kind=WeightsError):
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             np.savez(file, **content, digest=np.frombuffer(_digest(content), np.uint8))
         files = checkpoint_files(folder)
         for old in [other for other in files if other != path] if alone else files[keep:]:
             old.unlink(missing_ok=True)
-    except OSError as error:
-        size = sum(array.nbytes for array in content.values()) / 1e6
-        raise WeightsError(
-            f"the checkpoint {path} of {size:.1f} MB could not be written "
-            f"({error.strerror or error}). The ones before it are untouched: make room, or set "
-            "another run_dir, and go on with resume=true."
-        ) from error
     return path
 
 
@@ -104,11 +101,16 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
         facts = json.loads(content["facts"].tobytes()) if digest == _digest(content) else None
         version = facts["version"] if facts else None
     except Exception as error:  # whatever a damaged archive makes zipfile and NumPy say
-        raise WeightsError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
+        raise WeightsError(
+            f"the checkpoint {path} is damaged ({type(error).__name__}: {error}). {_EARLIER}"
+        ) from error
     if facts is None:
-        raise WeightsError(f"{path} is damaged (its checksum is another).")
+        raise WeightsError(f"the checkpoint {path} is damaged (its checksum differs). {_EARLIER}")
     if version != VERSION:
-        raise WeightsError(f"{path} is of version {version!r:.80}, this chexlib reads {VERSION}.")
+        raise WeightsError(
+            f"the checkpoint {path} is of version {version!r:.80}, and this chexlib reads version "
+            f"{VERSION}. {_EARLIER}"
+        )
     del content["facts"]
     return content, facts
 
@@ -129,10 +131,10 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path, dict[str, np.ndarray], 
         try:
             return path, *load_checkpoint(path)
         except WeightsError as error:
-            log.warning("%s The one before is used.", error)
+            log.warning("%s The one before is tried.", error)
     if files:
         raise WeightsError(
-            f"all {len(files)} checkpoints in {folder} are damaged. Start anew with resume=false."
+            f"all {len(files)} checkpoints in {folder} are damaged. Train anew with resume=false."
         )
     return None
 
@@ -249,18 +251,31 @@ class Saver(keras.callbacks.Callback):
         ConfigError
             It is of another training.
         WeightsError
-            There are checkpoints, and none is sound.
+            There are checkpoints, and none is sound; or the newest lacks what this training needs.
         """
         found = self.world.broadcast_object(lambda: newest_checkpoint(self.folder))
         if found is None:
             log.info("no checkpoint in %s: the training starts from the beginning", self.folder)
             return None
-        path, arrays, facts = found
+        try:
+            self._take_up(trainer, *found)
+        except ConfigError:
+            raise
+        except (LookupError, TypeError, ValueError) as error:
+            raise WeightsError(
+                f"{found[0]} is not a checkpoint of this training: it lacks something, or holds it in "
+                f"another form ({error!r}). Train anew with resume=false."
+            ) from error
+        log.info("resumed from %s: epoch %d, step %d", found[0], self.at.epoch + 1, self.at.step)
+        return found[0].name
+
+    def _take_up(self, trainer, path: Path, arrays: dict, facts: dict) -> None:
         self.config.require_same(facts["config"], where=str(path))
         for name, value in self.facts.items():
             if facts[name] != value:
                 raise ConfigError(
-                    f"{path} is of another training: {name} {facts[name]} there and {value} now."
+                    f"{path} is of another training: {name} {facts[name]} there and {value} now. Resume "
+                    "with its data, or train anew with resume=false."
                 )
         model, ranks = trainer.model, facts["ranks"]
         for i, variable in enumerate(model.trainable_variables):
@@ -284,8 +299,6 @@ class Saver(keras.callbacks.Callback):
         self._move_to(facts["position"], ranks, trainer)
         if self.at.image:
             self._tracker = arrays["tracker"]
-        log.info("resumed from %s: epoch %d, step %d", path, self.at.epoch + 1, self.at.step)
-        return path.name
 
     def _move_to(self, position: dict, ranks: int, trainer) -> None:
         now, then = self.at.global_batch, position["global_batch"]
@@ -293,8 +306,7 @@ class Saver(keras.callbacks.Callback):
             if then < (parts := self.world.ranks * self.config.accumulation):
                 raise ConfigError(
                     f"the global batch of {then} leaves some of {parts} ranks without an image. "
-                    "Use at most "
-                    f'{then} ranks, or resume_keeps="rank_batch".'
+                    f'Use at most {then} ranks, or resume_keeps="rank_batch".'
                 )
             self.at.global_batch = then
         elif now != then and not trainer.optimizer.tables:

@@ -162,12 +162,13 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-def test_standard_output_on_a_full_disk_is_one_line():
-    command = [sys.executable, "-m", "chexlib", "clean", "--help"]
+@pytest.mark.parametrize("words", [["--help"], ["clean", "--help"]])
+def test_standard_output_on_a_full_disk_is_one_line(words):
+    command = [sys.executable, "-m", "chexlib", *words]
     with open("/dev/full", "w") as full:
         answer = subprocess.run(command, stdout=full, stderr=-1, text=True, timeout=60)
     assert answer.returncode == 2
-    assert answer.stderr.startswith("Error: ")
+    assert answer.stderr.startswith("Error: ") and "Make room" in answer.stderr
     assert answer.stderr.count("\n") == 1, answer.stderr
 
 
@@ -203,7 +204,7 @@ def test_run_refuses_a_misspelt_parameter_and_suggests_the_right_one(tmp_path, w
 
 def test_run_refuses_a_parameter_of_another_notebook(tmp_path):
     refused_run(
-        tmp_path, "00", "-p", "epochs", "2", naming=["'epochs'", "Accepted: ", "phantom_images"]
+        tmp_path, "00", "-p", "epochs", "2", naming=["'epochs'", "Use one of ", "phantom_images"]
     )
 
 
@@ -312,7 +313,7 @@ def test_run_refuses_a_run_folder_that_cannot_be_written(tmp_path):
         "00",
         "--runs-dir",
         tmp_path / "file" / "runs",
-        naming=[tmp_path / "file" / "runs", "run --runs-dir"],
+        naming=[tmp_path / "file" / "runs", "with --runs-dir"],
     )
     assert (tmp_path / "file").read_text() == "kept"
 
@@ -776,7 +777,9 @@ def test_evaluate_says_what_is_no_file_of_scores_in_one_line(phantom, tmp_path):
 
 def test_a_broken_image_is_told_without_a_call_that_predict_does_not_have(vgg_file, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nabc")
-    line = refused("predict", tmp_path / "broken.png", "--weights", vgg_file, naming=["it is none"])
+    line = refused(
+        "predict", tmp_path / "broken.png", "--weights", vgg_file, naming=["it is neither"]
+    )
     assert "check_images" not in line and "object at" not in line
 
 
@@ -801,10 +804,10 @@ def test_whatever_a_file_brings_about_is_its_own_error(images, vgg_file, monkeyp
 @pytest.mark.parametrize(
     ("text", "naming"),
     [
-        ('{"data_dir": "d", "run_dir": "r", "epoch": 3}', ["epoch", "Accepted:", "epochs"]),
+        ('{"data_dir": "d", "run_dir": "r", "epoch": 3}', ["epoch", "Did you mean 'epochs'?"]),
         ('{"data_dir": "d", "run_dir": "r", "size": 8}', ["size=8"]),
         ('{"run_dir": "r"}', ["data_dir"]),
-        ("[1, 2]", []),
+        ("[1, 2]", ["names with values"]),
         ('{"data_dir": ', ["config.json", "JSON"]),
         (None, ["config.json"]),
     ],

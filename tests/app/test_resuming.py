@@ -82,7 +82,7 @@ def test_a_run_that_is_killed_goes_on_in_its_folder_with_what_is_not_finished(tm
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.1)
     told = subprocess.run(command, capture_output=True, text=True)
-    assert "is being executed" in told.stderr and told.returncode
+    assert "another process is executing" in told.stderr and told.returncode
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     kernel = int((tmp_path / "kernel").read_text())
@@ -287,7 +287,7 @@ def test_a_damaged_profile_is_refused_by_name(tmp_path, monkeypatch, text):
     (tmp_path / "notebooks" / "profiles").mkdir(parents=True)
     (tmp_path / "notebooks" / "profiles" / "mine.yaml").write_bytes(text)
     monkeypatch.setattr(chexlib.app.execute, "ROOT", tmp_path)
-    with pytest.raises(ConfigError, match=r"mine\.yaml is no profile"):
+    with pytest.raises(ConfigError, match=r"mine\.yaml cannot be read as a profile"):
         chexlib.app.execute._profile("mine")
 
 
@@ -321,7 +321,7 @@ def test_a_kernel_that_does_not_start_fails_alone_and_what_reads_its_notebook_is
 def test_two_processes_do_not_work_in_one_run(tmp_path):
     with (
         run_folder(ASKED, runs_dir=tmp_path) as run,
-        pytest.raises(ConfigError, match="is being executed"),
+        pytest.raises(ConfigError, match="another process is executing"),
     ):
         run_folder(ASKED, runs_dir=tmp_path, resume=True).__enter__()
     with run_folder(ASKED, runs_dir=tmp_path, resume=True) as again:

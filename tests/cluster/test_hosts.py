@@ -253,7 +253,7 @@ def test_a_hostfile_in_this_folder_is_read_and_of_lines_of_one_host_the_slots_ar
     "line", ["node1:0", "node1:", "node1:two", "node1 slots=0", "node1 4", "user@node1"]
 )
 def test_a_host_that_is_not_understood_is_quoted(line):
-    with pytest.raises(ConfigError, match=f"got '{line}'"):
+    with pytest.raises(ConfigError, match=f"the host '{line}' is not accepted"):
         find_site(["node0", line], interface=LOOPBACK)
 
 
@@ -265,11 +265,11 @@ def test_options_of_slurm_are_one_line_of_its_script_as_they_were_written(slurm)
 @pytest.mark.parametrize(
     ("where", "named"),
     [
-        ({"hosts": "node1", "slurm": True}, "Use one of both"),
+        ({"hosts": "node1", "slurm": True}, "Use only one of both"),
         ({"hosts": "node1", "options": "--time=10"}, "slurm_options='--time=10' is not accepted"),
         ({"slurm": True, "options": "time=10"}, "slurm_options='time=10' is not accepted"),
         ({"slurm": True}, "this host has no sbatch"),
-        ({"hosts": "a b"}, "got 'a b'"),
+        ({"hosts": "a b"}, "'a b' is not accepted"),
     ],
 )
 def test_a_site_that_cannot_be_is_refused_with_the_value_and_the_next_step(
@@ -316,7 +316,7 @@ def test_more_engines_than_slots_are_refused_before_anything_starts(monkeypatch)
     )
     site = find_site(["node1:2", "node2"], interface=LOOPBACK)
     with (
-        pytest.raises(ConfigError, match="engines=4, but the hosts have 3 slots"),
+        pytest.raises(ConfigError, match="engines=4 is more than the 3 slots of the hosts"),
         mpi_engines(4, site=site),
     ):
         pytest.fail("engines came up")

@@ -193,11 +193,11 @@ def test_a_server_that_drops_connections_or_knows_no_ranges_is_enough(
 
 FAULTS = {  # what the server does: (what the error says, what is kept for the next time)
     "gone": ("answers 404", 0),
-    "wrong bytes": ("not what was expected", 0),
+    "wrong bytes": ("does not have the expected checksum", 0),
     "short": ("offers", 0),
     "endless": ("does not end", 0),
-    "silent": ("brought nothing in 5 attempts", 0),
-    "stalls": ("brought nothing in 5 attempts", None),
+    "silent": ("sent nothing in 5 attempts", 0),
+    "stalls": ("sent nothing in 5 attempts", None),
 }
 
 
@@ -374,7 +374,7 @@ def test_parts_are_chosen_on_the_command_line(server, tmp_path, monkeypatch):
         assert CliRunner().invoke(main, ["fetch", "nih", *words]).output == "nih\n"
     assert asked == [("nih", None), ("nih", [1, 12]), ("nih", ())]
     answer = CliRunner().invoke(main, ["fetch", "nih", "--parts", "one"])
-    assert answer.exit_code == 2 and "'one' is not a list of numbers" in answer.output
+    assert answer.exit_code == 2 and "--parts 'one' is not accepted" in answer.output
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="no part 13"):
         fetch(tmp_path / "nih", parts=[1, 13])

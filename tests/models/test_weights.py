@@ -175,5 +175,5 @@ def test_a_runs_folder_stands_for_its_model(vgg_file, tmp_path):
     shutil.copy(vgg_file, tmp_path / "pre" / "snapshots" / "step-000000004.keras")
     with pytest.raises(WeightsError, match=r"snapshots/step-000000004\.keras"):
         create_model(**QUARTER, size=32, weights=str(tmp_path / "pre"))
-    with pytest.raises(WeightsError, match="has none"):
+    with pytest.raises(WeightsError, match=r"has no model\.keras"):
         create_model(**QUARTER, size=32, weights=str(tmp_path))

@@ -132,7 +132,7 @@ def test_a_layout_that_fails_is_left_out_and_said(measured, tmp_path, monkeypatc
     )  # it was a bad hour: what failed is measured again, no more
     assert tune(sweep=tmp_path / "sweep.json")["images_per_second"].notna().all()
     assert len(measured) == 3
-    with pytest.raises(ConfigError, match="no layout"):
+    with pytest.raises(ConfigError, match="no number of ranks"):
         save_winner(table[2:], tmp_path / "other.yaml")
 
 

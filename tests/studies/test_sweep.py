@@ -92,9 +92,9 @@ def test_results_that_hide_a_setting_and_files_that_are_no_grid_are_refused(tmp_
     for text in ('{"a": 1}', '"key"', "[]", "{", "null"):
         (tmp_path / f"other.{text.count(chr(34))}").write_text(text)
     for table in tmp_path.glob("other*"):
-        with pytest.raises(ConfigError, match=rf"{table.name} is no table of a grid"):
+        with pytest.raises(ConfigError, match=rf"{table.name} is not a table of a grid"):
             run_grid(POINTS, table, counted([]))
-    with pytest.raises(ConfigError, match="no training is asked for"):
+    with pytest.raises(ConfigError, match="the grid has no training"):
         run_grid([], tmp_path / "grid.jsonl", counted([]))
 
 
@@ -103,7 +103,7 @@ def test_a_table_with_a_line_that_is_no_row_is_refused_and_kept(tmp_path, line):
     table = tmp_path / "grid.jsonl"
     table.write_text('{"key": "a"}\n' + line + "\n")
     before = table.read_bytes()
-    with pytest.raises(ConfigError, match=r"grid\.jsonl is no table of a grid") as told:
+    with pytest.raises(ConfigError, match=r"grid\.jsonl is not a table of a grid") as told:
         run_grid(POINTS, table, counted([]))
     assert "\n" not in str(told.value) and table.read_bytes() == before
 

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,8 +19,10 @@ from chexlib.errors import ChexlibError, ClusterError, ConfigError, WeightsError
 from chexlib.files import atomic_write
 from chexlib.models.weights import load_model
 from chexlib.phantom.write import write_phantom
+from chexlib.training.callbacks import Position
 from chexlib.training.fit import fit
 from chexlib.training.state import (
+    Saver,
     checkpoint_files,
     load_checkpoint,
     newest_checkpoint,
@@ -122,13 +125,31 @@ def test_resuming_another_training_is_refused_with_both_values(phantom, undistur
     assert newest_checkpoint(run / "checkpoints")[2]["position"]["step"] == 1
 
 
+@pytest.mark.parametrize(
+    "lacking", ["config", "split", "ranks", "best", "plateau", "history", "position", "steps"]
+)
+def test_a_sound_checkpoint_that_lacks_something_is_refused_in_one_line(tmp_path, lacking):
+    config = config_for("data", tmp_path, resume=True)
+    facts = {"config": config.to_dict(), "split": "abc", "ranks": 1, "best": [0, 0]}
+    facts |= {"plateau": [0, 0], "history": [], "position": {"global_batch": 8}}
+    facts.pop(lacking, None)
+    arrays = {} if lacking == "steps" else {"steps": np.zeros((0, 5))}
+    save_checkpoint(tmp_path / "checkpoints", 1, arrays, facts, keep=1)
+    watchers = [SimpleNamespace(STEP_COLUMNS=()) for _ in range(3)]
+    saver = Saver(config, World(), Position(8, 16), watchers, facts={"split": "abc"})
+    nothing = SimpleNamespace(trainable_variables=[], non_trainable_variables=[], weights=[])
+    trainer = SimpleNamespace(model=nothing, optimizer=SimpleNamespace(variables=[]))
+    with pytest.raises(WeightsError, match=r"000000001\.npz .* lacks something.*resume=false\."):
+        saver.restore(trainer)
+
+
 def test_no_room_for_the_checkpoint_is_an_error_that_says_so(phantom, tmp_path, monkeypatch):
     def full(*args, **arrays):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("chexlib.training.state.np.savez", full)
     with pytest.raises(
-        WeightsError, match=r"checkpoint .* MB could not be written \(No space left on device\)"
+        WeightsError, match=r"checkpoint .* MB cannot be written \(No space left on device\)"
     ):
         fit(config_for(phantom, tmp_path, epochs=1, max_steps=1))
     assert list((tmp_path / "checkpoints").iterdir()) == []

@@ -213,7 +213,7 @@ ONE = [{"kind": "constant", "length": 1, "rate": 1}]
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ("448", "no preset '448'. There are: 448-nodes-coded"),
+        ("448", "no preset '448'. Use one of 448-nodes-coded"),
         ({"preset": "64k", "peaks": 1}, "no setting peaks"),
         ({"preset": "64k", "rule": "cubic"}, "rule='cubic' is not known"),
         ({"phases": [{"kind": "warm", "length": 1}]}, "kind='warm' is not known"),
@@ -254,7 +254,7 @@ ONE = [{"kind": "constant", "length": 1, "rate": 1}]
         ({"phases": ONE, "global_batch": None}, "global_batch=None is not accepted"),
         ({"phases": ONE, "plateau": "no"}, "plateau='no' is not known"),
         ({"phases": []}, "one phase or more"),
-        ({"stages": []}, "is no schedule"),
+        ({"stages": []}, "is not a schedule"),
         ({"preset": "64-nodes-coded", "epochs": 0.1}, "steps are too few for 8 phases"),
     ],
 )
