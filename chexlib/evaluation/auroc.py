@@ -79,8 +79,6 @@ class Ranking:
         self.between = csr_array(cells, shape=(len(edges) + 1, owners.max(initial=-1) + 1))
         self.up = owners[up]
         self.last = np.searchsorted(falling_up, falling_up, "right") - 1  # of equal positives
-        self.classes_tie = bool((above != through).any())
-        self.positives_tie = bool((self.last != np.arange(len(up))).any())
 
     def measure(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """AUROC and average precision for each column of `weights` (owners, resamples); NaN where a
@@ -92,12 +90,9 @@ class Ranking:
         """
         up = weights[self.up]
         down = np.cumsum(self.between @ weights, axis=0)
-        hits, false = np.cumsum(up, axis=0), down[self.through]
+        hits, false = np.cumsum(up, axis=0)[self.last], down[self.through]
         all_up, all_down = up.sum(axis=0), down[-1]
-        ahead = (false + down[self.above]) / 2 if self.classes_tie else false
-        lost = np.einsum("ij,ij->j", up, ahead)
-        if self.positives_tie:
-            hits = hits[self.last]
+        lost = np.einsum("ij,ij->j", up, (false + down[self.above]) / 2)  # ties count half
         called = hits + false
         precision = np.divide(hits, called, out=hits, where=called > 0)
         with np.errstate(invalid="ignore", divide="ignore"):

@@ -72,7 +72,6 @@ def forest(
     *,
     xlabel: str,
     line: float,
-    title: str = "",
     missing: str = "too small to speak",
     filled: pd.Series | None = None,
 ) -> Figure:
@@ -106,7 +105,7 @@ def forest(
     for row in y[~drawn]:
         point = "" if np.isnan(at[row]) else f"{at[row]:.3f}, "
         ax.text(line, row, f" {point}{missing}", va="center", color="0.3", **SMALL)
-    ax.set(yticks=y, yticklabels=list(map(spaced, table.index)), xlabel=xlabel, title=title)
+    ax.set(yticks=y, yticklabels=list(map(spaced, table.index)), xlabel=xlabel)
     ax.set_ylim(len(table) - 0.4, -0.6)
     ax.margins(x=0.08)
     return fig
