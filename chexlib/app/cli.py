@@ -239,7 +239,10 @@ def card(run):
 @main.command()
 @click.argument("out", type=click.Path())
 def course(out):
-    """Write the notebooks to OUT as a course: student/ with blanks to fill in, solved/ without."""
+    """Write the notebooks into the folder OUT as a course.
+
+    OUT/student has blanks to fill in, OUT/solved has the solutions.
+    """
     from chexlib.app.course import write_course
 
     _say(write_course(out))
@@ -549,7 +552,10 @@ def predict(images, weights, form, heatmaps):
         _say(scores.T.to_string(float_format=_number))
     if form != "csv":  # which has a column for it
         for image, doubt in predicted.doubts.items():
-            _say(f"Doubtful: {one_line(image)}: {doubt}.", err=True)
+            _say(
+                f"Doubtful: {one_line(image)}: {doubt}. Look at it before you use its scores.",
+                err=True,
+            )
     sys.exit(2 if scores.empty else 1 if predicted.errors else 0)
 
 

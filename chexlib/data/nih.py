@@ -158,7 +158,8 @@ def load_radiographs(
     if table.empty and require_images:
         raise DataError(
             f"{csv} lists {len(listed):,} images, but none of them is among the {len(files):,} image "
-            f"files below {root / 'images*'}. Unpack them into {root / 'images_001'}. {NEXT_STEP}"
+            f"files below {root / 'images*'}. Unpack them into {root / 'images_001'}, or make a "
+            "synthetic folder: `python -m chexlib phantom DIR`."
         )
     _log.info("%s: %d of %d images present", root, len(table), len(listed))
     present = set(table["image"].tolist())
