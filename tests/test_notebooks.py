@@ -45,6 +45,7 @@ def test_a_notebook_has_the_form_that_its_readers_know(path):
     ]
     assert len(headings) == 1 and cells[0].source.startswith("# ")
     assert "**You will**" in cells[0].source and "**You need**" in cells[0].source
+    assert "?" in cells[0].source.split("\n\n")[1]  # the report and the map show the question
     assert "parameters" in cells[1].metadata.get("tags", [])
     text = "\n".join(c.source for c in cells)
     for part in ("What we found", "**Limits", "**Next", "Exercise", "watermark()"):

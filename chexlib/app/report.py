@@ -38,7 +38,7 @@ RESULTS = {
 # Tags of cells that a reader of the page does not need, or should first try without.
 HIDDEN = {"plumbing", "solution", "check"}
 CHOSEN = "chosen"  # tag of the cell whose figure stands for its notebook; else the last one does
-SAVED = re.compile(r'save_figure\(\s*[\w.]+,\s*"(\w+)"')
+SAVED = re.compile(r"""save_figure\(\s*[\w.]+,\s*["'](\w+)["']""")
 POINT = re.compile(r"^- (.+(?:\n  .+)*)", re.M)  # of a list
 TEMPLATES = Path(__file__).parent / "templates"
 JINJA = jinja2.Environment(
@@ -164,8 +164,8 @@ def _notebook(source: Path, names: Sequence[str]) -> dict:
     notebook = nbformat.read(source, as_version=4)
     texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     opening = next((text for text in texts if text.startswith("# ")), "# ?")
-    title, _, lead = opening.removeprefix("# ").partition("\n")
-    question = re.match(r"[^*?]+\?", " ".join(lead.split()))
+    title, _, lead = opening.removeprefix("# ").partition("\n\n")
+    question = re.search(r"[^.?]+\?", " ".join(lead.partition("\n\n")[0].split()))
     answer = error = chosen = saved = None
     concluding = False
     for cell in notebook.cells:
@@ -188,7 +188,7 @@ def _notebook(source: Path, names: Sequence[str]) -> dict:
             os.utime(written, ns=(made, made))
     return {
         "title": title,
-        "question": question and question[0],
+        "question": question and question[0].strip(),
         "answer": answer,
         "error": error,
         "figure": chosen or saved,
