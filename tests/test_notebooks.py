@@ -368,9 +368,9 @@ def test_the_judgement_is_carried_as_plain_values(whole_run):
     )
     assert found["models"] == ["03_train_baseline", "04_train_distributed"]
     assert len(found["difference"]) == 15
-    told = {row["data"]: row for row in found["leakage"]}
-    assert set(told) == {"this data", "control, 0.9 repeat"}
-    assert all(len(row["split"]) == 12 for row in found["leakage"])
+    trainings = found["leakage"]["trainings"]
+    assert {row["data"] for row in trainings} == {"this data", "control, 0.9 repeat"}
+    assert all(len(row["split"]) == 12 for row in trainings)
     assert Calibration.from_dict(found["calibration"]["temperature"]).method == "temperature"
     assert OperatingPoints.from_dict(found["operating_points"]).sensitivity == 0.9
     assert set(found["pointing"]) == {"LayerCAM", "Grad-CAM", "LayerCAM, never trained"}
