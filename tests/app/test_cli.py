@@ -239,7 +239,7 @@ def test_run_refuses_a_value_of_the_wrong_type(tmp_path, name, value):
         (["--hosts", "a/hostfile"], ["a/hostfile", "cannot be read"]),
         (["--hosts", "node1:2", "--interface", "eth77"], ["'eth77'", "Name the one"]),
         (["--hosts", "node1", "--interface", LOOPBACK], ["engines=2", "1 slots"]),
-        (["--hosts", "node1:2", "--interface", LOOPBACK, "--slurm"], ["Use one of both"]),
+        (["--hosts", "node1:2", "--interface", LOOPBACK, "--slurm"], ["Use only one of both"]),
         (["--slurm-options", "--time=10"], ["slurm_options='--time=10'", "set slurm"]),
         (["--threads", "-1"], ["threads=-1"]),
     ],

@@ -573,7 +573,7 @@ def bomb() -> bytes:
 
 def test_files_that_are_no_image_are_refused_by_name(tmp_path):
     path = tmp_path / "00000009_009.png"
-    cases = {"it is empty": b"", "it is none": b"Not Found\n" * 20, "400000000 pixels": bomb()}
+    cases = {"it is empty": b"", "it is neither": b"Not Found\n" * 20, "400000000 pixels": bomb()}
     for reason, content in cases.items():
         path.write_bytes(content)
         with pytest.raises(

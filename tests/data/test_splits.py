@@ -383,7 +383,7 @@ def test_a_part_of_which_no_name_is_known_is_refused():
 
 @pytest.mark.parametrize("parts", [{}, {"train": ("a",), "test": ()}])
 def test_an_audit_of_nothing_is_no_clean_bill(parts):
-    with pytest.raises(DataError, match="No part may be empty"):
+    with pytest.raises(DataError, match="A part of the split is empty"):
         audit(parts, hand_worked())
 
 
