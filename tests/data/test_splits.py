@@ -198,12 +198,12 @@ def test_an_empty_official_part_is_named_with_the_way_out(tiny_nih):
     root = tiny_nih()
     radiographs = load_radiographs(root)
     training = radiographs.select(read_list(root / "train_val_list.txt"))
-    with pytest.raises(DataError, match=r"none is in test\. Split by patient"):
+    with pytest.raises(DataError, match=r"puts none into test\. Split by patient"):
         official_split(training)
-    with pytest.raises(DataError, match="none is in train and validation"):
+    with pytest.raises(DataError, match="puts none into train and validation"):
         official_split(radiographs.select(read_list(root / "test_list.txt")))
     one_patient = radiographs.select(["00000001_000.png", "00000001_001.png", "00000003_000.png"])
-    with pytest.raises(DataError, match="none is in validation"):
+    with pytest.raises(DataError, match="puts none into validation"):
         official_split(one_patient)
     assert make_split(training).name == "patient"
 
