@@ -102,7 +102,7 @@ def test_a_cell_that_is_not_tuned_has_no_rate_and_the_error_says_what_to_run(stu
 
 
 def test_a_stage_that_is_not_there_is_refused(study):
-    with pytest.raises(ConfigError, match=r"no stage warp\. Name some of gate, tune"):
+    with pytest.raises(ConfigError, match=r"no stage warp\. Use some of gate, tune"):
         study.run_stages(["gate", "warp"])
 
 
