@@ -75,6 +75,8 @@ class DataParallelTrainer(keras.Model):
         pixels, labels, weights = data
         with tf.control_dependencies([pixels]):
             began = tf.timestamp()
+        with tf.control_dependencies([began]):  # else a rank with one thread notes it at its end
+            pixels = tf.identity(pixels)
         if self.accumulates:
             loss, gradients, squares = self._accumulate(pixels, labels, weights)
         else:

@@ -176,4 +176,6 @@ def test_the_script_trains_on_two_hosts(phantom, tmp_path):
             next(line for line in answer.stdout.splitlines() if line.startswith('{"model"'))
         )
     assert told["ranks"] == 2 and os.path.exists(told["model"])
-    assert len(pd.read_parquet(tmp_path / "run" / "steps.parquet")) == 2
+    steps = pd.read_parquet(tmp_path / "run" / "steps.parquet")
+    # A rank with one thread once noted the beginning of a step at its end: microseconds.
+    assert len(steps) == 2 and steps["fastest"].min() > 1e-4
