@@ -24,12 +24,14 @@ RESUME ?=
 option = $(if $(value $1),--$2 '$(subst ','\'',$(value $1))')
 OUT ?= course
 override export OUT := $(value OUT)
+COURSE ?=
+override export COURSE := $(value COURSE)
 
 .PHONY: help env run course test test-long check faults fuzz peer lab lint clean real-model has-data
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
-	@echo "Settings: DATA=DIR (NIH layout)  PROFILE=quick|standard|cluster  RESUME=1  OUT=DIR (of the course)  PYTHON=3.13  HOROVOD=0"
+	@echo "Settings: DATA=DIR (NIH layout)  PROFILE=quick|standard|cluster  RESUME=1  OUT=DIR (of the course)  COURSE=DIR (for lab)  PYTHON=3.13  HOROVOD=0"
 	@echo "Engines: ENGINES=N  THREADS=N  HOSTS=node1:2,node2:2|FILE INTERFACE=eth0  SLURM=1 INTERFACE=eth0 SLURM_OPTIONS='--time=02:00:00'"
 
 env: $(STAMP)  ## make the environment in .venv
@@ -83,8 +85,8 @@ lint: $(STAMP)  ## check code and notebooks
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 
-lab: $(STAMP)  ## open JupyterLab on the notebooks
-	@exec $(BIN)/jupyter lab --notebook-dir notebooks --KernelManager.transport_encryption=auto
+lab: $(STAMP)  ## open JupyterLab on the notebooks, or on COURSE=course/student
+	@exec $(BIN)/jupyter lab --notebook-dir "$${COURSE:-notebooks}" --KernelManager.transport_encryption=auto
 
 clean:  ## end stray engines, remove the environment and all made data (runs/ stays)
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m chexlib clean || true; fi

@@ -57,5 +57,6 @@ def _make_blanks(notebook: nbformat.NotebookNode) -> None:
             lines = cell.source.splitlines()
             comments = itertools.takewhile(lambda line: line.startswith("#"), lines)
             cell.source = "\n".join([*comments, "..."])
+            cell.metadata.pop("jupyter", None)  # a solution is folded, a blank is not
         if "check" in tags:
             tags.append("raises-exception")

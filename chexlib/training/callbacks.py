@@ -122,6 +122,7 @@ class Progress(keras.callbacks.Callback):
         super().__init__()
         self.report, self.epochs, self.at = report, epochs, at
         self.last_told, self.rows, self.step_rows = 0.0, [], []
+        self.traced = False
 
     def on_epoch_begin(self, epoch, logs=None):
         self.epoch, self.began, self.first_image = epoch, time.perf_counter(), self.at.image
@@ -130,6 +131,10 @@ class Progress(keras.callbacks.Callback):
         self.trained = now = time.perf_counter()
         self.at.step += 1
         self.at.image = min(self.at.image + self.at.global_batch, self.at.images)
+        if not self.traced and self.at.steps_left:
+            # The first step is traced: speed is that of the steps after it, if there are any.
+            self.began, self.first_image = now, self.at.image
+        self.traced = True
         told = self.model.told()
         seconds = [max(told["busy"]), min(told["busy"])]
         gradient = noise_and_signal(*told["squares"])
