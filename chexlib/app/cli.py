@@ -89,7 +89,9 @@ class _Family(_OneLine, click.Group):
 def main():
     """The AI radiologist: train, scale and judge a classifier of 14 findings in chest X-rays.
 
-    Begin with `run`, which executes the notebooks and writes a report. Not for clinical use.
+    Begin with `run`, which executes the notebooks and writes a report.
+
+    Not for clinical use.
     """
     logging.raiseExceptions = False  # a log line that finds no room is lost, without a traceback
 

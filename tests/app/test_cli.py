@@ -104,7 +104,7 @@ def test_an_error_is_one_line_and_exit_code_2_in_a_real_process(tmp_path):
         timeout=60,
     )
     assert answer.returncode == 2
-    assert answer.stderr.startswith("Error: 'train' is not PART=LIST")
+    assert answer.stderr.startswith("Error: 'train' is not accepted. Write PART=LIST")
     assert answer.stderr.count("\n") == 1
 
 
@@ -235,7 +235,7 @@ def test_run_refuses_a_value_of_the_wrong_type(tmp_path, name, value):
 @pytest.mark.parametrize(
     ("options", "naming"),
     [
-        (["--hosts", "node1:none"], ["'node1:none'", "name:slots"]),
+        (["--hosts", "node1:none"], ["'node1:none'", "'name:4'"]),
         (["--hosts", "a/hostfile"], ["a/hostfile", "cannot be read"]),
         (["--hosts", "node1:2", "--interface", "eth77"], ["'eth77'", "Name the one"]),
         (["--hosts", "node1", "--interface", LOOPBACK], ["engines=2", "1 slots"]),

@@ -628,7 +628,7 @@ def test_a_run_of_another_seed_is_added_to_the_reference_and_any_other_replaces_
 
 
 def test_a_run_without_anything_to_compare_is_told(tmp_path):
-    with pytest.raises(ConfigError, match="no notebook"):
+    with pytest.raises(ConfigError, match="no results that can be compared"):
         compare_run(tmp_path, reference=tmp_path)
     (tmp_path / "03_train.json").write_text(json.dumps({}))
     with pytest.raises(ConfigError, match="03_train"):

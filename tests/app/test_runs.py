@@ -23,6 +23,7 @@ from chexlib.app.live import LiveLine
 from chexlib.data.nih import data_name, load_radiographs
 from chexlib.errors import ConfigError
 from chexlib.files import write_json
+from chexlib.phantom import write
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +33,7 @@ def project(tmp_path, monkeypatch):
     root.mkdir()
     monkeypatch.setattr(runs, "ROOT", root)
     monkeypatch.setattr(machine, "ROOT", root)
+    monkeypatch.setattr(write, "ROOT", root)
     logger = logging.getLogger("chexlib")
     before = logger.handlers[:], logger.level, logger.propagate
     yield root

@@ -235,7 +235,7 @@ def test_one_name_in_two_image_folders_is_refused(tiny_nih):
     (root / "images_002").mkdir()
     shutil.copy(root / "images_001/images/00000003_001.png", root / "images_002")
     with pytest.raises(
-        DataError, match=r"1 images lie in two folders.*00000003_001\.png.*images_002"
+        DataError, match=r"1 images are in two folders.*00000003_001\.png.*images_002"
     ) as caught:
         load_radiographs(root)
     assert "Remove" in str(caught.value)
@@ -303,9 +303,13 @@ def test_a_missing_column_is_named_with_those_present(tiny_nih):
         (
             ",1,10,",
             ",1,1.23457E+17,",
-            r"spreadsheet has rounded: '1\.23457E\+17'.*as NIH released it",
+            r"spreadsheet has rounded, in 1 of 24 rows: '1\.23457E\+17'.*as NIH released it",
         ),
-        (",1,10,", ",1,12345678901234568.0,", r"spreadsheet has rounded: '12345678901234568\.0'"),
+        (
+            ",1,10,",
+            ",1,12345678901234568.0,",
+            r"spreadsheet has rounded, in 1 of 24 rows: '12345678901234568\.0'",
+        ),
         (
             ",1,10,",
             ",one,10,",

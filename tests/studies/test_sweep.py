@@ -189,7 +189,7 @@ def test_every_setting_that_decides_a_training_is_in_its_key_and_no_folder_is(tm
     numbers |= dict.fromkeys(
         ("learning_rate", "plateau_factor", "weight_decay", "norm_momentum", "stage_rate"), 0.5
     )
-    numbers |= {"width": 0.25}
+    numbers |= {"width": 0.25, "group_share": 0.5, "head_bias": 1.0, "plateau_delta": 0.01}
     words = {
         "topology": "vgg16",
         "stem": "small",

@@ -160,7 +160,7 @@ def test_a_chain_is_trained_and_a_lost_snapshot_is_trained_again(phantom, tmp_pa
     small = config_for(phantom, tmp_path, train_images=32)
     study = TransferStudy(
         small.replace(fresh_head=True), tmp_path / "rows.jsonl", STANDARD,
-        small, EASY,
+        small.replace(snapshots=True), EASY,
     )  # fmt: skip
     monkeypatch.setattr(TransferStudy, "rates", lambda self: {PRETRAINING: 1e-4, SCRATCH: 1e-4})
     (start,) = study.pretrain()
