@@ -238,7 +238,7 @@ def whole_run(tmp_path_factory):
     parameters["resume_ranks"] = ",".join(map(str, RESUMED))
     parameters["plan_noise_scale"] = 500.0
     parameters |= {
-        "norm_topology": "vgg16_bn",
+        "norm_topology": "resnet50",
         "norm_batches": "16,32",
         "norm_passes": 2,
         "recipe_topology": "vgg16",
