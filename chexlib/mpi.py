@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from chexlib.errors import ClusterError, ConfigError
 
@@ -52,7 +56,7 @@ class Mpi:
     version: str  # first line of `mpiexec --version`
 
     def start(self, *, alone: bool = True) -> list[str]:
-        """Words that begin a command of mpiexec.
+        """Words that begin a command of mpiexec. What killed launchers have left is removed first.
 
         Open MPI needs a HOME, which services and containers may not have.
 
@@ -62,6 +66,7 @@ class Mpi:
             Ranks are on this host alone: an allocation of a batch system is not looked at. Ranks
             on hosts that were named use it.
         """
+        _remove_dead_sessions(Path(tempfile.gettempdir()))
         home = os.path.expanduser("~")
         home = home if os.path.isabs(home) else tempfile.gettempdir()  # a user that no list knows
         words = without_allocation() if alone else without_allocation(_RANK)
@@ -115,6 +120,21 @@ class Mpi:
         for name in export:
             flags += ["-x", name]
         return flags
+
+
+def _remove_dead_sessions(folder: Path) -> None:
+    """Remove what launchers of Open MPI 5 that were killed on this host have left in `folder`.
+
+    A launcher whose process has the number of a dead one finds its `ompi.<number>`, and fails: "The
+    PMIx server's listener thread failed to start".
+    """
+    for mark in folder.glob(f"ompi.*/pmix.{socket.gethostname()}.tool.*"):
+        session, number = mark.parent, mark.name.rpartition(".")[2]
+        named = session.name == f"ompi.{number}" and number.isdecimal() and not session.is_symlink()
+        with contextlib.suppress(OSError):  # another launch has removed it
+            own = named and session.stat().st_uid == os.geteuid()
+            if own and not psutil.pid_exists(int(number)):
+                shutil.rmtree(session)
 
 
 def without_allocation(pattern: str | re.Pattern = _ALLOCATION) -> list[str]:
