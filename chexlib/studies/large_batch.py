@@ -146,8 +146,9 @@ class LargeBatchStudy(Study):
         *("dose", "updates", "local"),
     )
 
-    def settings_of(self, cell: Cell, rate: float, **how) -> dict:
-        return settings_of(cell, rate, **how)
+    def point(self, cell: Cell, rate: float, **how) -> dict:
+        """The point of a training; `how` as for `settings_of`."""
+        return self.point_of(settings_of(cell, rate, **how))
 
     def first_exponent(self, cell: Cell) -> int:
         return FIRST_RATE[cell.topology][cell.batch]

@@ -98,9 +98,9 @@ class RecipeStudy(Study):
     CELLS: ClassVar = tuple(Cell(*cell) for cell in FIRST_RATE)
     STAGES: ClassVar = ("tune", "ladder", "optimizers", "collapse")
 
-    def settings_of(self, cell: Cell, rate: float, *, seed: int, rung: str) -> dict:
+    def point(self, cell: Cell, rate: float, *, seed: int, rung: str = POLYNOMIAL) -> dict:
         local_batch = min(LOCAL_BATCH, cell.batch)
-        return {
+        settings = {
             "topology": TOPOLOGY,
             "optimizer": cell.optimizer,
             "batch_size": local_batch,
@@ -110,9 +110,7 @@ class RecipeStudy(Study):
             "schedule": schedule_of(rung, rate, batch=cell.batch).to_dict(),
             "seed": seed,
         }
-
-    def point(self, cell: Cell, rate: float, *, seed: int, rung: str = POLYNOMIAL) -> dict:
-        return {**super().point(cell, rate, seed=seed, rung=rung), "rung": rung}
+        return {**self.point_of(settings), "rung": rung}
 
     def first_exponent(self, cell: Cell) -> int:
         return FIRST_RATE[cell]

@@ -7,6 +7,7 @@ module with a subclass of `Study`, and with `ROWS`, `PHANTOM` and `study_on` for
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import functools
@@ -58,7 +59,7 @@ def rate_of(exponent: int) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class Study:
+class Study(abc.ABC):
     """The grid of a study on one data set. A subclass says what is trained.
 
     Parameters
@@ -100,17 +101,17 @@ class Study:
 
     # --- what a subclass says
 
-    def settings_of(self, cell: Hashable, rate: float, *, seed: int, **how) -> dict:
-        """A cell's training as settings of `TrainConfig`."""
-        raise NotImplementedError
+    @abc.abstractmethod
+    def point(self, cell: Hashable, rate: float, *, seed: int) -> dict:
+        """The point of a cell's training, for `run_grid`. Subclasses have more parameters."""
 
+    @abc.abstractmethod
     def first_exponent(self, cell: Hashable) -> int:
         """Where tuning of a cell starts: the least exponent of its `RATES_TRIED` rates."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def seconds_of(self, point: dict) -> float:
         """About how long a training takes on one core."""
-        raise NotImplementedError
 
     def measure(self, point: dict, folder: Path, *, reuse: Reuse) -> dict | None:
         """Train one point, and measure it, for `run_grid`."""
@@ -123,10 +124,6 @@ class Study:
         return self.base.replace(**settings, run_dir=str(folder))
 
     # --- trainings and their rows
-
-    def point(self, cell: Hashable, rate: float, **how) -> dict:
-        """The point of one training, for `run_grid`; `how` as for `settings_of`."""
-        return self.point_of(self.settings_of(cell, rate, **how))
 
     def point_of(self, settings: dict) -> dict:
         """The point of a training with these settings of `TrainConfig`."""
