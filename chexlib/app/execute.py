@@ -55,9 +55,8 @@ REPORT = "10"  # which has the others in it, and so comes last
 # Where engines run, with what holds where no profile says it.
 PLACE = {"engines": 1, "threads": 0, "hosts": "", "interface": ""}
 PLACE |= {"slurm": False, "slurm_options": ""}
-FEW = (
-    2  # engines that a profile may ask for on one core: they wait for each other, and not for long
-)
+# Engines that a profile may ask for on one core: they wait for each other, and not for long.
+FEW = 2
 PATIENCE = 20.0  # seconds that notebooks have to end when they are told to
 log = logging.getLogger(__name__)
 
